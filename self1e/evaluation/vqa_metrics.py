@@ -254,7 +254,7 @@ _REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
-_ABILITIES = {
+MMBENCH_ABILITIES = {
     "coarse_perception": "CP",
     "finegrained_perception (instance-level)": "FP-S",
     "finegrained_perception (cross-instance)": "FP-C",
@@ -337,7 +337,7 @@ def mmbench_scores(table: pd.DataFrame) -> dict:
     """
     choices = mmbench_choices(table[["index", *(c for c in OPTIONS if c in table), "prediction"]])
     hits = table.assign(hit=[choice == answer for choice, answer in zip(choices, table["answer"])])
-    hits["ability"] = hits["l2-category"].map(lambda name: _ABILITIES.get(name, name))
+    hits["ability"] = hits["l2-category"].map(lambda name: MMBENCH_ABILITIES.get(name, name))
     main = hits[hits["index"] < CIRCULAR_STEP]
     all_rotations = hits.groupby(hits["index"] % CIRCULAR_STEP)["hit"].all()
     circular = main.assign(hit=main["index"].map(all_rotations))
