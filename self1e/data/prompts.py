@@ -1,0 +1,60 @@
+"""Questions and answers (design section 3). Templates are the published ones; `rng` decides which is taken."""
+
+import numpy as np
+
+SHORT_QUESTIONS = (
+    "<image>\nCan you segment the {} in this image?",
+    "<image>\nPlease segment the {} in this image.",
+    "<image>\nWhat is {} in this image? Please respond with segmentation mask.",
+    "<image>\nWhat is {} in this image? Please output segmentation mask.",
+)
+LONG_QUESTIONS = (
+    "<image>\n{} Please respond with segmentation mask.",
+    "<image>\n{} Please output segmentation mask.",
+)
+EXPLANATORY_QUESTIONS = (
+    "<image>\n{} Please output segmentation mask and explain why.",
+    "<image>\n{} Please output segmentation mask and explain the reason.",
+    "<image>\n{} Please output segmentation mask and give some explanation.",
+)
+ANSWERS = (
+    "It is [SEG].",
+    "Sure, [SEG].",
+    "Sure, it is [SEG].",
+    "Sure, the segmentation result is [SEG].",
+    "[SEG].",
+)
+VQA_INSTRUCTION = " Answer the question using a single word or phrase."
+VIZWIZ_INSTRUCTION = " When the provided information is insufficient, respond with 'Unanswerable'." + VQA_INSTRUCTION
+
+
+def _fill(templates: tuple[str, ...], text: str, rng: np.random.Generator) -> str:
+    return templates[rng.integers(len(templates))].format(text)
+
+
+def short_question(phrase: str, rng: np.random.Generator) -> str:
+    """Asks for a class or a phrase."""
+    return _fill(SHORT_QUESTIONS, phrase, rng)
+
+
+def long_question(sentence: str, rng: np.random.Generator) -> str:
+    """Asks with a whole sentence."""
+    return _fill(LONG_QUESTIONS, sentence, rng)
+
+
+def explanatory_question(sentence: str, rng: np.random.Generator) -> str:
+    """Asks for a mask and an explanation."""
+    return _fill(EXPLANATORY_QUESTIONS, sentence, rng)
+
+
+def answer(rng: np.random.Generator) -> str:
+    """An answer with one [SEG]."""
+    return ANSWERS[rng.integers(len(ANSWERS))]
+
+
+def evaluation_prompt(sentence: str, is_sentence: bool, lower: bool) -> str:
+    """The fixed prompt of evaluation; note the blank after the line break."""
+    text = sentence.strip()
+    if is_sentence:
+        return f"<image>\n {text} Please output segmentation mask."
+    return f"<image>\n What is {text.lower() if lower else text} in this image? Please output segmentation mask."
