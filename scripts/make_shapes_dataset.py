@@ -119,7 +119,7 @@ def place_shapes(rng: np.random.Generator, height: int, width: int) -> tuple[lis
     count = rng.choice([2, 3, 3, 3, 4])
     pairs = [PAIRS[i] for i in rng.choice(len(PAIRS), count, replace=False)]
     while True:
-        radii = rng.uniform(0.1, 0.2, count) * min(height, width)
+        radii = rng.uniform(0.15, 0.28, count) * min(height, width)
         centres = rng.uniform(radii[:, None] * 1.1, np.array([[width, height]]) - radii[:, None] * 1.1)
         parts = [outline(rng, kind, *centre, radius) for (_, kind), centre, radius in zip(pairs, centres, radii)]
         rles = [coco_mask.merge(coco_mask.frPyObjects(part, height, width)) for part in parts]
@@ -198,6 +198,10 @@ def with_text(scene: Scene, text: str) -> bytes:
 # ----------------------------------------------------------------------------------------------------------- words
 
 
+def a(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 def extremes(scene: Scene, shape: Shape, rivals: list[Shape]) -> tuple[list[str], list[str]]:
     """Size words and place words that single out `shape` among `rivals` by a clear margin."""
     margin = 0.12 * max(scene.height, scene.width)
@@ -257,8 +261,8 @@ def facts(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str, str]]:
     colour, kind = absent(rng, scene)
     rows = [
         ("How many shapes are there?", str(len(scene.shapes)), "number"),
-        (f"Is there a {shape.name} in the image?", "yes", "yes/no"),
-        (f"Is there a {colour} {kind} in the image?", "no", "yes/no"),
+        (f"Is there {a(shape.name)} in the image?", "yes", "yes/no"),
+        (f"Is there {a(colour)} {kind} in the image?", "no", "yes/no"),
     ]
     look, _ = phrases(scene, shape)
     if shape.kind in look:
@@ -549,7 +553,7 @@ def write_conversations(root: Path, scenes: list[Scene], seed: int) -> None:
     records = []
     for i, scene in enumerate(share(scenes, 8)):
         rng = np.random.default_rng([seed, scene.id, 4])
-        names = [f"a {shape.name}" for shape in scene.shapes]
+        names = [a(shape.name) for shape in scene.shapes]
         opening = "Describe this picture."
         turns = [f"<image>\n{opening}" if i % 2 else f"{opening}\n<image>",
                  f"This picture shows {', '.join(names[:-1])} and {names[-1]}."]
@@ -665,7 +669,7 @@ def write_pope(root: Path, scenes: list[Scene], seed: int) -> None:
             image = f"COCO_val2014_{scene.id:012d}.jpg"
             write(root / "val2014" / image, scene.jpeg)
             for name, label in ((scene.shapes[0].name, "yes"), (" ".join(absent(rng, scene, colour=colour)), "no")):
-                question = f"Is there a {name} in the image?"
+                question = f"Is there {a(name)} in the image?"
                 labels.append({"question_id": len(labels) + 1, "image": image, "text": question, "label": label})
                 lines.append({"question_id": len(lines), "image": image, "text": f"{question}\n{PROMPT}",
                               "category": category})
@@ -686,7 +690,7 @@ def write_mme(root: Path, scenes: list[Scene], seed: int) -> None:
             wrong = " ".join(absent(rng, scene))
             code = str(rng.integers(10, 90))
             right_text, wrong_text, ask = {
-                "existence": (f"a {shape.name}", f"a {wrong}", "Is there {} in this image?"),
+                "existence": (a(shape.name), a(wrong), "Is there {} in this image?"),
                 "count": (f"{n} shapes", f"{n + 2} shapes", "Are there a total of {} in the image?"),
                 "position": ("left", "right", f"Is the {left.name} on the {{}} side of the {right.name}?"),
                 "OCR": (code, code[::-1] + "1", 'Is the number in the image "{}"?'),
@@ -694,7 +698,7 @@ def write_mme(root: Path, scenes: list[Scene], seed: int) -> None:
                 "text_translation": (code, code + "0", "Is it right to translate the text in the image into {}?"),
                 "code_reasoning": (code, code + "5", "The image shows a python code. Does it print {}?"),
                 "scene": ("shapes on a wall", "a beach", "Is this picture captured in a place of {}?"),
-            }.get(table, (f"a {shape.name}", f"a {wrong}", "Does this image show {}?"))
+            }.get(table, (a(shape.name), a(wrong), "Does this image show {}?"))
             text = {"OCR": code, "numerical_calculation": f"{code} + 2 =", "text_translation": code,
                     "code_reasoning": f"print({code})"}.get(table)
             if text:
