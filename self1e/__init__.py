@@ -1,0 +1,14 @@
+"""Self1E: a multimodal LLM that segments by itself. Importing it registers the transformers Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from self1e.configuration import Self1EConfig
+from self1e.modeling import Self1EForSegmentation
+from self1e.processing import Self1EProcessor
+
+AutoConfig.register("self1e", Self1EConfig)
+AutoModel.register(Self1EConfig, Self1EForSegmentation)
+AutoModelForImageTextToText.register(Self1EConfig, Self1EForSegmentation)
+AutoProcessor.register(Self1EConfig, Self1EProcessor)
+
+__all__ = ["Self1EConfig", "Self1EForSegmentation", "Self1EProcessor"]

@@ -34,7 +34,6 @@ TRAINING_SETS: dict[str, dict[str, type[TrainingSet]]] = {
     "vqa": {c.name: c for c in (LLaVAInstruct, VQAv2, OKVQA, TextVQA, VizWiz, GQA)},
 }
 # The 13 splits of the paper, and two that it leaves out.
-# fmt: off
 EVAL_SPLITS = (
     "ReasonSeg|val", "ReasonSeg|test",
     "refcoco|unc|val", "refcoco|unc|testA", "refcoco|unc|testB",
@@ -42,7 +41,6 @@ EVAL_SPLITS = (
     "refcocog|umd|val", "refcocog|umd|test",
     "grefcoco|unc|val", "grefcoco|unc|testA", "grefcoco|unc|testB",
 )
-# fmt: on
 ALL_SPLITS = (*EVAL_SPLITS, "refclef|unc|val", "refclef|unc|test")
 
 SEM_SEG = "ade20k||cocostuff||pascal_part||paco_lvis"

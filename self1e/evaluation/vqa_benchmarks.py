@@ -366,7 +366,8 @@ def export_mme(answers: list[Answer], folder: Path, model: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # MMBench
 
-_MMBENCH_DROPPED = ["hint", "category", "source", "image", "comment", "l2-category"]
+_MMBENCH_SUBMITTED = ("index", "question", *metrics.OPTIONS, "prediction", "answer", "split")
+_MMBENCH_UNSUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
 _LETTER_ONLY = {
     "en": "Answer with the option's letter from the given choices directly.",
     "cn": "请直接回答选项字母。",
@@ -378,7 +379,7 @@ def mmbench_questions(data_dir: Path, *, key: str, language: str) -> list[Questi
     path = data_dir / "mmbench" / f"{key}.tsv"
     with reading(path):
         table = pd.read_csv(path, sep="\t")
-        missing = [name for name in ("index", "question", "A", "split", *_MMBENCH_DROPPED) if name not in table]
+        missing = [name for name in ("index", "question", "A", "split", *_MMBENCH_UNSUBMITTED) if name not in table]
         if missing:
             raise ValueError(f"no column {', '.join(missing)}")
         questions, images = [], {}
@@ -421,11 +422,9 @@ def mmbench_scores(answers: list[Answer], data_dir: Path) -> Scores:
 def export_mmbench(answers: list[Answer], folder: Path, model: str, *, key: str) -> None:
     """The Excel file that the MMBench server takes."""
     table = _mmbench_table(answers)
-    predictions = table.pop("prediction")
-    table = table.drop(columns=_MMBENCH_DROPPED, errors="ignore")
-    table.insert(min(6, table.shape[1]), "prediction", predictions)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{key}.xlsx").write_bytes(metrics.mmbench_xlsx(table))
+    submitted = table[[column for column in _MMBENCH_SUBMITTED if column in table]]
+    (folder / f"{key}.xlsx").write_bytes(metrics.mmbench_xlsx(submitted))
 
 
 def _mmbench(key: str, language: str, scored: bool) -> Benchmark:

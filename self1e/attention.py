@@ -1,0 +1,52 @@
+"""Dual perception pathways (paper, section 3.3): what image tokens may see beyond the causal past.
+
+A pathway is an overlay on the causal mask, for rows that hold a `[SEG]`: `causal OR overlay`. Queries that are not
+image tokens stay causal, padding keys are never seen, rows without `[SEG]` stay plain causal. The library builds the
+mask for eager, SDPA and FlexAttention from the predicate alone. To add a pathway, add one predicate to `PATHWAYS`.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+
+Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def image_to_image(is_image: Tensor, is_seg: Tensor) -> Predicate:
+    """Image tokens see every image token of their row."""
+    two_way = is_image & is_seg.any(1, keepdim=True)
+    return lambda b, head, q, k: two_way[b, q] & two_way[b, k]
+
+
+def image_to_image_and_seg(is_image: Tensor, is_seg: Tensor) -> Predicate:
+    """Image tokens see every image token and every `[SEG]` of their row."""
+    two_way = is_image & is_seg.any(1, keepdim=True)
+    target = two_way | is_seg
+    return lambda b, head, q, k: two_way[b, q] & target[b, k]
+
+
+PATHWAYS = {"causal": None, "image": image_to_image, "image+seg": image_to_image_and_seg}
+
+
+def perception_mask(
+    pathway: str, *, config: PreTrainedConfig, embeds: Tensor, padding_mask: Tensor, is_image: Tensor, is_seg: Tensor
+):
+    """The LLM's attention mask in its backend's format, for `attention_mask={"full_attention": mask}`.
+
+    Args:
+        pathway: a key of `PATHWAYS`.
+        config: the LLM's configuration; its attention implementation decides the mask's format.
+        embeds: (rows, N, C), for size, dtype and device.
+        padding_mask: (rows, N), 1 at tokens.
+        is_image, is_seg: (rows, N) bool, image tokens and `[SEG]` tokens.
+    """
+    overlay = PATHWAYS[pathway]
+    if overlay is not None and "flash" in config._attn_implementation:
+        raise ValueError(
+            f"--attn_implementation {config._attn_implementation} knows causal masks only, the pathway {pathway!r} is "
+            "not causal: use sdpa, flex_attention or eager"
+        )
+    predicate = overlay(is_image, is_seg) if overlay is not None and bool(is_seg.any()) else None
+    return create_causal_mask(config, embeds, padding_mask, past_key_values=None, or_mask_function=predicate)
