@@ -1,15 +1,13 @@
 """Scores against cases worked out by hand, and against the published evaluation's figures."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, needs_shared
+from conftest import SHARED, needs_shared
 
-from self1e.evaluation.mask_metrics import Unit, bootstrap, count_pixels, read_jsonl, score, to_jsonl
+from self1e.evaluation.mask_metrics import Unit, bootstrap, count_pixels, main, read_jsonl, score, to_jsonl
 
 
 def unit(I, predicted, target, **marks):
@@ -103,14 +101,15 @@ def test_no_units_is_an_error():
         score([])
 
 
-def test_jsonl_round_trip_and_command(tmp_path):
+def test_jsonl_round_trip_and_command(tmp_path, monkeypatch, capsys):
     units = [unit(3, 4, 5, no_target=False), unit(0, 2, 0, no_target=True)]
     path = tmp_path / "grefcoco_unc_val.jsonl"
     path.write_text(to_jsonl(units), encoding="utf-8")
     assert read_jsonl(path) == units
     assert "is_sentence" not in path.read_text(encoding="utf-8")
-    command = [sys.executable, "-m", "self1e.evaluation.mask_metrics", str(path)]
-    printed = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    monkeypatch.setattr("sys.argv", ["mask_metrics", str(path)])
+    main()
+    printed = json.loads(capsys.readouterr().out)
     assert printed == {"file": str(path), **score(units)}
 
 
