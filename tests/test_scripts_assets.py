@@ -19,6 +19,9 @@ from pycocotools import mask as coco_mask
 from safetensors.torch import load_file
 from transformers import InternVLForConditionalGeneration, Qwen2Tokenizer
 
+from self1e.data import ALL_SPLITS, TRAINING_SETS, load_split
+from self1e.evaluation.vqa_benchmarks import VQA_BENCHMARKS, Answer
+
 
 def load_script(name: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
@@ -408,6 +411,33 @@ def test_pope_mme_mmbench(tree):
             right = [row[row["answer"]] for _, row in rows.iterrows()]
             assert pd.Series(right).groupby(rows["index"] % 1_000_000).nunique().eq(1).all()
             assert rows.groupby(rows["index"] % 1_000_000)["answer"].nunique().eq(4).all()
+
+
+def test_every_training_set_and_split_reads_the_tree(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path))
+    dataset, photos = tree / "dataset", tree / "data"
+    for family, sets in TRAINING_SETS.items():
+        for training_set in sets.values():
+            options = {"splits": "train", "explanatory": 0.5} if family == "reason_seg" else {}
+            data = training_set(dataset, photos, rows=3, seed=0, **options)
+            for i in range(len(data)):
+                sample = data.sample(i, np.random.default_rng(i))
+                for row, masks in zip(sample.conversations, sample.masks, strict=True):
+                    assert len(masks) == sum(text.count("[SEG]") for text in row), sample.id
+                    assert family == "vqa" or masks.shape[1:] == sample.image.size[::-1]
+    for name in ALL_SPLITS:
+        split = load_split(name, dataset)
+        assert len(split) >= 2
+        for image in split:
+            photo, masks = image.load()
+            assert masks.shape == (len(image.sentences), *photo.size[::-1])
+            assert [not (mask == 1).any() for mask in masks] == list(image.no_target)
+    for name, benchmark in VQA_BENCHMARKS.items():
+        questions = benchmark.questions(photos)
+        assert questions and all(question.open_image().size for question in questions), name
+        if benchmark.metric:
+            # Half of the yes/no questions are answered so; a wrong pairing of files would raise.
+            assert benchmark.metric([Answer(question, "yes") for question in questions], photos).summary
 
 
 def test_dataset_is_seeded(tmp_path, tree):
