@@ -395,6 +395,8 @@ def test_one_broken_benchmark_does_not_stop_the_others(tiny, tmp_path, capsys, s
     summary = load(results(tmp_path) / "summary.json")
     assert summary["figures"]["vqa-vqav2-val"] and not summary["figures"]["pope"] and len(summary["failures"]) == 1
     assert "failed" in (results(tmp_path) / "summary.md").read_text()
+    late = culprit == "1.jpg" and (tmp_path / "data" / "pope" / "val2014" / culprit).exists()
+    assert (results(tmp_path) / "pope.jsonl").exists() == late  # all else is seen before the first question
 
 
 def test_base_and_fine_tuned_side_by_side(tiny, tmp_path, capsys):

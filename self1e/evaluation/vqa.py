@@ -277,9 +277,16 @@ def _label(checkpoint: str) -> str:
     return "_".join(parts[-2:]) if parts[-1].startswith("ckpt_model") and len(parts) > 1 else parts[-1]
 
 
-def read_questions(benchmark: Benchmark, data_dir: Path, *, with_images: bool) -> list[Question]:
-    """Questions of a benchmark; with `with_images`, every photo must be there (FileNotFoundError)."""
+def read_questions(
+    benchmark: Benchmark, data_dir: Path, *, with_images: bool, with_references: bool
+) -> list[Question]:
+    """Questions of a benchmark. Raises FileNotFoundError or ValueError naming the file that is missing or malformed.
+
+    with_images: every photo must be there. with_references: score blank replies, which reads all reference files.
+    """
     questions = benchmark.questions(data_dir)
+    if with_references and benchmark.metric is not None:
+        benchmark.metric([Answer(question, "") for question in questions], data_dir)
     if with_images:
         paths = {question.image for question in questions if isinstance(question.image, Path)}
         missing = sorted(path for path in paths if not path.is_file())
@@ -384,9 +391,10 @@ def evaluate(
     """
     failures: dict[str, str] = {}
     questions: dict[str, list[Question]] = {}
+    checks = {"with_images": not score_only, "with_references": not score_only and ranks.is_main}
     for name, benchmark in benchmarks.items():  # all of them first: what is missing shows before the long work starts
         try:
-            questions[name] = ranks.run(lambda: read_questions(benchmark, data_dir, with_images=not score_only))  # noqa: B023
+            questions[name] = ranks.run(lambda: read_questions(benchmark, data_dir, **checks))  # noqa: B023
         except ValueError as error:
             _report(failures, name, error, ranks)
     options = {"batch_size": batch_size, "max_tiles": max_tiles, "workers": workers}

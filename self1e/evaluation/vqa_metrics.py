@@ -11,6 +11,7 @@ GQA evaluator, VLMEvalKit's exact matching for MMBench.
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import pandas as pd
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
@@ -57,12 +58,14 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(1 << 16)  # annotators repeat each other
 def normalise_answer(text: str) -> str:
     """An answer as InternVL's eval script compares it: case, punctuation, articles, number words, apostrophes."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _plain_words(_strip_marks(_one_line(text)))
 
 
+@lru_cache(1 << 16)
 def normalise_answer_official(text: str) -> str:
     """An answer as the VQA challenge's evaluator compares it (when the ten references are not all the same string)."""
     return _plain_words(_strip_marks(_one_line(text)))
