@@ -1,0 +1,213 @@
+"""The training program's flags, their defaults (the paper's recipe), and the refusal of those that mean nothing here."""
+
+import argparse
+import os
+from pathlib import Path
+
+import yaml
+
+from self1e.attention import PATHWAYS
+from self1e.adaptation import LLM_LINEARS
+from self1e.data import EVAL_SPLITS, REASON_SEG, REFER_SEG, SEM_SEG, VQA
+from self1e.data.mixture import MODES
+from self1e.grids import REPLICATIONS
+from self1e.head import MASK_FEATURES
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = "sem_seg||refer_seg||reason_seg||vqa"
+
+# Flags of the published program that had no effect there, or that have no meaning here.
+REFUSED = {
+    "vis_save_path": "pictures go to <log_base_dir>/<exp_name>/eval with --eval_visualize",
+    "image_size": "the tile size is read from the checkpoint's configuration",
+    "load_in_8bit": "quantised weights cannot be trained; for inference see self1e.predict",
+    "load_in_4bit": "quantised weights cannot be trained; for inference see self1e.predict",
+    "vision_pretrained": "the ViT comes with --version; there is no second vision encoder",
+    "out_dim": "the head's width is the LLM's, read from the checkpoint",
+    "train_mask_decoder": "there is no mask decoder; the head always trains",
+    "use_mm_start_end": "<img> and </img> are part of InternVL's chat format, always",
+}
+
+
+class Refuse(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is refused: {REFUSED[self.dest]}")
+
+
+def positive(kind):
+    def convert(text: str):
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text} must be above 0")
+        return value
+
+    convert.__name__ = f"positive {kind.__name__}"
+    return convert
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be in [0, 1)")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags, in groups; defaults show in `--help`."""
+    parser = argparse.ArgumentParser(
+        "train_hf_ivl_seq.py",
+        description="Fine-tune InternVL3 to segment by itself, then evaluate it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        epilog="Refused flags of the published program: " + ", ".join(f"--{name}" for name in REFUSED),
+    )
+    switch = argparse.BooleanOptionalAction
+    count, rate = positive(int), positive(float)
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--version", required=True, help="checkpoint: folder or hub id (InternVL3, -hf, or Self1E)")
+    model.add_argument("--model_weights", help="folder whose weights replace those of --version")
+    model.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
+    model.add_argument("--model_max_length", type=count, default=512, help="tokens a row")
+    model.add_argument("--high_res", action=switch, default=False, help="up to 4 tiles a photo")
+    model.add_argument("--attn_implementation", choices=("sdpa", "eager", "flex_attention"), default="sdpa")
+    model.add_argument("--mask_features", choices=MASK_FEATURES, help="ablation; unset: the checkpoint's, or rfa")
+    model.add_argument("--replication", choices=tuple(REPLICATIONS), help="ablation; unset: the checkpoint's, or tile")
+    model.add_argument(
+        "--attention_pathway", choices=tuple(PATHWAYS), help="ablation; unset: the checkpoint's, or image+seg"
+    )
+    model.add_argument("--auxiliary_loss", action=switch, help="unset: the checkpoint's, or on")
+    model.add_argument("--auxiliary_projection", action=switch, help="f_out on the auxiliary side; unset: as above, off")
+
+    trained = parser.add_argument_group("what is trained")
+    trained.add_argument("--use_llm_lora", action=switch, default=False, help="adapters; off: the whole LLM trains")
+    trained.add_argument("--optimize_vision", action=switch, default=False, help="off: ViT and projector are frozen")
+    trained.add_argument("--use_vision_lora", action=switch, default=False, help="adapters; off: the whole ViT trains")
+    trained.add_argument("--lora_r", type=count, default=128)
+    trained.add_argument("--lora_alpha", type=count, help="unset: twice --lora_r")
+    trained.add_argument("--lora_dropout", type=fraction, default=0.05)
+    trained.add_argument("--lora_target_modules", help=f"linears of the LLM, joined by commas; unset: {','.join(LLM_LINEARS)}")
+    trained.add_argument("--lora_from_layer", type=int, default=0, help="first LLM layer with adapters")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_dir", type=Path, default=Path("./dataset"), help="segmentation sets and LLaVA")
+    data.add_argument("--data_dir", type=Path, default=Path("./data"), help="VQA sets")
+    data.add_argument("--dataset", default=FAMILIES, help="families, joined by ||")
+    data.add_argument("--sample_rates", help="one a family, joined by commas; unset: 1 each")
+    data.add_argument("--sem_seg_data", default=SEM_SEG)
+    data.add_argument("--refer_seg_data", default=REFER_SEG)
+    data.add_argument("--reason_seg_data", default=REASON_SEG)
+    data.add_argument("--vqa_data", default=VQA)
+    data.add_argument("--explanatory", type=float, default=-1.0, help="text-only share of explained samples; -1: off")
+    data.add_argument("--num_classes_per_sample", type=count, default=3, help="rows a photo, at most")
+    data.add_argument("--exclude_val", action=switch, default=False, help="drop photos that evaluation splits use")
+    data.add_argument("--mixture", choices=MODES, default="published")
+    data.add_argument("--workers", type=int, default=4, help="decoding processes a rank")
+    data.add_argument("--seed", type=int, default=42)
+
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--epochs", type=count, default=1)
+    optimisation.add_argument("--start_epoch", type=int, default=0, help="first epoch of the stream (no checkpoint)")
+    optimisation.add_argument("--steps_per_epoch", type=count, help="optimizer steps; unset: the whole epoch")
+    optimisation.add_argument("--max_steps", type=count, help="optimizer steps in all; unset: by --epochs")
+    optimisation.add_argument("--batch_size", type=count, default=5, help="photos a device and micro-batch")
+    optimisation.add_argument("--grad_accumulation_steps", type=count, default=8)
+    optimisation.add_argument("--grad_accumulation_reduction", choices=("sum", "mean"), default="sum")
+    optimisation.add_argument("--lr", type=rate, default=1e-4, help="LLM, its embeddings and lm_head")
+    optimisation.add_argument("--vision_lr", type=rate, default=1e-4, help="ViT, projector, head")
+    optimisation.add_argument("--beta1", type=fraction, default=0.9)
+    optimisation.add_argument("--beta2", type=fraction, default=0.95)
+    optimisation.add_argument("--warmup_steps", type=int, default=100)
+    optimisation.add_argument("--ce_loss_weight", type=float, default=1.0)
+    optimisation.add_argument("--bce_loss_weight", type=float, default=2.0)
+    optimisation.add_argument("--dice_loss_weight", type=float, default=0.5)
+    optimisation.add_argument("--gradient_checkpointing", action=switch, default=False)
+    optimisation.add_argument(
+        "--deepspeed", type=Path, help="DeepSpeed JSON; unset: configs/zero2.json under a launcher, none without"
+    )
+    optimisation.add_argument("--local_rank", type=int, help="set by launchers")
+
+    log = parser.add_argument_group("logging and checkpoints")
+    log.add_argument("--exp_name", required=True)
+    log.add_argument("--log_base_dir", type=Path, default=Path("./runs"))
+    log.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"))
+    log.add_argument("--print_freq", type=count, default=10, help="steps between log lines")
+    log.add_argument("--save_steps", type=count, default=200, help="steps between checkpoints; one is kept")
+    log.add_argument("--resume", type=Path, help="a checkpoint-N folder to continue from")
+    log.add_argument("--auto_resume", action=switch, default=False, help="continue from the experiment's last checkpoint")
+    log.add_argument("--save_published_layout", action=switch, default=False, help="also write ckpt_model_published")
+
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument("--val_dataset", default="ReasonSeg|val", help="splits, joined by ||, validated while training")
+    evaluation.add_argument("--eval_steps", type=count, default=200, help="steps between validations")
+    evaluation.add_argument("--val_batch_size", type=int, default=1, choices=(1,), help="photos are evaluated one by one")
+    evaluation.add_argument("--no_eval", action="store_true", help="neither validate nor evaluate after training")
+    evaluation.add_argument("--eval_only", action="store_true", help="do not train; evaluate --val_dataset")
+    evaluation.add_argument(
+        "--eval_all_datasets", action="store_true", help=f"all {len(EVAL_SPLITS)} splits in place of --val_dataset"
+    )
+    evaluation.add_argument("--eval_all_only", action="store_true", help="--eval_only --eval_all_datasets")
+    evaluation.add_argument("--eval_visualize", action="store_true", help="write pictures, worst first")
+
+    parser.add_argument("--config", type=Path, help="YAML file of flags; the command line overrides it")
+    for name in REFUSED:
+        parser.add_argument(f"--{name}", nargs="?", action=Refuse, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    return parser
+
+
+def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """The flags of a YAML file as a command line."""
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path}: expected lines of 'flag: value'")
+    flags = []
+    for name, value in values.items():
+        if f"--{name}" not in parser._option_string_actions or name == "config":
+            parser.error(f"--config {path}: {name} is no flag of this program; see --help")
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is False:
+            flags += [f"--no-{name}"] if f"--no-{name}" in parser._option_string_actions else []
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse and check a command line; exits with status 2 and one message when a flag is wrong."""
+    parser = make_parser()
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config", type=Path)
+    path = config.parse_known_args(argv)[0].config
+    args = parser.parse_args((yaml_flags(path, parser) if path else []) + argv)
+    if args.eval_all_only:
+        args.eval_only = args.eval_all_datasets = True
+    args.splits = list(EVAL_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")
+    if args.eval_only and args.no_eval:
+        parser.error("--eval_only and --no_eval leave nothing to do")
+    if args.resume and args.auto_resume:
+        parser.error("--resume names a checkpoint, --auto_resume looks for one: give one of them")
+    if args.start_epoch and (args.resume or args.auto_resume):
+        parser.error("--start_epoch is for a run without a checkpoint; a resumed run knows its epoch")
+    if not 0 <= args.start_epoch < args.epochs:
+        parser.error(f"--start_epoch {args.start_epoch}: epochs are 0 to {args.epochs - 1}")
+    if args.use_vision_lora and not args.optimize_vision:
+        parser.error("--use_vision_lora adapts a ViT that --optimize_vision would train; give both or neither")
+    given = {flag.split("=")[0].removeprefix("--") for flag in argv}
+    for flag in ("lora_target_modules", "lora_from_layer"):
+        if flag in given and not args.use_llm_lora:
+            parser.error(f"--{flag} is about the LLM's adapters: add --use_llm_lora")
+    launched = "LOCAL_RANK" in os.environ
+    if args.deepspeed and not launched:
+        parser.error("--deepspeed needs a launcher: start with deepspeed or torchrun instead of python")
+    if args.local_rank is not None and launched and args.local_rank != int(os.environ["LOCAL_RANK"]):
+        parser.error(f"--local_rank {args.local_rank} contradicts LOCAL_RANK={os.environ['LOCAL_RANK']}")
+    if args.local_rank is not None and not launched:
+        parser.error("--local_rank is for launchers: start with deepspeed or torchrun")
+    if launched and args.deepspeed is None:
+        args.deepspeed = ROOT / "configs" / "zero2.json"
+    args.run_dir = args.log_base_dir / args.exp_name
+    return args

@@ -1,0 +1,260 @@
+"""Training from flags to `ckpt_model`: data, model, adapters, Trainer, merge, evaluation."""
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import TrainingArguments, set_seed
+
+from self1e import checkpoints
+from self1e.adaptation import LLM_LINEARS, adapt, training_table
+from self1e.arguments import parse
+from self1e.configuration import SWITCHES
+from self1e.data import EVAL_SPLITS, SampleError, build_mixture, missing_paths, require_paths
+from self1e.evaluation.segmentation import evaluate_splits
+from self1e.modeling import Self1EForSegmentation
+from self1e.processing import Self1EProcessor
+from self1e.trainer import MAX_TILES, Encode, Self1ETrainer, TooManyBroken, broken_list, checkpoints_in
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHAT_TOKENS = 30  # system text, role headers and a few words: the least a row needs beside its image
+
+
+def main(argv: list[str]) -> int:
+    """Run the program; 0 on success, 1 with one message for a known failure, 130 after Ctrl-C."""
+    args = parse(argv)
+    first = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
+    for name in ("DeepSpeed", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        if args.eval_only:
+            evaluate(args)
+        else:
+            train(args)
+            if not args.no_eval:
+                args.splits, args.model_weights = list(EVAL_SPLITS), None
+                args.version = str(args.run_dir / "ckpt_model")
+                evaluate(args, skip_missing=True)
+    except (ValueError, OSError, SampleError, TooManyBroken, FloatingPointError) as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        kept = checkpoints_in(args.run_dir / "checkpoints")
+        where = f"continue from {kept[-1]} with --auto_resume" if kept else "no checkpoint was written yet"
+        print(f"\ninterrupted; {where}", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # without it, torch can abort at exit and the launcher reports a failure
+    return 0
+
+
+def check_length(args: Namespace, processor: Self1EProcessor) -> None:
+    """Refuse a length limit that no row can keep."""
+    tiles = MAX_TILES if args.high_res else 1
+    least = tiles * processor.tile_tokens + CHAT_TOKENS
+    if args.model_max_length < least:
+        raise ValueError(
+            f"--model_max_length {args.model_max_length} cannot hold {tiles} tiles of {processor.tile_tokens} image "
+            f"tokens and a question; give at least {least}"
+        )
+
+
+def train(args: Namespace) -> None:
+    """Train and write `<run_dir>/ckpt_model`."""
+    splits = [] if args.no_eval else args.splits
+    sets = {name: getattr(args, name) for name in ("sem_seg_data", "refer_seg_data", "reason_seg_data", "vqa_data")}
+    sets |= {name: getattr(args, name) for name in ("dataset", "dataset_dir", "data_dir", "explanatory")}
+    absent = missing_paths(**sets, eval_splits=splits)
+    require_paths(absent)
+    processor = Self1EProcessor.from_pretrained(args.version)
+    check_length(args, processor)
+    settings = training_arguments(args)  # starts the process group; before it, no rank may wait for another
+    encode = Encode(processor, max_length=args.model_max_length, max_tiles=MAX_TILES if args.high_res else 1)
+    with settings.main_process_first(local=True, desc="index of the data"):
+        mixture = build_mixture(
+            **sets,
+            sample_rates=args.sample_rates or ",".join("1" for _ in args.dataset.split("||")),
+            batch_size=args.batch_size,
+            seed=args.seed,
+            num_classes_per_sample=args.num_classes_per_sample,
+            exclude_val=args.exclude_val,
+            mode=args.mixture,
+            transform=encode,
+        )
+    per_epoch = -(-mixture.epoch_size // (args.batch_size * settings.world_size))
+    limit = args.steps_per_epoch and args.steps_per_epoch * args.grad_accumulation_steps
+    if limit and limit > per_epoch:
+        steps = -(-per_epoch // args.grad_accumulation_steps)
+        raise ValueError(f"--steps_per_epoch {args.steps_per_epoch}: an epoch has {steps} steps; lower it, or unset it")
+
+    set_seed(args.seed)  # the fresh head is the same on every rank
+    model = load_model(args, training=True)
+    tuner = adapt(
+        model,
+        llm_lora=args.use_llm_lora,
+        vision_lora=args.use_vision_lora,
+        optimize_vision=args.optimize_vision,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        llm_targets=args.lora_target_modules.split(",") if args.lora_target_modules else LLM_LINEARS,
+        from_layer=args.lora_from_layer,
+    )
+    if settings.process_index == 0:
+        sizes = ", ".join(f"{name} {size:,}" for name, size in mixture.sizes.items())
+        print(f"{training_table(model)}\n\n{mixture.epoch_size:,} samples an epoch, from {sizes}", flush=True)
+
+    def validate(step: int) -> dict[str, float]:
+        folder = args.run_dir / "validation" / f"step_{step}"
+        results = evaluate_splits(model, processor, splits, output_dir=folder, **evaluation_options(args))
+        return {f"{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
+
+    trainer = Self1ETrainer(
+        model=model,
+        args=settings,
+        processing_class=processor,
+        eval_dataset=splits or None,
+        mixture=mixture,
+        processor=processor,
+        lr=args.lr,
+        vision_lr=args.vision_lr,
+        reduction=args.grad_accumulation_reduction,
+        epoch_limit=limit,
+        first_epoch=args.start_epoch,
+        validate=validate,
+    )
+    trainer.train(resume_from_checkpoint=resume_path(args))
+    if trainer.broken:
+        print(f"{len(trainer.broken)} broken samples were replaced:\n{broken_list(trainer.broken)}", flush=True)
+    save(args, trainer, model, tuner, processor)
+
+
+def resume_path(args: Namespace) -> str | None:
+    """The checkpoint to continue from, if any."""
+    if args.resume:
+        if not (args.resume / "trainer_state.json").is_file():
+            raise ValueError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
+        return str(args.resume)
+    found = checkpoints_in(args.run_dir / "checkpoints") if args.auto_resume else []
+    return str(found[-1]) if found else None
+
+
+def training_arguments(args: Namespace) -> TrainingArguments:
+    """The Trainer's settings for our flags."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.run_dir / "tensorboard"))
+    gpu = torch.cuda.is_available()
+    settings = TrainingArguments(
+        output_dir=str(args.run_dir / "checkpoints"),
+        num_train_epochs=args.epochs - args.start_epoch,
+        max_steps=args.max_steps or -1,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.grad_accumulation_steps,
+        learning_rate=args.lr,
+        adam_beta1=args.beta1,
+        adam_beta2=args.beta2,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        lr_scheduler_type="linear",
+        warmup_steps=args.warmup_steps,
+        bf16=args.precision == "bf16",
+        fp16=args.precision == "fp16",
+        activation_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
+        deepspeed=str(args.deepspeed) if args.deepspeed else None,
+        use_cpu=not gpu,
+        ddp_backend="gloo" if "LOCAL_RANK" in os.environ and not gpu else None,
+        dataloader_num_workers=args.workers,
+        remove_unused_columns=False,
+        logging_steps=args.print_freq,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_steps=args.save_steps,
+        eval_strategy="no" if args.no_eval else "steps",
+        eval_steps=args.eval_steps,
+        report_to=args.report_to,
+        run_name=args.exp_name,
+        seed=args.seed,
+    )
+    if settings.n_gpu > 1:  # plain python on a machine with several GPUs: DataParallel cannot split our batches
+        raise ValueError("several GPUs: start with deepspeed or torchrun, or set CUDA_VISIBLE_DEVICES to one")
+    return settings
+
+
+def load_model(args: Namespace, *, training: bool) -> Self1EForSegmentation:
+    """The model of `--version` and `--model_weights`, with the ablation switches.
+
+    Under DeepSpeed weights are kept in the training precision, the optimizer has its own fp32 copy; without, they stay
+    fp32 and autocast computes in lower precision.
+    """
+    values = {name: getattr(args, name) for name in SWITCHES}
+    lower = args.deepspeed or not training
+    return Self1EForSegmentation.from_pretrained(
+        args.version,
+        weights=args.model_weights,
+        dtype=DTYPES[args.precision] if lower else torch.float32,
+        attn_implementation=args.attn_implementation,
+        **{name: value for name, value in values.items() if value is not None},
+    )
+
+
+def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> None:
+    """Merge the adapters on every rank and write the model once."""
+    gathered = contextlib.nullcontext()
+    if trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == 3:
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
+    with gathered:
+        merged = tuner.merge_and_unload() if tuner else model
+        if trainer.args.process_index == 0:
+            checkpoints.save(merged, processor, args.run_dir / "ckpt_model")
+            if args.save_published_layout:
+                checkpoints.save(merged, processor, args.run_dir / "ckpt_model_published", published=True)
+            print(f"saved {args.run_dir / 'ckpt_model'}", flush=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = None
+    gc.collect()
+
+
+def evaluation_options(args: Namespace) -> dict:
+    names = ("dataset_dir", "workers", "model_max_length", "high_res")
+    return {name: getattr(args, name) for name in names}
+
+
+def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
+    """Evaluate `args.splits` and write `<run_dir>/eval`.
+
+    Weights: `--model_weights`, else `<run_dir>/ckpt_model` if it is there, else the head inside `--version`.
+    """
+    trained = args.run_dir / "ckpt_model"
+    if args.model_weights is None and trained.is_dir():
+        args.version = str(trained)
+    processor = Self1EProcessor.from_pretrained(args.version)
+    check_length(args, processor)
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    model = load_model(args, training=False).to(device)
+    if not model.trained_head:
+        raise ValueError(
+            f"{args.version} is a base model without a segmentation head, and {trained} does not exist: train first, "
+            "or name trained weights with --model_weights"
+        )
+    evaluate_splits(
+        model,
+        processor,
+        args.splits,
+        output_dir=args.run_dir / "eval",
+        visualize=args.eval_visualize,
+        skip_missing=args.eval_all_datasets if skip_missing is None else skip_missing,
+        **evaluation_options(args),
+    )
