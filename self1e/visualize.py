@@ -61,7 +61,7 @@ def overlay(
         for area, paint in ((mask == 255, IGNORED), (mask == 1, color)):
             picture[area] = ((1 - alpha) * picture[area] + alpha * np.array(paint)).round()
         contours, _ = cv2.findContours((mask == 1).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(picture, contours, -1, PAPER, 2 * width + 1, cv2.LINE_AA)
+        cv2.drawContours(picture, contours, -1, PAPER, width + 2, cv2.LINE_AA)
         cv2.drawContours(picture, contours, -1, color, width, cv2.LINE_AA)
     return Image.fromarray(picture)
 
@@ -116,12 +116,11 @@ def compare(
     image: Image.Image, target: np.ndarray, prediction: np.ndarray, sentence: str, iou: float, *, width: int = 1200
 ) -> Image.Image:
     """Photo, ground truth and prediction of one sentence, with the sentence and the IoU above them."""
-    pictures = {
-        "photo": image,
-        "ground truth" if (target == 1).any() else "ground truth: nothing": overlay(image, target, [GROUND_TRUTH]),
-        "prediction" if prediction.any() else "prediction: nothing": overlay(image, prediction, [PREDICTION]),
-    }
-    return panel(pictures, sentence, f"IoU {iou:.2f}", width=width)
+    truth = "ground truth" if (target == 1).any() else "ground truth: nothing"
+    truth += " (grey: ignored)" if (target == 255).any() else ""
+    guess = "prediction" if prediction.any() else "prediction: nothing"
+    painted = overlay(image, target, [GROUND_TRUTH]), overlay(image, prediction, [PREDICTION])
+    return panel({"photo": image, truth: painted[0], guess: painted[1]}, sentence, f"IoU {iou:.2f}", width=width)
 
 
 def grid(pictures: Sequence[Image.Image], columns: int = 2, *, cell: int = 900, margin: int = 12) -> Image.Image:
@@ -141,7 +140,8 @@ def grid(pictures: Sequence[Image.Image], columns: int = 2, *, cell: int = 900, 
 
 
 def safe_name(text: str, length: int = 80) -> str:
-    """The end of `text` as a file name that every file system takes."""
+    """The end of `text` as a file name that every file system takes; image suffixes inside it are dropped."""
+    text = re.sub(r"\.(jpe?g|png)\b", "", text, flags=re.IGNORECASE)
     return re.sub(r"[^A-Za-z0-9.-]+", "_", text)[-length:].strip("._-") or "unnamed"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -31,17 +32,25 @@ RUN = """
 import sys, torch, torch.distributed as dist
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.evaluation.segmentation import evaluate_splits
-version, dataset_dir, output_dir, *splits = sys.argv[1:]
+from self1e.data.sample import SampleError
+version, dataset, broken, out, *splits = sys.argv[1:]
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = Self1EForSegmentation.from_pretrained(version, dtype=torch.float32)
-processor = Self1EProcessor.from_pretrained(version)
 torch.nn.init.normal_(model.segmentation_head.f_out[2].bias)
-results = evaluate_splits(model, processor, splits, dataset_dir=dataset_dir, output_dir=output_dir, workers=1,
-                          rows_per_forward=2, visualize=True)
+processor = Self1EProcessor.from_pretrained(version)
+options = {"workers": 1, "rows_per_forward": 2, "visualize": True}
+results = evaluate_splits(model, processor, splits, dataset_dir=dataset, output_dir=out, **options)
 assert list(results) == splits
+try:
+    evaluate_splits(model, processor, splits, dataset_dir=broken, output_dir=out + "-broken", **options)
+except SampleError as error:
+    print("every rank raises", error)
 dist.destroy_process_group()
 """
+
+
+BROKEN = "COCO_train2014_000000000002.jpg"
 
 
 def write_json(path, content):
@@ -83,6 +92,16 @@ def dataset(tmp_path_factory):
                    "points": points} for label, points in corners.items()]  # fmt: skip
         write_json(folder / f"{number}.json", {"text": [text], "is_sentence": is_sentence, "shapes": shapes})
         noise(50, 40, number).save(folder / f"{number}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def broken(dataset, tmp_path_factory):
+    """The same with one truncated photo of gRefCOCO."""
+    root = tmp_path_factory.mktemp("broken")
+    shutil.copytree(dataset, root, dirs_exist_ok=True)
+    photo = root / "refer_seg/images/mscoco/images/train2014" / BROKEN
+    photo.write_bytes(photo.read_bytes()[:400])
     return root
 
 
@@ -193,21 +212,20 @@ def test_absent_data_is_listed_or_skipped(tiny, dataset, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_photo_stops_with_its_name_and_keeps_what_is_written(tiny, dataset, tmp_path, workers):
-    model, processor = tiny
-    broken = tmp_path / "dataset"
-    broken.mkdir()
-    (broken / "reason_seg").symlink_to(dataset / "reason_seg")
-    subprocess.run(["cp", "-r", str(dataset / "refer_seg"), str(broken)], check=True)
-    name = f"COCO_train2014_{2:012d}.jpg"
-    photo = broken / "refer_seg/images/mscoco/images/train2014" / name
-    photo.write_bytes(photo.read_bytes()[:400])
-    with pytest.raises(SampleError, match=name):
-        evaluate_splits(
-            model, processor, [REASON, GREF], dataset_dir=broken, output_dir=tmp_path / "out", workers=workers
-        )
-    assert json.loads((tmp_path / "out/ReasonSeg_val.json").read_text())["n"] == 2
-    assert not (tmp_path / "out/grefcoco_unc_val.json").exists()
+def test_a_broken_photo_stops_with_its_name_and_keeps_what_is_written(tiny, broken, tmp_path, workers):
+    with pytest.raises(SampleError, match=BROKEN):
+        evaluate_splits(*tiny, [REASON, GREF], dataset_dir=broken, output_dir=tmp_path, workers=workers)
+    assert json.loads((tmp_path / "ReasonSeg_val.json").read_text())["n"] == 2
+    assert list(json.loads((tmp_path / "summary.json").read_text())) == [REASON]
+    assert not list(tmp_path.glob("grefcoco*"))
+
+
+def test_a_failed_write_loses_nothing(tiny, dataset, tmp_path):
+    (tmp_path / "grefcoco_unc_val.json").mkdir()  # nothing can be renamed to it
+    with pytest.raises(OSError, match="grefcoco_unc_val.json"):
+        evaluate_splits(*tiny, [REASON, GREF], dataset_dir=dataset, output_dir=tmp_path, workers=0)
+    assert score(read_jsonl(tmp_path / "ReasonSeg_val.jsonl"))["n"] == 2
+    assert not list(tmp_path.glob(".*"))  # no temporary file stays
 
 
 def test_a_sentence_that_does_not_fit_is_named(tiny, dataset, tmp_path):
@@ -223,14 +241,15 @@ def run_on_two_processes(tmp_path, *arguments):
     return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_two_processes_write_what_one_writes(tiny, version, dataset, tmp_path):
+def test_two_processes_write_what_one_writes(tiny, version, dataset, broken, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the two have, or sums differ in their last digits and pixels near 0 flip
     options = {"workers": 1, "rows_per_forward": 2, "visualize": True}
     evaluate_splits(*tiny, [GREF, REASON], dataset_dir=dataset, output_dir=tmp_path / "1", **options)
     torch.set_num_threads(threads)
-    done = run_on_two_processes(tmp_path, version, dataset, tmp_path / "2", GREF, REASON)
+    done = run_on_two_processes(tmp_path, version, dataset, broken, tmp_path / "2", GREF, REASON)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert sum("every rank raises" in line and BROKEN in line for line in done.stdout.splitlines()) == 2
     files = [
         {str(path.relative_to(tmp_path / part)): path.read_bytes() for path in (tmp_path / part).rglob("*.*")}
         for part in "12"

@@ -75,7 +75,7 @@ def test_grid_fills_rows_and_shrinks_to_fewer_pictures():
 
 
 def test_safe_names():
-    assert safe_name("refcoco|unc|val/a é:*?.jpg") == "refcoco_unc_val_a_.jpg"
+    assert safe_name("refcoco|unc|val/a é:*?.jpg") == "refcoco_unc_val_a"
     assert safe_name("../..") == "unnamed"
     assert len(safe_name("x" * 500)) == 80
 

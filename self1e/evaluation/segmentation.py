@@ -7,8 +7,9 @@ layer by layer, so they must stay in step); surplus ones repeat a photo and thei
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,41 @@ def make_units(photo: EvalImage, benchmark: Benchmark, masks: Tensor, targets: T
     return units
 
 
+def _ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _gather(value: Any, world: int) -> list:
+    """`value` of every rank, on every rank."""
+    if world == 1:
+        return [value]
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _raise_together(error: Exception | None, device: torch.device) -> None:
+    """Raise on all ranks what one of them met, so that none is left waiting for the others."""
+    _, world = _ranks()
+    failed = torch.tensor(int(error is not None), device=device)
+    if world > 1:
+        dist.all_reduce(failed)
+    if failed:
+        raise next(error for error in _gather(error, world) if error is not None)
+
+
+def _on_main(action: Callable[[], Any], device: torch.device) -> None:
+    """Run `action` on rank 0 while the others wait; its OSError (full disk, no permission) is raised on all."""
+    error = None
+    if _ranks()[0] == 0:
+        try:
+            action()
+        except OSError as caught:
+            error = caught
+    _raise_together(error, device)
+
+
 @torch.no_grad()
 def evaluate_units(
     model,
@@ -156,8 +192,7 @@ def evaluate_units(
     Raises SampleError for a broken photo or annotation, ValueError for a sentence that does not fit
     `model_max_length`; both name the photo.
     """
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    rank, world = _ranks()
     turns = make_schedule([len(photo.unit_ids) for photo in split], rank, world, rows_per_forward)
     loader = DataLoader(
         _Photos(split, processor, model_max_length, HIGH_RES_TILES if high_res else 1),
@@ -171,8 +206,7 @@ def evaluate_units(
     I = U = 0
     bar = tqdm(zip(turns, loader), total=len(turns), desc=title, unit="photo", disable=rank != 0)
     for turn, item in bar:
-        if isinstance(item, Exception):
-            raise item
+        _raise_together(item if isinstance(item, Exception) else None, model.device)
         batch, targets = item
         size = tuple(targets.shape[1:])
         masks = predict_photo(model, batch, size, rows_per_forward=rows_per_forward, forwards=turn.forwards)
@@ -181,11 +215,8 @@ def evaluate_units(
         units = make_units(split[turn.photo], benchmark, masks, targets.to(masks.device))
         found[turn.photo] = units, [encode_mask(mask) for mask in masks] if keep_masks else []
         I, U = I + sum(unit.I for unit in units), U + sum(unit.U for unit in units)
-        bar.set_postfix(cIoU=f"{iou(I, U):.3f}")
-    parts = [found]
-    if distributed:
-        parts = [None] * world
-        dist.all_gather_object(parts, found)
+        bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
+    parts = _gather(found, world)
     found = {photo: result for part in parts for photo, result in part.items()}
     assert len(found) == sum(map(len, parts)) == len(split), "a photo is lost or counted twice"
     ordered = [found[photo] for photo in range(len(split))]
@@ -202,7 +233,15 @@ def _write(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _save_pictures(split: Sequence[EvalImage], units: list[Unit], masks: list[dict], folder: Path) -> Path:
+def _save(name: str, results: dict[str, dict], units: list[Unit], output_dir: Path) -> None:
+    """Write the two files of split `name`, and the summary so far."""
+    _write(output_dir / f"{file_stem(name)}.jsonl", to_jsonl(units))
+    _write(output_dir / f"{file_stem(name)}.json", json.dumps(results[name], indent=2) + "\n")
+    _write(output_dir / "summary.json", json.dumps(results, indent=2) + "\n")
+    _write(output_dir / "summary.md", summary_table(results))
+
+
+def _save_pictures(split: Sequence[EvalImage], units: list[Unit], masks: list[dict], folder: Path) -> None:
     places = [(photo, row) for photo in split for row in range(len(photo.unit_ids))]
 
     def draw(index: int):
@@ -212,7 +251,8 @@ def _save_pictures(split: Sequence[EvalImage], units: list[Unit], masks: list[di
         prediction = rle_codec.decode(masks[index]).astype(bool)
         return compare(image, targets[row], prediction, photo.sentences[row], units[index].iou)
 
-    return save_worst_first(folder, [unit.iou for unit in units], [unit.id for unit in units], draw)
+    overview = save_worst_first(folder, [unit.iou for unit in units], [unit.id for unit in units], draw)
+    tqdm.write(f"pictures, worst first: {overview}")
 
 
 def evaluate_splits(
@@ -246,7 +286,7 @@ def evaluate_splits(
     SampleError (a broken photo). Splits finished before an error keep their files.
     """
     benchmarks, output_dir = get_benchmarks(splits), Path(output_dir)
-    main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    say = tqdm.write if _ranks()[0] == 0 else lambda text: None
     available, missing = {}, []
     for name in benchmarks:
         try:
@@ -255,10 +295,9 @@ def evaluate_splits(
             missing.append(f"{name}: {error}")
     if missing and not skip_missing:
         raise FileNotFoundError("data of evaluation splits is absent:\n  " + "\n  ".join(missing))
-    if main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for message in missing:
-            tqdm.write(f"skipped {message}")
+    for message in missing:
+        say(f"skipped {message}")
+    _on_main(partial(output_dir.mkdir, parents=True, exist_ok=True), model.device)
     was_training, results = model.training, {}
     model.eval()
     for name, split in available.items():
@@ -267,19 +306,12 @@ def evaluate_splits(
             model_max_length=model_max_length, high_res=high_res, keep_masks=visualize, title=name,
         )  # fmt: skip
         results[name] = {"split": name, **score(units)}
-        if not main:
-            continue
-        _write(output_dir / f"{file_stem(name)}.jsonl", to_jsonl(units))
-        _write(output_dir / f"{file_stem(name)}.json", json.dumps(results[name], indent=2) + "\n")
-        _write(output_dir / "summary.json", json.dumps(results, indent=2) + "\n")
-        _write(output_dir / "summary.md", summary_table(results))
+        _on_main(partial(_save, name, results, units, output_dir), model.device)
         if visualize:
-            tqdm.write(f"pictures: {_save_pictures(split, units, masks, output_dir / file_stem(name))}")
+            _on_main(partial(_save_pictures, split, units, masks, output_dir / file_stem(name)), model.device)
     model.train(was_training)
-    if main and results:
-        tqdm.write(summary_table(results))
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # every rank finds the files when this returns
+    if results:
+        say(summary_table(results))
     return results
 
 
@@ -290,7 +322,7 @@ def _percent(value: float | None) -> str:
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal; all but the first flush right."""
     cells = [[cell.replace("|", " ") for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     lines = (
         [cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))]
