@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -333,9 +334,7 @@ def test_predictions_of_other_settings_or_questions_are_refused(tiny, tmp_path, 
         message = capsys.readouterr().err
         assert str(path) in message and "delete" in message
     other = tmp_path / "other"
-    other.mkdir()
-    for file in tiny.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(tiny, other)
     assert run(tmp_path, other) == 0  # the same model in another place
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5000] + bytes(5000))
@@ -346,6 +345,18 @@ def test_predictions_of_other_settings_or_questions_are_refused(tiny, tmp_path, 
     assert run(tmp_path, tiny) == 0
     write_vqav2(tmp_path / "data", 4)  # now an answer too many
     assert run(tmp_path, tiny) == 1
+
+
+def test_generation_settings_of_a_checkpoint_do_not_count(tiny, tmp_path):
+    write_vqav2(tmp_path / "data")
+    assert run(tmp_path, tiny) == 0
+    path = results(tmp_path) / "vqa-vqav2-val.jsonl"
+    plain = path.read_text()
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    (other / "generation_config.json").write_text('{"repetition_penalty": 9.0, "min_length": 900}')
+    path.unlink()
+    assert run(tmp_path, other) == 0 and path.read_text() == plain
 
 
 def test_score_only_needs_neither_model_nor_photos(tmp_path, capsys):

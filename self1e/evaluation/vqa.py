@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from self1e.data.sample import SampleError
 from self1e.evaluation.runtime import Ranks, fingerprint, markdown_table, trained_weights, write_text
@@ -463,6 +464,7 @@ class _Lazy:
                 )
             except (ValueError, OSError) as error:  # no benchmark can be answered
                 raise SystemExit(f"error: cannot load {self.candidate.label}: {error}") from error
+            model.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
             self.loaded = model.to(self.device).eval(), processor
         return self.loaded
 
