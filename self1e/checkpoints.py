@@ -6,7 +6,9 @@ split of the ViT's fused qkv are the library's conversion mapping, applied while
 """
 
 import contextlib
+import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ from transformers.utils import logging
 from self1e.configuration import SWITCHES, Self1EConfig, original_config
 
 HEAD = "segmentation_head."
+SCREEN = 40  # lines; longer lists of misfits are joined by layer
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Applied in this order to every key, reversed on writing: (original, native).
 _RENAMINGS = (
     (r"^vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
@@ -75,26 +79,30 @@ def load(
     A base model gets `[SEG]` and `[SEGT]` from its tokenizer and a fresh head (`trained_head` stays False).
     """
     switches = {name: kwargs.pop(name) for name in SWITCHES if name in kwargs}
-    base = Self1EConfig.from_pretrained(version) if config is None else config
+    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    base = Self1EConfig.from_pretrained(version, **hub) if config is None else copy.deepcopy(config)
     vocabulary = None
     if base.seg_token_id is None or weights is not None:
         from self1e.processing import Self1EProcessor  # processing needs configuration, not the model
 
-        tokens = Self1EProcessor.from_pretrained(version)
+        tokens = Self1EProcessor.from_pretrained(version, **hub)
         base.seg_token_id, base.image_token_id = tokens.seg_token_id, tokens.image_token_id
         vocabulary = len(tokens.tokenizer)
     if weights is not None:
-        trained = Self1EConfig.from_pretrained(weights)
+        trained = Self1EConfig.from_pretrained(weights, **hub)
         if trained.seg_token_id is not None:  # layout (d) knows how its head was built
             base.update({name: getattr(trained, name) for name in SWITCHES})
         base.text_config.vocab_size = vocabulary
     base.update(switches)
     base.check_switches()
     source = version if weights is None else weights
-    with _quiet():
-        model, report = from_pretrained(
-            source, config=base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+    try:
+        with _quiet():
+            model, report = from_pretrained(
+                source, config=base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except SafetensorError as error:
+        raise ValueError(f"{source}: a weight file is damaged ({error}); fetch or save it again") from error
     model.trained_head = _check(model, report, source, trained=weights is not None)
     if vocabulary is not None and model.config.text_config.vocab_size != vocabulary:
         _resize_vocabulary(model, vocabulary, new=[tokens.seg_token_id, tokens.segt_token_id])
@@ -116,20 +124,42 @@ def _check(model: PreTrainedModel, report: dict, source: str, *, trained: bool) 
     if problems:
         raise ValueError(
             f"{source}: {len(problems)} weights do not fit the model that its config.json (or --version) describes; "
-            "nothing was loaded:\n  " + "\n  ".join(problems)
+            "nothing was loaded:\n  " + "\n  ".join(problems if len(problems) <= SCREEN else _join_layers(problems))
         )
     return not fresh and (bool(head) or trained or Self1EConfig.from_pretrained(source).seg_token_id is not None)
 
 
+def _join_layers(problems: list[str]) -> list[str]:
+    """Lines that differ in the layer's number alone, as one: `layers.{0-27}.mlp.up_proj.weight`."""
+    layers: dict[str, list[int]] = {}
+    for line in problems:
+        number = re.search(r"(?<=\.)\d+(?=\.)", line)
+        key = line if number is None else f"{line[: number.start()]}#{line[number.end() :]}"
+        layers.setdefault(key, []).extend([] if number is None else [int(number[0])])
+    return [key.replace("#", "{" + _spans(sorted(found)) + "}") if found else key for key, found in layers.items()]
+
+
+def _spans(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
 def _resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> None:
-    """Give embedding and `lm_head` exactly `size` rows; the rows `new` start at the mean of all others."""
+    """Give embedding and `lm_head` exactly `size` rows; rows added and `new` start at the mean of the others."""
+    before = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(size, mean_resizing=False)
     matrices = {id(x.weight): x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings())}
     with torch.no_grad():
         for weight in matrices.values():
-            old = torch.ones(size, dtype=torch.bool, device=weight.device)
+            old = torch.arange(size, device=weight.device) < before
             old[new] = False
-            weight[new] = weight[old].float().mean(0).to(weight.dtype)
+            weight[~old] = weight[old].float().mean(0).to(weight.dtype)
 
 
 @contextlib.contextmanager
@@ -164,8 +194,11 @@ def save(model: PreTrainedModel, processor, folder: str | Path, *, published: bo
         partial.rename(folder)
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
+        if not folder.exists() and previous.exists():
+            previous.rename(folder)
+        raise OSError(f"{folder}: the checkpoint was not saved ({error}); an earlier one stays as it was") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{folder}: the checkpoint was not saved ({error}); an earlier one there is untouched") from error
 
 
 def _write_published(model: PreTrainedModel, folder: Path) -> None:

@@ -1,5 +1,8 @@
 """Configuration: InternVL's, plus the `[SEG]` id and the switches of the paper's ablations (one line each)."""
 
+import re
+from pathlib import Path
+
 from huggingface_hub.dataclasses import strict
 from transformers import InternVLConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -18,6 +21,7 @@ SWITCHES = (
     "bce_loss_weight",
     "dice_loss_weight",
 )
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @strict
@@ -81,9 +85,31 @@ class Self1EConfig(InternVLConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Read the configuration of any of the four checkpoint layouts (see `self1e.checkpoints`)."""
-        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return native_config(values, pretrained_model_name_or_path), kwargs
+        """Read the configuration of any of the four checkpoint layouts (see `self1e.checkpoints`).
+
+        Raises FileNotFoundError where there is none, ValueError for a broken one or another architecture.
+        """
+        source = pretrained_model_name_or_path
+        check_source(source, kwargs.get("subfolder"))
+        try:
+            values, kwargs = super().get_config_dict(source, **kwargs)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            if Path(source).is_dir():
+                raise ValueError(f"{source}: {reason}") from error
+            raise FileNotFoundError(f"there is no folder {source}, and the hub did not serve it: {reason}") from error
+        return native_config(values, source), kwargs
+
+
+def check_source(source: str | Path, subfolder: str | None = None) -> None:
+    """Raise FileNotFoundError for a path without a checkpoint, before anything asks the hub for it."""
+    folder = Path(source, subfolder or "")
+    advice = "--version and --model_weights take a checkpoint folder or a hub id such as OpenGVLab/InternVL3-2B"
+    if Path(source).is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no config.json; {advice}")
+    elif not HUB_ID.fullmatch(str(source)) or Path(source).parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {source}; {advice}")
 
 
 # Original InternVL vision keys -> transformers' names.
@@ -102,7 +128,7 @@ VISION_KEYS = {
 
 
 def native_config(values: dict, source: str) -> dict:
-    """Translate a `config.json` of layout (a), (b), (c) or (d) to `Self1EConfig`'s keys. Raises ValueError otherwise."""
+    """Translate a `config.json` of layout (a), (b), (c) or (d) to `Self1EConfig`'s keys; ValueError for another."""
     kind = values.get("model_type")
     if kind in ("internvl", "self1e"):
         text = values.get("text_config") or {}
@@ -117,7 +143,7 @@ def native_config(values: dict, source: str) -> dict:
     if text.get("model_type") not in ("qwen2", "qwen3"):
         raise ValueError(f"{source}: llm_config is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
     if values.get("select_layer", -1) != -1:
-        raise ValueError(f"{source}: select_layer={values['select_layer']}; only the ViT's last layer (-1) is supported")
+        raise ValueError(f"{source}: select_layer={values['select_layer']}; only the ViT's last (-1) is supported")
     known = CONFIG_MAPPING[text["model_type"]]().to_dict().keys() | {"rope_theta", "rope_scaling"}
     return {
         "model_type": "self1e",

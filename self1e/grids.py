@@ -21,7 +21,8 @@ def expand(x: Tensor, ratio: int = 2) -> Tensor:
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize of a channels-last grid, `align_corners=False`: (b, h, w, c) -> (b, *size, c)."""
-    return rearrange(F.interpolate(rearrange(x, "b h w c -> b c h w"), size=size, mode="bilinear"), "b c h w -> b h w c")
+    x = F.interpolate(rearrange(x, "b h w c -> b c h w"), size=size, mode="bilinear")
+    return rearrange(x, "b c h w -> b h w c")
 
 
 def stitch_tiles(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -3,7 +3,9 @@
 Text follows the published chat format to the token; the system sentence's grammar is part of the trained weights.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +45,14 @@ def resize_bicubic(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize(first, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB, EXIF orientation applied; 16-bit greys keep their upper byte (Pillow alone would clip them)."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def cut_tiles(
     image: Image.Image, size: int, *, max_tiles: int = 1, thumbnail: bool = False
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -58,7 +68,7 @@ def cut_tiles(
         float32 (tiles, 3, size, size), row-major, and the grid as (rows, cols); with a thumbnail, which has no place
         in a grid, (tiles, 1).
     """
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = as_rgb(image)
     cols, rows = get_optimal_tiled_canvas((image.height, image.width), (size, size), 1, max_tiles)
     canvas = resize_bicubic(image, cols * size, rows * size)
     boxes = [(x * size, y * size, (x + 1) * size, (y + 1) * size) for y in range(rows) for x in range(cols)]
@@ -93,8 +103,15 @@ class Self1EProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Read the processor of any checkpoint layout that has a tokenizer; `[SEG]` is added to a base's."""
-        config = Self1EConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        """Read the processor of any checkpoint layout that has a tokenizer; `[SEG]` is added to a base's.
+
+        Raises FileNotFoundError without a checkpoint, ValueError without a tokenizer of InternVL3's there.
+        """
+        own = Path(pretrained_model_name_or_path, "processor_config.json")
+        sizes = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+        if "tile_tokens" not in sizes:  # not written by `save_pretrained` below
+            config = Self1EConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            sizes = {"image_size": config.tile_size, "tile_tokens": config.tile_tokens**2}
         try:
             tokenizer = Qwen2Tokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, TypeError) as error:
@@ -102,7 +119,7 @@ class Self1EProcessor(ProcessorMixin):
                 f"{pretrained_model_name_or_path}: no tokenizer there ({error}); a published SELF1E folder goes to "
                 "--model_weights, with the InternVL3 it was trained from as --version"
             ) from error
-        return cls(tokenizer, image_size=config.tile_size, tile_tokens=config.tile_tokens**2)
+        return cls(tokenizer, image_size=sizes["image_size"], tile_tokens=sizes["tile_tokens"])
 
     def __call__(
         self,
@@ -134,13 +151,12 @@ class Self1EProcessor(ProcessorMixin):
             RowTooLong: `max_length` would cut image tokens or a `[SEG]`.
             ValueError: a row without `<image>`, or masks that do not match its `[SEG]` tokens.
         """
-        if not len(images) == len(conversations) == len(mask_targets or images):
+        targets = [None] * len(images) if mask_targets is None else mask_targets
+        if not len(images) == len(conversations) == len(targets):
             raise ValueError("images, conversations and mask_targets must have one entry a photo each")
         options = {"max_tiles": max_tiles, "thumbnail": thumbnail, "max_length": max_length}
-        targets = mask_targets or [None] * len(images)
-        return self.collate(
-            [self.encode(*entry, **options) for entry in zip(images, conversations, targets)], padding_side=padding_side
-        )
+        encoded = [self.encode(*entry, **options) for entry in zip(images, conversations, targets)]
+        return self.collate(encoded, padding_side=padding_side)
 
     def encode(
         self, image, rows, targets=None, *, max_tiles: int = 1, thumbnail: bool = False, max_length: int | None = None
@@ -149,18 +165,22 @@ class Self1EProcessor(ProcessorMixin):
         tiles, grid = cut_tiles(image, self.image_size, max_tiles=max_tiles, thumbnail=thumbnail)
         texts = [self.encode_row(row, len(tiles), max_length) for row in rows]
         targets = [None] * len(rows) if targets is None else [as_masks(target) for target in targets]
-        for row, (ids, _), target in zip(rows, texts, targets, strict=True):
+        if len(targets) != len(rows):
+            raise ValueError(f"{len(rows)} rows but masks for {len(targets)} of them; the first row: {rows[0]}")
+        for row, (ids, _), target in zip(rows, texts, targets):
             n_seg = ids.count(self.seg_token_id)
             if target is not None and len(target) != n_seg:
                 raise ValueError(f"{n_seg} [SEG] but {len(target)} masks in the row {row}")
         return {"pixel_values": tiles, "tile_grid": grid, "texts": texts, "mask_targets": targets}
 
-    def encode_row(self, turns: Sequence[str], n_tiles: int, max_length: int | None = None) -> tuple[list[int], list[int]]:
+    def encode_row(
+        self, conversation: Sequence[str], n_tiles: int, max_length: int | None = None
+    ) -> tuple[list[int], list[int]]:
         """Ids and labels of one conversation; labels cover each assistant text and its `<|im_end|>`."""
-        if IMAGE_TAG not in turns[0]:
-            raise ValueError(f"the first turn of a row must hold {IMAGE_TAG}: {turns[0]!r}")
+        if not conversation or IMAGE_TAG not in conversation[0]:
+            raise ValueError(f"the first turn of a row must hold {IMAGE_TAG}: {list(conversation)}")
         picture = IMG_START + IMG_CONTEXT * (self.tile_tokens * n_tiles) + IMG_END
-        turns = [turns[0].replace(IMAGE_TAG, picture, 1), *turns[1:]]
+        turns = [conversation[0].replace(IMAGE_TAG, picture, 1), *conversation[1:]]
         ids, labels = self.encode_message("system", SYSTEM)
         for index, text in enumerate(turns):
             more_ids, more_labels = self.encode_message("assistant" if index % 2 else "user", text)
@@ -170,7 +190,8 @@ class Self1EProcessor(ProcessorMixin):
             ids, labels = ids + opening, labels + [IGNORE_INDEX] * len(opening)
         pictured = ids.count(self.image_token_id)
         if pictured != self.tile_tokens * n_tiles:
-            raise ValueError(f"the text itself holds the reserved token {IMG_CONTEXT}: {turns[-1]!r}")
+            culprit = next(text for text in conversation if IMG_CONTEXT in text)
+            raise ValueError(f"the text itself holds the reserved token {IMG_CONTEXT}: {culprit!r}")
         if max_length is not None and len(ids) > max_length:
             precious = {IMG_CONTEXT: self.image_token_id, SEG: self.seg_token_id}
             lost = [name for name, token in precious.items() if token in ids[max_length:]]
@@ -195,6 +216,8 @@ class Self1EProcessor(ProcessorMixin):
 
     def collate(self, encoded: Sequence[dict], *, padding_side: str = "right") -> BatchFeature:
         """Pad rows of several `encode` results to one batch; see `__call__`."""
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side={padding_side!r}; expected left or right")
         texts = [text for entry in encoded for text in entry["texts"]]
         length = max(len(ids) for ids, _ in texts)
 
