@@ -22,6 +22,7 @@ from self1e.attention import perception_mask
 from self1e.configuration import Self1EConfig
 from self1e.grids import REPLICATIONS, compress, stitch_tiles, tile_offsets
 from self1e.head import INITIAL_STD, ImageSide, SegmentationHead
+from self1e.inference import InferenceMixin
 from self1e.losses import mask_losses
 
 IGNORE_INDEX = -100
@@ -69,7 +70,7 @@ class StochasticDepthLayer(InternVLVisionLayer):
         return hidden_states + self.drop_path(self.lambda_2 * mlp)
 
 
-class Self1EForSegmentation(InternVLForConditionalGeneration):
+class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
     """InternVL with the segmentation head (paper, figure 2). `trained_head` tells if a checkpoint brought the head."""
 
     config_class = Self1EConfig
@@ -78,8 +79,10 @@ class Self1EForSegmentation(InternVLForConditionalGeneration):
         super().__init__(config)
         if config.drop_path_rate:
             vision = config.vision_config
-            rates = torch.linspace(0, config.drop_path_rate, vision.num_hidden_layers).tolist()
-            self.model.vision_tower.encoder.layer = nn.ModuleList(StochasticDepthLayer(vision, p) for p in rates)
+            step = config.drop_path_rate / max(1, vision.num_hidden_layers - 1)
+            self.model.vision_tower.encoder.layer = nn.ModuleList(
+                StochasticDepthLayer(vision, step * i) for i in range(vision.num_hidden_layers)
+            )
         self.segmentation_head = SegmentationHead(
             config.text_config.hidden_size,
             mask_features=config.mask_features,
@@ -106,12 +109,15 @@ class Self1EForSegmentation(InternVLForConditionalGeneration):
             pretrained_model_name_or_path: folder or hub id: original InternVL, `-hf`, or a Self1E folder.
             weights: folder whose weights replace those of the first argument: published SELF1E or our own.
             config: a ready `Self1EConfig`; default: the checkpoint's.
-            kwargs: the library's (`dtype`, `device_map`, `attn_implementation`, ...) and any of
+            kwargs: the library's (`dtype`, default float32, `device_map`, `attn_implementation`, ...) and any of
                 `configuration.SWITCHES`, e.g. `mask_features="rfr"`.
 
         Raises:
+            FileNotFoundError: no checkpoint there.
             ValueError: another architecture, or missing, unexpected or misshapen weights, all of them listed.
         """
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
         return checkpoints.load(
             cls, super().from_pretrained, pretrained_model_name_or_path, weights=weights, config=config, **kwargs
         )
@@ -138,9 +144,8 @@ class Self1EForSegmentation(InternVLForConditionalGeneration):
         high = self.model.multi_modal_projector(REPLICATIONS[self.config.replication](patches, self.config.ratio))
         sides, offsets = [], tile_offsets(tile_grids)
         for grid, start, stop in zip(tile_grids.tolist(), offsets, offsets[1:]):
-            sides.append(
-                self.segmentation_head.image_side(stitch_tiles(low[start:stop], grid), stitch_tiles(high[start:stop], grid))
-            )
+            grids = (stitch_tiles(x[start:stop], grid) for x in (low, high))
+            sides.append(self.segmentation_head.image_side(*grids))
         return ImageFeatures(tokens, tile_grids, sides)
 
     def forward(
@@ -177,7 +182,8 @@ class Self1EForSegmentation(InternVLForConditionalGeneration):
         """
         generating = past_key_values is not None
         is_seg = input_ids == self.config.seg_token_id if input_ids is not None else None
-        with_masks = not generating and (self.training or bool(is_seg.any()))
+        pictured = image_features is not None or pixel_values is not None
+        with_masks = pictured and not generating and (self.training or bool(is_seg.any()))
         if image_features is None and pixel_values is not None:
             image_features = self.encode_images(pixel_values, tile_grids, for_masks=with_masks)
         if inputs_embeds is None:
@@ -223,7 +229,8 @@ class Self1EForSegmentation(InternVLForConditionalGeneration):
             weights = {"ce": self.config.ce_loss_weight, "mask_bce": self.config.bce_loss_weight}
             weights["mask_dice"] = self.config.dice_loss_weight
             result.loss = sum(weights[name] * value for name, value in losses.items())
-            if self.training and not bool(is_seg.any()):
+            masks_train = "mask_bce" in losses and losses["mask_bce"].requires_grad
+            if self.training and with_masks and not masks_train:
                 result.loss = result.loss + self.touch_head(states, is_image, image_features, row_image)
         return result
 
@@ -264,7 +271,7 @@ class Self1EForSegmentation(InternVLForConditionalGeneration):
             image = stitch_tiles(rearrange(image, "n (t h w) c -> (n t) h w c", h=side, w=side), grid)
             seg = torch.cat([states[row, predicts[row]] for row in chosen])
             counts = is_seg[chosen].sum(1).tolist()
-            seg_row = torch.arange(len(chosen), device=seg.device).repeat_interleave(torch.tensor(counts, device=seg.device))
+            seg_row = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=seg.device)
             sides = [features.sides[row_image[row]] for row in chosen]
             shared = ImageSide(torch.cat([x.refill for x in sides]), torch.cat([x.origin for x in sides]))
             mask, auxiliary = self.segmentation_head(image, seg, shared, seg_row)
@@ -276,7 +283,7 @@ class Self1EForSegmentation(InternVLForConditionalGeneration):
         return results
 
     def touch_head(self, states: Tensor, is_image: Tensor, features: ImageFeatures, row_image: Tensor) -> Tensor:
-        """0, but through every parameter of the head, so that ranks with and without `[SEG]` stay in step."""
+        """0, but through every parameter of the head, so that ranks with and without masks stay in step."""
         is_seg = torch.zeros_like(is_image[:1])
         is_seg[:, -1] = True
         (mask, auxiliary), = self.predict_masks(states[:1], is_image[:1], is_seg, features, row_image[:1])
@@ -285,7 +292,7 @@ class Self1EForSegmentation(InternVLForConditionalGeneration):
 
 
 def place_image_tokens(embeds: Tensor, is_image: Tensor, features: ImageFeatures, row_image: Tensor) -> Tensor:
-    """Put each row's image tokens where `is_image`: (R, N, C), (R, N) -> (R, N, C). Raises ValueError on a mismatch."""
+    """Put each row's image tokens where `is_image`: (R, N, C), (R, N) -> (R, N, C). ValueError on a mismatch."""
     offsets = tile_offsets(features.tile_grids)
     rows = [features.tokens[offsets[image] : offsets[image + 1]] for image in row_image.tolist()]
     tokens = torch.cat([rearrange(row, "t n c -> (t n) c") for row in rows])
