@@ -18,7 +18,7 @@ from conftest import ROOT, SHARED, needs_shared
 from PIL import Image
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.evaluation import vqa, vqa_metrics
+from self1e.evaluation import vqa, vqa_generation, vqa_metrics
 from self1e.evaluation import vqa_benchmarks as registry
 from self1e.evaluation.vqa_benchmarks import VQA_BENCHMARKS, Answer, Benchmark, Scores
 
@@ -214,7 +214,7 @@ def test_right_replies_score_full_marks():
 
 def replies(model, processor, questions, **options) -> list[str]:
     found = {}
-    for asked, texts in vqa.answer_questions(model, processor, questions, range(len(questions)), **options):
+    for asked, texts in vqa_generation.answer_questions(model, processor, questions, range(len(questions)), **options):
         found.update(zip(asked, texts))
     assert len(found) == len(questions)
     return [found[index] for index in range(len(questions))]
@@ -278,7 +278,7 @@ def test_generation_is_greedy_and_encodes_each_photo_once(tiny, tmp_path):
 def test_batches_keep_questions_of_a_photo_together(tmp_path):
     write_vqav2(tmp_path, 7)
     questions = VQA_BENCHMARKS["vqa-vqav2-val"].questions(tmp_path)
-    assert vqa.make_batches(questions, range(7), 3) == [[0, 3, 6], [1, 4, 2], [5]]
+    assert vqa_generation.make_batches(questions, range(7), 3) == [[0, 3, 6], [1, 4, 2], [5]]
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

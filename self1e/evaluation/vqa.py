@@ -9,228 +9,25 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import GenerationConfig
 
-from self1e.data.sample import SampleError
 from self1e.evaluation.runtime import Ranks, fingerprint, markdown_table, trained_weights, write_text
 from self1e.evaluation.vqa_benchmarks import VQA_BENCHMARKS, Answer, Benchmark, Question, get_vqa_benchmarks
+from self1e.evaluation.vqa_generation import answer_questions
+from self1e.evaluation.vqa_predictions import Predictions
 from self1e.modeling import Self1EForSegmentation
 from self1e.processing import Self1EProcessor
 
 README = "README, section Evaluate"
-SEPARATOR = "<|im_end|>"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OWN_WEIGHTS = "none"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answering
-
-
-def make_batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of `size`, questions of one photo next to each other (it is encoded once a batch)."""
-    by_image: dict[Any, list[int]] = {}
-    for index in indices:
-        by_image.setdefault(questions[index].image, []).append(index)
-    order = list(chain.from_iterable(by_image.values()))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-class _Prompts(Dataset):
-    """Batch number -> (question indices, left-padded model inputs).
-
-    A broken photo or text comes back as its error for the main process to raise: a worker would bury it.
-    """
-
-    def __init__(self, questions: Sequence[Question], batches: list[list[int]], processor, tiling: dict):
-        self.questions, self.batches, self.processor, self.tiling = questions, batches, processor, tiling
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> tuple[list[int], dict] | Exception:
-        rows: dict[Any, list[list[str]]] = {}
-        photos = {}
-        for index in self.batches[number]:
-            question = self.questions[index]
-            if question.image not in photos:
-                try:
-                    photos[question.image] = question.open_image()
-                except SampleError as error:
-                    return ValueError(str(error))
-            text = question.prompt if "<image>" in question.prompt else f"<image>\n{question.prompt}"
-            rows.setdefault(question.image, []).append([text])
-        try:
-            batch = self.processor(list(photos.values()), list(rows.values()), padding_side="left", **self.tiling)
-        except ValueError as error:  # a reserved token in the text
-            return error
-        del batch["labels"]
-        return self.batches[number], dict(batch)
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-@torch.inference_mode()
-def generate_replies(model, tokenizer, batch: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
-    """Greedy replies to the rows of a left-padded batch, each as if it were asked alone.
-
-    At least one token, at most `max_new_tokens`, ended by `<|im_end|>`; special tokens dropped, cut at the first
-    separator, stripped (InternVL's `chat`).
-    """
-    batch = {name: value.to(model.device) for name, value in batch.items()}
-    ids = model.generate(
-        **batch,
-        do_sample=False,
-        num_beams=1,
-        min_new_tokens=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.convert_tokens_to_ids(SEPARATOR),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.split(SEPARATOR)[0].strip() for text in texts]
-
-
-def answer_questions(
-    model,
-    processor,
-    questions: Sequence[Question],
-    indices: Sequence[int],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 8,
-    max_tiles: int = 1,
-    workers: int = 0,
-    progress: str | None = None,
-) -> Iterator[tuple[list[int], list[str]]]:
-    """Replies to `questions[i]`, i in `indices`, batch by batch: (their indices, replies).
-
-    Args:
-        max_tiles: 1 for the one resized image, more for InternVL's dynamic tiling with a thumbnail.
-        workers: processes that decode and tile.
-        progress: title of a bar; None for none.
-
-    Raises:
-        ValueError: a photo cannot be decoded, or a text holds a reserved token; the message names it.
-    """
-    batches = make_batches(questions, indices, batch_size)
-    tiling = {"max_tiles": max_tiles, "thumbnail": max_tiles > 1}
-    loader = DataLoader(
-        _Prompts(questions, batches, processor, tiling),
-        batch_size=None,
-        collate_fn=_as_is,
-        num_workers=min(workers, len(batches)),
-        generator=torch.Generator(),
-    )
-    with tqdm(total=len(indices), desc=progress, unit="question", disable=progress is None) as bar:
-        for item in loader:
-            if isinstance(item, Exception):
-                raise item
-            asked, batch = item
-            yield asked, generate_replies(model, processor.tokenizer, batch, max_new_tokens)
-            bar.update(len(asked))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Predictions on disk
-
-
-class Predictions:
-    """The replies to one benchmark, on disk: `<name>.jsonl` in file order, `<name>.rank<r>.jsonl` while they are made.
-
-    A line: `index` (place in the question file), `question_id`, `prompt`, `answer`. `<name>.settings.json` says what
-    produced them; replies of other settings are never mixed in or reused.
-    """
-
-    def __init__(self, folder: Path, name: str, questions: Sequence[Question]):
-        self.path, self.settings_path = folder / f"{name}.jsonl", folder / f"{name}.settings.json"
-        self.questions = questions
-
-    def _rank_paths(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.stem}.rank*.jsonl"))
-
-    def read(self) -> dict[int, str]:
-        """Index -> reply. The last line of a file may be torn; anything else wrong raises ValueError with the fix."""
-        replies = {}
-        for path in [self.path, *self._rank_paths()]:
-            lines = path.read_bytes().split(b"\n") if path.is_file() else []
-            for number, line in enumerate(lines, 1):
-                if not line:
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    if number == len(lines):  # no newline behind it: the run was stopped while writing
-                        continue
-                    raise ValueError(f"{path}, line {number} is not JSON ({error}); delete the file") from error
-                index = row["index"]
-                known = self.questions[index] if index < len(self.questions) else None
-                if known is None or (row["question_id"], row["prompt"]) != (known.id, known.prompt):
-                    raise ValueError(
-                        f"{path}, line {number} answers another question than the data folder holds now; delete the "
-                        "file or use another --exp_name"
-                    )
-                replies[index] = row["answer"]
-        return replies
-
-    def open(self, settings: dict) -> dict[int, str]:
-        """Replies that are there already, after their files were joined to one. For one process only.
-
-        Raises ValueError when they were made with other settings.
-        """
-        replies = self.read()
-        if replies:
-            before = json.loads(self.settings_path.read_text()) if self.settings_path.is_file() else {}
-            differing = [key for key in settings if settings[key] != before.get(key)]
-            if differing:
-                changes = ", ".join(f"{key}: {before.get(key)} then, {settings[key]} now" for key in differing)
-                raise ValueError(
-                    f"{self.path} was made with other settings ({changes}); use the same ones, another --exp_name, "
-                    f"or delete {self.path.stem}.*jsonl there"
-                )
-        write_text(self.settings_path, json.dumps(settings, indent=1) + "\n")
-        self.join(replies)
-        return replies
-
-    def append(self, rank: int, asked: Sequence[int], replies: Sequence[str]) -> None:
-        """Add replies of one rank to its own file."""
-        with open(self.path.with_name(f"{self.path.stem}.rank{rank}.jsonl"), "a", encoding="utf-8") as file:
-            file.write("".join(self._line(index, reply) for index, reply in zip(asked, replies)))
-
-    def join(self, replies: dict[int, str]) -> None:
-        """Write all replies to the one file, in file order, and drop the ranks' files. For one process only."""
-        write_text(self.path, "".join(self._line(index, replies[index]) for index in sorted(replies)))
-        for path in self._rank_paths():
-            path.unlink()
-
-    def _line(self, index: int, reply: str) -> str:
-        question = self.questions[index]
-        row = {"index": index, "question_id": question.id, "prompt": question.prompt, "answer": reply}
-        return json.dumps(row, ensure_ascii=False) + "\n"
-
-    def answers(self) -> list[Answer]:
-        """Every question with its reply, in file order. Raises ValueError when some are unanswered."""
-        replies = self.read()
-        if len(replies) < len(self.questions):
-            raise ValueError(
-                f"{self.path} answers {len(replies)} of {len(self.questions)} questions; run without --score_only"
-            )
-        return [Answer(question, replies[index]) for index, question in enumerate(self.questions)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One run: models x benchmarks
 
 
 @dataclass(frozen=True)
