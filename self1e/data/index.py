@@ -5,7 +5,7 @@ of the cache (env SELF1E_CACHE, else ~/.cache/self1e): per table `<table>.bin` w
 `<table>.offsets.npy`, plus integer arrays to look records up, and `meta.json`. No pickle. The folder's name holds a
 hash of the source's path, size and modification time and of READER_VERSION.
 
-Measured on a synthetic tree of the real sets' sizes (581,142 samples, 2.2 GB of annotations): 19 bytes of private
+Measured on a synthetic tree of the real sets' sizes (581,142 samples, 1.2 GB of annotations): 19 bytes of private
 memory a sample for all opened indexes and file lists (11 MB), 74 with one epoch's plan for one rank and after every
 record was read; the rest (1.7 kB a sample) are file pages that all ranks and workers share. Opening takes 0.5 s;
 building, once, about a minute of CPU time and never more memory than the largest file's text (600 MB above the rest).
@@ -167,8 +167,8 @@ def stream_json(path: Path) -> Iterator[tuple[str | None, Any, str]]:
     """Elements of a JSON file one by one, so that memory holds its text but never its whole tree.
 
     A top-level array gives (None, element, its text); a top-level object gives (key, element, its text) for members
-    that are arrays with elements and (key, value, its text) for others, an empty array among them. Raises ValueError naming the file when it is no
-    UTF-8 JSON.
+    that are arrays with elements and (key, value, its text) for others, an empty array among them. Raises ValueError
+    naming the file when it is no UTF-8 JSON.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -179,7 +179,7 @@ def stream_json(path: Path) -> Iterator[tuple[str | None, Any, str]]:
 
 
 def _array(text: str, position: int, key: str | None):
-    """Yields (key, element, its text); returns the position after the closing bracket. `position` is at the opening one."""
+    """Yields (key, element, its text) from the bracket at `position`; returns the position after the closing one."""
     position = _blanks(text, position + 1).end()
     if text[position] == "]":
         return position + 1
