@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
 import yaml
 
 from self1e.attention import PATHWAYS
@@ -67,7 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--version", required=True, help="checkpoint: folder or hub id (InternVL3, -hf, or Self1E)")
     model.add_argument("--model_weights", help="folder whose weights replace those of --version")
-    model.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
+    model.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="unset: bf16, but fp32 for evaluation on a CPU"
+    )
     model.add_argument("--model_max_length", type=count, default=512, help="tokens a row")
     model.add_argument("--high_res", action=switch, default=False, help="up to 4 tiles a photo")
     model.add_argument("--attn_implementation", choices=("sdpa", "eager", "flex_attention"), default="sdpa")
@@ -209,5 +212,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--local_rank is for launchers: start with deepspeed or torchrun")
     if launched and args.deepspeed is None:
         args.deepspeed = ROOT / "configs" / "zero2.json"
+    args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.precision = args.precision or "bf16"
     args.run_dir = args.log_base_dir / args.exp_name
     return args

@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
                 args.version = str(args.run_dir / "ckpt_model")
                 evaluate(args, skip_missing=True)
     except (ValueError, OSError, SampleError, TooManyBroken, FloatingPointError) as error:
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        if first or dist.is_initialized():  # before that, every rank meets the same error
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         kept = checkpoints_in(args.run_dir / "checkpoints")
@@ -195,11 +196,11 @@ def load_model(args: Namespace, *, training: bool) -> Self1EForSegmentation:
     fp32 and autocast computes in lower precision.
     """
     values = {name: getattr(args, name) for name in SWITCHES}
-    lower = args.deepspeed or not training
+    dtype = DTYPES[args.precision if training else args.eval_precision]
     return Self1EForSegmentation.from_pretrained(
         args.version,
         weights=args.model_weights,
-        dtype=DTYPES[args.precision] if lower else torch.float32,
+        dtype=torch.float32 if training and not args.deepspeed else dtype,
         attn_implementation=args.attn_implementation,
         **{name: value for name, value in values.items() if value is not None},
     )
@@ -240,9 +241,12 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
         args.version = str(trained)
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor)
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)  # collectives of objects use the current device
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+        dist.init_process_group("nccl" if gpu else "gloo")
     model = load_model(args, training=False).to(device)
     if not model.trained_head:
         raise ValueError(
