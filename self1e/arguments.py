@@ -152,7 +152,9 @@ def make_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--eval_all_only", action="store_true", help="--eval_only --eval_all_datasets")
     evaluation.add_argument("--eval_visualize", action="store_true", help="write pictures, worst first")
 
-    parser.add_argument("--config", type=Path, help="YAML file of flags; the command line overrides it")
+    parser.add_argument(
+        "--config", type=Path, nargs="+", help="YAML files of flags; later ones and the command line override"
+    )
     for name in REFUSED:
         parser.add_argument(f"--{name}", nargs="?", action=Refuse, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     return parser
@@ -183,9 +185,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse and check a command line; exits with status 2 and one message when a flag is wrong."""
     parser = make_parser()
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config", type=Path)
-    path = config.parse_known_args(argv)[0].config
-    args = parser.parse_args((yaml_flags(path, parser) if path else []) + argv)
+    config.add_argument("--config", type=Path, nargs="+", default=[])
+    files = config.parse_known_args(argv)[0].config
+    args = parser.parse_args([flag for file in files for flag in yaml_flags(file, parser)] + argv)
     if args.eval_all_only:
         args.eval_only = args.eval_all_datasets = True
     args.splits = list(EVAL_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")
