@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import logging
@@ -106,6 +106,9 @@ def load(
     model.trained_head = _check(model, report, source, trained=weights is not None)
     if vocabulary is not None and model.config.text_config.vocab_size != vocabulary:
         _resize_vocabulary(model, vocabulary, new=[tokens.seg_token_id, tokens.segt_token_id])
+    if vocabulary is not None:  # InternVL's own files name no token that ends an answer
+        end, pad = tokens.tokenizer.convert_tokens_to_ids("<|im_end|>"), tokens.tokenizer.pad_token_id
+        model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     return model
 
 

@@ -1,0 +1,103 @@
+"""The README.md of a checkpoint: how to use it, how it was trained, what it scored.
+
+    python -m self1e.model_card runs/exp/ckpt_model        # after an evaluation, to fill in its tables
+
+Trainer and converter write it with the weights; `hf upload USER/NAME runs/exp/ckpt_model` then carries it to the hub.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from self1e.configuration import Self1EConfig
+from self1e.evaluation.runtime import write_text
+
+EVALUATIONS = {"Segmentation": "eval/summary.md", "Visual question answering": "eval_vqa/summary.md"}
+COMMAND = re.compile(r"^## Training\n\n```bash\n(.*?)\n```", re.MULTILINE | re.DOTALL)
+HEADER = re.compile(r"^base_model: (.+)$", re.MULTILINE)
+CARD = """---
+library_name: transformers
+pipeline_tag: image-segmentation
+tags: [self1e, referring-segmentation, reasoning-segmentation]
+{base}---
+
+# {title}
+
+A multimodal LLM that segments by itself: one `[SEG]` token, no mask decoder (SELF1E, arXiv 2603.19026).
+Head `{head}`, replication `{replication}`, attention pathway `{pathway}`.
+
+## Use
+
+```python
+from PIL import Image
+from self1e import Self1EForSegmentation, Self1EProcessor
+
+processor = Self1EProcessor.from_pretrained("{title}")
+model = Self1EForSegmentation.from_pretrained("{title}")
+result = model.segment(processor, Image.open("photo.jpg"), "the red car")[0]
+result.mask, result.score                     # bool (height, width), mean foreground probability
+```
+
+## Training
+
+{training}
+
+## Evaluation
+
+{evaluation}
+"""
+
+
+def write_model_card(
+    folder: str | Path, *, base: str | None = None, command: str | None = None, results: str | Path | None = None
+) -> Path:
+    """Write `<folder>/README.md` and return its path.
+
+    Args:
+        folder: of a checkpoint, layout (d).
+        base: hub id or folder that training started from; default: what an earlier card there says.
+        command: that trained it; default: what an earlier card there says.
+        results: folder that holds `eval/summary.md` and `eval_vqa/summary.md`, as evaluations write them; default: the
+            checkpoint's parent. A table that is absent is said to be.
+    """
+    folder = Path(folder)
+    path, results = folder / "README.md", Path(results) if results is not None else folder.parent
+    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+    command = command or next(iter(COMMAND.findall(earlier)), None)
+    base = base or next(iter(HEADER.findall(earlier)), None)
+    config = Self1EConfig.from_pretrained(folder)
+    tables = []
+    for name, file in EVALUATIONS.items():
+        found = (results / file).is_file()
+        table = (results / file).read_text(encoding="utf-8").strip() if found else "Not evaluated yet."
+        tables.append(f"### {name}\n\n{table}")
+    card = CARD.format(
+        base=f"base_model: {base}\n" if base else "",
+        title=folder.resolve().name if folder.resolve().name != "ckpt_model" else folder.resolve().parent.name,
+        head=config.mask_features,
+        replication=config.replication,
+        pathway=config.attention_pathway,
+        training=f"```bash\n{command}\n```" if command else "The command is not known.",
+        evaluation="\n\n".join(tables),
+    )
+    write_text(path, card)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m self1e.model_card", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="checkpoint, layout (d)")
+    parser.add_argument("--base", help="hub id or folder that training started from; default: the present card's")
+    parser.add_argument("--command", help="training command; default: the present card's")
+    parser.add_argument("--results", type=Path, help="folder with eval/ and eval_vqa/; default: the one around")
+    args = parser.parse_args(argv)
+    if not (args.folder / "config.json").is_file():
+        parser.error(f"{args.folder}: no checkpoint there (config.json is missing)")
+    print(write_model_card(args.folder, base=args.base, command=args.command, results=args.results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
