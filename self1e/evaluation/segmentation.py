@@ -6,7 +6,6 @@ layer by layer, so they must stay in step); surplus ones repeat a photo and thei
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from self1e.data import load_split
 from self1e.data.sample import EvalImage, SampleError
 from self1e.evaluation.benchmarks import MODELS, Benchmark, file_stem, get_benchmarks
 from self1e.evaluation.mask_metrics import Unit, count_pixels, iou, score, to_jsonl
+from self1e.evaluation.runtime import markdown_table, write_text
 from self1e.visualize import compare, save_worst_first
 
 ANSWER = "[SEG]."
@@ -223,22 +223,12 @@ def evaluate_units(
     return [unit for units, _ in ordered for unit in units], [rle for _, masks in ordered for rle in masks]
 
 
-def _write(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a full disk or Ctrl-C leaves no half file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _save(name: str, results: dict[str, dict], units: list[Unit], output_dir: Path) -> None:
     """Write the two files of split `name`, and the summary so far."""
-    _write(output_dir / f"{file_stem(name)}.jsonl", to_jsonl(units))
-    _write(output_dir / f"{file_stem(name)}.json", json.dumps(results[name], indent=2) + "\n")
-    _write(output_dir / "summary.json", json.dumps(results, indent=2) + "\n")
-    _write(output_dir / "summary.md", summary_table(results))
+    write_text(output_dir / f"{file_stem(name)}.jsonl", to_jsonl(units))
+    write_text(output_dir / f"{file_stem(name)}.json", json.dumps(results[name], indent=2) + "\n")
+    write_text(output_dir / "summary.json", json.dumps(results, indent=2) + "\n")
+    write_text(output_dir / "summary.md", summary_table(results))
 
 
 def _save_pictures(split: Sequence[EvalImage], units: list[Unit], masks: list[dict], folder: Path) -> None:
@@ -319,42 +309,31 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal; all but the first flush right."""
-    cells = [[cell.replace("|", " ") for cell in row] for row in (header, *rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    lines = (
-        [cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))]
-        for row in cells
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def summary_table(results: dict[str, dict]) -> str:
     """Ours beside the published figures, in percent, and the figures that only some benchmarks have."""
     benchmarks = get_benchmarks(results)
+    title = {name: name.replace("|", " ") for name in results}  # "|" would end a cell
     rows = []
     for name, figures in results.items():
         published = benchmarks[name].published
         theirs = (" / ".join(f"{value:.1f}" for value in published.get(model, ())) or "-" for model in MODELS)
-        rows.append([name, str(figures["n"]), _percent(figures["giou"]), _percent(figures["ciou"]), *theirs])
+        rows.append([title[name], str(figures["n"]), _percent(figures["giou"]), _percent(figures["ciou"]), *theirs])
     header = ["split", "n", "gIoU", "cIoU", *(f"published {model}" for model in MODELS)]
-    text = _markdown(header, rows) + "\nPublished: cIoU; on ReasonSeg gIoU / cIoU.\n"
+    text = markdown_table(header, rows) + "\nPublished: cIoU; on ReasonSeg gIoU / cIoU.\n"
 
     rela = [(name, figures["rela"]) for name, figures in results.items() if "rela" in figures]
     if rela:
         columns = {"gIoU": "giou", "cIoU": "ciou", "Pr@0.7": "pr@0.7", "Pr@0.8": "pr@0.8", "Pr@0.9": "pr@0.9"}
         columns |= {"N-acc": "n_acc", "T-acc": "t_acc"}
-        rows = [[name, *(_percent(figures[key]) for key in columns.values())] for name, figures in rela]
-        text += "\n" + _markdown(["ReLA protocol", *columns], rows)
+        rows = [[title[name], *(_percent(figures[key]) for key in columns.values())] for name, figures in rela]
+        text += "\n" + markdown_table(["ReLA protocol", *columns], rows)
     reasoning = [(name, figures) for name, figures in results.items() if "bootstrap" in figures]
     if reasoning:
         rows = []
         for name, figures in reasoning:
             intervals = [" to ".join(map(_percent, figures["bootstrap"][key])) for key in ("giou", "ciou")]
             parts = [f"{_percent(figures[q]['giou'])} / {_percent(figures[q]['ciou'])}" for q in ("short", "long")]
-            rows.append([name, *intervals, *parts])
+            rows.append([title[name], *intervals, *parts])
         header = ["reasoning", "gIoU, 95% interval", "cIoU, 95% interval", "short gIoU / cIoU", "long gIoU / cIoU"]
-        text += "\n" + _markdown(header, rows)
+        text += "\n" + markdown_table(header, rows)
     return text
