@@ -112,13 +112,12 @@ class Self1EProcessor(ProcessorMixin):
         if "tile_tokens" not in sizes:  # not written by `save_pretrained` below
             config = Self1EConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
             sizes = {"image_size": config.tile_size, "tile_tokens": config.tile_tokens**2}
-        try:
-            tokenizer = Qwen2Tokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, TypeError) as error:
+        tokenizer = Qwen2Tokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if tokenizer.vocab_size < 256:  # bytes alone are 256: the library makes an empty one where files are absent
             raise ValueError(
-                f"{pretrained_model_name_or_path}: no tokenizer there ({error}); a published SELF1E folder goes to "
+                f"{pretrained_model_name_or_path}: no tokenizer there; a published SELF1E folder goes to "
                 "--model_weights, with the InternVL3 it was trained from as --version"
-            ) from error
+            )
         return cls(tokenizer, image_size=sizes["image_size"], tile_tokens=sizes["tile_tokens"])
 
     def __call__(
