@@ -90,6 +90,7 @@ def load(
         vocabulary = len(tokens.tokenizer)
     if weights is not None:
         trained = Self1EConfig.from_pretrained(weights, **hub)
+        base.dtype = trained.dtype  # what dtype="auto" means
         if trained.seg_token_id is not None:  # layout (d) knows how its head was built
             base.update({name: getattr(trained, name) for name in SWITCHES})
         base.text_config.vocab_size = vocabulary

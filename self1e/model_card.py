@@ -51,12 +51,18 @@ result.mask, result.score                     # bool (height, width), mean foreg
 
 
 def write_model_card(
-    folder: str | Path, *, base: str | None = None, command: str | None = None, results: str | Path | None = None
+    folder: str | Path,
+    *,
+    title: str | None = None,
+    base: str | None = None,
+    command: str | None = None,
+    results: str | Path | None = None,
 ) -> Path:
     """Write `<folder>/README.md` and return its path.
 
     Args:
         folder: of a checkpoint, layout (d).
+        title: name of the model; default: the folder's, or the experiment's around a `ckpt_model`.
         base: hub id or folder that training started from; default: what an earlier card there says.
         command: that trained it; default: what an earlier card there says.
         results: folder that holds `eval/summary.md` and `eval_vqa/summary.md`, as evaluations write them; default: the
@@ -67,7 +73,7 @@ def write_model_card(
     earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
     command = command or next(iter(COMMAND.findall(earlier)), None)
     base = base or next(iter(HEADER.findall(earlier)), None)
-    config = Self1EConfig.from_pretrained(folder)
+    config, named = Self1EConfig.from_pretrained(folder), folder.resolve()
     tables = []
     for name, file in EVALUATIONS.items():
         found = (results / file).is_file()
@@ -75,7 +81,7 @@ def write_model_card(
         tables.append(f"### {name}\n\n{table}")
     card = CARD.format(
         base=f"base_model: {base}\n" if base else "",
-        title=folder.resolve().name if folder.resolve().name != "ckpt_model" else folder.resolve().parent.name,
+        title=title or (named.parent.name if named.name == "ckpt_model" else named.name),
         head=config.mask_features,
         replication=config.replication,
         pathway=config.attention_pathway,
