@@ -105,7 +105,7 @@ def load(
     except SafetensorError as error:
         raise ValueError(f"{source}: a weight file is damaged ({error}); fetch or save it again") from error
     model.trained_head = _check(model, report, source, trained=weights is not None)
-    if vocabulary is not None and model.config.text_config.vocab_size != vocabulary:
+    if vocabulary is not None and not model.trained_head:
         _resize_vocabulary(model, vocabulary, new=[tokens.seg_token_id, tokens.segt_token_id])
     if vocabulary is not None:  # InternVL's own files name no token that ends an answer
         end, pad = tokens.tokenizer.convert_tokens_to_ids("<|im_end|>"), tokens.tokenizer.pad_token_id
@@ -140,18 +140,19 @@ def _join_layers(problems: list[str]) -> list[str]:
         number = re.search(r"(?<=\.)\d+(?=\.)", line)
         key = line if number is None else f"{line[: number.start()]}#{line[number.end() :]}"
         layers.setdefault(key, []).extend([] if number is None else [int(number[0])])
-    return [key.replace("#", "{" + _spans(sorted(found)) + "}") if found else key for key, found in layers.items()]
+    return [key.replace("#", _spans(sorted(found))) for key, found in layers.items()]
 
 
 def _spans(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2,5"."""
+    """[5] -> "5", [0, 1, 2, 5] -> "{0-2,5}"."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:
             spans[-1][1] = number
         else:
             spans.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return text if len(numbers) == 1 else "{" + text + "}"
 
 
 def _resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> None:
