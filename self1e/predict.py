@@ -42,7 +42,7 @@ DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
-UNQUANTIZED = ["lm_head", "segmentation_head"]
+UNQUANTIZED = ["lm_head", "segmentation_head", "multi_modal_projector"]
 HIGH_RES_TILES = 4
 SAVE_EVERY = 30  # seconds between two writings of predictions.json
 
@@ -60,7 +60,7 @@ def pick_device(name: str) -> torch.device:
 def quantization(bits: int, dtype: torch.dtype):
     """bitsandbytes' 8- or 4-bit (NF4) weights for `from_pretrained(quantization_config=...)`; `dtype` computes.
 
-    Embeddings, `lm_head` and the segmentation head stay as they are: they are trained in full, not by adapters.
+    Embeddings, projector, `lm_head` and segmentation head stay as they are: they are trained in full, not by adapters.
     Raises ImportError where bitsandbytes is not installed, ValueError for other bits.
     """
     if bits not in (4, 8):
