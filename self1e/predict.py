@@ -42,7 +42,7 @@ DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
-UNQUANTIZED = ["lm_head", "segmentation_head", "multi_modal_projector"]
+UNQUANTIZED = ["lm_head", "segmentation_head", "model.multi_modal_projector"]
 HIGH_RES_TILES = 4
 SAVE_EVERY = 30  # seconds between two writings of predictions.json
 
