@@ -95,12 +95,13 @@ def make_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_dir", type=Path, default=Path("./dataset"), help="segmentation sets and LLaVA")
     data.add_argument("--data_dir", type=Path, default=Path("./data"), help="VQA sets")
-    data.add_argument("--dataset", default=FAMILIES, help="families, joined by ||")
+    data.add_argument("--dataset", default=FAMILIES, help="families, joined by ||; also: custom")
     data.add_argument("--sample_rates", help="one a family, joined by commas; unset: 1 each")
     data.add_argument("--sem_seg_data", default=SEM_SEG)
     data.add_argument("--refer_seg_data", default=REFER_SEG)
     data.add_argument("--reason_seg_data", default=REASON_SEG)
     data.add_argument("--vqa_data", default=VQA)
+    data.add_argument("--custom_data", help="own data of the family custom: paths, joined by ||")
     data.add_argument("--explanatory", type=float, default=-1.0, help="text-only share of explained samples; -1: off")
     data.add_argument("--num_classes_per_sample", type=count, default=3, help="rows a photo, at most")
     data.add_argument("--exclude_val", action=switch, default=False, help="drop photos that evaluation splits use")
@@ -141,7 +142,9 @@ def make_parser() -> argparse.ArgumentParser:
     log.add_argument("--save_published_layout", action=switch, default=False, help="also write ckpt_model_published")
 
     evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--val_dataset", default="ReasonSeg|val", help="splits, joined by ||, validated while training")
+    evaluation.add_argument(
+        "--val_dataset", default="ReasonSeg|val", help="splits, joined by ||, validated while training; also: custom|PATH"
+    )
     evaluation.add_argument("--eval_steps", type=count, default=200, help="steps between validations")
     evaluation.add_argument("--val_batch_size", type=int, default=1, choices=(1,), help="photos are evaluated one by one")
     evaluation.add_argument("--no_eval", action="store_true", help="neither validate nor evaluate after training")
@@ -205,6 +208,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for flag in ("lora_target_modules", "lora_from_layer"):
         if flag in given and not args.use_llm_lora:
             parser.error(f"--{flag} is about the LLM's adapters: add --use_llm_lora")
+    if args.custom_data and "custom" not in args.dataset.split("||"):
+        parser.error('--custom_data is read by the family custom: name it in --dataset, e.g. --dataset "custom||vqa"')
     launched = "LOCAL_RANK" in os.environ
     if args.deepspeed and not launched:
         parser.error("--deepspeed needs a launcher: start with deepspeed or torchrun instead of python")

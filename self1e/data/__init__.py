@@ -4,7 +4,8 @@
     for tokens in mixture.micro_batches(epoch, rank=0, world_size=1): samples = [mixture[t] for t in tokens]
     for image in load_split("refcoco|unc|val", "dataset"): photo, masks = image.load()
 
-To add a set: one class (see `sample.TrainingSet`), one entry in TRAINING_SETS.
+To add a set: one class (see `sample.TrainingSet`), one entry in TRAINING_SETS. Own data needs no code: the family
+"custom" trains on the paths of `custom_data`, and the split "custom|<path>" evaluates one (see `custom`).
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .custom import CustomSet, CustomSplit
 from .masks import decode_segmentation
 from .mixture import Group, Mixture
 from .reasoning import ReasoningSplit, ReasonSeg
@@ -23,8 +25,9 @@ from .semantic import ADE20K, PACO, COCOStuff, Mapillary, PascalPart
 from .vqa import GQA, OKVQA, LLaVAInstruct, QuestionSet, TextVQA, VizWiz, VQAv2
 
 __all__ = [
-    "ALL_SPLITS", "EVAL_SPLITS", "TRAINING_SETS", "EvalImage", "Mixture", "Sample", "SampleError", "TrainingSet",
-    "build_mixture", "decode_segmentation", "image_key", "load_image", "load_split", "missing_paths", "require_paths",
+    "ALL_SPLITS", "EVAL_SPLITS", "FAMILIES", "TRAINING_SETS", "EvalImage", "Mixture", "Sample", "SampleError",
+    "TrainingSet", "build_mixture", "decode_segmentation", "image_key", "load_image", "load_split", "missing_paths",
+    "require_paths",
 ]
 
 TRAINING_SETS: dict[str, dict[str, type[TrainingSet]]] = {
@@ -33,6 +36,7 @@ TRAINING_SETS: dict[str, dict[str, type[TrainingSet]]] = {
     "reason_seg": {ReasonSeg.name: ReasonSeg},
     "vqa": {c.name: c for c in (LLaVAInstruct, VQAv2, OKVQA, TextVQA, VizWiz, GQA)},
 }
+FAMILIES = (*TRAINING_SETS, CustomSet.name)
 # The 13 splits of the paper, and two that it leaves out.
 EVAL_SPLITS = (
     "ReasonSeg|val", "ReasonSeg|test",
@@ -48,19 +52,21 @@ REFER_SEG = "refclef||refcoco||refcoco+||refcocog"
 REASON_SEG = "ReasonSeg|train"
 VQA = "llava_instruct_150k||vqav2||okvqa||textvqa||vizwiz||gqa"
 
-Split = ReferringSplit | ReasoningSplit
+Split = ReferringSplit | ReasoningSplit | CustomSplit
 
 
 def _split_class(name: str) -> type[Split]:
+    if name.startswith(f"{CustomSet.name}|"):
+        return CustomSplit
     if name not in ALL_SPLITS:
-        raise ValueError(f"unknown evaluation split {name!r}; known: {', '.join(ALL_SPLITS)}")
+        raise ValueError(f"unknown evaluation split {name!r}; known: {', '.join(ALL_SPLITS)}, custom|<path>")
     return ReasoningSplit if name.startswith("ReasonSeg|") else ReferringSplit
 
 
 def load_split(name: str, dataset_dir: str | Path) -> Split:
     """An evaluation split: a sequence of `EvalImage`, sorted, plus `name`.
 
-    Raises ValueError for an unknown name and FileNotFoundError naming every missing path.
+    Raises ValueError for an unknown name or faulty own data, and FileNotFoundError naming every missing path.
     """
     split_class = _split_class(name)
     require_paths([(name, path) for path in split_class.paths(name, Path(dataset_dir))])
@@ -76,18 +82,29 @@ def _names(value: str, known: Iterable[str], flag: str) -> list[str]:
 
 
 def _selection(
-    dataset: str, sem_seg_data: str, refer_seg_data: str, reason_seg_data: str, vqa_data: str, explanatory: float
-) -> list[tuple[str, str, dict[str, Any]]]:
-    """(family, set, further arguments of its class) of every selected set, in order."""
+    dataset: str,
+    sem_seg_data: str,
+    refer_seg_data: str,
+    reason_seg_data: str,
+    vqa_data: str,
+    custom_data: str | None,
+    explanatory: float,
+) -> list[tuple[type[TrainingSet], dict[str, Any]]]:
+    """(class, further arguments of it) of every selected set, in order."""
     selected = []
     sets = {"sem_seg": sem_seg_data, "refer_seg": refer_seg_data, "reason_seg": reason_seg_data, "vqa": vqa_data}
-    for family in _names(dataset, TRAINING_SETS, "--dataset"):
+    for family in _names(dataset, FAMILIES, "--dataset"):
+        if family == CustomSet.name:
+            if not custom_data:
+                raise ValueError("--dataset custom needs --custom_data: one path or several, joined by ||")
+            selected += [(CustomSet, {"source": path.strip()}) for path in custom_data.split("||")]
+            continue
         value, arguments = sets[family], {}
         if family == "reason_seg":
             value, _, splits = value.partition("|")
             arguments = {"splits": splits or "train", "explanatory": explanatory}
         names = _names(value, TRAINING_SETS[family], f"--{family}_data")
-        selected += [(family, name, arguments) for name in names]
+        selected += [(TRAINING_SETS[family][name], arguments) for name in names]
     return selected
 
 
@@ -100,16 +117,19 @@ def missing_paths(
     refer_seg_data: str = REFER_SEG,
     reason_seg_data: str = REASON_SEG,
     vqa_data: str = VQA,
+    custom_data: str | None = None,
     explanatory: float = -1.0,
     eval_splits: Iterable[str] = (),
 ) -> list[tuple[str, Path]]:
     """(set or split, path) of everything that is not on disk but that the selected sets and splits need."""
     wanted = []
     if dataset is not None:
-        selection = _selection(dataset, sem_seg_data, refer_seg_data, reason_seg_data, vqa_data, explanatory)
-        for family, name, arguments in selection:
-            paths = TRAINING_SETS[family][name].paths(Path(dataset_dir), Path(data_dir), **arguments)
-            wanted += [(name, path) for path in paths]
+        selection = _selection(
+            dataset, sem_seg_data, refer_seg_data, reason_seg_data, vqa_data, custom_data, explanatory
+        )
+        for training_set, arguments in selection:
+            paths = training_set.paths(Path(dataset_dir), Path(data_dir), **arguments)
+            wanted += [(training_set.name, path) for path in paths]
     for name in eval_splits:
         wanted += [(name, path) for path in _split_class(name).paths(name, Path(dataset_dir))]
     return [(name, path) for name, path in wanted if not path.exists()]
@@ -163,6 +183,7 @@ def build_mixture(
     refer_seg_data: str = REFER_SEG,
     reason_seg_data: str = REASON_SEG,
     vqa_data: str = VQA,
+    custom_data: str | None = None,
     explanatory: float = -1.0,
     num_classes_per_sample: int = 3,
     exclude_val: bool = False,
@@ -176,7 +197,7 @@ def build_mixture(
     exclude_val:  drops every training photo that an evaluation split on disk uses, under whatever name
     Raises ValueError for bad names, rates or schemas; FileNotFoundError naming every missing path.
     """
-    families = _names(dataset, TRAINING_SETS, "--dataset")
+    families = _names(dataset, FAMILIES, "--dataset")
     if len(set(families)) < len(families):
         raise ValueError(f"--dataset {dataset!r} names a family twice; use --sample_rates instead")
     rates = _rates(sample_rates, families)
@@ -188,6 +209,7 @@ def build_mixture(
         "refer_seg_data": refer_seg_data,
         "reason_seg_data": reason_seg_data,
         "vqa_data": vqa_data,
+        "custom_data": custom_data,
         "explanatory": explanatory,
     }
     require_paths(missing_paths(dataset=dataset, dataset_dir=dataset_dir, data_dir=data_dir, **sets))
@@ -195,10 +217,8 @@ def build_mixture(
     groups = []
     for family, rate in zip(families, rates):
         members = []
-        for _, name, arguments in _selection(family, **sets):
-            data = TRAINING_SETS[family][name](
-                dataset_dir, data_dir, rows=num_classes_per_sample, seed=seed, **arguments
-            )
+        for training_set, arguments in _selection(family, **sets):
+            data = training_set(dataset_dir, data_dir, rows=num_classes_per_sample, seed=seed, **arguments)
             if excluded is not None:
                 data.exclude(excluded)
             members.append(data)

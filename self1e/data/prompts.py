@@ -24,6 +24,7 @@ ANSWERS = (
     "Sure, the segmentation result is [SEG].",
     "[SEG].",
 )
+SENTENCE_ENDS = (".", "?", "!", "。", "？", "！")
 VQA_INSTRUCTION = " Answer the question using a single word or phrase."
 VIZWIZ_INSTRUCTION = " When the provided information is insufficient, respond with 'Unanswerable'." + VQA_INSTRUCTION
 
@@ -50,6 +51,11 @@ def explanatory_question(sentence: str, rng: np.random.Generator) -> str:
 def answer(rng: np.random.Generator) -> str:
     """An answer with one [SEG]."""
     return ANSWERS[rng.integers(len(ANSWERS))]
+
+
+def looks_like_sentence(text: str) -> bool:
+    """Whether a text ends as sentences do: asked as it is ("Which one rolls?"), not as a phrase ("the ball")."""
+    return text.rstrip().endswith(SENTENCE_ENDS)
 
 
 def evaluation_prompt(sentence: str, is_sentence: bool, lower: bool) -> str:

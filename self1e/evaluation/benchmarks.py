@@ -4,6 +4,7 @@ Published figures are percent, of the SELF1E paper (arXiv 2603.19026): `2B`, `8B
 mixture, `SEG-2B`, `SEG-8B` = on the segmentation mixture. They are cIoU except where an entry says otherwise.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -50,18 +51,23 @@ BENCHMARKS: dict[str, Benchmark] = {
     "refclef|unc|test": Benchmark(default=False),
 }
 
+OWN_DATA = Benchmark(default=False)  # custom|<path>
+
 DEFAULT_SPLITS: tuple[str, ...] = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.default)
 
 
 def get_benchmarks(names: Iterable[str]) -> dict[str, Benchmark]:
     """The entries of `names`, in that order. Raises ValueError listing every unknown name and the known ones."""
     names = list(names)
-    unknown = [name for name in names if name not in BENCHMARKS]
+    known = BENCHMARKS | {name: OWN_DATA for name in names if name.startswith("custom|")}
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"unknown evaluation split {', '.join(map(repr, unknown))}; known: {', '.join(BENCHMARKS)}")
-    return {name: BENCHMARKS[name] for name in names}
+        raise ValueError(
+            f"unknown evaluation split {', '.join(map(repr, unknown))}; known: {', '.join(BENCHMARKS)}, custom|<path>"
+        )
+    return {name: known[name] for name in names}
 
 
 def file_stem(split: str) -> str:
-    """`refcoco|unc|val` -> `refcoco_unc_val`, the name of the split's result files."""
-    return split.replace("|", "_")
+    """`refcoco|unc|val` -> `refcoco_unc_val`, `custom|own/val.csv` -> `custom_own_val_csv`: stem of result files."""
+    return re.sub(r"[|/\\:.]+", "_", split)
