@@ -5,22 +5,24 @@ import gc
 import logging
 import os
 import sys
+import warnings
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils.logging import disable_progress_bar
 
 from self1e import checkpoints
 from self1e.adaptation import LLM_LINEARS, adapt, training_table
 from self1e.arguments import parse
 from self1e.configuration import SWITCHES
-from self1e.data import EVAL_SPLITS, SampleError, build_mixture, missing_paths, require_paths
+from self1e.data import EVAL_SPLITS, SampleError, build_mixture, load_split, missing_paths, require_paths
 from self1e.evaluation.segmentation import evaluate_splits
 from self1e.modeling import Self1EForSegmentation
 from self1e.processing import Self1EProcessor
-from self1e.trainer import MAX_TILES, Encode, Self1ETrainer, TooManyBroken, broken_list, checkpoints_in
+from self1e.trainer import MAX_TILES, Encode, NotSaved, Self1ETrainer, TooManyBroken, broken_list, checkpoints_in
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHAT_TOKENS = 30  # system text, role headers and a few words: the least a row needs beside its image
@@ -29,21 +31,21 @@ CHAT_TOKENS = 30  # system text, role headers and a few words: the least a row n
 def main(argv: list[str]) -> int:
     """Run the program; 0 on success, 1 with one message for a known failure, 130 after Ctrl-C."""
     args = parse(argv)
-    first = int(os.environ.get("RANK", 0)) == 0
-    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
-    for name in ("DeepSpeed", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_libraries()
     try:
         if args.eval_only:
             evaluate(args)
         else:
             train(args)
             if not args.no_eval:
-                args.splits, args.model_weights = list(EVAL_SPLITS), None
+                args.splits, args.model_weights = list(dict.fromkeys([*EVAL_SPLITS, *args.splits])), None
                 args.version = str(args.run_dir / "ckpt_model")
                 evaluate(args, skip_missing=True)
-    except (ValueError, OSError, SampleError, TooManyBroken, FloatingPointError) as error:
-        if first or dist.is_initialized():  # before that, every rank meets the same error
+    except (NotSaved, TooManyBroken, FloatingPointError) as error:  # met by one rank
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return 1
+    except (ValueError, OSError, SampleError) as error:  # met by every rank alike
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
@@ -55,6 +57,18 @@ def main(argv: list[str]) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()  # without it, torch can abort at exit and the launcher reports a failure
     return 0
+
+
+def quiet_libraries() -> None:
+    """Leave one rank's voice, and drop warnings that a user can do nothing about."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)  # accumulation is the Trainer's, not its own
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out, and warn
+    disable_progress_bar()  # of loading and writing shards, amid our own
 
 
 def check_length(args: Namespace, processor: Self1EProcessor) -> None:
@@ -71,8 +85,8 @@ def check_length(args: Namespace, processor: Self1EProcessor) -> None:
 def train(args: Namespace) -> None:
     """Train and write `<run_dir>/ckpt_model`."""
     splits = [] if args.no_eval else args.splits
-    sets = {name: getattr(args, name) for name in ("sem_seg_data", "refer_seg_data", "reason_seg_data", "vqa_data")}
-    sets |= {name: getattr(args, name) for name in ("dataset", "dataset_dir", "data_dir", "explanatory")}
+    names = ("sem_seg_data", "refer_seg_data", "reason_seg_data", "vqa_data", "custom_data")
+    sets = {name: getattr(args, name) for name in (*names, "dataset", "dataset_dir", "data_dir", "explanatory")}
     absent = missing_paths(**sets, eval_splits=splits)
     require_paths(absent)
     processor = Self1EProcessor.from_pretrained(args.version)
@@ -90,11 +104,13 @@ def train(args: Namespace) -> None:
             mode=args.mixture,
             transform=encode,
         )
+        for split in splits:
+            load_split(split, args.dataset_dir)  # a faulty one fails here and not hours later
     per_epoch = -(-mixture.epoch_size // (args.batch_size * settings.world_size))
     limit = args.steps_per_epoch and args.steps_per_epoch * args.grad_accumulation_steps
     if limit and limit > per_epoch:
         steps = -(-per_epoch // args.grad_accumulation_steps)
-        raise ValueError(f"--steps_per_epoch {args.steps_per_epoch}: an epoch has {steps} steps; lower it, or unset it")
+        raise ValueError(f"--steps_per_epoch {args.steps_per_epoch}: an epoch has {steps} steps; lower or unset it")
 
     set_seed(args.seed)  # the fresh head is the same on every rank
     model = load_model(args, training=True)
@@ -111,7 +127,13 @@ def train(args: Namespace) -> None:
     )
     if settings.process_index == 0:
         sizes = ", ".join(f"{name} {size:,}" for name, size in mixture.sizes.items())
-        print(f"{training_table(model)}\n\n{mixture.epoch_size:,} samples an epoch, from {sizes}", flush=True)
+        steps = -(-(limit or per_epoch) // args.grad_accumulation_steps)
+        size = f"{args.batch_size} photos x {args.grad_accumulation_steps} micro-batches x {settings.world_size} ranks"
+        print(
+            f"{training_table(model)}\n\nsamples on disk: {sizes}\n"
+            f"an epoch: {mixture.epoch_size:,} samples, {steps:,} steps of {size}",
+            flush=True,
+        )
 
     def validate(step: int) -> dict[str, float]:
         folder = args.run_dir / "validation" / f"step_{step}"
@@ -121,7 +143,6 @@ def train(args: Namespace) -> None:
     trainer = Self1ETrainer(
         model=model,
         args=settings,
-        processing_class=processor,
         eval_dataset=splits or None,
         mixture=mixture,
         processor=processor,
@@ -133,8 +154,9 @@ def train(args: Namespace) -> None:
         validate=validate,
     )
     trainer.train(resume_from_checkpoint=resume_path(args))
-    if trainer.broken:
-        print(f"{len(trainer.broken)} broken samples were replaced:\n{broken_list(trainer.broken)}", flush=True)
+    broken = trainer.gather(trainer.broken)
+    if broken and settings.process_index == 0:
+        print(f"{len(broken)} broken samples were replaced:\n{broken_list(broken)}", flush=True)
     save(args, trainer, model, tuner, processor)
 
 
@@ -184,6 +206,13 @@ def training_arguments(args: Namespace) -> TrainingArguments:
         run_name=args.exp_name,
         seed=args.seed,
     )
+    if args.deepspeed:
+        import deepspeed  # not needed without a launcher
+
+        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+        # Under ZeRO-3 the library would partition weights while it loads them, before adapters and vocabulary are in
+        # place: the engine does it afterwards, from a whole model on every rank's CPU.
+        unset_hf_deepspeed_config()
     if settings.n_gpu > 1:  # plain python on a machine with several GPUs: DataParallel cannot split our batches
         raise ValueError("several GPUs: start with deepspeed or torchrun, or set CUDA_VISIBLE_DEVICES to one")
     return settings
@@ -212,6 +241,7 @@ def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> No
     if trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == 3:
         import deepspeed
 
+        trainer.model_wrapped.empty_partition_cache()  # validation leaves prefetched parameters in flight
         gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
     with gathered:
         merged = tuner.merge_and_unload() if tuner else model

@@ -1,5 +1,6 @@
-"""transformers' Trainer with our stream, two learning rates, per-term losses, and checkpoints that are whole or absent."""
+"""transformers' Trainer with our stream, two learning rates, losses by term, and checkpoints whole or absent."""
 
+import math
 import shutil
 import time
 from collections import Counter
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 
 from self1e.adaptation import optimizer_groups
 from self1e.data import Mixture, Sample, SampleError
@@ -21,6 +22,10 @@ BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counte
 
 class TooManyBroken(RuntimeError):
     """More samples than tolerated could not be read."""
+
+
+class NotSaved(OSError):
+    """A checkpoint could not be written."""
 
 
 class Encode:
@@ -43,9 +48,12 @@ class Collate:
     def __init__(self, processor):
         self.processor = processor
 
-    def __call__(self, encoded: list[dict]) -> dict:
-        batch = dict(self.processor.collate(encoded))
-        return batch | {"ids": [e["id"] for e in encoded], "replaced": [pair for e in encoded for pair in e["replaced"]]}
+    def __call__(self, encoded: list[dict | TooManyBroken]) -> dict:
+        failed = [e for e in encoded if isinstance(e, TooManyBroken)]
+        if failed:
+            return {"failed": failed[0]}
+        replaced = [pair for e in encoded for pair in e["replaced"]]
+        return dict(self.processor.collate(encoded)) | {"ids": [e["id"] for e in encoded], "replaced": replaced}
 
 
 class Stream(Dataset):
@@ -57,8 +65,11 @@ class Stream(Dataset):
     def __len__(self) -> int:
         return self.mixture.epoch_size
 
-    def __getitem__(self, token: int) -> dict:
-        return self.mixture[token]
+    def __getitem__(self, token: int) -> dict | TooManyBroken:
+        try:
+            return self.mixture[token]
+        except RuntimeError as error:  # raised by the main process: from a worker it would come inside a traceback
+            return TooManyBroken(str(error))
 
 
 class MicroBatches:
@@ -69,7 +80,9 @@ class MicroBatches:
         first_epoch: epoch of the mixture that stands for the Trainer's epoch 0 (`--start_epoch`).
     """
 
-    def __init__(self, mixture: Mixture, *, rank: int, world_size: int, limit: int | None = None, first_epoch: int = 0):
+    def __init__(
+        self, mixture: Mixture, *, rank: int, world_size: int, limit: int | None = None, first_epoch: int = 0
+    ):
         self.mixture, self.rank, self.world_size = mixture, rank, world_size
         self.limit, self.first_epoch, self.epoch = limit, first_epoch, 0
         self.length = len(mixture.micro_batches(first_epoch, rank=rank, world_size=world_size)[:limit])
@@ -89,6 +102,28 @@ class MicroBatches:
     def __iter__(self) -> Iterator[list[int]]:
         plan = self.mixture.micro_batches(self.first_epoch + self.epoch, rank=self.rank, world_size=self.world_size)
         yield from (tokens.tolist() for tokens in plan[: self.limit])
+
+
+class Progress(ProgressCallback):
+    """The library's progress bar, with log lines that fit a terminal."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(log_line(state.global_step, logs))
+
+
+def log_line(step: int, logs: dict[str, float]) -> str:
+    """One line for the terminal; TensorBoard holds every digit."""
+    if "loss" in logs:
+        terms = ", ".join(f"{name.removeprefix('mask_')} {logs[name]:.4f}" for name in ("ce", "mask_bce", "mask_dice"))
+        rates = ", ".join(f"{key[3:]} {rate:.2e}" for key, rate in logs.items() if key.startswith("lr_"))
+        figures = [f"loss {logs['loss']:.4f} ({terms})"]
+        figures += [f"grad norm {logs['grad_norm']:.3f}"] if "grad_norm" in logs else []  # absent after fp16 overflow
+        figures += [f"lr {rates}", f"{logs['samples_per_second']:.1f} samples/s"]
+        figures += [f"{logs['broken_samples']} broken samples"] if logs["broken_samples"] else []
+    else:
+        figures = [f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "total_flos")]
+    return f"step {step}  epoch {logs['epoch']:.3f}  " + "  ".join(figures)
 
 
 class Self1ETrainer(Trainer):
@@ -122,6 +157,8 @@ class Self1ETrainer(Trainer):
         self.logged_at, self.logged_samples = time.perf_counter(), 0
         super().__init__(train_dataset=Stream(mixture), data_collator=Collate(processor), **kwargs)
         self.model_accepts_loss_kwargs = False
+        self.pop_callback(ProgressCallback)
+        self.add_callback(Progress)
 
     def get_train_dataloader(self) -> DataLoader:
         """Every rank reads its own micro-batches; no sampler of accelerate's stands between."""
@@ -151,23 +188,52 @@ class Self1ETrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """The model's loss; counts its terms and the broken samples. Raises FloatingPointError, TooManyBroken."""
+        if "failed" in inputs:
+            raise inputs["failed"]
         ids, replaced = inputs.pop("ids"), inputs.pop("replaced")
+        output = model(**inputs)
+        names, values = ("loss", *output.losses), [output.loss, *output.losses.values()]
+        values = dict(zip(names, torch.stack([value.detach().float() for value in values]).tolist()))
         self.seen += len(ids)
         self.broken += replaced
-        if len(self.broken) > BROKEN_SHARE * max(self.seen, BROKEN_AFTER):
-            raise TooManyBroken(f"{len(self.broken)} broken of {self.seen} samples read:\n{broken_list(self.broken)}")
-        output = model(**inputs)
-        if not torch.isfinite(output.loss):
-            terms = ", ".join(f"{name} {value.item()}" for name, value in output.losses.items())
-            raise FloatingPointError(f"the loss is not finite ({terms}) in the samples {', '.join(ids)}")
-        self.sums.update({"loss": output.loss.item(), "micro_batches": 1, "samples": len(ids)})
-        self.sums.update({name: value.item() for name, value in output.losses.items()})
+        self.check(ids, values)
+        self.sums.update(values | {"micro_batches": 1, "samples": len(ids)})
         return output.loss
+
+    def check(self, ids: list[str], losses: dict[str, float]) -> None:
+        """Stop all ranks together when one met a loss that is not finite, or all together too many broken samples.
+
+        Rank 0 raises, with what the others have to say; those leave quietly.
+        """
+        infinite = not math.isfinite(losses["loss"])
+        counts = torch.tensor([self.seen, len(self.broken), infinite], device=self.args.device)
+        if self.args.world_size > 1:
+            dist.all_reduce(counts)
+        seen, broken, infinite_ranks = counts.tolist()
+        if infinite_ranks:
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            causes = self.gather([f"  {terms} in {', '.join(ids)}"] if infinite else [])
+            error = FloatingPointError("the loss is not finite; the micro-batch's samples:\n" + "\n".join(causes))
+        elif broken > BROKEN_SHARE * max(seen, BROKEN_AFTER):
+            share = f"{broken} broken samples met in reading {seen}, more than {BROKEN_SHARE:.0%}"
+            error = TooManyBroken(f"{share}:\n{broken_list(self.gather(self.broken))}")
+        else:
+            return
+        raise error if self.args.process_index == 0 else SystemExit(1)
+
+    def gather(self, items: list) -> list:
+        """The items of all ranks, on every rank."""
+        parts = [items]
+        if self.args.world_size > 1:
+            parts = [None] * self.args.world_size
+            dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each term's mean over ranks and micro-batches since the last line, both learning rates, samples/s."""
         if "loss" in logs and self.sums["micro_batches"]:
-            names = ("loss", "ce", "mask_bce", "mask_dice", "micro_batches", "samples")
+            names = ("loss", "ce", "mask_bce", "mask_dice", "micro_batches", "samples", "broken")
+            self.sums["broken"] = len(self.broken)
             sums = torch.tensor([self.sums[name] for name in names], dtype=torch.float64, device=self.args.device)
             if self.args.world_size > 1:
                 dist.all_reduce(sums)
@@ -178,20 +244,25 @@ class Self1ETrainer(Trainer):
             rates = self.lr_scheduler.get_last_lr()
             logs |= {f"lr_{group['name']}": rate for group, rate in zip(self.param_groups(), rates)}
             logs.pop("learning_rate", None)
-            logs["broken_samples"] = len(self.broken)
+            logs["broken_samples"] = int(sums["broken"])
             self.sums.clear()
             self.logged_at = now
+        logs.pop("train_loss", None)  # the library's own mean, which counts accumulated micro-batches as one
         super().log(logs, start_time)
 
     def param_groups(self) -> list[dict]:
         return optimizer_groups(self.model, lr=self.lr, vision_lr=self.vision_lr)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Validate on the splits of `--val_dataset`."""
+        """Validate on the splits of `--val_dataset`; a checkpoint due at this step is written before."""
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         with self.compute_loss_context_manager():
             metrics = {f"eval_{name}": value for name, value in self.validate(self.state.global_step).items()}
         self.logged_at = time.perf_counter()
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _get_output_dir(self, trial) -> str:
@@ -208,7 +279,7 @@ class Self1ETrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
             shutil.rmtree(self.partial, ignore_errors=True)
-            raise OSError(
+            raise NotSaved(
                 f"{folder}: checkpoint {self.state.global_step} was not saved ({error}); earlier ones are untouched, "
                 "continue with --auto_resume"
             ) from error
