@@ -30,7 +30,7 @@ INITIAL_STD = 0.02
 class ImageSide:
     """What the head keeps of images alone, so that the rows of an image share it.
 
-    `refill`: (i, ...) full-resolution features; `origin`: (i, ...) what the LLM's image features are compared with.
+    `refill`: (i, ...) features on the mask's grid; `origin`: (i, ...) what the LLM's image features are compared with.
     """
 
     refill: Tensor
@@ -63,6 +63,8 @@ class SegmentationHead(nn.Module):
             low: V1 (i, h, w, C), what the LLM was given.
             high: VHQ (i, H, W, C), the self-replicated features.
         """
+        if self.mask_features == "baseline":
+            high = low
         if self.mask_features == "rfa":
             low, high = (expand(self.f_vit(x), self.ratio) for x in (low, high))
         return ImageSide(refill=high, origin=low)

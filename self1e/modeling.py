@@ -261,12 +261,11 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         predicts = is_seg.roll(-1, 1)  # the position that predicts each [SEG]; a row never starts with one
         for grid, rows in groups.items():
             chosen = [row for row in rows if bool(is_seg[row].any())]
-            side = self.config.tile_tokens
+            for row in set(rows) - set(chosen):
+                results[row] = (states.new_zeros(0, *features.sides[row_image[row]].refill.shape[1:3]), None)
             if not chosen:
-                height, width = (cells * side for cells in grid)
-                for row in rows:
-                    results[row] = (states.new_zeros(0, height, width), None)
                 continue
+            side = self.config.tile_tokens
             image = torch.stack([states[row, is_image[row]] for row in chosen])
             image = stitch_tiles(rearrange(image, "n (t h w) c -> (n t) h w c", h=side, w=side), grid)
             seg = torch.cat([states[row, predicts[row]] for row in chosen])
@@ -278,8 +277,6 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
             auxiliary = auxiliary.split(counts) if auxiliary is not None else [None] * len(chosen)
             for row, *pair in zip(chosen, mask.split(counts), auxiliary):
                 results[row] = tuple(pair)
-            for row in set(rows) - set(chosen):
-                results[row] = (mask.new_zeros(0, *mask.shape[1:]), None)
         return results
 
     def touch_head(self, states: Tensor, is_image: Tensor, features: ImageFeatures, row_image: Tensor) -> Tensor:
