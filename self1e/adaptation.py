@@ -10,13 +10,14 @@ LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2")
 
 LLM, VISION, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
+HEAD = "segmentation_head."
 PARTS = {
     "LLM embeddings": LLM + "embed_tokens.",
     "LLM layers": LLM,
     "lm_head": "lm_head.",
     "ViT": VISION,
     "projector": PROJECTOR,
-    "segmentation head": "segmentation_head.",
+    "segmentation head": HEAD,
 }
 
 
