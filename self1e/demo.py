@@ -37,7 +37,7 @@ MODES = {"Segment: one mask a prompt": "segment", "Chat: the model answers": "ch
 KEEP = 3600  # seconds that downloads stay
 CSS = """
 .answer p {margin: 0.35em 0; line-height: 1.6}
-.answer .prompt {color: var(--body-text-color-subdued)}
+.answer .prompt {opacity: 0.75}
 .answer .seg {border-radius: 4px; padding: 1px 6px; font-weight: 600}
 footer {display: none !important}
 """
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="self1e_demo_") as folder:
         demo = Demo(model, processor, Path(folder), max_megapixels=args.max_megapixels)
-        page = build(demo, args.model_weights or args.version, queue=args.queue)
+        page = build(demo, Path(args.model_weights or args.version).name, queue=args.queue)
         try:
             page.launch(
                 server_name=args.host, server_port=args.port, share=False, ssr_mode=False, show_error=True, css=CSS,

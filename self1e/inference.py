@@ -18,14 +18,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from self1e.data.prompts import evaluation_prompt
+from self1e.data.prompts import evaluation_prompt, looks_like_sentence
 from self1e.processing import IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, SEG, SEGT
 
 ANSWER = f"{SEG}."
 END_OF_TURN = "<|im_end|>"
 # Tokens that structure a conversation; in a user's text they would forge images, masks or turns.
 RESERVED = (SEG, SEGT, IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END, "<|im_start|>", END_OF_TURN, "<|endoftext|>")
-SENTENCE_ENDS = (".", "?", "!", "。", "？", "！")
 
 Message = dict[str, str | list[dict[str, str]]]
 Conversation = str | Sequence[Message]
@@ -300,11 +299,6 @@ def check_prompt(text: str) -> None:
     found = [token for token in RESERVED if token in text]
     if found:
         raise ValueError(f"the prompt {text!r} holds the reserved token {found[0]}: leave it out")
-
-
-def looks_like_sentence(prompt: str) -> bool:
-    """Whether a prompt ends as sentences do."""
-    return prompt.rstrip().endswith(SENTENCE_ENDS)
 
 
 def _question(prompt: str, is_sentence: bool | None) -> str:
