@@ -285,6 +285,10 @@ class CustomData:
         """Of the photo, as in the source."""
         return self._photo(item)[0]
 
+    def size(self, item: int) -> list[int] | None:
+        """[height, width] as COCO-style files state it."""
+        return self._photo(item)[1]
+
     def expressions(self, item: int) -> list[tuple[str, list[int]]]:
         """(sentence, numbers of its targets) of a photo; sentences that are asked alike are one."""
         found = {}
