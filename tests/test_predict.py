@@ -1,13 +1,12 @@
 """`python -m self1e.predict`: files, records, names, broken pictures, exit codes."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from pycocotools import mask as coco
 from tiny_models import make_base, make_trained
@@ -189,9 +188,10 @@ def test_names_never_collide():
     assert len({name.casefold() for name in claimed}) == 6 and max(len(name.encode()) for name in claimed) < 200
 
 
-def test_as_a_program(version, pictures, tmp_path):
-    command = [sys.executable, "-m", "self1e.predict", "--version", str(version), "--image", str(pictures / "cat.png")]
-    command += ["--prompt", "it", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "1 masks of 1 pictures" in done.stdout
+def test_as_a_program(version, pictures, tmp_path, monkeypatch, capsys):
+    arguments = ["--version", version, "--image", pictures / "cat.png", "--prompt", "it", "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    monkeypatch.delitem(sys.modules, "self1e.predict")  # run_module warns of a module that is imported already
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("self1e.predict", run_name="__main__")
+    assert end.value.code == 0 and "1 masks of 1 pictures" in capsys.readouterr().out
