@@ -299,7 +299,7 @@ def test_resize_is_pillows_where_columns_shrink_most(sizes):
     assert np.array_equal(np.asarray(resize_bicubic(image, new_width, new_height)), np.asarray(expected))
 
 
-@pytest.mark.parametrize(("height", "rows_first"), [(299, False), (300, False), (301, True), (100, False), (80, False)])
+@pytest.mark.parametrize(("height", "rows_first"), [(299, False), (300, False), (301, True), (80, False)])
 def test_rows_are_shrunk_first_where_they_lose_twice_as_many_pixels(height, rows_first):
     """200 columns become 100: more than 200 rows must go for the rows to go first. The passes round in between."""
     image, bicubic = noise(200, height), Image.Resampling.BICUBIC
