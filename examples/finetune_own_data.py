@@ -1,37 +1,50 @@
-"""Fine-tune on your own photos, then look at a mask.
+"""Fine-tune on your own photos: check them, train, evaluate, and segment a photo the model has not seen.
 
-    python examples/finetune_own_data.py --version V --data mine/train.csv --output runs/mine [training flags ...]
+    python examples/finetune_own_data.py --version V --data mine/train.csv --val mine/val.csv --output runs/mine
 
-`train.csv` has the columns `image,mask,prompt`: a photo, a PNG whose foreground is above 0, and what it shows ("the
-red car"); files are named relative to it. Check it first: `python scripts/check_data.py mine/train.csv`. The first row
-is asked again at the end: `<output>/predictions` holds its mask. Other flags go to the training program, e.g.
+A CSV has the columns `image,mask,prompt`: a photo, a PNG whose foreground is above 0, and what it shows ("the red
+car"); files are named relative to it (more in the README, "Own data"). Further flags go to the training program, e.g.
 `--epochs 3 --lr 2e-5`; on several GPUs call that program itself with `deepspeed`.
+
+Below OUTPUT: `train_sheet.png` and `val_sheet.png` to look at, `ckpt_model`, with `--val` also `eval/summary.md`, and
+`predictions`: the mask of the first row of `--val` (without one, of `--data`).
 """
 
 import argparse
 import csv
+import runpy
 import sys
 from pathlib import Path
 
-from self1e import predict, train
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from self1e import predict, train  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--version", required=True, help="base or trained model, folder or hub id")
-parser.add_argument("--data", type=Path, required=True, help="CSV with image,mask,prompt")
+parser.add_argument("--data", type=Path, required=True, help="CSV to train on")
+parser.add_argument("--val", type=Path, help="CSV of held-out photos, evaluated while and after training")
 parser.add_argument("--output", type=Path, required=True)
-args, training_flags = parser.parse_known_args()
+args, flags = parser.parse_known_args()
 
+check = runpy.run_path(str(ROOT / "scripts" / "check_data.py"))["main"]
+for name, table in {"train": args.data, "val": args.val}.items():
+    if table and check([str(table), "--output", str(args.output / f"{name}_sheet.png")]):
+        sys.exit(1)
+
+evaluation = ["--val_dataset", f"custom|{args.val}"] if args.val else ["--no_eval"]
 code = train.main([
     "--version", args.version, "--dataset", "custom", "--custom_data", str(args.data), "--mixture", "exact",
-    "--use_llm_lora", "--optimize_vision", "--use_vision_lora", "--no_eval",
-    "--exp_name", args.output.name, "--log_base_dir", str(args.output.parent), *training_flags,
+    "--use_llm_lora", "--optimize_vision", "--use_vision_lora", *evaluation,
+    "--exp_name", args.output.name, "--log_base_dir", str(args.output.parent), *flags,
 ])  # fmt: skip
 if code:
     sys.exit(code)
 
-with open(args.data, encoding="utf-8-sig", newline="") as file:
+asked = args.val or args.data
+with open(asked, encoding="utf-8-sig", newline="") as file:
     row = next(csv.DictReader(file))
 sys.exit(predict.main([
-    "--version", str(args.output / "ckpt_model"), "--image", str(args.data.parent / row["image"]),
+    "--version", str(args.output / "ckpt_model"), "--image", str(asked.parent / row["image"]),
     "--prompt", row["prompt"], "--output", str(args.output / "predictions"),
 ]))  # fmt: skip

@@ -44,25 +44,49 @@ def test_chat(monkeypatch, version, photo, tmp_path, capsys):
     assert text.count("> ") >= 2 and len(list((tmp_path / "chat").iterdir())) == text.count("[SEG]")
 
 
-def test_finetune_on_own_data(monkeypatch, photo, tmp_path):
-    data, masks = tmp_path / "mine", np.zeros((40, 60), np.uint8)
-    data.mkdir()
-    masks[10:30, 20:40] = 255
-    rows = [["image", "mask", "prompt"]]
-    for number in range(4):
-        Image.open(photo).rotate(90 * number).save(data / f"{number}.jpg")
-        Image.fromarray(np.roll(masks, 5 * number, 1)).save(data / f"{number}.png")
-        rows.append([f"{number}.jpg", f"{number}.png", f"the thing number {number}"])
-    with open(data / "train.csv", "w", newline="") as file:
-        csv.writer(file).writerows(rows)
+@pytest.fixture
+def own_data(photo, tmp_path):
+    """train.csv with four photos and val.csv with one."""
+    folder, mask = tmp_path / "mine", np.zeros((40, 60), np.uint8)
+    folder.mkdir()
+    mask[10:30, 20:40] = 255
+    for name, numbers in {"train": range(4), "val": [4]}.items():
+        rows = [["image", "mask", "prompt"]]
+        for number in numbers:
+            Image.open(photo).rotate(180 * (number % 2)).save(folder / f"{number}.jpg")
+            Image.fromarray(np.roll(mask, 5 * number, 1)).save(folder / f"{number}.png")
+            rows.append([f"{number}.jpg", f"{number}.png", f"the thing number {number}"])
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    return folder
+
+
+def finetune(monkeypatch, tmp_path, data, *flags):
+    """Exit code and output folder of the example with a tiny base."""
     monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    flags = ["--precision", "fp32", "--batch_size", 2, "--grad_accumulation_steps", 1, "--workers", 0, "--lora_r", 4]
-    arguments = ["--version", make_base(tmp_path / "base"), "--data", data / "train.csv"]
-    arguments += ["--output", tmp_path / "runs/own"]
+    monkeypatch.chdir(tmp_path)      # without the tree: the other splits are skipped
+    tiny = ["--precision", "fp32", "--batch_size", 2, "--grad_accumulation_steps", 1, "--workers", 0, "--lora_r", 4]
+    arguments = ["--version", make_base(tmp_path / "base"), "--data", data / "train.csv", "--output", "runs/own"]
     with pytest.raises(SystemExit) as end:
-        run(monkeypatch, "finetune_own_data.py", *arguments, *flags, "--report_to", "none")
-    assert not end.value.code
-    (record,) = json.loads((tmp_path / "runs/own/predictions/predictions.json").read_text())
-    assert record["prompt"] == "the thing number 0"
-    assert np.array(Image.open(tmp_path / "runs/own/predictions" / record["mask"])).shape == (40, 60)
+        run(monkeypatch, "finetune_own_data.py", *arguments, *flags, *tiny, "--report_to", "none")
+    return end.value.code, tmp_path / "runs/own"
+
+
+def test_finetune_on_own_data(monkeypatch, own_data, tmp_path):
+    code, output = finetune(monkeypatch, tmp_path, own_data, "--val", own_data / "val.csv", "--eval_steps", 2)
+    assert not code and {path.name for path in output.glob("*.png")} == {"train_sheet.png", "val_sheet.png"}
+    split = f"custom|{own_data / 'val.csv'}"
+    summary = json.loads((output / "eval/summary.json").read_text())
+    assert list(summary) == [split] and summary[split]["n"] == 1
+    assert len(list((output / "validation/step_2").glob("custom_*_val_csv.json"))) == 1
+    (record,) = json.loads((output / "predictions/predictions.json").read_text())
+    assert record["prompt"] == "the thing number 4"
+    assert np.array(Image.open(output / "predictions" / record["mask"])).shape == (40, 60)
+
+
+def test_finetune_stops_at_faulty_data(monkeypatch, own_data, tmp_path, capsys):
+    (own_data / "2.png").unlink()
+    code, output = finetune(monkeypatch, tmp_path, own_data)
+    assert code == 1 and not (output / "ckpt_model").exists()
+    assert "line 4: mask 2.png is neither in" in capsys.readouterr().out
