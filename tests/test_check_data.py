@@ -8,8 +8,18 @@ import shutil
 import pytest
 from conftest import ROOT, SHARED, needs_shared
 from data_trees import (
-    SQUARE, H, W, instances, label_map, photo, questions, reasoning_photo, reference, referring_set, write_json,
-)  # fmt: skip
+    SQUARE,
+    H,
+    W,
+    instances,
+    label_map,
+    photo,
+    questions,
+    reasoning_photo,
+    reference,
+    referring_set,
+    write_json,
+)
 from PIL import Image
 
 from self1e.data import ALL_SPLITS, TRAINING_SETS
@@ -152,7 +162,7 @@ def test_faults_of_own_data_are_all_listed(tmp_path, run):
     assert (tmp_path / "contact_sheet.png").exists()
     assert code == 1 and rows[str(source)] == ["4", "4", "2", "2", "0", "6"]
     found = problems(text)
-    starts = ["line 3: prompt is empty", "line 4: image gone.jpg is neither in", "a.jpg: 'my [SEG]' holds the reserved",
+    starts = ["line 3: prompt is empty", "line 4: image gone.jpg is neither", "a.jpg: 'my [SEG]' holds the reserved",
               f"custom|{source}/gone.jpg: cannot", f"custom|{source}/b.jpg: line 5: the mask's size is 22 x 12",
               f"custom|{source}/c.jpg: cannot read"]
     assert sorted(line.startswith(tuple(starts)) for line in found) == [True] * 6, found

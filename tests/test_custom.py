@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from self1e import inference
+from self1e.arguments import parse
 from self1e.data import SampleError, build_mixture, load_split, missing_paths, prompts
 from self1e.data.custom import CustomData, CustomSet
 from self1e.data.mixture import unpack
@@ -345,6 +346,15 @@ def test_exclude_val_knows_coco_photos_by_number_and_others_by_place(tmp_path):
     data = train(tmp_path / "a" / "train.json")
     data.exclude(np.array([7]))
     assert len(data) == 1
+
+
+def test_flags(capsys):
+    known = ["--version", "v", "--exp_name", "e"]
+    args = parse([*known, "--dataset", "custom||vqa", "--custom_data", "a.csv||b", "--val_dataset", "custom|c||x|y"])
+    assert args.custom_data == "a.csv||b" and args.splits == ["custom|c", "x|y"]
+    with pytest.raises(SystemExit):
+        parse([*known, "--custom_data", "a.csv"])
+    assert "--custom_data is read by the family custom" in capsys.readouterr().err
 
 
 def test_benchmark_of_own_data():
