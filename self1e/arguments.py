@@ -263,6 +263,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{flag} is about adapters: add --use_llm_lora, or --optimize_vision --use_vision_lora")
     if args.eval_visualize and args.no_eval:
         parser.error("--eval_visualize draws what is evaluated, and --no_eval evaluates nothing: give one of them")
+    for flag, value in (("precision", "fp16"), ("attn_implementation", "flex_attention")):
+        if getattr(args, flag) == value and not args.eval_only and not torch.cuda.is_available():
+            parser.error(f"--{flag} {value} trains on a GPU only, and torch finds none")
     if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         parser.error("--report_to wandb: the package is not installed; pip install wandb")
     if args.custom_data and "custom" not in args.dataset.split("||"):

@@ -63,7 +63,9 @@ def quiet_libraries() -> None:
     """Leave one rank's voice, and drop warnings that a user can do nothing about."""
     first = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
+    logging.getLogger("self1e").setLevel(logging.INFO if first else logging.WARNING)  # broken samples of any rank
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)  # accumulation is the Trainer's, not its own
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
     if not torch.cuda.is_available():
@@ -89,6 +91,7 @@ def train(args: Namespace) -> None:
     sets = {name: getattr(args, name) for name in (*names, "dataset", "dataset_dir", "data_dir", "explanatory")}
     absent = missing_paths(**sets, eval_splits=splits)
     require_paths(absent)
+    checkpoint = resume_path(args)
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor)
     settings = training_arguments(args)  # starts the process group; before it, no rank may wait for another
@@ -131,7 +134,8 @@ def train(args: Namespace) -> None:
         size = f"{args.batch_size} photos x {args.grad_accumulation_steps} micro-batches x {settings.world_size} ranks"
         print(
             f"{training_table(model)}\n\nsamples on disk: {sizes}\n"
-            f"an epoch: {mixture.epoch_size:,} samples, {steps:,} steps of {size}",
+            f"an epoch: {mixture.epoch_size:,} samples, {steps:,} steps of {size}\n"
+            f"{'starting anew' if checkpoint is None else f'continuing from {checkpoint}'}",
             flush=True,
         )
 
@@ -153,7 +157,7 @@ def train(args: Namespace) -> None:
         first_epoch=args.start_epoch,
         validate=validate,
     )
-    trainer.train(resume_from_checkpoint=resume_path(args))
+    trainer.train(resume_from_checkpoint=checkpoint)
     broken = trainer.gather(trainer.broken)
     if broken and settings.process_index == 0:
         print(f"{len(broken)} broken samples were replaced:\n{broken_list(broken)}", flush=True)

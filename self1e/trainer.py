@@ -313,6 +313,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def broken_list(broken: list[tuple[str, str]]) -> str:
-    """A line for each broken sample: how often it was drawn, id, cause."""
-    return "\n".join(f"  {times} x {id}: {cause}" for (id, cause), times in Counter(broken).most_common())
+def broken_list(broken: list[tuple[str, str]], *, lines: int = 30) -> str:
+    """A line for each broken sample, those drawn most often first: how often, id, cause. At most `lines` of them."""
+    found = Counter(broken).most_common()
+    shown = [f"  {times} x {id}: {cause}" for (id, cause), times in found[:lines]]
+    return "\n".join(shown + ([f"  and {len(found) - lines} others"] if len(found) > lines else []))
