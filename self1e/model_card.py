@@ -66,18 +66,22 @@ def write_model_card(
         base: hub id or folder that training started from; default: what an earlier card there says.
         command: that trained it; default: what an earlier card there says.
         results: folder that holds `eval/summary.md` and `eval_vqa/summary.md`, as evaluations write them; default: the
-            checkpoint's parent. A table that is absent is said to be.
+            checkpoint's parent, where a table older than the weights is of an earlier training and left out.
     """
     folder = Path(folder)
-    path, results = folder / "README.md", Path(results) if results is not None else folder.parent
+    path = folder / "README.md"
+    saved = 0.0
+    if results is None:
+        results, saved = folder.parent, max((file.stat().st_mtime for file in folder.glob("*.safetensors")), default=0.0)
+    results = Path(results)
     earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
     command = command or next(iter(COMMAND.findall(earlier)), None)
     base = base or next(iter(HEADER.findall(earlier)), None)
     config, named = Self1EConfig.from_pretrained(folder), folder.resolve()
     tables = []
     for name, file in EVALUATIONS.items():
-        found = (results / file).is_file()
-        table = (results / file).read_text(encoding="utf-8").strip() if found else "Not evaluated yet."
+        usable = (results / file).is_file() and (results / file).stat().st_mtime >= saved
+        table = (results / file).read_text(encoding="utf-8").strip() if usable else "Not evaluated yet."
         tables.append(f"### {name}\n\n{table}")
     card = CARD.format(
         base=f"base_model: {base}\n" if base else "",

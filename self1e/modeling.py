@@ -254,6 +254,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
             states: (R, N, C) final states.
             is_image, is_seg: (R, N) bool.
         """
+        is_image, is_seg = is_image.to(states.device), is_seg.to(states.device)  # a device_map may split the LLM
         results: list = [None] * len(states)
         groups: dict[tuple[int, int], list[int]] = {}
         for row, image in enumerate(row_image.tolist()):
@@ -296,7 +297,7 @@ def place_image_tokens(embeds: Tensor, is_image: Tensor, features: ImageFeatures
     expected, found = [len(row) * row.shape[1] for row in rows], is_image.sum(1).tolist()
     if expected != found:
         raise ValueError(f"rows hold {found} image tokens, their images fill {expected}: was the text cut or edited?")
-    return embeds.masked_scatter(repeat(is_image, "r n -> r n c", c=embeds.shape[-1]), tokens.to(embeds.dtype))
+    return embeds.masked_scatter(repeat(is_image, "r n -> r n c", c=embeds.shape[-1]), tokens.to(embeds))
 
 
 def check_targets(predictions: Sequence[tuple[Tensor, ...]], targets: Sequence[Tensor | None]) -> None:

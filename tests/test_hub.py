@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -153,6 +154,9 @@ def test_model_card(folder, tmp_path, capsys):
     card = (checkpoint / "README.md").read_text()
     assert table.strip() in card and card.count("Not evaluated yet.") == 1
     assert "base_model: org/base\n" in card and command in card, "what an earlier card knew is kept"
+    os.utime(tmp_path / "exp/eval/summary.md", (0, 0))
+    assert "59.4" not in write_model_card(checkpoint).read_text(), "scores of weights that are replaced now"
+    assert "59.4" in write_model_card(checkpoint, results=tmp_path / "exp").read_text()
     with pytest.raises(SystemExit):
         model_card([str(tmp_path)])
     assert "config.json is missing" in capsys.readouterr().err
