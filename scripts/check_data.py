@@ -308,21 +308,22 @@ def check(source: Source, *, limit: int | None, samples: int, workers: int) -> R
                     report.masks += sum(len(masks) for _, masks in seen.rows)
                     report.empty += sum(not (mask == 1).any() for _, masks in seen.rows for mask in masks)
                     if report.records in drawn and seen.rows:
-                        report.pictures.append(picture(source.name, seen))
+                        report.pictures.append(picture(source.name, seen, len(report.pictures)))
                 report.records += 1
                 bar.update()
     return report
 
 
-def picture(name: str, seen: Seen) -> Image.Image:
-    """The row with the largest mask: photo, mask, what is asked and answered."""
-    turns, masks = max(seen.rows, key=lambda row: (row[1] == 1).sum())
+def picture(name: str, seen: Seen, turn: int) -> Image.Image:
+    """A row that shows something, picture after picture another one: photo, mask, what is asked and answered."""
+    rows = [row for row in seen.rows if (row[1] == 1).any()] or seen.rows
+    turns, masks = rows[turn % len(rows)]
     pictures = {seen.id[-60:]: seen.image}
     if len(masks):
         size = masks.shape[:0:-1]    # annotations are not always at the photo's size
         pictures["mask" if (masks == 1).any() else "mask: nothing"] = overlay(seen.image.resize(size), masks)
     caption = " / ".join(turns).removeprefix("<image>\n")
-    return panel(pictures, caption if len(caption) <= 300 else f"{caption[:300]} ...", name, width=CELL)
+    return panel(pictures, caption if len(caption) <= 300 else f"{caption[:300]} ...", name[-30:], width=CELL)
 
 
 def table(reports: list[Report]) -> str:
