@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from self1e.data.prompts import evaluation_prompt, looks_like_sentence
-from self1e.processing import IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, SEG, SEGT
+from self1e.processing import IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, SEG, SEGT, as_rgb
 
 ANSWER = f"{SEG}."
 END_OF_TURN = "<|im_end|>"
@@ -173,7 +173,7 @@ class InferenceMixin:
         rows: dict[int, list[list[str]]] = {}  # photo -> its conversations
         for image, conversation in zip(given, conversations):
             rows.setdefault(id(image), []).append(_turns(conversation))
-        photos = {id(image): _upright(image) for image in given}
+        photos = {id(image): as_rgb(image) for image in given}
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
         replies = []
         with _evaluating(self):
@@ -269,10 +269,6 @@ def _evaluating(model):
         model.train(training)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
 def _photos(images, *, keep: bool = False) -> tuple[list[Image.Image], bool]:
     """The photos as a list, upright unless `keep`, and whether there was just one outside a list."""
     single = isinstance(images, Image.Image)
@@ -280,7 +276,7 @@ def _photos(images, *, keep: bool = False) -> tuple[list[Image.Image], bool]:
     wrong = [type(photo).__name__ for photo in photos if not isinstance(photo, Image.Image)]
     if wrong:
         raise ValueError(f"images must be PIL.Image.Image, found {wrong[0]}: open a file with PIL.Image.open")
-    return photos if keep else [_upright(photo) for photo in photos], single
+    return photos if keep else [as_rgb(photo) for photo in photos], single
 
 
 def _prompts_per_photo(prompts, photos: int) -> list[list[str]]:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from self1e.processing import as_rgb
 
 from .prompts import evaluation_prompt
 
@@ -63,7 +65,7 @@ def load_oriented(path: Path | str, id: str | None = None) -> tuple[Image.Image,
     try:
         with Image.open(path) as image:
             orientation = image.getexif().get(ORIENTATION_TAG, 1)
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = as_rgb(image)
     except UNREADABLE as error:
         raise SampleError(id or str(path), f"cannot read {path}: {error}") from error
     return image, orientation if orientation in range(1, 9) else 1
