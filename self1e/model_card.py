@@ -70,10 +70,8 @@ def write_model_card(
     """
     folder = Path(folder)
     path = folder / "README.md"
-    saved = 0.0
-    if results is None:
-        results, saved = folder.parent, max((file.stat().st_mtime for file in folder.glob("*.safetensors")), default=0.0)
-    results = Path(results)
+    ages = [file.stat().st_mtime for file in folder.glob("*.safetensors")] if results is None else []
+    results, saved = Path(results or folder.parent), max(ages, default=0.0)
     earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
     command = command or next(iter(COMMAND.findall(earlier)), None)
     base = base or next(iter(HEADER.findall(earlier)), None)
