@@ -49,9 +49,10 @@ def main(argv: list[str]) -> int:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        kept = checkpoints_in(args.run_dir / "checkpoints")
-        where = f"continue from {kept[-1]} with --auto_resume" if kept else "no checkpoint was written yet"
-        print(f"\ninterrupted; {where}", file=sys.stderr, flush=True)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            kept = checkpoints_in(args.run_dir / "checkpoints")
+            where = f"continue from {kept[-1]} with --auto_resume" if kept else "no checkpoint was written yet"
+            print(f"\ninterrupted; {where}", file=sys.stderr, flush=True)
         return 130
     finally:
         if dist.is_initialized():

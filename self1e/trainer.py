@@ -279,9 +279,10 @@ class Self1ETrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
             shutil.rmtree(self.partial, ignore_errors=True)
+            kept = checkpoints_in(folder)
+            advice = f"{kept[-1].name} is untouched, continue with --auto_resume" if kept else "there is no earlier one"
             raise NotSaved(
-                f"{folder}: checkpoint {self.state.global_step} was not saved ({error}); earlier ones are untouched, "
-                "continue with --auto_resume"
+                f"{folder}: checkpoint {self.state.global_step} was not saved, is the disk full? ({error}); {advice}"
             ) from error
         self._barrier()
         name = f"checkpoint-{self.state.global_step}"
