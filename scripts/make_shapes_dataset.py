@@ -101,12 +101,15 @@ class Scene:
         return f"COCO_train2014_{self.id:012d}.jpg"
 
 
-def draw_scene(scene_id: int, *, seed: int, size: int) -> Scene:
-    """Draw scene `scene_id` with its own generator; the longer side has `size` pixels, the ratio is 4:3 to 3:4."""
+def draw_scene(scene_id: int, *, seed: int, size: int, kinds: int = len(KINDS)) -> Scene:
+    """Draw scene `scene_id` with its own generator; the longer side has `size` pixels, the ratio is 4:3 to 3:4.
+
+    `kinds`: shapes are of the first so many of KINDS.
+    """
     rng = np.random.default_rng([seed, scene_id])
     sides = [(size, size), (size * 3 // 4, size), (size, size * 3 // 4)]
     height, width = sides[rng.integers(3)]
-    shapes, masks = place_shapes(rng, height, width)
+    shapes, masks = place_shapes(rng, height, width, kinds)
     photo = background(rng, height, width)
     for shape, mask in zip(shapes, masks):
         paint(rng, photo, mask, COLOURS[shape.colour])
@@ -114,10 +117,11 @@ def draw_scene(scene_id: int, *, seed: int, size: int) -> Scene:
     return Scene(scene_id, height, width, to_jpeg(photo), shapes)
 
 
-def place_shapes(rng: np.random.Generator, height: int, width: int) -> tuple[list[Shape], np.ndarray]:
+def place_shapes(rng: np.random.Generator, height: int, width: int, kinds: int) -> tuple[list[Shape], np.ndarray]:
     """Two to four shapes, no two alike, each at least 60% visible, and their whole masks uint8 (N, H, W)."""
     count = rng.choice([2, 3, 3, 3, 4])
-    pairs = [PAIRS[i] for i in rng.choice(len(PAIRS), count, replace=False)]
+    known = [(colour, kind) for colour, kind in PAIRS if kind in KINDS[:kinds]]
+    pairs = [known[i] for i in rng.choice(len(known), count, replace=False)]
     while True:
         radii = rng.uniform(0.15, 0.28, count) * min(height, width)
         centres = rng.uniform(radii[:, None] * 1.1, np.array([[width, height]]) - radii[:, None] * 1.1)
@@ -746,22 +750,32 @@ def write_mmbench(root: Path, scenes: list[Scene], seed: int) -> None:
 
 
 def make_shapes_dataset(
-    path: str | Path, *, train: int = 2000, val: int = 100, size: int = 224, seed: int = 0, progress: bool = False
+    path: str | Path,
+    *,
+    train: int = 2000,
+    val: int = 100,
+    size: int = 224,
+    kinds: int = len(KINDS),
+    seed: int = 0,
+    progress: bool = False,
 ) -> Path:
     """Write the tree below `path` and return it: `train` training scenes, three times `val` held-out scenes.
 
-    `size`: pixels of a photo's longer side. Raises ValueError when there are too few scenes or pixels.
+    `size`: pixels of a photo's longer side. `kinds`: how many of KINDS are drawn; fewer are easier to learn. Raises
+    ValueError when there are too few scenes, pixels or kinds.
     """
     if train < 2 or val < 2:
         raise ValueError(f"--train {train} --val {val}: every set needs two scenes at least")
     if size < 48:
         raise ValueError(f"--size {size}: shapes of a few pixels cannot be told apart, use 48 or more")
+    if not 1 <= kinds <= len(KINDS):
+        raise ValueError(f"--kinds {kinds}: the kinds are 1 to {len(KINDS)}: {', '.join(KINDS)}")
     root = Path(path)
     counts = {"train": train} | dict.fromkeys(SPLITS, val)
     groups = {split: [] for split in counts}
     splits = [split for split, n in counts.items() for _ in range(n)]
     for scene_id, split in enumerate(tqdm(splits, desc="scenes", mininterval=1, disable=not progress), start=1):
-        groups[split].append(draw_scene(scene_id, seed=seed, size=size))
+        groups[split].append(draw_scene(scene_id, seed=seed, size=size, kinds=kinds))
     dataset = root / "dataset"
     write_referring(dataset / "refer_seg", groups, seed)
     write_semantic(dataset, groups["train"])
@@ -778,6 +792,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=2000, help="training scenes")
     parser.add_argument("--val", type=int, default=100, help="scenes in each of the three held-out groups")
     parser.add_argument("--size", type=int, default=224, help="pixels of a photo's longer side")
+    parser.add_argument("--kinds", type=int, default=len(KINDS), help=f"the first so many of {', '.join(KINDS)}")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -118,7 +118,7 @@ def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
 
     Initialised to learn from scratch in minutes, not like the real pre-training: linear layers are normal with
     variance 1/fan_in, those that end a residual branch divided by sqrt(2 * layers); vision positions are fixed 2-D
-    sines; layer scales are `initializer_factor`; text embeddings and `lm_head` are N(0, 0.02).
+    sines; layer scales are `initializer_factor`; text embeddings have unit variance; `lm_head` N(0, 0.02).
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -163,7 +163,7 @@ def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
     gain = (2 * llm["num_hidden_layers"]) ** -0.5
     head, qwen2 = llm["head_dim"], llm["model_type"] == "qwen2"
     n_q, n_kv = llm["num_attention_heads"] * head, llm["num_key_value_heads"] * head
-    normal("language_model.model.embed_tokens.weight", llm["vocab_size"], width, std=0.02)
+    normal("language_model.model.embed_tokens.weight", llm["vocab_size"], width, std=1.0)
     for i in range(llm["num_hidden_layers"]):
         layer = f"language_model.model.layers.{i}"
         weights[f"{layer}.input_layernorm.weight"] = torch.ones(width)
