@@ -2,7 +2,7 @@
 
 For the quickstart and tests: everything that reads COCO, RefCOCO, ReasonSeg, ADE20K, VQAv2 ... reads this.
 
-    python scripts/make_shapes_dataset.py runs/shapes                        # 2,000 + 300 scenes, 100 MB, 30 s
+    python scripts/make_shapes_dataset.py runs/shapes                        # 2,000 + 300 scenes, 120 MB, 25 s
     python scripts/make_shapes_dataset.py runs/few --train 8 --val 3         # for a look, 1 s
 
 OUTPUT/dataset holds the segmentation and conversation sets, OUTPUT/data the VQA sets (README, "Datasets"). A scene is
