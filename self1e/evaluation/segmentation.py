@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from self1e.data import load_split
+from self1e.data import load_split, missing_paths, require_paths
 from self1e.data.sample import EvalImage, SampleError
 from self1e.evaluation.benchmarks import MODELS, Benchmark, file_stem, get_benchmarks
 from self1e.evaluation.mask_metrics import Unit, count_pixels, iou, score, to_jsonl
@@ -277,16 +277,12 @@ def evaluate_splits(
     """
     benchmarks, output_dir = get_benchmarks(splits), Path(output_dir)
     say = tqdm.write if _ranks()[0] == 0 else lambda text: None
-    available, missing = {}, []
-    for name in benchmarks:
-        try:
-            available[name] = load_split(name, dataset_dir)
-        except FileNotFoundError as error:
-            missing.append(f"{name}: {error}")
-    if missing and not skip_missing:
-        raise FileNotFoundError("data of evaluation splits is absent:\n  " + "\n  ".join(missing))
-    for message in missing:
-        say(f"skipped {message}")
+    absent = missing_paths(dataset_dir=dataset_dir, eval_splits=benchmarks)
+    if not skip_missing:
+        require_paths(absent)
+    for name, path in dict(reversed(absent)).items():  # the first missing path of each
+        say(f"skipped {name}: {path} is absent")
+    available = {name: load_split(name, dataset_dir) for name in benchmarks if name not in dict(absent)}
     _on_main(partial(output_dir.mkdir, parents=True, exist_ok=True), model.device)
     was_training, results = model.training, {}
     model.eval()
