@@ -178,6 +178,13 @@ class Self1ETrainer(Trainer):
             generator=torch.Generator(),  # workers' seeds come from here and not from the training's own stream
         )
 
+    def _run_epoch(self, **kwargs) -> None:
+        """Nothing when a finished run is continued, where the library would take one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """AdamW over both groups, without weight decay."""
         if self.optimizer is None:
@@ -280,7 +287,7 @@ class Self1ETrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
             shutil.rmtree(self.partial, ignore_errors=True)
             kept = checkpoints_in(folder)
-            advice = f"{kept[-1].name} is untouched, continue with --auto_resume" if kept else "there is no earlier one"
+            advice = f"{kept[-1].name} is untouched, continue with --auto_resume" if kept else "none was before"
             raise NotSaved(
                 f"{folder}: checkpoint {self.state.global_step} was not saved, is the disk full? ({error}); {advice}"
             ) from error
