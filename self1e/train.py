@@ -214,6 +214,8 @@ def training_arguments(args: Namespace) -> TrainingArguments:
     if args.deepspeed:
         import deepspeed  # not needed without a launcher
 
+        # Shared-memory collectives of inference on CPUs: training uses none, yet every rank would compile them.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
         # Under ZeRO-3 the library would partition weights while it loads them, before adapters and vocabulary are in
         # place: the engine does it afterwards, from a whole model on every rank's CPU.
