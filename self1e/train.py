@@ -217,9 +217,6 @@ def training_arguments(args: Namespace) -> TrainingArguments:
         # Shared-memory collectives of inference on CPUs: training uses none, yet every rank would compile them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-        # Under ZeRO-3 the library would partition weights while it loads them, before adapters and vocabulary are in
-        # place: the engine does it afterwards, from a whole model on every rank's CPU.
-        unset_hf_deepspeed_config()
     if settings.n_gpu > 1:  # plain python on a machine with several GPUs: DataParallel cannot split our batches
         raise ValueError("several GPUs: start with deepspeed or torchrun, or set CUDA_VISIBLE_DEVICES to one")
     return settings
@@ -231,6 +228,9 @@ def load_model(args: Namespace, *, training: bool) -> Self1EForSegmentation:
     Under DeepSpeed weights are kept in the training precision, the optimizer has its own fp32 copy; without, they stay
     fp32 and autocast computes in lower precision.
     """
+    # Under ZeRO-3 the library would partition weights while it loads them, before vocabulary and adapters are there:
+    # the engine does it afterwards, from a whole model on every rank's CPU; the final evaluation has no engine.
+    unset_hf_deepspeed_config()
     values = {name: getattr(args, name) for name in SWITCHES}
     dtype = DTYPES[args.precision if training else args.eval_precision]
     return Self1EForSegmentation.from_pretrained(
