@@ -142,10 +142,15 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         if not for_masks:
             return ImageFeatures(tokens, tile_grids, None)
         high = self.model.multi_modal_projector(REPLICATIONS[self.config.replication](patches, self.config.ratio))
-        sides, offsets = [], tile_offsets(tile_grids)
-        for grid, start, stop in zip(tile_grids.tolist(), offsets, offsets[1:]):
-            grids = (stitch_tiles(x[start:stop], grid) for x in (low, high))
-            sides.append(self.segmentation_head.image_side(*grids))
+        sides, offsets = [None] * len(tile_grids), tile_offsets(tile_grids)
+        same_grid: dict[tuple[int, int], list[int]] = {}
+        for image, grid in enumerate(tile_grids.tolist()):
+            same_grid.setdefault(tuple(grid), []).append(image)
+        for grid, images in same_grid.items():  # together, so that ranks run the head equally often (ZeRO-3)
+            tiles = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in images]).to(low.device)
+            side = self.segmentation_head.image_side(stitch_tiles(low[tiles], grid), stitch_tiles(high[tiles], grid))
+            for place, image in enumerate(images):
+                sides[image] = ImageSide(side.refill[place : place + 1], side.origin[place : place + 1])
         return ImageFeatures(tokens, tile_grids, sides)
 
     def forward(
