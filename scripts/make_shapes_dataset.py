@@ -95,33 +95,38 @@ class Scene:
     width: int
     jpeg: bytes
     shapes: list[Shape]
+    simple: bool = False  # one expression a shape
 
     @property
     def coco_name(self) -> str:
         return f"COCO_train2014_{self.id:012d}.jpg"
 
 
-def draw_scene(scene_id: int, *, seed: int, size: int, kinds: int = len(KINDS)) -> Scene:
+def draw_scene(scene_id: int, *, seed: int, size: int, simple: bool = False) -> Scene:
     """Draw scene `scene_id` with its own generator; the longer side has `size` pixels, the ratio is 4:3 to 3:4.
 
-    `kinds`: shapes are of the first so many of KINDS.
+    `simple`: three shapes of different colours, of the first three KINDS.
     """
     rng = np.random.default_rng([seed, scene_id])
     sides = [(size, size), (size * 3 // 4, size), (size, size * 3 // 4)]
     height, width = sides[rng.integers(3)]
-    shapes, masks = place_shapes(rng, height, width, kinds)
+    shapes, masks = place_shapes(rng, height, width, simple)
     photo = background(rng, height, width)
     for shape, mask in zip(shapes, masks):
         paint(rng, photo, mask, COLOURS[shape.colour])
     photo += 5 * rng.standard_normal((height, width, 1), dtype=np.float32)  # grain
-    return Scene(scene_id, height, width, to_jpeg(photo), shapes)
+    return Scene(scene_id, height, width, to_jpeg(photo), shapes, simple)
 
 
-def place_shapes(rng: np.random.Generator, height: int, width: int, kinds: int) -> tuple[list[Shape], np.ndarray]:
+def place_shapes(rng: np.random.Generator, height: int, width: int, simple: bool) -> tuple[list[Shape], np.ndarray]:
     """Two to four shapes, no two alike, each at least 60% visible, and their whole masks uint8 (N, H, W)."""
-    count = rng.choice([2, 3, 3, 3, 4])
-    known = [(colour, kind) for colour, kind in PAIRS if kind in KINDS[:kinds]]
-    pairs = [known[i] for i in rng.choice(len(known), count, replace=False)]
+    if simple:
+        count = 3
+        colours = rng.choice(list(COLOURS), count, replace=False)
+        pairs = [(str(colour), KINDS[i]) for colour, i in zip(colours, rng.integers(3, size=count))]
+    else:
+        count = rng.choice([2, 3, 3, 3, 4])
+        pairs = [PAIRS[i] for i in rng.choice(len(PAIRS), count, replace=False)]
     while True:
         radii = rng.uniform(0.15, 0.28, count) * min(height, width)
         centres = rng.uniform(radii[:, None] * 1.1, np.array([[width, height]]) - radii[:, None] * 1.1)
@@ -224,6 +229,8 @@ def extremes(scene: Scene, shape: Shape, rivals: list[Shape]) -> tuple[list[str]
 
 def phrases(scene: Scene, shape: Shape) -> tuple[list[str], list[str]]:
     """Unambiguous expressions by look (the first is colour + kind) and by place."""
+    if scene.simple:
+        return [shape.name], []
     others = [other for other in scene.shapes if other is not shape]
     alike = [other for other in others if other.kind == shape.kind]
     size, place = extremes(scene, shape, others)
@@ -755,27 +762,26 @@ def make_shapes_dataset(
     train: int = 2000,
     val: int = 100,
     size: int = 224,
-    kinds: int = len(KINDS),
+    simple: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> Path:
     """Write the tree below `path` and return it: `train` training scenes, three times `val` held-out scenes.
 
-    `size`: pixels of a photo's longer side. `kinds`: how many of KINDS are drawn; fewer are easier to learn. Raises
-    ValueError when there are too few scenes, pixels or kinds.
+    `size`: pixels of a photo's longer side. `simple`: scenes whose colours tell the shapes apart, and one expression
+    a shape, colour and kind: what a model of a million parameters learns in minutes. Raises ValueError when there are
+    too few scenes or pixels.
     """
     if train < 2 or val < 2:
         raise ValueError(f"--train {train} --val {val}: every set needs two scenes at least")
     if size < 48:
         raise ValueError(f"--size {size}: shapes of a few pixels cannot be told apart, use 48 or more")
-    if not 1 <= kinds <= len(KINDS):
-        raise ValueError(f"--kinds {kinds}: the kinds are 1 to {len(KINDS)}: {', '.join(KINDS)}")
     root = Path(path)
     counts = {"train": train} | dict.fromkeys(SPLITS, val)
     groups = {split: [] for split in counts}
     splits = [split for split, n in counts.items() for _ in range(n)]
     for scene_id, split in enumerate(tqdm(splits, desc="scenes", mininterval=1, disable=not progress), start=1):
-        groups[split].append(draw_scene(scene_id, seed=seed, size=size, kinds=kinds))
+        groups[split].append(draw_scene(scene_id, seed=seed, size=size, simple=simple))
     dataset = root / "dataset"
     write_referring(dataset / "refer_seg", groups, seed)
     write_semantic(dataset, groups["train"])
@@ -792,7 +798,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=2000, help="training scenes")
     parser.add_argument("--val", type=int, default=100, help="scenes in each of the three held-out groups")
     parser.add_argument("--size", type=int, default=224, help="pixels of a photo's longer side")
-    parser.add_argument("--kinds", type=int, default=len(KINDS), help=f"the first so many of {', '.join(KINDS)}")
+    parser.add_argument("--simple", action="store_true", help="three colours a scene, one expression a shape")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

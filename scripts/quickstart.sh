@@ -19,13 +19,13 @@ rm -rf "$output/base" "$output/shapes" "$output/runs"
 
 echo "== 1/4  a tiny InternVL3 and synthetic scenes"
 python scripts/make_tiny_internvl.py "$output/base"
-python scripts/make_shapes_dataset.py "$output/shapes" --size 112 --kinds 3 --val 50
+python scripts/make_shapes_dataset.py "$output/shapes" --simple --size 112 --val 50
 
 echo "== 2/4  training"
 deepspeed --num_accelerators "$processes" train_hf_ivl_seq.py --version "$output/base" \
     --dataset_dir "$output/shapes/dataset" --data_dir "$output/shapes/data" --dataset refer_seg --refer_seg_data refcoco --epochs 100 \
-    --batch_size $((16 / processes)) --grad_accumulation_steps 1 --optimize_vision --precision fp32 --lr 1.5e-3 --vision_lr 1.5e-3 --max_steps 900 \
-    --warmup_steps 50 --print_freq 50 --save_steps 300 --workers 0 --no_eval --exp_name shapes --log_base_dir "$output/runs"
+    --batch_size $((8 / processes)) --grad_accumulation_steps 1 --optimize_vision --precision fp32 --lr 1.5e-3 --vision_lr 1.5e-3 --max_steps 1200 \
+    --warmup_steps 50 --print_freq 100 --save_steps 600 --workers 0 --no_eval --exp_name shapes --log_base_dir "$output/runs"
 
 echo "== 3/4  evaluation of scenes that were held out"
 bash eval_all.sh --version "$output/runs/shapes/ckpt_model" --exp_name shapes --log_base_dir "$output/runs" \

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -283,5 +284,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--high_res: ZeRO-3 needs the same grid of tiles on every rank; use configs/zero2.json")
     args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     args.precision = args.precision or "bf16"
+    args.command = shlex.join(["train_hf_ivl_seq.py", *argv])
     args.run_dir = args.log_base_dir / args.exp_name
     return args

@@ -20,6 +20,7 @@ from self1e.arguments import parse
 from self1e.configuration import SWITCHES
 from self1e.data import EVAL_SPLITS, SampleError, build_mixture, load_split, missing_paths, require_paths
 from self1e.evaluation.segmentation import evaluate_splits
+from self1e.model_card import write_model_card
 from self1e.modeling import Self1EForSegmentation
 from self1e.processing import Self1EProcessor
 from self1e.trainer import MAX_TILES, Encode, NotSaved, Self1ETrainer, TooManyBroken, broken_list, checkpoints_in
@@ -254,6 +255,7 @@ def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> No
         merged = tuner.merge_and_unload() if tuner else model
         if trainer.args.process_index == 0:
             checkpoints.save(merged, processor, args.run_dir / "ckpt_model")
+            write_model_card(args.run_dir / "ckpt_model", base=args.version, command=args.command)
             if args.save_published_layout:
                 checkpoints.save(merged, processor, args.run_dir / "ckpt_model_published", published=True)
             print(f"saved {args.run_dir / 'ckpt_model'}", flush=True)
@@ -299,3 +301,5 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
         skip_missing=args.eval_all_datasets if skip_missing is None else skip_missing,
         **evaluation_options(args),
     )
+    if args.version == str(trained) and int(os.environ.get("RANK", 0)) == 0:
+        write_model_card(trained)  # with the table

@@ -154,7 +154,7 @@ class Self1ETrainer(Trainer):
         self.loss_is_scaled_for_ga = reduction == "sum"
         self.partial: Path | None = None
         self.sums, self.seen, self.broken = Counter(), 0, []
-        self.logged_at, self.logged_samples = time.perf_counter(), 0
+        self.logged_at = time.perf_counter()
         super().__init__(train_dataset=Stream(mixture), data_collator=Collate(processor), **kwargs)
         self.model_accepts_loss_kwargs = False
         self.pop_callback(ProgressCallback)
