@@ -16,5 +16,4 @@ use_environment() { # use_environment WHAT...: arguments of pip install, run fro
         echo "$wanted" > "$venv/installed"
     fi
     export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv" PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-    export TORCH_EXTENSIONS_DIR="$venv/torch_extensions" # DeepSpeed's operator; two environments would rebuild it in turn
 }

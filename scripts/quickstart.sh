@@ -2,8 +2,8 @@
 # Purpose: see Self1E learn to segment, from an empty folder: environment, a tiny InternVL3 in the original layout,
 #          synthetic scenes in the real formats, training with DeepSpeed, evaluation of held-out scenes, a picture.
 # Command: bash scripts/quickstart.sh [OUTPUT_FOLDER]
-# Cost:    the installation (minutes, once), then under 8 minutes on 2 CPU cores; no GPU, no network but the package index.
-# Result:  cIoU of held-out refcoco-style scenes, at least 0.5, and the path of a picture, printed at the end.
+# Cost:    the installation (minutes, once), then 6 to 7 minutes on 2 CPU cores; no GPU, no network but the package index.
+# Result:  cIoU of held-out refcoco-style scenes, 0.87 seen, at least 0.5, and the path of a picture, printed at the end.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
