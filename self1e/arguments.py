@@ -284,6 +284,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--high_res: ZeRO-3 needs the same grid of tiles on every rank; use configs/zero2.json")
     args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     args.precision = args.precision or "bf16"
-    args.command = shlex.join(["train_hf_ivl_seq.py", *argv])
+    launcher = "python" if not launched else "torchrun" if args.local_rank is None else "deepspeed"
+    flags = [flag for flag in argv if not flag.startswith("--local_rank")]
+    args.command = shlex.join([launcher, "train_hf_ivl_seq.py", *flags])  # for the model card
     args.run_dir = args.log_base_dir / args.exp_name
     return args

@@ -75,6 +75,7 @@ def write_model_card(
     earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
     command = command or next(iter(COMMAND.findall(earlier)), None)
     base = base or next(iter(HEADER.findall(earlier)), None)
+    base = Path(base).name if base and Path(base).is_dir() else base  # a path of this machine tells nobody anything
     config, named = Self1EConfig.from_pretrained(folder), folder.resolve()
     tables = []
     for name, file in EVALUATIONS.items():

@@ -178,7 +178,7 @@ def resume_path(args: Namespace) -> str | None:
 
 def training_arguments(args: Namespace) -> TrainingArguments:
     """The Trainer's settings for our flags."""
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.run_dir / "tensorboard"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(args.run_dir / "tensorboard")  # the Trainer's only way to say so
     gpu = torch.cuda.is_available()
     settings = TrainingArguments(
         output_dir=str(args.run_dir / "checkpoints"),
@@ -284,6 +284,8 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)  # collectives of objects use the current device
+    else:
+        torch.set_num_threads(1)  # figures to the pixel on any number of processes; those are what uses more cores
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo")
     model = load_model(args, training=False).to(device)
