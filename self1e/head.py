@@ -38,7 +38,7 @@ class ImageSide:
 
 
 class SegmentationHead(nn.Module):
-    """RFR and RFA (paper, eq. 3-6).
+    """RFR and RFA (paper, eq. 3-6). `upsampling`: cells of the mask a side of an image token.
 
     Args:
         hidden_size: C.
@@ -51,6 +51,7 @@ class SegmentationHead(nn.Module):
         super().__init__()
         self.mask_features, self.auxiliary_projection, self.ratio = mask_features, auxiliary_projection, ratio
         self.scale = 1 / math.sqrt(hidden_size)
+        self.upsampling = {"baseline": 1, "replication": ratio, "rfr": ratio, "rfa": ratio**2}[mask_features]
         if mask_features == "rfa":
             self.f_llm = two_layers(hidden_size, hidden_size * ratio**2)
             self.f_vit = two_layers(hidden_size, hidden_size * ratio**2)

@@ -123,7 +123,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Write layout (d): native tensor names. `checkpoints.save_published` writes layout (c)."""
+        """Write layout (d): native tensor names. `checkpoints.save(..., published=True)` writes layout (c)."""
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -229,6 +229,9 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
                 check_targets(predictions, mask_targets)
                 used = slice(0, 2 if self.config.auxiliary_loss else 1)
                 losses |= mask_losses([[x for x in row[used] if x is not None] for row in predictions], mask_targets)
+        elif pictured and not generating:
+            grids = image_features.tile_grids[row_image].tolist()
+            result.mask_logits = [self.no_masks(states, grid) for grid in grids]
         if losses:
             result.losses = losses
             weights = {"ce": self.config.ce_loss_weight, "mask_bce": self.config.bce_loss_weight}
@@ -268,7 +271,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         for grid, rows in groups.items():
             chosen = [row for row in rows if bool(is_seg[row].any())]
             for row in set(rows) - set(chosen):
-                results[row] = (states.new_zeros(0, *features.sides[row_image[row]].refill.shape[1:3]), None)
+                results[row] = (self.no_masks(states, grid), None)
             if not chosen:
                 continue
             side = self.config.tile_tokens
@@ -284,6 +287,11 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
             for row, *pair in zip(chosen, mask.split(counts), auxiliary):
                 results[row] = tuple(pair)
         return results
+
+    def no_masks(self, states: Tensor, grid: Sequence[int]) -> Tensor:
+        """(0, height, width) for a row without `[SEG]` about an image of `grid` = (rows, columns) tiles."""
+        side = self.config.tile_tokens * self.segmentation_head.upsampling
+        return states.new_zeros(0, grid[0] * side, grid[1] * side)
 
     def touch_head(self, states: Tensor, is_image: Tensor, features: ImageFeatures, row_image: Tensor) -> Tensor:
         """0, but through every parameter of the head, so that ranks with and without masks stay in step."""

@@ -62,6 +62,16 @@ def test_every_combination_runs_with_its_shapes(tiny_processor, load_tiny, featu
     assert not without_gradient(model)
 
 
+@pytest.mark.parametrize("features", MASK_FEATURES)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_without_seg_has_empty_masks_of_the_masks_size(tiny_processor, load_tiny, features, training):
+    rows = [[["<image>\nhow many?", "two"]], [["<image>\nwhat is it?", "a thing"]]]
+    batch = tiny_processor([noise(112, 56, 0), noise(56, 112, 1)], rows, max_tiles=4)
+    out = load_tiny(mask_features=features).train(training)(**batch)
+    times = ENLARGED[features] * SIDE
+    assert [tuple(x.shape) for x in out.mask_logits] == [(0, times, 2 * times), (0, 2 * times, times)]
+
+
 def test_switches_change_the_mask(tiny_processor, load_tiny):
     batch = mixed_batch(tiny_processor)
     with torch.no_grad():
