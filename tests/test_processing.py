@@ -3,7 +3,6 @@
 import unicodedata
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from conftest import noise
@@ -306,17 +305,6 @@ def test_rows_are_shrunk_first_where_they_lose_twice_as_many_pixels(height, rows
     between = (200, 100) if rows_first else (100, height)
     expected = np.asarray(image.resize(between, bicubic).resize((100, 100), bicubic))
     assert np.array_equal(np.asarray(resize_bicubic(image, 100, 100)), expected)
-
-
-@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 orders the passes differently")
-def test_resize_is_that_of_pillow_13():
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        width, height, new_width, new_height = (int(x) for x in rng.integers(30, 500, 4))
-        image = noise(width, height)
-        expected = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
-        found = resize_bicubic(image, new_width, new_height)
-        assert np.array_equal(np.asarray(found), np.asarray(expected)), (width, height, new_width, new_height)
 
 
 # Files.

@@ -432,8 +432,12 @@ def steps(printed: str) -> dict[str, str]:
     return dict(re.findall(r"step (\d+)  epoch \S+  (loss .*?)  [\d.]+ samples/s", printed))
 
 
+def loss(line: str) -> float:
+    return float(line.split()[1])
+
+
 @pytest.mark.skipif(not LAUNCHER.is_file(), reason="deepspeed is not installed beside this python")
-def test_two_processes_survive_a_kill(tiny_version, shapes, runs):
+def test_two_processes_survive_a_kill_and_zero3_trains_alike(tiny_version, shapes, runs):
     """Batches of one photo: in a step one rank may hold masks, the other text alone."""
     flags = ("--max_steps", "6", "--save_steps", "2", "--no_eval", "--batch_size", "1", "--gradient_checkpointing")
     flags += ("--dataset", "reason_seg||vqa", "--vqa_data", "llava_instruct_150k||vqav2")
@@ -454,3 +458,11 @@ def test_two_processes_survive_a_kill(tiny_version, shapes, runs):
     assert list(steps(again)) == ["3", "4", "5", "6"] and steps(again)["3"] == steps(printed)["3"]
     assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-6"]
     assert Self1EForSegmentation.from_pretrained(runs / "killed" / "ckpt_model").trained_head
+
+    sharded = launch(tiny_version, shapes, runs, "zero3", *flags, "--deepspeed", str(ROOT / "configs" / "zero3.json"))
+    third = sharded.communicate(timeout=300)[0]
+    assert sharded.returncode == 0, third
+    assert [loss(line) for line in steps(third).values()] == pytest.approx(
+        [loss(steps(printed)[step]) for step in "12"] + [loss(line) for line in steps(again).values()], rel=1e-3
+    )  # sharded sums run in another order
+    assert Self1EForSegmentation.from_pretrained(runs / "zero3" / "ckpt_model").trained_head
