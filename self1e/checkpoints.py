@@ -1,4 +1,4 @@
-"""Read the four checkpoint layouts, write two of them (DESIGN: original names on the left, native on the right).
+"""Read the four checkpoint layouts, write two of them.
 
 (a) original InternVL (`internvl_chat`); (b) transformers' own (`-hf`); (c) published SELF1E: layout (a) plus the head,
 no tokenizer, given as `weights` over a base; (d) our `save_pretrained`: native names plus processor. Renaming and the

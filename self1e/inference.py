@@ -2,7 +2,7 @@
 
 A photo is encoded once and shared by all its prompts. `segment` gives the model the answer `[SEG].` and reads the mask
 (the evaluation protocol, one forward pass); `chat` lets it write, causally, and reads the masks of every `[SEG]` it
-wrote in one more pass over the whole text, because image tokens look at `[SEG]` (DESIGN: perception pathways).
+wrote in one more pass over the whole text, because image tokens look at `[SEG]`.
 
 Legend: H W pixels of the upright photo, h w mask grid of the model, n masks of a reply.
 """
