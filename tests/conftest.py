@@ -21,6 +21,14 @@ needs_shared = pytest.mark.skipif(
 TINY = {"image_size": 56, "width": 32, "layers": 2, "vision_width": 32, "vision_layers": 2, "vocab_size": 400}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def index_cache(tmp_path_factory):
+    """The suite writes nothing into the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELF1E_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """A photo of random pixels."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
