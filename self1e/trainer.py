@@ -15,6 +15,7 @@ from transformers import ProgressCallback, Trainer
 
 from self1e.adaptation import optimizer_groups
 from self1e.data import Mixture, Sample, SampleError
+from self1e.data.mixture import AllBroken
 
 MAX_TILES = 4  # of --high_res
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on
@@ -68,7 +69,7 @@ class Stream(Dataset):
     def __getitem__(self, token: int) -> dict | TooManyBroken:
         try:
             return self.mixture[token]
-        except RuntimeError as error:  # raised by the main process: from a worker it would come inside a traceback
+        except AllBroken as error:  # raised by the main process: from a worker it would come inside a traceback
             return TooManyBroken(str(error))
 
 

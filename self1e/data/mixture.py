@@ -24,6 +24,10 @@ EPOCH_BITS, SET_BITS, ITEM_BITS, DRAW_BITS = 12, 5, 22, 24
 SHARE, REDRAW, SHUFFLE, REPLACE = range(4)
 
 
+class AllBroken(RuntimeError):
+    """Every sample tried for one place is broken."""
+
+
 def pack(epoch: Any, set: Any, item: Any, draw: Any) -> Any:
     """Token(s), int64, of integers or integer arrays."""
     return (((epoch << SET_BITS | set) << ITEM_BITS | item) << DRAW_BITS) | draw
@@ -179,7 +183,7 @@ class Mixture:
 
         A broken one (SampleError from its set or from `transform`) is logged once by its id, and others, drawn from
         (seed, token, attempt), are tried in its place: first of the same set, then of all sets of its kind. What took
-        the place lists it in `Sample.replaced`. Raises RuntimeError after ATTEMPTS broken ones.
+        the place lists it in `Sample.replaced`. Raises AllBroken after ATTEMPTS broken ones.
         """
         epoch, number, item, draw = unpack(token)
         rng = np.random.default_rng([self.seed, epoch, number, item, draw])
@@ -200,7 +204,7 @@ class Mixture:
                     self._logged.add(error.id)
                     log.warning("broken sample %s: %s; another takes its place", error.id, error.cause)
         causes = "\n".join(f"{id}: {cause}" for id, cause in replaced)
-        raise RuntimeError(f"{len(replaced)} samples tried for one place are all broken:\n{causes}")
+        raise AllBroken(f"{len(replaced)} samples tried for one place are all broken:\n{causes}")
 
     def _kin(self, number: int) -> Sequence[int]:
         """Sets of the same kind, with or without masks, that are not empty."""
