@@ -51,6 +51,6 @@ case $processes in
 esac
 
 if [ "$processes" -gt 1 ]; then # --standalone takes a free port
-    exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m self1e.evaluation.vqa "${args[@]}"
+    exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m self1e.evaluation.vqa.run "${args[@]}"
 fi
-exec "$python" -m self1e.evaluation.vqa "${args[@]}"
+exec "$python" -m self1e.evaluation.vqa.run "${args[@]}"

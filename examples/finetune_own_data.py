@@ -12,13 +12,13 @@ Below OUTPUT: `train_sheet.png` and `val_sheet.png` to look at, `ckpt_model`, wi
 
 import argparse
 import csv
-import runpy
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from self1e import predict, train  # noqa: E402
+from self1e.apps import check_data, predict  # noqa: E402
+from self1e.training import run as train  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--version", required=True, help="base or trained model, folder or hub id")
@@ -27,9 +27,8 @@ parser.add_argument("--val", type=Path, help="CSV of held-out photos, evaluated 
 parser.add_argument("--output", type=Path, required=True)
 args, flags = parser.parse_known_args()
 
-check = runpy.run_path(str(ROOT / "scripts" / "check_data.py"))["main"]
 for name, table in {"train": args.data, "val": args.val}.items():
-    if table and check([str(table), "--output", str(args.output / f"{name}_sheet.png")]):
+    if table and check_data.main([str(table), "--output", str(args.output / f"{name}_sheet.png")]):
         sys.exit(1)
 
 evaluation = ["--val_dataset", f"custom|{args.val}"] if args.val else ["--no_eval"]

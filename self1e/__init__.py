@@ -2,9 +2,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from self1e.configuration import Self1EConfig
-from self1e.modeling import Self1EForSegmentation
-from self1e.processing import Self1EProcessor
+from self1e.model.configuration import Self1EConfig
+from self1e.model.modeling import Self1EForSegmentation
+from self1e.model.processing import Self1EProcessor
 
 AutoConfig.register("self1e", Self1EConfig)
 AutoModel.register(Self1EConfig, Self1EForSegmentation)

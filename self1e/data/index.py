@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from .sample import README, image_key
+from self1e.data.sample import README, image_key
 
 READER_VERSION = 1
 _blanks = re.compile(r"[ \t\r\n]*").match
@@ -60,7 +60,7 @@ class Records(Sequence):
     def __getitem__(self, i: int) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return json.loads(self._map[self._offsets[i]:self._offsets[i + 1]])
+        return json.loads(self._map[self._offsets[i] : self._offsets[i + 1]])
 
 
 class Index:
@@ -288,7 +288,7 @@ def read_coco(path: Path, out: Writer) -> None:
                 for field in ("category_id", "segmentation"):
                     if field not in value:
                         raise KeyError(field)
-                out.add_text("annotations", text)    # writing the numbers again would take half of the time
+                out.add_text("annotations", text)  # writing the numbers again would take half of the time
                 annotation_ids.append(value["id"])
                 owners.append(value["image_id"])
             elif key == "categories":

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from .sample import UNREADABLE, SampleError
+from self1e.data.sample import UNREADABLE, SampleError
 
 # What each EXIF orientation asks of an array, as Pillow's exif_transpose does to the photo.
 ORIENT = {

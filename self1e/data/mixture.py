@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from .sample import Sample, SampleError, TrainingSet
+from self1e.data.sample import Sample, SampleError, TrainingSet
 
 log = logging.getLogger(__name__)
 
 MODES = ("published", "exact")
-ATTEMPTS = 20                        # samples tried in place of a broken one
-SAME_SET_ATTEMPTS = 10               # of them, from the same set
+ATTEMPTS = 20  # samples tried in place of a broken one
+SAME_SET_ATTEMPTS = 10  # of them, from the same set
 # Fields of a token from the top; 63 bits in all, so that it fits a signed 64-bit integer.
 EPOCH_BITS, SET_BITS, ITEM_BITS, DRAW_BITS = 12, 5, 22, 24
 # Streams of the plan's own generators, apart from those of samples, which take five numbers.
@@ -147,10 +147,10 @@ class Mixture:
         count = -(-n // (self.batch_size * world_size)) * world_size
         tokens, segmentation = self._places(epoch)
         order = self._rng(epoch, SHUFFLE).permutation(n)
-        if n < count:                # only with batch size 1
-            order = np.concatenate([order, order[:count - n]])
+        if n < count:  # only with batch size 1
+            order = np.concatenate([order, order[: count - n]])
         sizes = np.full(count, len(order) // count)
-        sizes[:len(order) % count] += 1
+        sizes[: len(order) % count] += 1
         stops = np.cumsum(sizes)
         if self.batch_size > 1 and segmentation.any():
             if self.mode == "published":
@@ -164,12 +164,12 @@ class Mixture:
                 tokens = tokens[self._spread(order, segmentation, stops, epoch)]
         else:
             tokens = tokens[order]
-        return [tokens[stops[j] - sizes[j]:stops[j]] for j in range(rank, count, world_size)]
+        return [tokens[stops[j] - sizes[j] : stops[j]] for j in range(rank, count, world_size)]
 
     def _spread(self, order: np.ndarray, segmentation: np.ndarray, stops: np.ndarray, epoch: int) -> np.ndarray:
         """`order` with a segmentation place at the end of as many micro-batches as there are such places."""
-        first = order[segmentation[order]][:len(stops)]
-        ends = self._rng(epoch, REPLACE).permutation(stops - 1)[:len(first)]
+        first = order[segmentation[order]][: len(stops)]
+        ends = self._rng(epoch, REPLACE).permutation(stops - 1)[: len(first)]
         rest = np.ones(len(order), bool)
         rest[ends] = False
         spread = np.empty_like(order)

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from self1e.processing import as_rgb
-
-from .prompts import evaluation_prompt
+from self1e.model.processing import as_rgb
+from self1e.model.prompts import evaluation_prompt
 
 README = "README, section Datasets"
 ORIENTATION_TAG = 0x0112
@@ -97,8 +96,8 @@ class TrainingSet(ABC):
     """Numbered training samples. Sub-classes set `name` and `items` (which of the records on disk take part)."""
 
     name: str
-    items: np.ndarray                # int32 (n,), record numbers
-    cap: int | None = None           # published limit of the set's size
+    items: np.ndarray  # int32 (n,), record numbers
+    cap: int | None = None  # published limit of the set's size
 
     @classmethod
     @abstractmethod

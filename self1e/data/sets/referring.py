@@ -1,0 +1,199 @@
+"""Referring expressions: refclef, refcoco, refcoco+, refcocog (umd), grefcoco; a sample is an image.
+
+refer_seg/<set>/{refs(unc).p, refs(umd).p, grefs(unc).json}   expressions
+refer_seg/<set>/instances.json                                masks, COCO style
+refer_seg/images/{mscoco/images/train2014, saiapr_tc-12}      photos
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from self1e.data.index import CocoIndex, open_index, read_refs
+from self1e.data.masks import annotation_mask, orient
+from self1e.data.sample import EvalImage, Sample, SampleError, TrainingSet, load_oriented
+from self1e.model import prompts
+
+
+class ReferringData:
+    """The images of one split of one set, sorted by image id.
+
+    dataset_dir: holds `refer_seg`
+    name:        refclef, refcoco, refcoco+, refcocog, grefcoco
+    partition:   "unc" or "umd"
+    split:       train and val by equality; testA, testB, testC are the splits whose name holds that letter, test those
+                 whose name holds "test" (the REFER toolbox's rule); all by equality in grefcoco
+    """
+
+    def __init__(self, dataset_dir: Path, name: str, partition: str, split: str):
+        self.name = name
+        refs, instances, self.photos = self.paths(dataset_dir, name, partition)
+        index = open_index(refs, read_refs)
+        self.coco = CocoIndex(instances)
+        self._groups = index.table("groups")
+        rows = [np.arange(start, stop) for known, start, stop in index.meta["splits"] if _in_split(known, split, name)]
+        rows = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        # An image can belong to several raw splits (testA and testB make up test): one entry, its groups together.
+        images = index.array("group_images")[rows]
+        order = np.argsort(images, kind="stable")
+        self._rows = rows[order]
+        self.image_ids, self._starts = np.unique(images[order], return_index=True)
+
+    @staticmethod
+    def paths(dataset_dir: Path, name: str, partition: str) -> tuple[Path, Path, Path]:
+        """(expressions, instances, photos)."""
+        root = Path(dataset_dir) / "refer_seg"
+        refs = f"grefs({partition}).json" if name == "grefcoco" else f"refs({partition}).p"
+        photos = "saiapr_tc-12" if name == "refclef" else "mscoco/images/train2014"
+        return root / name / refs, root / name / "instances.json", root / "images" / photos
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def keys(self) -> np.ndarray:
+        """`image_key` of each image."""
+        try:
+            return self.coco.image_keys[self.coco.image_rows(self.image_ids)]
+        except KeyError as error:
+            raise ValueError(f"{self.coco.path} has no {error}, which the expressions of {self.name} name") from error
+
+    def expressions(self, item: int) -> list[tuple[str, list[int], str]]:
+        """(sentence as read, annotation ids, "<ref id>/<sentence id>") of every expression of an image."""
+        stop = self._starts[item + 1] if item + 1 < len(self) else len(self._rows)
+        return [
+            (sentence, annotation_ids, f"{ref_id}/{sent_id}")
+            for row in self._rows[self._starts[item] : stop]
+            for ref_id, annotation_ids, sentences in self._groups[int(row)][1]
+            for sent_id, sentence in sentences
+        ]
+
+    def file_name(self, item: int) -> str:
+        """Name of the photo below its folder. Raises SampleError when instances.json lacks the image."""
+        return self._image(item)[0]
+
+    def _image(self, item: int) -> tuple[str, int, int]:
+        try:
+            return self.coco.image(int(self.coco.image_rows(self.image_ids[item : item + 1])[0]))
+        except KeyError as error:
+            raise SampleError(f"{self.name}/{self.image_ids[item]}", f"{self.coco.path} has no {error}") from error
+
+    def load(self, item: int, targets: list[list[int]]) -> tuple[Image.Image, np.ndarray]:
+        """Photo, and for each list of annotation ids the union of their masks (n, H, W); -1 adds nothing."""
+        file_name, height, width = self._image(item)
+        id = f"{self.name}/{file_name}"
+        image, orientation = load_oriented(self.photos / file_name, id)
+        decoded = {}
+        for annotation_id in {a for ids in targets for a in ids} - {-1}:
+            try:
+                annotation = self.coco.annotation(annotation_id)
+            except KeyError as error:
+                raise SampleError(id, f"{self.coco.path} has no {error}") from error
+            decoded[annotation_id] = annotation_mask(annotation, height, width, id)
+        empty = np.zeros((height, width), np.uint8)
+        masks = [
+            orient(np.bitwise_or.reduce([empty, *(decoded[a] for a in ids if a != -1)]), image, orientation)
+            for ids in targets
+        ]
+        return image, np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+
+
+def _in_split(known: str, split: str, name: str) -> bool:
+    if name == "grefcoco" or split in ("train", "val"):
+        return known == split
+    if split == "test":
+        return "test" in known
+    return split.removeprefix("test") in known
+
+
+class ReferringTrain(TrainingSet):
+    """Training images of one set; sub-classes name it."""
+
+    partition = "unc"
+
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, seed: int):
+        self.data = ReferringData(dataset_dir, self.name, self.partition, "train")
+        self.rows = rows
+        self.choose(len(self.data), seed)
+
+    @classmethod
+    def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        return list(ReferringData.paths(dataset_dir, cls.name, cls.partition))
+
+    def keys(self) -> np.ndarray:
+        return self.data.keys()
+
+    def read(self, item: int, rng: np.random.Generator) -> Sample | None:
+        expressions = self.data.expressions(item)
+        if not expressions:
+            return None
+        drawn = rng.choice(len(expressions), min(self.rows, len(expressions)), replace=False)
+        chosen = [expressions[i] for i in drawn]
+        conversations = [
+            [prompts.short_question(sentence.strip().lower(), rng), prompts.answer(rng)] for sentence, _, _ in chosen
+        ]
+        image, masks = self.data.load(item, [ids for _, ids, _ in chosen])
+        return Sample(f"{self.name}/{self.data.file_name(item)}", image, conversations, list(masks[:, None]))
+
+
+class RefCLEF(ReferringTrain):
+    name = "refclef"
+
+
+class RefCOCO(ReferringTrain):
+    name = "refcoco"
+
+
+class RefCOCOPlus(ReferringTrain):
+    name = "refcoco+"
+
+
+class RefCOCOg(ReferringTrain):
+    name = "refcocog"
+    partition = "umd"
+
+
+class GRefCOCO(ReferringTrain):
+    name = "grefcoco"
+
+
+class ReferringSplit:
+    """An evaluation split, a sequence of `EvalImage`; `name` is "<set>|<partition>|<split>"."""
+
+    def __init__(self, name: str, dataset_dir: Path):
+        self.name = name
+        self.data = ReferringData(dataset_dir, *name.split("|"))
+
+    @staticmethod
+    def paths(name: str, dataset_dir: Path) -> list[Path]:
+        """What must exist to evaluate it."""
+        return list(ReferringData.paths(dataset_dir, *name.split("|")[:2]))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def keys(self) -> np.ndarray:
+        """`image_key` of each photo."""
+        return self.data.keys()
+
+    def __getitem__(self, item: int) -> EvalImage:
+        if not 0 <= item < len(self):
+            raise IndexError(item)
+        expressions = self.data.expressions(item)
+        n = len(expressions)
+        file_name = self.data.file_name(item)
+        return EvalImage(
+            image_id=file_name,
+            sentences=[sentence for sentence, _, _ in expressions],
+            is_sentence=[False] * n,
+            unit_ids=unique([f"{file_name}/{place}" for _, _, place in expressions]),
+            no_target=[set(ids) <= {-1} for _, ids, _ in expressions],
+            lower=True,
+            load=partial(self.data.load, item, [ids for _, ids, _ in expressions]),
+        )
+
+
+def unique(ids: list[str]) -> list[str]:
+    """The ids; a repeated one gets its number appended."""
+    return [f"{id}#{ids[:k].count(id)}" if id in ids[:k] else id for k, id in enumerate(ids)]

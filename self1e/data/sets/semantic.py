@@ -1,0 +1,185 @@
+"""Semantic and part segmentation: ade20k, cocostuff, mapillary (label maps), paco_lvis, pascal_part (annotations).
+
+Folders: design section 7 and dataset/README.md. A row asks for one class, or for one part annotation.
+"""
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from self1e.data.index import CocoIndex, expected_schema
+from self1e.data.masks import annotation_mask, load_label_map, orient
+from self1e.data.sample import Sample, SampleError, TrainingSet, image_keys, load_oriented
+from self1e.model import prompts
+
+IGNORED = 255
+
+
+def class_names(name: str) -> list[str]:
+    """Class list shipped with the package, "ade20k" (150) or "cocostuff" (182), in label order."""
+    return files("self1e.data").joinpath("classes", f"{name}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _file_names(folder: Path, suffix: str) -> np.ndarray:
+    """Sorted names, without suffix, as fixed-width bytes: a tenth of the memory of a list of strings."""
+    stems = sorted(entry.name.removesuffix(suffix) for entry in os.scandir(folder) if entry.name.endswith(suffix))
+    return np.array([os.fsencode(stem) for stem in stems], dtype="S")
+
+
+class LabelMapSet(TrainingSet):
+    """Photos with a label map each. Sub-classes set folders, suffixes, class names and how labels are counted.
+
+    listed: "photos" or "labels", whichever folder's files are the samples
+    """
+
+    listed = "labels"
+    first_label = 0  # label of the first class; smaller ones are ignored
+
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, seed: int):
+        self.photos, self.labels = self.paths(dataset_dir, data_dir)[:2]
+        self.rows = rows
+        self.names = [name.strip().lower() for name in self.read_names(Path(dataset_dir))]
+        folder, suffix = (self.photos, ".jpg") if self.listed == "photos" else (self.labels, ".png")
+        self.stems = _file_names(folder, suffix)
+        self.choose(len(self.stems), seed)
+
+    def read_names(self, dataset_dir: Path) -> list[str]:
+        """Class names in label order."""
+        return class_names(self.name)
+
+    def keys(self) -> np.ndarray:
+        return image_keys(f"{os.fsdecode(stem)}.jpg" for stem in self.stems)
+
+    def usable(self, label: int) -> bool:
+        """Whether a class may be asked for."""
+        return True
+
+    def read(self, item: int, rng: np.random.Generator) -> Sample | None:
+        stem = os.fsdecode(self.stems[item])
+        id = f"{self.name}/{stem}.jpg"
+        labels = load_label_map(self.labels / f"{stem}.png", id)
+        present = [v for v in np.unique(labels).tolist() if self.first_label <= v != IGNORED]
+        if present and present[-1] - self.first_label >= len(self.names):
+            raise SampleError(id, f"its label map holds {present[-1]}, which is no class of {self.name}")
+        present = [v for v in present if self.usable(v - self.first_label)]
+        if not present:
+            return None
+        image, orientation = load_oriented(self.photos / f"{stem}.jpg", id)
+        labels = orient(labels, image, orientation)
+        conversations, masks = [], []
+        for value in rng.choice(present, min(self.rows, len(present)), replace=False):
+            name = self.names[value - self.first_label]
+            conversations.append([prompts.short_question(name, rng), prompts.answer(rng)])
+            masks.append((labels == value).astype(np.uint8)[None])
+        return Sample(id, image, conversations, masks)
+
+
+class ADE20K(LabelMapSet):
+    name = "ade20k"
+    listed = "photos"
+    first_label = 1  # 0 = other
+
+    @classmethod
+    def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        root = Path(dataset_dir) / "ade20k"
+        return [root / "images" / "training", root / "annotations" / "training"]
+
+
+class COCOStuff(LabelMapSet):
+    name = "cocostuff"
+    cap = 30_000
+
+    @classmethod
+    def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        return [Path(dataset_dir) / "coco" / "train2017", Path(dataset_dir) / "cocostuff" / "train2017"]
+
+    def usable(self, label: int) -> bool:
+        return "-" not in self.names[label]
+
+
+class Mapillary(LabelMapSet):
+    name = "mapillary"
+
+    @classmethod
+    def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        root = Path(dataset_dir) / "mapillary"
+        return [root / "training" / "images", root / "training" / "v2.0" / "labels", root / "config_v2.0.json"]
+
+    def read_names(self, dataset_dir: Path) -> list[str]:
+        path = self.paths(dataset_dir, dataset_dir)[2]
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}); download it again") from error
+        with expected_schema(path):
+            return [label["readable"] for label in config["labels"]]
+
+
+class PartSet(TrainingSet):
+    """Photos with COCO-style part annotations; a row is one annotation with its own mask."""
+
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, seed: int):
+        annotations, self.photos = self.paths(dataset_dir, data_dir)[:2]
+        self.rows = rows
+        self.coco = CocoIndex(annotations)
+        self.names = {id: self.split_name(name) for id, name in self.coco.categories.items()}
+        self.image_ids = self.coco.image_ids
+        self.choose(len(self.image_ids), seed)
+
+    def keys(self) -> np.ndarray:
+        return self.coco.image_keys
+
+    @staticmethod
+    def split_name(name: str) -> tuple[str, ...]:
+        """(object,) or (object, part), lower case."""
+        return tuple(piece.strip().lower() for piece in name.split(":", 1))
+
+    def read(self, item: int, rng: np.random.Generator) -> Sample | None:
+        rows = self.coco.annotation_rows(int(self.image_ids[item]))
+        if not len(rows):
+            return None
+        file_name, height, width = self.coco.image(item)
+        id = f"{self.name}/{file_name}"
+        image, orientation = load_oriented(self.photos / file_name, id)
+        conversations, masks = [], []
+        for row in rng.choice(rows, min(self.rows, len(rows)), replace=False):
+            annotation = self.coco.annotation_at(row)
+            try:
+                names = self.names[annotation["category_id"]]
+            except KeyError as error:
+                raise SampleError(id, f"annotation {annotation['id']}: unknown category {error}") from error
+            if len(names) == 2:
+                names = (" ".join(names), f"the {names[1]} of the {names[0]}")
+            name = names[rng.integers(len(names))]
+            mask = orient(annotation_mask(annotation, height, width, id), image, orientation)
+            conversations.append([prompts.short_question(name, rng), prompts.answer(rng)])
+            masks.append(mask[None])
+        return Sample(id, image, conversations, masks)
+
+
+class PACO(PartSet):
+    name = "paco_lvis"
+    cap = 30_000
+
+    @classmethod
+    def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        annotations = Path(dataset_dir) / "vlpart" / "paco" / "annotations" / "paco_lvis_v1_train.json"
+        photos = Path(dataset_dir) / "coco"  # file names start with train2017/
+        return [annotations, photos, photos / "train2017"]
+
+    @staticmethod
+    def split_name(name: str) -> tuple[str, ...]:
+        """LVIS names carry a sense, "mug_(drinking_vessel):handle": what follows `_(` is dropped."""
+        return tuple(piece.split("_(", 1)[0] for piece in PartSet.split_name(name))
+
+
+class PascalPart(PartSet):
+    name = "pascal_part"
+
+    @classmethod
+    def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        root = Path(dataset_dir) / "vlpart" / "pascal_part"
+        return [root / "train.json", root / "VOCdevkit" / "VOC2010" / "JPEGImages"]

@@ -1,0 +1,158 @@
+"""The processes of a run: those that deepspeed or torchrun started, or this one alone. No other file asks for them.
+
+One rule for failures. What every rank can reach together is passed through `raise_together`, `on_main` or
+`everywhere`, so that all ranks raise what one of them met. What strikes one rank elsewhere (memory, a dead worker)
+ends that rank through `run_program`: its message first, then the process, and the launcher ends the others, which no
+collective could have reached.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+PATIENCE = 5  # seconds that a launcher has to end this rank because the first one failed alike
+
+
+def rank() -> int:
+    """Number of this process, from 0, on all nodes together."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """Number of this process, from 0, on its node: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    """Number of processes that exchange with each other: 1 until the process group is there."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the first process of all: the one that prints and writes."""
+    return rank() == 0
+
+
+def launched() -> bool:
+    """Whether a launcher started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def device(name: str = "auto") -> torch.device:
+    """`auto`, `cpu`, `cuda` or `mps` -> this rank's device. Raises ValueError where it is not to be had.
+
+    `auto` takes a GPU where there is one.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in present.items() if there)
+    if not present[name]:
+        raise ValueError(f"--device {name}: torch finds none here; use --device auto")
+    if name == "cuda" and launched():
+        torch.cuda.set_device(local_rank())  # collectives of objects use the current device
+        return torch.device("cuda", local_rank())
+    return torch.device(name)
+
+
+def start(backend: str | None = None, *, timeout: timedelta | None = None) -> None:
+    """Open the process group where a launcher started this process and none is open yet.
+
+    backend: "nccl" or "gloo"; None takes what the machine has. timeout: how long a rank waits for another.
+    """
+    if launched() and not dist.is_initialized():
+        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"), timeout=timeout)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value (any picklable object), on every rank, in rank order."""
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise on all ranks what one of them met (the first rank's, if several did), so that none is left waiting.
+
+    One all-reduce of a flag where nothing happened.
+    """
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    where = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    if total(torch.tensor(int(error is not None), device=where)):
+        raise next(found for found in gather(error) if found is not None)
+
+
+def everywhere(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
+    """Do `work` on every rank; an error of `catch` on one of them is raised on all."""
+    value, error = None, None
+    try:
+        value = work()
+    except catch as caught:
+        error = caught
+    raise_together(error)
+    return value
+
+
+def on_main(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
+    """Do `work` on the first rank while the others wait; its result and its error are everybody's."""
+    return gather(everywhere(lambda: work() if is_main() else None, catch=catch))[0]
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's contiguous block; sizes differ by at most one, larger blocks first."""
+    small, larger = divmod(len(items), world_size())
+    first = rank() * small + min(rank(), larger)
+    return items[first : first + small + (rank() < larger)]
+
+
+def run_program(program: Callable[[], int], *, expected: tuple[type[BaseException], ...]) -> int:
+    """Run a program's body and return its exit code; see the failure rule above.
+
+    A clean end closes the process group (without it, torch can abort at exit and the launcher reports a failure). An
+    error of `expected` is one line and exit code 1, any other a traceback. The first rank speaks at once; another one
+    only when it is still alive after `PATIENCE`, because then the first did not meet the same.
+    """
+    try:
+        code = program()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit) or world_size() == 1:
+            if not isinstance(error, expected):
+                raise
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+            return 1
+        if not is_main():
+            time.sleep(PATIENCE)
+        who = "" if is_main() else f" (rank {rank()})"
+        if isinstance(error, expected):
+            print(f"\nerror{who}: {error}", file=sys.stderr, flush=True)
+        else:
+            sys.excepthook(type(error), error, error.__traceback__)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code

@@ -1,0 +1,120 @@
+"""Replies to questions: batches of one photo's questions, left-padded, greedy, decoded and tiled in workers."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from self1e.data.sample import SampleError
+from self1e.evaluation.vqa.benchmarks import Question
+
+SEPARATOR = "<|im_end|>"
+
+
+def make_batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in batches of `size`, questions of one photo next to each other (it is encoded once a batch)."""
+    by_image: dict[Any, list[int]] = {}
+    for index in indices:
+        by_image.setdefault(questions[index].image, []).append(index)
+    order = list(chain.from_iterable(by_image.values()))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+class _Prompts(Dataset):
+    """Batch number -> (question indices, left-padded model inputs).
+
+    A broken photo or text comes back as its error for the main process to raise: a worker would bury it.
+    """
+
+    def __init__(self, questions: Sequence[Question], batches: list[list[int]], processor, tiling: dict):
+        self.questions, self.batches, self.processor, self.tiling = questions, batches, processor, tiling
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[list[int], dict] | Exception:
+        rows: dict[Any, list[list[str]]] = {}
+        photos = {}
+        for index in self.batches[number]:
+            question = self.questions[index]
+            if question.image not in photos:
+                try:
+                    photos[question.image] = question.open_image()
+                except SampleError as error:
+                    return ValueError(str(error))
+            text = question.prompt if "<image>" in question.prompt else f"<image>\n{question.prompt}"
+            rows.setdefault(question.image, []).append([text])
+        try:
+            batch = self.processor(list(photos.values()), list(rows.values()), padding_side="left", **self.tiling)
+        except ValueError as error:  # a reserved token in the text
+            return error
+        del batch["labels"]
+        return self.batches[number], dict(batch)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+@torch.inference_mode()
+def generate_replies(model, tokenizer, batch: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
+    """Greedy replies to the rows of a left-padded batch, each as if it were asked alone.
+
+    At least one token, at most `max_new_tokens`, ended by `<|im_end|>`; special tokens dropped, cut at the first
+    separator, stripped (InternVL's `chat`).
+    """
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    ids = model.generate(
+        **batch,
+        do_sample=False,
+        num_beams=1,
+        min_new_tokens=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.convert_tokens_to_ids(SEPARATOR),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.split(SEPARATOR)[0].strip() for text in texts]
+
+
+def answer_questions(
+    model,
+    processor,
+    questions: Sequence[Question],
+    indices: Sequence[int],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    max_tiles: int = 1,
+    workers: int = 0,
+    progress: str | None = None,
+) -> Iterator[tuple[list[int], list[str]]]:
+    """Replies to `questions[i]`, i in `indices`, batch by batch: (their indices, replies).
+
+    Args:
+        max_tiles: 1 for the one resized image, more for InternVL's dynamic tiling with a thumbnail.
+        workers: processes that decode and tile.
+        progress: title of a bar; None for none.
+
+    Raises:
+        ValueError: a photo cannot be decoded, or a text holds a reserved token; the message names it.
+    """
+    batches = make_batches(questions, indices, batch_size)
+    tiling = {"max_tiles": max_tiles, "thumbnail": max_tiles > 1}
+    loader = DataLoader(
+        _Prompts(questions, batches, processor, tiling),
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=min(workers, len(batches)),
+        generator=torch.Generator(),
+    )
+    with tqdm(total=len(indices), desc=progress, unit="question", disable=progress is None) as bar:
+        for item in loader:
+            if isinstance(item, Exception):
+                raise item
+            asked, batch = item
+            yield asked, generate_replies(model, processor.tokenizer, batch, max_new_tokens)
+            bar.update(len(asked))

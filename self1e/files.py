@@ -1,0 +1,80 @@
+"""Files and folders that appear complete or not at all, also when the disk fills or the power goes."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends without an error.
+
+    Missing folders are made. Whatever stood at `path` stays when the block raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Write a JSON file, UTF-8 and not escaped."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that takes its place when the block ends without an error.
+
+    Whatever stood at `path` stays when the block raises, or when the last rename fails.
+    """
+    partial, previous = (path.with_name(f".{path.name}.{word}") for word in ("partial", "previous"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        sync_folder(partial)
+        if path.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            path.rename(previous)
+        partial.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    except OSError:
+        if not path.exists() and previous.exists():
+            previous.rename(path)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder and everything in it on the disk, so that a rename that follows cannot outrun the contents."""
+    for place in [*folder.rglob("*"), folder]:
+        _sync(place)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or, where the system can open one, a folder."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,182 @@
+"""Configuration: InternVL's, plus the `[SEG]` id and the switches of the paper's ablations (one line each)."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub.dataclasses import strict
+from transformers import InternVLConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from self1e.model.attention import PATHWAYS
+from self1e.model.grids import REPLICATIONS
+from self1e.model.head import MASK_FEATURES
+
+SWITCHES = (
+    "mask_features",
+    "replication",
+    "attention_pathway",
+    "auxiliary_loss",
+    "auxiliary_projection",
+    "ce_loss_weight",
+    "bce_loss_weight",
+    "dice_loss_weight",
+)
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@strict
+class Self1EConfig(InternVLConfig):
+    r"""
+    Args:
+        seg_token_id (`int`, *optional*): id of `[SEG]`; None in a base model that never learned to segment.
+        mask_features (`str`): `baseline`, `replication`, `rfr` or `rfa` (the full method); see `self1e.model.head`.
+        replication (`str`): `tile`, `window` or `interpolate`; see `self1e.model.grids`.
+        attention_pathway (`str`): `causal`, `image` or `image+seg`; see `self1e.model.attention`.
+        auxiliary_loss (`bool`): train the LLM's own image features with the mask losses too.
+        auxiliary_projection (`bool`): the auxiliary image side passes `f_out` (`rfa` only).
+        ce_loss_weight, bce_loss_weight, dice_loss_weight (`float`): weights of the loss's terms.
+        drop_path_rate (`float`): stochastic depth of the ViT, rising linearly from 0 over its layers, training only.
+    """
+
+    model_type = "self1e"
+
+    seg_token_id: int | None = None
+    mask_features: str = "rfa"
+    replication: str = "tile"
+    attention_pathway: str = "image+seg"
+    auxiliary_loss: bool = True
+    auxiliary_projection: bool = False
+    ce_loss_weight: float | int = 1.0
+    bce_loss_weight: float | int = 2.0
+    dice_loss_weight: float | int = 0.5
+    drop_path_rate: float | int = 0.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.check_switches()
+
+    def check_switches(self):
+        """Raise ValueError for a switch outside its values."""
+        for name, known in (
+            ("mask_features", MASK_FEATURES),
+            ("replication", REPLICATIONS),
+            ("attention_pathway", PATHWAYS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; one of {', '.join(known)}")
+        if self.auxiliary_projection and not (self.auxiliary_loss and self.mask_features == "rfa"):
+            raise ValueError("auxiliary_projection needs auxiliary_loss and mask_features='rfa': it reuses f_out")
+
+    @property
+    def ratio(self) -> int:
+        """r: patches a side that one image token stands for."""
+        return round(1 / self.downsample_ratio)
+
+    @property
+    def tile_size(self) -> int:
+        """Pixels a tile side."""
+        return self.vision_config.image_size[0]
+
+    @property
+    def tile_tokens(self) -> int:
+        """L: image tokens a tile side."""
+        return self.tile_size // self.vision_config.patch_size[0] // self.ratio
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Read the configuration of any of the four checkpoint layouts (see `self1e.model.checkpoints`).
+
+        Raises FileNotFoundError where there is none, ValueError for a broken one or another architecture.
+        """
+        source = pretrained_model_name_or_path
+        check_source(source, kwargs.get("subfolder"))
+        try:
+            values, kwargs = super().get_config_dict(source, **kwargs)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            if Path(source).is_dir():
+                raise ValueError(f"{source}: {reason}") from error
+            raise FileNotFoundError(f"there is no folder {source}, and the hub did not serve it: {reason}") from error
+        return native_config(values, source), kwargs
+
+
+def check_source(source: str | Path, subfolder: str | None = None) -> None:
+    """Raise FileNotFoundError for a path without a checkpoint, before anything asks the hub for it."""
+    folder = Path(source, subfolder or "")
+    advice = "--version and --model_weights take a checkpoint folder or a hub id such as OpenGVLab/InternVL3-2B"
+    if Path(source).is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no config.json; {advice}")
+    elif not HUB_ID.fullmatch(str(source)) or Path(source).parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {source}; {advice}")
+
+
+# Original InternVL vision keys -> transformers' names.
+VISION_KEYS = {
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+    "dropout": "hidden_dropout_prob",
+    **{
+        key: key
+        for key in (
+            "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act attention_dropout "
+            "initializer_range norm_type layer_norm_eps image_size patch_size num_channels"
+        ).split()
+    },
+}
+
+
+def native_config(values: dict, source: str) -> dict:
+    """Translate a `config.json` of layout (a), (b), (c) or (d) to `Self1EConfig`'s keys; ValueError for another."""
+    kind = values.get("model_type")
+    if kind in ("internvl", "self1e"):
+        text = values.get("text_config") or {}
+        tied = text.get("tie_word_embeddings", values.get("tie_word_embeddings", False))
+        return {**values, "model_type": "self1e", "tie_word_embeddings": tied}
+    if kind != "internvl_chat":
+        raise ValueError(
+            f"{source}: config.json says model_type={kind!r}; expected an InternVL3 checkpoint: internvl_chat "
+            "(original), internvl (-hf) or self1e"
+        )
+    text, vision = values["llm_config"], values["vision_config"]
+    if text.get("model_type") not in ("qwen2", "qwen3"):
+        raise ValueError(f"{source}: llm_config is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
+    if values.get("select_layer", -1) != -1:
+        raise ValueError(f"{source}: select_layer={values['select_layer']}; only the ViT's last (-1) is supported")
+    known = CONFIG_MAPPING[text["model_type"]]().to_dict().keys() | {"rope_theta", "rope_scaling"}
+    return {
+        "model_type": "self1e",
+        "text_config": {key: value for key, value in text.items() if key in known and key != "dtype"},
+        "vision_config": {new: vision[old] for old, new in VISION_KEYS.items() if old in vision}
+        | {"model_type": "internvl_vision", "image_size": values.get("force_image_size") or vision["image_size"]},
+        "downsample_ratio": values.get("downsample_ratio", 0.5),
+        "drop_path_rate": vision.get("drop_path_rate", 0.0),
+        "tie_word_embeddings": text.get("tie_word_embeddings", False),
+        "dtype": values.get("torch_dtype") or values.get("dtype"),
+    }
+
+
+def original_config(config: Self1EConfig) -> dict:
+    """The `config.json` of layout (c) for a `Self1EConfig`: the inverse of `native_config`."""
+    vision = config.vision_config.to_dict()
+    vision |= {"image_size": vision["image_size"][0], "patch_size": vision["patch_size"][0]}
+    text = config.text_config.to_dict()
+    rope = text.pop("rope_parameters", None) or {}
+    text["rope_theta"] = rope.pop("rope_theta", None)
+    text["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    return {
+        "model_type": "internvl_chat",
+        "architectures": ["InternVL3SELF1E"],
+        "llm_config": text,
+        "vision_config": {old: vision[new] for old, new in VISION_KEYS.items()}
+        | {"model_type": "intern_vit_6b", "drop_path_rate": config.drop_path_rate},
+        "force_image_size": config.tile_size,
+        "downsample_ratio": config.downsample_ratio,
+        "select_layer": -1,
+        "template": "internvl2_5",
+        "ps_version": "v2",
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "torch_dtype": str(config.dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,353 @@
+"""What users call on a photo of theirs: `model.segment` and `model.chat`.
+
+A photo is encoded once and shared by all its prompts. `segment` gives the model the answer `[SEG].` and reads the mask
+(the evaluation protocol, one forward pass); `chat` lets it write, causally, and reads the masks of every `[SEG]` it
+wrote in one more pass over the whole text, because image tokens look at `[SEG]`.
+
+Legend: H W pixels of the upright photo, h w mask grid of the model, n masks of a reply.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from self1e.model.processing import IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, SEG, SEGT, as_rgb
+from self1e.model.prompts import evaluation_prompt, looks_like_sentence
+
+ANSWER = f"{SEG}."
+END_OF_TURN = "<|im_end|>"
+# Tokens that structure a conversation; in a user's text they would forge images, masks or turns.
+RESERVED = (SEG, SEGT, IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END, "<|im_start|>", END_OF_TURN, "<|endoftext|>")
+
+Message = dict[str, str | list[dict[str, str]]]
+Conversation = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The mask of one prompt.
+
+    prompt: as given. text: the answer. mask: bool (H, W). logits: float32 (h, w), before the resize.
+    score: mean foreground probability over the mask, 0..1; None for an empty mask.
+    """
+
+    prompt: str
+    text: str
+    mask: np.ndarray
+    logits: np.ndarray
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote, with one mask for every `[SEG]` in it, in order.
+
+    text: without the closing token. masks: bool (n, H, W). logits: float32 (n, h, w), before the resize.
+    (0, 0, 0) without any. scores: mean foreground probability over each mask; None for an empty one.
+    """
+
+    text: str
+    masks: np.ndarray
+    logits: np.ndarray
+    scores: list[float | None]
+
+
+class InferenceMixin:
+    """`segment` and `chat` for `Self1EForSegmentation`."""
+
+    @torch.no_grad()
+    def segment(
+        self,
+        processor,
+        images: Image.Image | Sequence[Image.Image],
+        prompts: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        is_sentence: bool | None = None,
+        threshold: float = 0.5,
+        max_tiles: int = 1,
+        rows_per_forward: int = 16,
+    ) -> list[Segmentation] | list[list[Segmentation]]:
+        """One mask for every prompt, by the evaluation protocol.
+
+        >>> result = model.segment(processor, image, "the red circle")[0]
+        >>> result.mask.shape == (image.height, image.width), result.mask.dtype
+        (True, dtype('bool'))
+        >>> result.text
+        '[SEG].'
+        >>> both = model.segment(processor, image, ["the red circle", "Which of these shapes has no corners?"])
+        >>> [mask.prompt for mask in both]
+        ['the red circle', 'Which of these shapes has no corners?']
+        >>> per_photo = model.segment(processor, [image, image], [["the star"], ["the ring", "the cross"]])
+        >>> [len(masks) for masks in per_photo]
+        [1, 2]
+
+        Args:
+            processor: the `Self1EProcessor` of the checkpoint.
+            images: one photo or several, of any mode; EXIF orientation is applied, H and W are those of the result.
+            prompts: one or several, asked of every photo; or, for several photos, a list for each.
+            is_sentence: ask with the prompt as a sentence ("Which one rolls?") or as a phrase ("the ball", which is
+                lower-cased); None: a prompt that ends like a sentence is one.
+            threshold: probability above which a pixel is foreground, 0..1 exclusive; 0.5 is logit 0.
+            max_tiles: 1, or 4 for high resolution (train with it too).
+            rows_per_forward: prompts in one pass, and photos encoded together.
+
+        Returns:
+            One result a prompt; for several photos such a list each.
+
+        Raises:
+            ValueError: no trained head, an empty prompt, a reserved token in it, a threshold outside 0..1, prompt
+                lists that do not match the photos.
+            FloatingPointError: the model computed no numbers (float16 overflows).
+        """
+        self._check_head()
+        cut = _logit(threshold)
+        photos, single = _photos(images)
+        asked = _prompts_per_photo(prompts, len(photos))
+        rows = [[[_question(text, is_sentence), ANSWER] for text in texts] for texts in asked]
+        logits = []
+        with _evaluating(self):
+            for features, batch in self._batches(processor, photos, rows, max_tiles, rows_per_forward):
+                logits += self._mask_logits(features, batch)
+        found, results = iter(logits), []
+        for photo, texts in zip(photos, asked):
+            results.append([])
+            for text in texts:
+                masks, scores, grids = _to_masks(next(found), (photo.height, photo.width), cut)
+                results[-1].append(Segmentation(text, ANSWER, masks[0], grids[0], scores[0]))
+        return results[0] if single else results
+
+    @torch.no_grad()
+    def chat(
+        self,
+        processor,
+        images: Image.Image | Sequence[Image.Image],
+        messages: Conversation | Sequence[Conversation],
+        *,
+        max_new_tokens: int = 256,
+        threshold: float = 0.5,
+        max_tiles: int = 1,
+        rows_per_forward: int = 8,
+        **generate_kwargs,
+    ) -> Reply | list[Reply]:
+        """Let the model answer, and read one mask for every `[SEG]` it writes (none: no mask).
+
+        >>> question = "Can you segment the red circle in this image?"
+        >>> reply = model.chat(processor, image, question, max_new_tokens=8)
+        >>> len(reply.masks) == reply.text.count("[SEG]")
+        True
+        >>> turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "It is [SEG]."},
+        ...          {"role": "user", "content": "What is left of it?"}]
+        >>> replies = model.chat(processor, [image, image], [question, turns], max_new_tokens=8)
+        >>> [reply.masks.shape[1:] == (image.height, image.width) for reply in replies]
+        [True, True]
+
+        Args:
+            processor, images, threshold, max_tiles: as in `segment`. A photo that occurs several times in `images`
+                (the same object) is encoded once.
+            messages: a question, or a list of `{"role": "user" | "assistant", "content": text}` that starts and ends
+                with the user; several photos take one such conversation each. The photo comes first by itself.
+            max_new_tokens: length limit of the answer.
+            rows_per_forward: conversations generated together.
+            generate_kwargs: of `generate`; the default is greedy decoding.
+
+        Returns:
+            The reply; for several photos a list.
+
+        Raises:
+            ValueError: no trained head, a reserved token in a text of the user, roles that do not alternate.
+            FloatingPointError: the model computed no numbers (float16 overflows).
+        """
+        self._check_head()
+        cut = _logit(threshold)
+        given, single = _photos(images, keep=True)
+        conversations = [messages] if single else list(messages)
+        if isinstance(messages, str) > single or len(conversations) != len(given):
+            raise ValueError(f"{len(given)} photos need as many conversations, in a list")
+        rows: dict[int, list[list[str]]] = {}  # photo -> its conversations
+        for image, conversation in zip(given, conversations):
+            rows.setdefault(id(image), []).append(_turns(conversation))
+        photos = {id(image): as_rgb(image) for image in given}
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
+        replies = []
+        with _evaluating(self):
+            for features, batch in self._batches(
+                processor, list(photos.values()), list(rows.values()), max_tiles, rows_per_forward, padding_side="left"
+            ):
+                replies += self._write(processor, features, batch, options)
+        ordered = iter(replies)
+        found = {key: [next(ordered) for _ in texts] for key, texts in rows.items()}
+        results = []
+        for image in given:
+            text, logits = found[id(image)].pop(0)
+            size = (photos[id(image)].height, photos[id(image)].width)
+            masks, scores, grids = _to_masks(logits, size, cut)
+            results.append(Reply(text, masks, grids, scores))
+        return results[0] if single else results
+
+    def prepare_inputs_for_generation(self, *args, image_features=None, is_first_iteration: bool = False, **kwargs):
+        """As the library's; photos that are encoded already enter with the prompt and are then in the cache."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        return inputs | {"image_features": image_features if is_first_iteration else None}
+
+    def _check_head(self) -> None:
+        if not self.trained_head:
+            raise ValueError(
+                f"{self.config.name_or_path or 'this model'} is a base model without a trained segmentation head: "
+                "give trained weights (weights= in from_pretrained, --model_weights on a command line) or train it"
+            )
+
+    def _batches(
+        self, processor, photos, rows, max_tiles: int, rows_per_forward: int, padding_side: str = "right"
+    ) -> Iterator[tuple]:
+        """Encoded photos with at most `rows_per_forward` of their rows at a time: (features, text inputs)."""
+        for group in _groups([len(texts) for texts in rows], rows_per_forward):
+            batch = processor(
+                images=photos[group], conversations=rows[group], max_tiles=max_tiles, padding_side=padding_side
+            ).to(self.device)
+            features = self.encode_images(batch["pixel_values"], batch["tile_grids"])
+            for start in range(0, len(batch["input_ids"]), rows_per_forward):
+                part = slice(start, start + rows_per_forward)
+                used = batch["attention_mask"][part].any(0)
+                inputs = {name: batch[name][part][:, used] for name in ("input_ids", "attention_mask")}
+                yield features, inputs | {"row_image": batch["row_image"][part]}
+
+    def _mask_logits(self, features, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Per row (n_seg, h, w). Raises FloatingPointError where they are not finite."""
+        logits = [row.float() for row in self(**inputs, image_features=features).mask_logits]
+        if not all(bool(row.isfinite().all()) for row in logits):
+            raise FloatingPointError(
+                f"the mask logits are not finite in {self.dtype}: load the model in bfloat16 or float32"
+            )
+        return logits
+
+    def _write(self, processor, features, inputs: dict[str, Tensor], options: dict) -> list[tuple[str, Tensor]]:
+        """Generate the rows of a left-padded batch: each one's text and the mask logits (n, h, w) of its `[SEG]`s."""
+        tokenizer = processor.tokenizer
+        end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        generated = self.generate(
+            **inputs,
+            image_features=features,
+            eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=[self.config.image_token_id],  # no picture belongs to one that the model writes
+            **options,
+        )
+        texts, answers, whole = [], [], []
+        length = inputs["input_ids"].shape[1]
+        for prompt, used, new in zip(inputs["input_ids"], inputs["attention_mask"].bool(), generated[:, length:]):
+            answer = new.tolist()
+            answer = answer[: answer.index(end)] if end in answer else answer
+            texts.append(tokenizer.decode(answer, skip_special_tokens=False))
+            answers.append(answer.count(self.config.seg_token_id))
+            whole.append(prompt[used].tolist() + answer)
+        logits = [torch.zeros(0, 0, 0)] * len(texts)
+        chosen = [row for row, count in enumerate(answers) if count]
+        if chosen:
+            ids = {"input_ids": [whole[row] for row in chosen]}
+            again = tokenizer.pad(ids, padding_side="right", return_tensors="pt").to(self.device)
+            photos = inputs["row_image"][torch.tensor(chosen, device=self.device)]
+            for row, masks in zip(chosen, self._mask_logits(features, {**again, "row_image": photos})):
+                logits[row] = masks[-answers[row] :]  # those of earlier turns come first
+        return list(zip(texts, logits))
+
+
+@contextmanager
+def _evaluating(model):
+    """Dropout and stochastic depth off; the model's mode is as before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _photos(images, *, keep: bool = False) -> tuple[list[Image.Image], bool]:
+    """The photos as a list, upright unless `keep`, and whether there was just one outside a list."""
+    single = isinstance(images, Image.Image)
+    photos = [images] if single else list(images)
+    wrong = [type(photo).__name__ for photo in photos if not isinstance(photo, Image.Image)]
+    if wrong:
+        raise ValueError(f"images must be PIL.Image.Image, found {wrong[0]}: open a file with PIL.Image.open")
+    return photos if keep else [as_rgb(photo) for photo in photos], single
+
+
+def _prompts_per_photo(prompts, photos: int) -> list[list[str]]:
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return [prompts] * photos
+    if len(prompts) != photos or any(isinstance(texts, str) for texts in prompts):
+        raise ValueError(f"{len(prompts)} lists of prompts for {photos} photos: give one a photo, or one list for all")
+    return [list(texts) for texts in prompts]
+
+
+def check_prompt(text: str) -> None:
+    """Raise ValueError for a prompt that is empty or holds a token of `RESERVED`."""
+    if not text.strip():
+        raise ValueError("a prompt is empty")
+    found = [token for token in RESERVED if token in text]
+    if found:
+        raise ValueError(f"the prompt {text!r} holds the reserved token {found[0]}: leave it out")
+
+
+def _question(prompt: str, is_sentence: bool | None) -> str:
+    check_prompt(prompt)
+    return evaluation_prompt(prompt, looks_like_sentence(prompt) if is_sentence is None else is_sentence, lower=True)
+
+
+def _turns(conversation: Conversation) -> list[str]:
+    """Texts of a conversation, the photo's tag in front: user, assistant, ..., user."""
+    messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+    roles = [message.get("role") for message in messages]
+    if roles != ["assistant" if index % 2 else "user" for index in range(len(roles))] or len(roles) % 2 == 0:
+        raise ValueError(
+            f"the roles are {roles}; expected user, assistant, ..., user (the system sentence is part of the weights)"
+        )
+    texts = []
+    for index, message in enumerate(messages):
+        content = message["content"]
+        if not isinstance(content, str):  # the library's parts; the photo is in front anyway
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        if index == 0:
+            content = content.removeprefix(IMAGE_TAG).removeprefix("\n")
+        check_prompt(content.replace(SEG, "it") if index % 2 else content)
+        texts.append(content)
+    return [f"{IMAGE_TAG}\n{texts[0]}", *texts[1:]]
+
+
+def _groups(counts: Sequence[int], limit: int) -> Iterator[slice]:
+    """Slices of neighbouring photos with at most `limit` rows together, but at least one photo with rows."""
+    if limit < 1:
+        raise ValueError(f"rows_per_forward (--batch_size) is {limit}; it must be at least 1")
+    start = rows = 0
+    for stop, count in enumerate(counts):
+        if rows and rows + count > limit:
+            yield slice(start, stop)
+            start, rows = stop, 0
+        rows += count
+    if rows:
+        yield slice(start, len(counts))
+
+
+def _logit(threshold: float) -> float:
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold (--threshold) is {threshold}; expected a probability above 0 and below 1")
+    return math.log(threshold / (1 - threshold))
+
+
+def _to_masks(logits: Tensor, size: tuple[int, int], cut: float) -> tuple[np.ndarray, list[float | None], np.ndarray]:
+    """Logits (n, h, w) -> masks bool (n, H, W), scores, logits as an array; one mask at a time is held in float."""
+    masks, scores = np.zeros((len(logits), *size), bool), []
+    for index, grid in enumerate(logits):
+        full = interpolate(grid[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+        chosen = full > cut
+        masks[index] = chosen.cpu().numpy()
+        scores.append(full[chosen].sigmoid().mean().item() if masks[index].any() else None)
+    return masks, scores, logits.cpu().numpy()

@@ -1,0 +1,464 @@
+"""Make a tiny InternVL3: random weights and a small tokenizer of its own, in the layout of the real checkpoints.
+
+For the quickstart, tests and debugging: everything that reads InternVL3-2B reads this, on a CPU, in seconds.
+
+    self1e make-tiny runs/tiny                       # 1 M parameters, 2 MB, 1 s
+    self1e make-tiny runs/tiny3 --llm qwen3 --shards 3    # like InternVL3.5, in shards
+
+Layouts (`--layout`): `chat` is the original one (`model_type: internvl_chat`, fused `attn.qkv`, `mlp1.*`,
+`language_model.*`), `native` the one of transformers (`model_type: internvl`, the `-hf` repositories).
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+# Added tokens in the order of InternVL3's tokenizer; their ids follow the byte-pair vocabulary.
+QWEN_SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+).split()
+QWEN_PLAIN = (
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
+).split()
+INTERNVL_SPECIAL = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
+ADDED_TOKENS = QWEN_SPECIAL + QWEN_PLAIN + INTERNVL_SPECIAL
+
+# What the byte-pair merges are learned from: the prompts, and the words of make_shapes_dataset.py. Any other text is
+# spelled with smaller pieces, down to bytes.
+CORPUS = """
+system You are an helpful assistant. user assistant
+Can you segment the red circle in this image? Please segment the green square in this image.
+What is the blue triangle in this image? Please respond with segmentation mask. Please output segmentation mask.
+Please output segmentation mask and explain why. and explain the reason. and give some explanation.
+It is . Sure, . Sure, it is . Sure, the segmentation result is .
+Answer the question using a single word or phrase. Please answer yes or no. Yes No yes no
+When the provided information is insufficient, respond with 'Unanswerable'. unanswerable
+Answer with the option's letter from the given choices directly. A. B. C. D. A B C D
+red green blue yellow purple orange white black pink brown cyan gray
+circle square triangle star cross ring diamond hexagon circles squares triangles stars crosses rings
+shape shapes object objects thing background part parts of top bottom half upper lower middle center
+left right leftmost rightmost topmost lowest largest smallest biggest big small large tiny
+that is on the side to above below next behind in front and or both all two three four one of them
+How many shapes are there? Which colour color does it have? What is the color of the largest shape?
+Is there a an any? Where is the? Describe this picture. This picture shows. Which kind of? has no corners five points
+corner round hole pointed arms straight sides equal rolls wheel warning sign night sky first aid wedding finger
+because it its would be used like looks has have with without most least only other 0 1 2 3 4 5 6 7 8 9
+"""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with Qwen2's splitting rule: 256 byte symbols (`!` is id 0) and merges, `vocab_size` at most."""
+    if vocab_size < 256:
+        raise ValueError(f"--vocab_size {vocab_size}: a byte-level vocabulary needs at least the 256 byte symbols")
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    lines = CORPUS.strip().splitlines()
+    tokenizer.train_from_iterator(lines + [f" {line}" for line in lines], trainer)
+    return tokenizer
+
+
+def save_tokenizer(folder: Path, vocab_size: int) -> dict[str, int]:
+    """Write the six files of a Qwen2 tokenizer; return the added tokens' ids."""
+    tokenizer = train_tokenizer(vocab_size)
+    tokenizer.model.save(str(folder))
+    ids = {token: i for i, token in enumerate(ADDED_TOKENS, start=tokenizer.get_vocab_size())}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    special = {
+        "additional_special_tokens": QWEN_SPECIAL[1:],
+        "eos_token": {"content": "<|im_end|>", **flags},
+        "pad_token": {"content": "<|endoftext|>", **flags},
+    }
+    config = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(i): {"content": token, **flags, "special": token not in QWEN_PLAIN} for token, i in ids.items()
+        },
+        "additional_special_tokens": QWEN_SPECIAL[1:],
+        "bos_token": None,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 12288,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    write_json(folder / "added_tokens.json", ids)
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", config)
+    return ids
+
+
+def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
+    """All tensors of layout `chat`, float32, under the names of the original checkpoints.
+
+    Initialised to learn from scratch in minutes, not like the real pre-training: linear layers are normal with
+    variance 1/fan_in, those that end a residual branch divided by sqrt(2 * layers); vision positions are fixed 2-D
+    sines; layer scales are `initializer_factor`; text embeddings have unit variance; `lm_head` N(0, 0.02).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+
+    def normal(name: str, *shape: int, std: float) -> None:
+        weights[name] = torch.randn(shape, generator=generator) * std
+
+    def linear(name: str, n_in: int, n_out: int, *, bias: bool = True, gain: float = 1.0) -> None:
+        normal(f"{name}.weight", n_out, n_in, std=gain * n_in**-0.5)
+        if bias:
+            weights[f"{name}.bias"] = torch.zeros(n_out)
+
+    def layer_norm(name: str, n: int) -> None:
+        weights[f"{name}.weight"], weights[f"{name}.bias"] = torch.ones(n), torch.zeros(n)
+
+    vit, llm = config["vision_config"], config["llm_config"]
+
+    c, patch, side = vit["hidden_size"], vit["patch_size"], vit["image_size"] // vit["patch_size"]
+    gain = (2 * vit["num_hidden_layers"]) ** -0.5
+    embeddings = "vision_model.embeddings"
+    normal(f"{embeddings}.class_embedding", 1, 1, c, std=0.02)
+    normal(f"{embeddings}.patch_embedding.weight", c, 3, patch, patch, std=(3 * patch**2) ** -0.5)
+    weights[f"{embeddings}.patch_embedding.bias"] = torch.zeros(c)
+    weights[f"{embeddings}.position_embedding"] = torch.cat([torch.zeros(1, 1, c), sine_positions(side, c)], dim=1)
+    for i in range(vit["num_hidden_layers"]):
+        layer = f"vision_model.encoder.layers.{i}"
+        layer_norm(f"{layer}.norm1", c)
+        layer_norm(f"{layer}.norm2", c)
+        linear(f"{layer}.attn.qkv", c, 3 * c)
+        linear(f"{layer}.attn.proj", c, c, gain=gain)
+        linear(f"{layer}.mlp.fc1", c, vit["intermediate_size"])
+        linear(f"{layer}.mlp.fc2", vit["intermediate_size"], c, gain=gain)
+        weights[f"{layer}.ls1"] = torch.full((c,), vit["initializer_factor"])
+        weights[f"{layer}.ls2"] = torch.full((c,), vit["initializer_factor"])
+
+    width = llm["hidden_size"]
+    n_in = c * round(1 / config["downsample_ratio"]) ** 2
+    layer_norm("mlp1.0", n_in)
+    linear("mlp1.1", n_in, width)
+    linear("mlp1.3", width, width)
+
+    gain = (2 * llm["num_hidden_layers"]) ** -0.5
+    head, qwen2 = llm["head_dim"], llm["model_type"] == "qwen2"
+    n_q, n_kv = llm["num_attention_heads"] * head, llm["num_key_value_heads"] * head
+    normal("language_model.model.embed_tokens.weight", llm["vocab_size"], width, std=1.0)
+    for i in range(llm["num_hidden_layers"]):
+        layer = f"language_model.model.layers.{i}"
+        weights[f"{layer}.input_layernorm.weight"] = torch.ones(width)
+        weights[f"{layer}.post_attention_layernorm.weight"] = torch.ones(width)
+        linear(f"{layer}.self_attn.q_proj", width, n_q, bias=qwen2)
+        linear(f"{layer}.self_attn.k_proj", width, n_kv, bias=qwen2)
+        linear(f"{layer}.self_attn.v_proj", width, n_kv, bias=qwen2)
+        linear(f"{layer}.self_attn.o_proj", n_q, width, bias=False, gain=gain)
+        if not qwen2:
+            weights[f"{layer}.self_attn.q_norm.weight"] = torch.ones(head)
+            weights[f"{layer}.self_attn.k_norm.weight"] = torch.ones(head)
+        linear(f"{layer}.mlp.gate_proj", width, llm["intermediate_size"], bias=False)
+        linear(f"{layer}.mlp.up_proj", width, llm["intermediate_size"], bias=False)
+        linear(f"{layer}.mlp.down_proj", llm["intermediate_size"], width, bias=False, gain=gain)
+    weights["language_model.model.norm.weight"] = torch.ones(width)
+    if not llm["tie_word_embeddings"]:
+        normal("language_model.lm_head.weight", llm["vocab_size"], width, std=0.02)
+    return weights
+
+
+def sine_positions(side: int, width: int) -> torch.Tensor:
+    """Fixed 2-D position embedding (MAE, big_vision): (1, side * side, width), a quarter each sin/cos of y and x."""
+    omega = 10_000 ** (-torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(side)[:, None] * omega
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)
+    y, x = wave[:, None].expand(side, side, -1), wave[None].expand(side, side, -1)
+    return torch.cat([y, x], dim=-1).reshape(1, side * side, width)
+
+
+def chat_config(options: dict, n_vocab: int, ids: dict[str, int]) -> dict:
+    """config.json of layout `chat`, with the keys of InternVL3's (InternVL3.5's for qwen3)."""
+    llm = {
+        "architectures": [{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[options["llm"]]],
+        "attention_dropout": 0.0,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "head_dim": options["width"] // options["heads"],
+        "hidden_act": "silu",
+        "hidden_size": options["width"],
+        "initializer_range": 0.02,
+        "intermediate_size": 3 * options["width"],
+        "max_position_embeddings": 32768,
+        "max_window_layers": 70,
+        "model_type": options["llm"],
+        "num_attention_heads": options["heads"],
+        "num_hidden_layers": options["layers"],
+        "num_key_value_heads": options["kv_heads"],
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "tie_word_embeddings": options["tie_word_embeddings"],
+        "torch_dtype": "bfloat16",
+        "use_cache": False,
+        "use_sliding_window": False,
+        "vocab_size": n_vocab,
+    }
+    if options["llm"] == "qwen3":
+        llm["attention_bias"] = False
+    vision = {
+        "architectures": ["InternVisionModel"],
+        "attention_dropout": 0.0,
+        "drop_path_rate": options["drop_path_rate"],
+        "dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_size": options["vision_width"],
+        "image_size": options["image_size"],
+        "initializer_factor": options["layer_scale"],
+        "initializer_range": 0.02,
+        "intermediate_size": 4 * options["vision_width"],
+        "layer_norm_eps": 1e-6,
+        "model_type": "intern_vit_6b",
+        "norm_type": "layer_norm",
+        "num_attention_heads": options["vision_heads"],
+        "num_channels": 3,
+        "num_hidden_layers": options["vision_layers"],
+        "patch_size": options["patch_size"],
+        "qk_normalization": False,
+        "qkv_bias": True,
+        "torch_dtype": "bfloat16",
+        "use_flash_attn": False,
+    }
+    return {
+        "architectures": ["InternVLChatModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+            "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+        },
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": options["image_size"],
+        "llm_config": llm,
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "model_type": "internvl_chat",
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "internvl2_5",
+        "tie_word_embeddings": options["tie_word_embeddings"],
+        "torch_dtype": "bfloat16",
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "use_thumbnail": True,
+        "vision_config": vision,
+    }
+
+
+def to_native(config: dict, weights: dict[str, torch.Tensor], ids: dict[str, int]) -> InternVLForConditionalGeneration:
+    """The same model as transformers' own class, float32."""
+    vit, llm = dict(config["vision_config"]), dict(config["llm_config"])
+    vision = {
+        key: vit[key]
+        for key in (
+            "attention_dropout",
+            "hidden_act",
+            "hidden_size",
+            "image_size",
+            "intermediate_size",
+            "layer_norm_eps",
+            "norm_type",
+            "num_attention_heads",
+            "num_channels",
+            "num_hidden_layers",
+            "patch_size",
+        )
+    }
+    vision |= {"attention_bias": True, "layer_scale_init_value": vit["initializer_factor"]}
+    model = InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config=vision,
+            text_config={key: value for key, value in llm.items() if key not in ("architectures", "torch_dtype")},
+            image_token_id=ids["<IMG_CONTEXT>"],
+            image_seq_length=(vit["image_size"] // vit["patch_size"] // 2) ** 2,
+            downsample_ratio=config["downsample_ratio"],
+            tie_word_embeddings=llm["tie_word_embeddings"],
+        )
+    )
+    missing, unexpected = model.load_state_dict(dict(native_names(weights)), strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    model.tie_weights()
+    return model
+
+
+def native_names(weights: dict[str, torch.Tensor]):
+    """Yield (name in transformers' InternVL, tensor); a fused qkv becomes three projections."""
+    renames = (
+        ("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
+        ("vision_model.embeddings.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
+        ("vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
+        ("vision_model.encoder.layers.", "model.vision_tower.encoder.layer."),
+        (".attn.proj.", ".attention.projection_layer."),
+        (".attn.qkv.", ".attention.qkv."),
+        (".norm1.", ".layernorm_before."),
+        (".norm2.", ".layernorm_after."),
+        (".ls1", ".lambda_1"),
+        (".ls2", ".lambda_2"),
+        ("mlp1.0.", "model.multi_modal_projector.layer_norm."),
+        ("mlp1.1.", "model.multi_modal_projector.linear_1."),
+        ("mlp1.3.", "model.multi_modal_projector.linear_2."),
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+    )
+    for name, tensor in weights.items():
+        for old, new in renames:
+            name = name.replace(old, new)
+        if ".qkv." in name:
+            for part, rows in zip("qkv", tensor.chunk(3)):
+                yield name.replace(".qkv.", f".{part}_proj."), rows
+        else:
+            yield name, tensor
+
+
+def save_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) -> None:
+    """Write model.safetensors, or `shards` files and their index."""
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names, size = sorted(weights), math.ceil(len(weights) / shards)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[i * size : (i + 1) * size]
+        save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in weights.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make_tiny_internvl(
+    path: str | Path,
+    *,
+    layout: str = "chat",
+    llm: str = "qwen2",
+    image_size: int = 112,
+    patch_size: int = 14,
+    width: int = 96,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vision_width: int = 96,
+    vision_layers: int = 4,
+    vision_heads: int = 4,
+    layer_scale: float = 1.0,
+    drop_path_rate: float = 0.0,
+    vocab_size: int = 2048,
+    tie_word_embeddings: bool = False,
+    shards: int = 1,
+    seed: int = 0,
+) -> Path:
+    """Write a checkpoint folder: config, bf16 weights, tokenizer and preprocessor files; same options, same bytes.
+
+    Options: see `--help`. Raises ValueError for sizes that do not fit together. Returns the folder.
+    """
+    options = dict(locals())
+    check_sizes(options)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in (*folder.glob("model*.safetensors*"), *folder.glob("tokenizer.json")):
+        stale.unlink()  # of an earlier call with other options; loaders would prefer some of these names
+    ids = save_tokenizer(folder, vocab_size)
+    config = chat_config(options, n_vocab=max(ids.values()) + 1, ids=ids)
+    weights = {name: tensor.bfloat16() for name, tensor in random_weights(config, seed).items()}
+    preprocessor = {
+        "crop_size": image_size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+        "size": image_size,
+    }
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    if layout == "native":
+        model = to_native(config, weights, ids).to(torch.bfloat16)
+        model.save_pretrained(folder)
+        Qwen2Tokenizer.from_pretrained(folder).save_pretrained(folder)
+        return folder
+    write_json(folder / "generation_config.json", {"_from_model_config": True})
+    write_json(folder / "config.json", config)
+    save_weights(folder, weights, shards)
+    return folder
+
+
+def check_sizes(options: dict) -> None:
+    rules = {
+        f"--image_size must be an even multiple of --patch_size {options['patch_size']}": options["image_size"]
+        % (2 * options["patch_size"])
+        == 0,
+        "--width must be a multiple of 4 and of 2 * --heads": options["width"] % 4 == 0
+        and options["width"] % (2 * options["heads"]) == 0,
+        "--vision_width must be a multiple of 4 and of --vision_heads": options["vision_width"] % 4 == 0
+        and options["vision_width"] % options["vision_heads"] == 0,
+        "--heads must be a multiple of --kv_heads": options["heads"] % options["kv_heads"] == 0,
+        "--layout native has no drop_path_rate and is written by transformers in one file": options["layout"] == "chat"
+        or (options["drop_path_rate"] == 0 and options["shards"] == 1),
+        "--shards must be at least 1": options["shards"] >= 1,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise ValueError("; ".join(broken))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", metavar="OUTPUT", help="folder to write; a checkpoint in it is overwritten")
+    parser.add_argument("--layout", choices=["chat", "native"], default="chat")
+    parser.add_argument("--llm", choices=["qwen2", "qwen3"], default="qwen2", help="qwen3: q/k norms, no qkv bias")
+    parser.add_argument("--image_size", type=int, default=112, help="pixels a tile side")
+    parser.add_argument("--patch_size", type=int, default=14, help="pixels a patch side")
+    parser.add_argument("--width", type=int, default=96, help="LLM hidden size; its MLP is 3 times as wide")
+    parser.add_argument("--layers", type=int, default=4, help="LLM layers")
+    parser.add_argument("--heads", type=int, default=4, help="LLM attention heads")
+    parser.add_argument("--kv_heads", type=int, default=2, help="LLM key/value heads")
+    parser.add_argument("--vision_width", type=int, default=96, help="ViT hidden size; its MLP is 4 times as wide")
+    parser.add_argument("--vision_layers", type=int, default=4)
+    parser.add_argument("--vision_heads", type=int, default=4)
+    parser.add_argument("--layer_scale", type=float, default=1.0, help="initial layer scale of the ViT's branches")
+    parser.add_argument("--drop_path_rate", type=float, default=0.0, help="stochastic depth of the ViT's last layer")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="byte symbols and merges at most")
+    parser.add_argument("--tie_word_embeddings", action="store_true", help="no lm_head of its own, like Qwen2 0.5B")
+    parser.add_argument("--shards", type=int, default=1, help="weight files")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        print(make_tiny_internvl(**vars(args)))
+    except ValueError as error:
+        parser.error(str(error))
+    return 0

@@ -1,0 +1,291 @@
+"""The flags of training, their defaults (the recipe of the paper), and the refusal of those that mean nothing here."""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import shlex
+from pathlib import Path
+
+import torch
+import yaml
+
+from self1e.data.loading import EVAL_SPLITS, REASON_SEG, REFER_SEG, SEM_SEG, VQA
+from self1e.data.mixture import MODES
+from self1e.model.attention import PATHWAYS
+from self1e.model.grids import REPLICATIONS
+from self1e.model.head import MASK_FEATURES
+from self1e.training.adaptation import LLM_LINEARS
+
+ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = "sem_seg||refer_seg||reason_seg||vqa"
+
+# Flags of the published program that had no effect there, or that have no meaning here.
+REFUSED = {
+    "vis_save_path": "pictures go to <log_base_dir>/<exp_name>/eval with --eval_visualize",
+    "image_size": "the tile size is read from the checkpoint's configuration",
+    "load_in_8bit": "quantised weights cannot be trained; for inference see self1e.apps.predict",
+    "load_in_4bit": "quantised weights cannot be trained; for inference see self1e.apps.predict",
+    "vision_pretrained": "the ViT comes with --version; there is no second vision encoder",
+    "out_dim": "the head's width is the LLM's, read from the checkpoint",
+    "train_mask_decoder": "there is no mask decoder; the head always trains",
+    "use_mm_start_end": "<img> and </img> are part of InternVL's chat format, always",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, once: a usage of 70 flags would bury it, and so would every rank's echo."""
+
+    def error(self, message: str):
+        first = int(os.environ.get("RANK", 0)) == 0
+        self.exit(2, f"{self.prog}: error: {message}\nall flags: {self.prog} --help\n" if first else None)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are some; the help texts say what an unset flag means."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=119)
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Refuse(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is refused: {REFUSED[self.dest]}")
+
+
+def at_least(least: int, kind: type = int):
+    """The type of a flag whose value is `least` or more."""
+
+    def convert(text: str):
+        value = kind(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse: invalid int value
+    return convert
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be in [0, 1)")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags, in groups; defaults show in `--help`."""
+    parser = Parser(
+        "train_hf_ivl_seq.py",
+        usage="%(prog)s --version PATH --exp_name NAME [flags]",
+        description="Fine-tune InternVL3 to segment by itself, then evaluate it.",
+        formatter_class=Help,
+        allow_abbrev=False,
+        epilog="Refused flags of the published program: " + ", ".join(f"--{name}" for name in REFUSED),
+    )
+    switch = argparse.BooleanOptionalAction
+    count, natural, weight = at_least(1), at_least(0), at_least(0, float)
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--version", required=True, help="checkpoint: folder or hub id (InternVL3, -hf, or Self1E)")
+    model.add_argument("--model_weights", help="folder whose weights replace those of --version")
+    model.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="unset: bf16, but fp32 to evaluate on a CPU"
+    )
+    model.add_argument("--model_max_length", type=count, default=512, help="tokens a row")
+    model.add_argument("--high_res", action=switch, default=False, help="up to 4 tiles a photo")
+    model.add_argument(
+        "--attn_implementation", choices=("sdpa", "eager", "flex_attention"), default="sdpa", help="of LLM and ViT"
+    )
+    model.add_argument("--mask_features", choices=MASK_FEATURES, help="ablation; unset: the checkpoint's, or rfa")
+    model.add_argument("--replication", choices=tuple(REPLICATIONS), help="ablation; unset: the checkpoint's, or tile")
+    model.add_argument(
+        "--attention_pathway", choices=tuple(PATHWAYS), help="ablation; unset: the checkpoint's, or image+seg"
+    )
+    model.add_argument("--auxiliary_loss", action=switch, help="ablation; unset: the checkpoint's, or on")
+    model.add_argument("--auxiliary_projection", action=switch, help="f_out there too; unset: as above, or off")
+
+    trained = parser.add_argument_group("what is trained")
+    trained.add_argument("--use_llm_lora", action=switch, default=False, help="adapters; off: the whole LLM trains")
+    trained.add_argument("--optimize_vision", action=switch, default=False, help="off: ViT and projector are frozen")
+    trained.add_argument("--use_vision_lora", action=switch, default=False, help="adapters; off: the whole ViT trains")
+    trained.add_argument("--lora_r", type=count, default=128, help="rank of the adapters")
+    trained.add_argument("--lora_alpha", type=count, help="scale of the adapters; unset: twice --lora_r")
+    trained.add_argument("--lora_dropout", type=fraction, default=0.05, help="share of an adapter's inputs")
+    trained.add_argument(
+        "--lora_target_modules", metavar="NAMES", help="the LLM's, joined by commas; unset: " + ", ".join(LLM_LINEARS)
+    )
+    trained.add_argument("--lora_from_layer", type=natural, default=0, help="first LLM layer with adapters")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_dir", type=Path, default=Path("./dataset"), help="segmentation sets and LLaVA")
+    data.add_argument("--data_dir", type=Path, default=Path("./data"), help="VQA sets")
+    data.add_argument("--dataset", metavar="FAMILIES", default=FAMILIES, help="families, joined by ||; also: custom")
+    data.add_argument("--sample_rates", metavar="RATES", help="one a family, joined by commas; unset: 1 each")
+    data.add_argument("--sem_seg_data", metavar="SETS", default=SEM_SEG, help="semantic segmentation, joined by ||")
+    data.add_argument("--refer_seg_data", metavar="SETS", default=REFER_SEG, help="referring, joined by ||")
+    data.add_argument("--reason_seg_data", metavar="SETS", default=REASON_SEG, help="reasoning, with its split")
+    data.add_argument("--vqa_data", metavar="SETS", default=VQA, help="conversation and VQA, joined by ||")
+    data.add_argument("--custom_data", metavar="PATHS", help="own data of the family custom: paths, joined by ||")
+    data.add_argument("--explanatory", type=float, default=-1.0, help="text-only share of explained samples; -1: off")
+    data.add_argument("--num_classes_per_sample", type=count, default=3, help="rows a photo, at most")
+    data.add_argument("--exclude_val", action=switch, default=False, help="drop photos that evaluation splits use")
+    data.add_argument("--mixture", choices=MODES, default="published", help="some samples drawn anew, or each once")
+    data.add_argument("--workers", type=natural, default=4, help="decoding processes a rank")
+    data.add_argument("--seed", type=natural, default=42, help="of the stream, a fresh head and dropout")
+
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--epochs", type=count, default=1, help="passes over the mixture")
+    optimisation.add_argument("--start_epoch", type=natural, default=0, help="epochs of the stream to pass over")
+    optimisation.add_argument("--steps_per_epoch", type=count, help="optimizer steps; unset: the whole epoch")
+    optimisation.add_argument("--max_steps", type=count, help="optimizer steps in all; unset: by --epochs")
+    optimisation.add_argument("--batch_size", type=count, default=5, help="photos a device and micro-batch")
+    optimisation.add_argument("--grad_accumulation_steps", type=count, default=8, help="micro-batches a step")
+    optimisation.add_argument(
+        "--grad_accumulation_reduction", choices=("sum", "mean"), default="sum", help="of gradients, before clipping"
+    )
+    optimisation.add_argument("--lr", type=rate, default=1e-4, help="peak rate of the LLM, its embeddings and lm_head")
+    optimisation.add_argument("--vision_lr", type=rate, default=1e-4, help="peak rate of ViT, projector and head")
+    optimisation.add_argument("--beta1", type=fraction, default=0.9, help="of AdamW")
+    optimisation.add_argument("--beta2", type=fraction, default=0.95, help="of AdamW")
+    optimisation.add_argument(
+        "--warmup_steps", type=natural, default=100, help="steps of linear rise; then decay to 0"
+    )
+    optimisation.add_argument("--ce_loss_weight", type=weight, default=1.0, help="cross-entropy of the text")
+    optimisation.add_argument("--bce_loss_weight", type=weight, default=2.0, help="binary cross-entropy of masks")
+    optimisation.add_argument("--dice_loss_weight", type=weight, default=0.5, help="Dice loss of masks")
+    optimisation.add_argument("--gradient_checkpointing", action=switch, default=False, help="less memory, slower")
+    optimisation.add_argument(
+        "--deepspeed", type=Path, help="DeepSpeed JSON; unset: configs/zero2.json under a launcher, none without"
+    )
+    optimisation.add_argument("--local_rank", type=int, help="set by launchers")
+
+    log = parser.add_argument_group("logging and checkpoints")
+    log.add_argument("--exp_name", required=True, help="files go to LOG_BASE_DIR/EXP_NAME")
+    log.add_argument("--log_base_dir", type=Path, default=Path("./runs"), help="of all experiments")
+    log.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"), help="curves")
+    log.add_argument("--print_freq", type=count, default=10, help="steps between log lines")
+    log.add_argument("--save_steps", type=count, default=200, help="steps between checkpoints; one is kept")
+    log.add_argument("--resume", type=Path, help="a checkpoint-N folder to continue from")
+    log.add_argument("--auto_resume", action=switch, default=False, help="continue from the last checkpoint, if any")
+    log.add_argument("--save_published_layout", action=switch, default=False, help="also write ckpt_model_published")
+
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument(
+        "--val_dataset",
+        metavar="SPLITS",
+        default="ReasonSeg|val",
+        help="validated while training, joined by ||; also: custom|PATH",
+    )
+    evaluation.add_argument("--eval_steps", type=count, default=200, help="steps between validations")
+    evaluation.add_argument("--val_batch_size", type=int, default=1, choices=(1,), help="photos go one by one")
+    evaluation.add_argument("--no_eval", action="store_true", help="neither validate nor evaluate after training")
+    evaluation.add_argument("--eval_only", action="store_true", help="do not train; evaluate --val_dataset")
+    evaluation.add_argument(
+        "--eval_all_datasets", action="store_true", help=f"all {len(EVAL_SPLITS)} splits in place of --val_dataset"
+    )
+    evaluation.add_argument("--eval_all_only", action="store_true", help="--eval_only --eval_all_datasets")
+    evaluation.add_argument("--eval_visualize", action="store_true", help="write pictures, worst first")
+
+    parser.add_argument(
+        "--config", type=Path, nargs="+", help="YAML files of flags; later ones and the command line override"
+    )
+    for name in REFUSED:
+        parser.add_argument(f"--{name}", nargs="?", action=Refuse, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    return parser
+
+
+def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """The flags of a YAML file as a command line."""
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path}: expected lines of 'flag: value'")
+    flags = []
+    for name, value in values.items():
+        if f"--{name}" not in parser._option_string_actions or name == "config":
+            parser.error(f"--config {path}: {name} is no flag of this program; see --help")
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is False:
+            flags += [f"--no-{name}"] if f"--no-{name}" in parser._option_string_actions else []
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def zero_stage(path: Path, parser: argparse.ArgumentParser) -> int:
+    """The ZeRO stage that a DeepSpeed configuration asks for."""
+    try:
+        return json.loads(path.read_text()).get("zero_optimization", {}).get("stage", 0)
+    except (OSError, ValueError, AttributeError) as error:
+        parser.error(f"--deepspeed {path}: no DeepSpeed configuration ({error})")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse and check a command line; exits with status 2 and one message when a flag is wrong."""
+    parser = make_parser()
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config", type=Path, nargs="+", default=[])
+    files = config.parse_known_args(argv)[0].config
+    args = parser.parse_args([flag for file in files for flag in yaml_flags(file, parser)] + argv)
+    if args.eval_all_only:
+        args.eval_only = args.eval_all_datasets = True
+    args.splits = list(EVAL_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")
+    if args.eval_only and args.no_eval:
+        parser.error("--eval_only and --no_eval leave nothing to do")
+    if args.resume and args.auto_resume:
+        parser.error("--resume names a checkpoint, --auto_resume looks for one: give one of them")
+    if args.start_epoch and (args.resume or args.auto_resume):
+        parser.error("--start_epoch is for a run without a checkpoint; a resumed run knows its epoch")
+    if not 0 <= args.start_epoch < args.epochs:
+        parser.error(f"--start_epoch {args.start_epoch}: epochs are 0 to {args.epochs - 1}")
+    if args.use_vision_lora and not args.optimize_vision:
+        parser.error("--use_vision_lora adapts a ViT that --optimize_vision would train; give both or neither")
+    given = {flag.split("=")[0].removeprefix("--") for flag in argv}
+    for flag in ("lora_target_modules", "lora_from_layer"):
+        if flag in given and not args.use_llm_lora:
+            parser.error(f"--{flag} is about the LLM's adapters: add --use_llm_lora")
+    for flag in ("lora_r", "lora_alpha", "lora_dropout"):
+        if flag in given and not (args.use_llm_lora or args.use_vision_lora):
+            parser.error(f"--{flag} is about adapters: add --use_llm_lora, or --optimize_vision --use_vision_lora")
+    if args.eval_visualize and args.no_eval:
+        parser.error("--eval_visualize draws what is evaluated, and --no_eval evaluates nothing: give one of them")
+    for flag, value in (("precision", "fp16"), ("attn_implementation", "flex_attention")):
+        if getattr(args, flag) == value and not args.eval_only and not torch.cuda.is_available():
+            parser.error(f"--{flag} {value} trains on a GPU only, and torch finds none")
+    if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+        parser.error("--report_to wandb: the package is not installed; pip install wandb")
+    if args.custom_data and "custom" not in args.dataset.split("||"):
+        parser.error('--custom_data is read by the family custom: name it in --dataset, e.g. --dataset "custom||vqa"')
+    launched = "LOCAL_RANK" in os.environ
+    if args.deepspeed and not launched:
+        parser.error("--deepspeed needs a launcher: start with deepspeed or torchrun instead of python")
+    if args.local_rank is not None and launched and args.local_rank != int(os.environ["LOCAL_RANK"]):
+        parser.error(f"--local_rank {args.local_rank} contradicts LOCAL_RANK={os.environ['LOCAL_RANK']}")
+    if args.local_rank is not None and not launched:
+        parser.error("--local_rank is for launchers: start with deepspeed or torchrun")
+    if launched and args.deepspeed is None:
+        args.deepspeed = ROOT / "configs" / "zero2.json"
+    if args.deepspeed and zero_stage(args.deepspeed, parser) == 3 and args.high_res:
+        parser.error("--high_res: ZeRO-3 needs the same grid of tiles on every rank; use configs/zero2.json")
+    args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.precision = args.precision or "bf16"
+    launcher = "python" if not launched else "torchrun" if args.local_rank is None else "deepspeed"
+    flags = [flag for flag in argv if not flag.startswith("--local_rank")]
+    args.command = shlex.join([launcher, "train_hf_ivl_seq.py", *flags])  # for the model card
+    args.run_dir = args.log_base_dir / args.exp_name
+    return args

@@ -1,0 +1,223 @@
+"""`self1e check-data`: sound trees pass, and each kind of fault is named with its record."""
+
+import csv
+import json
+import shutil
+
+import pytest
+from helpers import SHARED, needs_shared
+from PIL import Image
+from trees import (
+    SQUARE,
+    H,
+    W,
+    instances,
+    label_map,
+    photo,
+    questions,
+    reasoning_photo,
+    reference,
+    referring_set,
+    write_json,
+)
+
+from self1e.apps.check_data import main
+from self1e.data.loading import ALL_SPLITS, TRAINING_SETS
+from self1e.evaluation.vqa.benchmarks import VQA_BENCHMARKS
+from self1e.synthetic.shapes_dataset import make_shapes_dataset
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # contact_sheet.png goes here
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments):
+        """Exit code, {set: [records, photos, sentences, masks, empty, problems]}, and the text before the table."""
+        code = main([str(argument) for argument in (*arguments, "--workers", 2)])
+        text = capsys.readouterr().out
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:2] == "| "]
+        return code, {name: cells for name, *cells in lines[2:]}, text
+
+    return run
+
+
+def problems(text):
+    return [line.strip() for line in text.split("\n| set")[0].splitlines() if line.startswith("  ")]
+
+
+def copy_shapes(root):
+    return make_shapes_dataset(root, train=4, val=2, size=64)
+
+
+def test_every_set_of_a_sound_tree(tmp_path, run):
+    copy_shapes(tmp_path)
+    code, rows, text = run(tmp_path / "dataset", "--samples", 1, "--limit", 3, "--output", "sheet.jpg")
+    assert code == 0 and problems(text) == [] and "not there" not in text
+    training = [name for sets in TRAINING_SETS.values() for name in sets]
+    splits = [name.replace("|", " ") for name in ALL_SPLITS]
+    assert list(rows) == training + splits + [f"{name} (evaluation)" for name in VQA_BENCHMARKS]
+    assert rows["grefcoco"] == ["3 of 4", "4", "12", "12", "3", "0"]
+    assert rows["vqav2"][1:5] == ["2", "3", "0", "0"]
+    with Image.open("sheet.jpg") as sheet:
+        assert sheet.width > 4 * 560 and len(sheet.getcolors(1 << 24)) > 1000
+
+
+@needs_shared
+def test_real_photos(run):
+    code, rows, text = run(SHARED / "minidata/dataset", "--limit", 2, "--samples", 0)
+    assert code == 0 and len(rows) > 30, text
+
+
+def test_faults_of_a_tree(tmp_path, run):
+    root = tmp_path / "dataset"
+    outside = [0, 0, 3 * W, 0, 3 * W, 4]
+    for name in "a", "b", "c":
+        photo(root / f"ade20k/images/training/{name}.jpg")
+        label_map(root / f"ade20k/annotations/training/{name}.png", [1, 2])
+    cut = root / "ade20k/images/training/b.jpg"
+    cut.write_bytes(cut.read_bytes()[:300])
+    Image.new("L", (W, H + 1), 3).save(root / "ade20k/annotations/training/c.png")
+    (root / "cocostuff").mkdir()
+
+    squares = [{"id": 4, "image_id": 7, "segmentation": [SQUARE]}, {"id": 4, "image_id": 8, "segmentation": [SQUARE]}]
+    squares += [{"id": 5, "image_id": 8, "segmentation": [outside]}, {"id": 6, "image_id": 99, "segmentation": []}]
+    refs = [reference(1, 7, 4, "train", "fine", " "), reference(2, 8, 5, "train", "a <image> b")]
+    refs += [reference(3, 7, 4, "val", "x"), reference(3, 7, 4, "val", "y")]
+    referring_set(root, "refcoco", refs, squares, images=[(7, "7.jpg"), (8, "8.jpg")])
+    (root / "refer_seg/refclef").mkdir()
+
+    parts = [
+        {"id": 1, "image_id": 1, "segmentation": [SQUARE]},
+        {"id": 2, "image_id": 2, "segmentation": [SQUARE], "category_id": 8},
+    ]
+    voc = root / "vlpart/pascal_part"
+    write_json(voc / "train.json", instances([(1, "gone.jpg"), (2, "2.jpg")], parts))
+    photo(voc / "VOCdevkit/VOC2010/JPEGImages/2.jpg")
+
+    reasoning_photo(root, "train", "one", ["x"], shapes=[{"label": "t", "points": [[-9, 0], [5, 0], [5, 5]]}])
+    reasoning_photo(root, "val", "two", [])
+    questions(tmp_path / "data", "vqav2/vqav2_train.jsonl", 2)
+    with open(tmp_path / "data/vqav2/vqav2_train.jsonl", "a") as file:
+        file.write(json.dumps({"image": "data/photos/0.jpg", "question": " ", "answer": "<image>"}) + "\n")
+        file.write(json.dumps({"image": "data/photos/9.jpg", "question": "What?", "answer": "x"}) + "\n")
+    (tmp_path / "data/okvqa").mkdir()
+    (tmp_path / "data/okvqa/okvqa_train.jsonl").write_text('{"image": "data/photos/0.jpg"}\n')
+
+    code, rows, text = run(root)
+    found = "\n".join(problems(text))
+    for fault in (
+        "ade20k/b.jpg: cannot read", "ade20k/c.jpg: the mask's size is 20 x 13, the photo 20 x 12",
+        f"{root / 'cocostuff/train2017'} is missing",
+        "instances.json: annotation id 4 occurs twice",
+        "instances.json: annotations of image 99, which is not among its images",
+        "refcoco/7.jpg: a phrase is empty", "b in this image", "holds the reserved token <image>",
+        "refcoco/8.jpg: annotation 5: a polygon reaches (0 to 60, 0 to 4), outside 20 x 12 pixels",
+        f"{root / 'refer_seg/refclef/refs(unc).p'} is missing",
+        "pascal_part/gone.jpg: cannot read", "pascal_part/2.jpg: annotation 2: unknown category 8",
+        "ReasonSeg/one.jpg: shapes[0]: a polygon reaches (-9 to 5, 0 to 5), outside 20 x 12 pixels",
+        "ReasonSeg/two.jpg: its JSON holds no text",
+        "vqav2/2: a phrase is empty", "vqav2/2: '<image>' holds the reserved token <image>", "vqav2/3: cannot read",
+        "okvqa_train.jsonl: key 'question' is missing",
+    ):  # fmt: skip
+        assert fault in found, (fault, found)
+    assert code == 1 and rows["ade20k"] == ["3", "3", "3", "3", "0", "2"]
+    assert "not there: mapillary, paco_lvis" not in text and "mapillary" in text.split("not there:")[1]
+
+
+def table(root, rows, header=("image", "mask", "prompt")):
+    with open(root / "own.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return root / "own.csv"
+
+
+def test_own_data(tmp_path, run):
+    for name in "ab":
+        photo(tmp_path / f"images/{name}.jpg")
+    label_map(tmp_path / "masks/half.png", [0, 1])
+    label_map(tmp_path / "masks/none.png", [0])
+    rows = [("a.jpg", "half.png", "half"), ("a.jpg", "none.png", "nothing"), ("b.jpg", "half.png", "Which half?")]
+    source = table(tmp_path, rows)
+    code, rows, _ = run(source, "--output", tmp_path / "deep/sheet.jpg")
+    assert code == 0 and rows == {str(source): ["2", "2", "3", "3", "1", "0"]}
+    with Image.open(tmp_path / "deep/sheet.jpg") as sheet:
+        assert sheet.width > 2 * 560
+    assert run(tmp_path, "--kind", "custom", "--samples", 0)[1][str(tmp_path)] == ["2", "2", "3", "3", "1", "0"]
+    assert not (tmp_path / "contact_sheet.png").exists()
+
+
+def test_faults_of_own_data_are_all_listed(tmp_path, run):
+    for name in "abc":
+        photo(tmp_path / f"{name}.jpg")
+    label_map(tmp_path / "half.png", [0, 1])
+    Image.new("L", (W + 2, H)).save(tmp_path / "wide.png")
+    (tmp_path / "c.jpg").write_bytes(b"none")
+    source = table(
+        tmp_path,
+        [
+            ("a.jpg", "half.png", "fine"),
+            ("a.jpg", "half.png", ""),
+            ("gone.jpg", "half.png", "x"),
+            ("b.jpg", "wide.png", "wide"),
+            ("a.jpg", "half.png", "my [SEG]"),
+            ("c.jpg", "half.png", "x"),
+        ],
+    )
+    code, rows, text = run(source)
+    assert (tmp_path / "contact_sheet.png").exists()
+    assert code == 1 and rows[str(source)] == ["4", "4", "2", "2", "0", "6"]
+    found = problems(text)
+    starts = [
+        "line 3: prompt is empty",
+        "line 4: image gone.jpg is neither",
+        "a.jpg: 'my [SEG]' holds the reserved",
+        f"custom|{source}/gone.jpg: cannot",
+        f"custom|{source}/b.jpg: line 5: the mask's size is 22 x 12",
+        f"custom|{source}/c.jpg: cannot read",
+    ]
+    assert sorted(line.startswith(tuple(starts)) for line in found) == [True] * 6, found
+
+
+def test_polygons_of_own_data(tmp_path, run):
+    photo(tmp_path / "a.jpg")
+    annotations = [
+        {"id": 1, "image_id": 1, "segmentation": [[-30, 0, 5, 0, 5, 5]], "phrases": "far"},
+        {"id": 2, "image_id": 1, "segmentation": [[-1, 0, 5, 0, 5, 5]], "phrases": "near"},
+    ]
+    source = write_json(tmp_path / "own.json", instances([(1, "a.jpg")], annotations))
+    code, _, text = run(source)
+    assert code == 1 and problems(text) == [
+        "a.jpg: annotations[0]: a polygon reaches (-30 to 5, 0 to 5), outside 20 x 12 pixels"
+    ]
+
+
+def test_long_lists_are_cut_and_counted(tmp_path, run):
+    label_map(tmp_path / "m.png", [1])
+    code, rows, text = run(table(tmp_path, [(f"{k}.jpg", "m.png", "x") for k in range(12)]))
+    assert code == 1 and len(problems(text)) == 11 and "and 14 more" in text  # missing, and not to be read
+
+
+def test_what_cannot_be_opened(tmp_path, run, capsys):
+    code, _, text = run(table(tmp_path, [], header=("photo", "text")))
+    assert code == 1 and "line 1: no column image, mask, prompt; found photo, text" in text
+    (tmp_path / "refer_seg").mkdir()
+    assert run(tmp_path)[0] == 1  # a tree without a set
+
+
+@pytest.mark.parametrize("arguments", [["gone"], [".", "--limit", "0"], [".", "--samples", "-1"], []])
+def test_wrong_arguments(arguments):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+
+
+def test_a_missing_vqa_photo_does_not_hide_the_rest(tmp_path, run):
+    copy_shapes(tmp_path)
+    shutil.rmtree(tmp_path / "data/gqa/images")
+    (tmp_path / "dataset/reason_seg").rename(tmp_path / "moved")
+    code, rows, text = run(tmp_path / "dataset", "--limit", 1, "--samples", 0)
+    assert code == 1 and "ReasonSeg" in text.split("not there:")[1]
+    assert rows["refcoco"][-1] == "0" and rows["gqa"][-1] != "0"

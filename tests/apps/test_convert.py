@@ -1,0 +1,122 @@
+"""`self1e convert`: every way between the four layouts, outputs compared, heads neither lost nor made."""
+
+import json
+
+import pytest
+import torch
+from helpers import SHARED, make_base, make_trained, needs_shared
+from transformers import InternVLForConditionalGeneration
+
+from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.apps import convert as converter
+from self1e.apps.convert import convert
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Layout -> a folder; trained ones hold the same weights, base ones too."""
+    root = tmp_path_factory.mktemp("layouts")
+    found = {"internvl": make_base(root / "base", shards=3), "self1e": make_trained(root / "trained", root / "base")}
+    convert(str(found["internvl"]), root / "hf", "hf")
+    convert(str(found["self1e"]), root / "published", "published")
+    return found | {"hf": root / "hf", "published": root / "published"}
+
+
+def weights(folder, **kwargs) -> dict[str, torch.Tensor]:
+    return Self1EForSegmentation.from_pretrained(folder, dtype="auto", **kwargs).state_dict()
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name].dtype != other[name].dtype or not one[name].equal(other[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("self1e", "published"), ("published", "self1e"), ("internvl", "hf"), ("hf", "internvl"), ("hf", "hf")],
+)
+def test_round_trips_keep_every_bit(sources, tmp_path, source, target):
+    convert(str(sources[source]), tmp_path / "there", target)
+    convert(str(tmp_path / "there"), tmp_path / "back", source)
+    for folder in ("there", "back"):
+        kept = converter.load(str(tmp_path / folder), None, "auto")[0].state_dict()
+        expected = converter.load(str(sources[source]), None, "auto")[0].state_dict()
+        head = {name for name in kept if name.startswith("segmentation_head.") and source in ("internvl", "hf")}
+        assert_same({k: v for k, v in kept.items() if k not in head}, {k: expected[k] for k in kept if k not in head})
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_base_keeps_its_vocabulary_for_the_stock_model(sources):
+    base = json.loads((sources["internvl"] / "config.json").read_text())
+    stock, report = InternVLForConditionalGeneration.from_pretrained(sources["hf"], output_loading_info=True)
+    assert not any(report.values())
+    assert stock.config.text_config.vocab_size == base["llm_config"]["vocab_size"]
+    assert type(stock.config).model_type == "internvl" and stock.dtype == torch.bfloat16
+    tokens = Self1EProcessor.from_pretrained(sources["hf"])
+    assert stock.config.image_token_id == tokens.image_token_id
+    model = Self1EForSegmentation.from_pretrained(sources["hf"])
+    assert not model.trained_head and model.config.seg_token_id == tokens.seg_token_id
+
+
+@pytest.mark.parametrize("layout", ["hf", "internvl"])
+def test_head_is_dropped_on_request_only(sources, tmp_path, layout):
+    with pytest.raises(ValueError, match="--drop_head"):
+        convert(str(sources["self1e"]), tmp_path / "out", layout)
+    assert not (tmp_path / "out").exists()
+    convert(str(sources["self1e"]), tmp_path / "out", layout, drop_head=True)
+    stored = converter.tensor_names(str(tmp_path / "out"))
+    assert stored and not any("head." in name and "lm_head" not in name for name in stored)
+    assert not any(name.startswith("combine_decode") for name in stored)
+    assert not Self1EForSegmentation.from_pretrained(tmp_path / "out").trained_head
+
+
+def test_no_head_is_invented_and_nothing_overwritten(sources, tmp_path, capsys):
+    for layout in ("published", "self1e"):
+        with pytest.raises(ValueError, match="train it first"):
+            convert(str(sources["internvl"]), tmp_path / "out", layout)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "taken").mkdir()
+    arguments = [str(sources["internvl"]), str(tmp_path / "taken"), "--layout", "hf"]
+    assert converter.main(arguments) == 1 and "exists" in capsys.readouterr().err
+    (sources["published"] / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (sources["published"] / "tokenizer_config.json").rename(tmp_path / "tokenizer_config.json")
+    try:
+        arguments = [str(sources["published"]), str(tmp_path / "out"), "--layout", "self1e"]
+        assert converter.main(arguments) == 1 and "--version" in capsys.readouterr().err
+        assert converter.main([*arguments, "--version", str(sources["internvl"])]) == 0
+    finally:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name).rename(sources["published"] / name)
+    assert_same(weights(tmp_path / "out"), weights(sources["self1e"]))
+    assert "base_model:" in (tmp_path / "out/README.md").read_text()
+
+
+def test_verification_can_fail(sources, tmp_path, monkeypatch):
+    functions = convert.__globals__
+    original = functions["reload"]
+
+    def damaged(*args):
+        model = original(*args)
+        model.segmentation_head.f_out[2].bias.data[0] += 1
+        return model
+
+    monkeypatch.setitem(functions, "reload", damaged)
+    with pytest.raises(ValueError, match=r"1 tensors, segmentation_head\.f_out\.2\.bias first"):
+        convert(str(sources["self1e"]), tmp_path / "out", "published")
+    monkeypatch.setitem(functions, "digests", lambda *args, **kwargs: {})
+    with pytest.raises(ValueError, match="outputs differ"):
+        convert(str(sources["self1e"]), tmp_path / "out", "published")
+    assert not list(tmp_path.iterdir())
+    convert(str(sources["self1e"]), tmp_path / "out", "published", verify=False)
+
+
+def test_dtype(sources, tmp_path):
+    assert convert(str(sources["self1e"]), tmp_path / "half", "self1e", dtype="bf16") < 1e-2
+    assert {tensor.dtype for tensor in weights(tmp_path / "half").values()} == {torch.bfloat16}
+
+
+@needs_shared
+def test_published_weights_become_ours(tmp_path):
+    base, trained = SHARED / "golden/model/base_internvl_chat", SHARED / "golden/model/trained_self1e"
+    assert convert(str(trained), tmp_path / "ours", "self1e", version=str(base)) < 1e-2
+    assert_same(weights(tmp_path / "ours"), weights(base, weights=trained))

@@ -1,0 +1,91 @@
+"""The scripts in examples/, run as users run them, on a tiny model."""
+
+import csv
+import json
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT, make_base, make_trained
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory):
+    return str(make_trained(tmp_path_factory.mktemp("examples") / "trained"))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.linear_gradient("L").resize((60, 40)).convert("RGB").save(path)
+    return str(path)
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+def test_segment(monkeypatch, version, photo, tmp_path, capsys):
+    output = tmp_path / "overlay.jpg"
+    run(monkeypatch, "segment.py", "--version", version, photo, "the star", "Which one?", "--output", output)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["the star", "Which one?"]
+    assert Image.open(output).size == (60, 40)
+
+
+def test_chat(monkeypatch, version, photo, tmp_path, capsys):
+    arguments = ["--version", version, photo, "Where is it?", "Why?", "--output", tmp_path / "chat"]
+    run(monkeypatch, "chat.py", *arguments, "--max_new_tokens", 6)
+    text = capsys.readouterr().out
+    assert text.count("> ") >= 2 and len(list((tmp_path / "chat").iterdir())) == text.count("[SEG]")
+
+
+@pytest.fixture
+def own_data(photo, tmp_path):
+    """train.csv with four photos and val.csv with one."""
+    folder, mask = tmp_path / "mine", np.zeros((40, 60), np.uint8)
+    folder.mkdir()
+    mask[10:30, 20:40] = 255
+    for name, numbers in {"train": range(4), "val": [4]}.items():
+        rows = [["image", "mask", "prompt"]]
+        for number in numbers:
+            Image.open(photo).rotate(180 * (number % 2)).save(folder / f"{number}.jpg")
+            Image.fromarray(np.roll(mask, 5 * number, 1)).save(folder / f"{number}.png")
+            rows.append([f"{number}.jpg", f"{number}.png", f"the thing number {number}"])
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    return folder
+
+
+def finetune(monkeypatch, tmp_path, data, *flags):
+    """Exit code and output folder of the example with a tiny base."""
+    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)  # without the tree: the other splits are skipped
+    tiny = ["--precision", "fp32", "--batch_size", 2, "--grad_accumulation_steps", 1, "--workers", 0, "--lora_r", 4]
+    arguments = ["--version", make_base(tmp_path / "base"), "--data", data / "train.csv", "--output", "runs/own"]
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "finetune_own_data.py", *arguments, *flags, *tiny, "--report_to", "none")
+    return end.value.code, tmp_path / "runs/own"
+
+
+def test_finetune_on_own_data(monkeypatch, own_data, tmp_path):
+    code, output = finetune(monkeypatch, tmp_path, own_data, "--val", own_data / "val.csv", "--eval_steps", 2)
+    assert not code and {path.name for path in output.glob("*.png")} == {"train_sheet.png", "val_sheet.png"}
+    split = f"custom|{own_data / 'val.csv'}"
+    summary = json.loads((output / "eval/summary.json").read_text())
+    assert list(summary) == [split] and summary[split]["n"] == 1
+    assert len(list((output / "validation/step_2").glob("custom_*_val_csv.json"))) == 1
+    (record,) = json.loads((output / "predictions/predictions.json").read_text())
+    assert record["prompt"] == "the thing number 4"
+    assert np.array(Image.open(output / "predictions" / record["mask"])).shape == (40, 60)
+
+
+def test_finetune_stops_at_faulty_data(monkeypatch, own_data, tmp_path, capsys):
+    (own_data / "2.png").unlink()
+    code, output = finetune(monkeypatch, tmp_path, own_data)
+    assert code == 1 and not (output / "ckpt_model").exists()
+    assert "line 4: mask 2.png is neither in" in capsys.readouterr().out

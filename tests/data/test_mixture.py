@@ -1,0 +1,376 @@
+"""self1e/data/mixture.py and the registry: rates, plans, modes, broken samples, exclusion, missing data."""
+
+import logging
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+from helpers import SHARED, needs_shared
+from torch.utils.data import DataLoader
+from trees import (
+    SQUARE,
+    instances,
+    label_map,
+    photo,
+    questions,
+    reasoning_photo,
+    reference,
+    referring_set,
+    write_json,
+)
+
+from self1e.data.loading import TRAINING_SETS, Sample, SampleError, build_mixture, missing_paths
+from self1e.data.mixture import Group, Mixture, pack, unpack
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
+
+
+class Numbers:
+    """A set whose sample k has the id "<name>/<k>" and one random number as its conversation."""
+
+    def __init__(self, name, size, broken=()):
+        self.name, self.size, self.broken = name, size, set(broken)
+
+    def __len__(self):
+        return self.size
+
+    def sample(self, index, rng):
+        if index in self.broken:
+            raise SampleError(f"{self.name}/{index}", "torn")
+        return Sample(f"{self.name}/{index}", None, [[str(rng.integers(1 << 40))]], [])
+
+
+def toy(mode="exact", batch_size=4, seg=30, text=50, rates=(1, 1), broken=(), seed=0, transform=None, redraw=False):
+    groups = [
+        Group([Numbers("seg", seg, broken), Numbers("seg2", 5)], rates[0], True, redraw),
+        Group([Numbers("text", text)], rates[1], False, redraw),
+    ]
+    return Mixture(groups, batch_size=batch_size, seed=seed, mode=mode, transform=transform)
+
+
+def ids(mixture, tokens):
+    return [f"{mixture.sets[unpack(t)[1]].name}/{unpack(t)[2]}" for t in tokens]
+
+
+def epoch_batches(mixture, world=1, epoch=0):
+    ranks = [mixture.micro_batches(epoch, rank=rank, world_size=world) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    return [batch for step in zip(*ranks) for batch in step]
+
+
+def is_seg(mixture, token):
+    return mixture.segmentation[unpack(token)[1]]
+
+
+def test_tokens_round_trip():
+    fields = (4095, 31, (1 << 22) - 1, (1 << 24) - 1)
+    assert unpack(pack(*fields)) == fields and 0 <= pack(*fields) < 1 << 63
+    assert pack(np.int64(1), np.array([2]), np.array([3]), np.array([4])).dtype == np.int64
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+@pytest.mark.parametrize("mode", ["exact", "published"])
+def test_plans_are_even_over_ranks(world, batch_size, mode):
+    mixture = toy(mode, batch_size)
+    batches = epoch_batches(mixture, world)
+    sizes = {len(batch) for batch in batches}
+    assert len(batches) == world * -(-85 // (batch_size * world))
+    assert max(sizes) - min(sizes) <= 1 and 1 <= min(sizes) and max(sizes) <= batch_size
+    assert sum(map(len, batches)) == (85 if batch_size > 1 else -(-85 // world) * world)
+
+
+def test_exact_holds_every_place_once_and_spreads_segmentation():
+    mixture = toy("exact", 4, seg=10, text=70, rates=(1, 1))  # 15 of 85 places, 22 micro-batches
+    batches = epoch_batches(mixture)
+    tokens = np.concatenate(batches)
+    assert len(set(tokens.tolist())) == 85 and len(set(ids(mixture, tokens))) == 85
+    assert sum(any(is_seg(mixture, t) for t in batch) for batch in batches) == 15
+    mixture = toy("exact", 4, seg=30, text=50)  # 35 places: every micro-batch has one
+    assert all(any(is_seg(mixture, t) for t in batch) for batch in epoch_batches(mixture))
+
+
+def test_published_gives_the_last_place_to_segmentation():
+    mixture = toy("published", 4, seg=30, text=500, rates=(2, 1))
+    batches = epoch_batches(mixture)
+    assert all(is_seg(mixture, batch[-1]) for batch in batches)
+    others = [t for batch in batches for t in batch[:-1]]
+    assert len(set(others)) == len(others)  # a shuffle: nothing twice but the last places
+    lasts = Counter(ids(mixture, [batch[-1] for batch in batches]))
+    assert len(lasts) > 25 and max(lasts.values()) < len(batches) / 4
+    tokens = [int(t) for batch in batches for t in batch]
+    assert len(set(tokens)) == len(tokens)  # an item met twice is drawn anew
+
+
+def test_no_constraint_at_batch_size_one_or_without_segmentation():
+    mixture = toy("published", 1)
+    tokens = np.concatenate(epoch_batches(mixture))
+    assert len(set(ids(mixture, tokens))) == 85
+    mixture = Mixture([Group([Numbers("text", 9)], 1, False, False)], batch_size=4, seed=0)
+    assert sorted(ids(mixture, np.concatenate(epoch_batches(mixture)))) == [f"text/{k}" for k in range(9)]
+
+
+def test_redrawn_sets_draw_with_replacement_in_published_mode_only():
+    for mode, repeated in ("exact", False), ("published", True):
+        mixture = toy(mode, 1, seg=200, text=200, redraw=True)
+        counts = Counter(ids(mixture, np.concatenate(epoch_batches(mixture))))
+        assert (max(counts.values()) > 1) is repeated and sum(counts.values()) == 405
+
+
+def test_rates_multiply_and_take_shares():
+    mixture = toy(rates=(2.5, 0.5), batch_size=1)  # 35 and 50 samples
+    assert mixture.epoch_size == 2 * 35 + 18 + 25
+    shares = []
+    for epoch in (0, 0, 1):
+        counts = Counter(ids(mixture, np.concatenate(epoch_batches(mixture, epoch=epoch))))
+        assert Counter(v for k, v in counts.items() if k.startswith("seg")) == {2: 17, 3: 18}
+        assert Counter(v for k, v in counts.items() if k.startswith("text")) == {1: 25}
+        shares.append(frozenset(k for k in counts if k.startswith("text")))
+    assert shares[0] == shares[1] != shares[2]
+
+
+def test_samples_are_a_function_of_seed_and_token():
+    tokens = np.concatenate(epoch_batches(toy()))
+    again = np.concatenate(epoch_batches(toy()))
+    assert (tokens == again).all()
+
+    def first(mixture):
+        return [mixture[t].conversations for t in tokens[:10]]
+
+    assert first(toy()) == first(toy()) != first(toy(seed=1))
+    assert toy()[tokens[3]].conversations == toy()[int(tokens[3])].conversations
+    next_epoch = np.concatenate(epoch_batches(toy(), epoch=1))
+    assert ids(toy(), tokens) != ids(toy(), next_epoch)
+    assert toy()[pack(0, 0, 3, 0)].conversations != toy()[pack(0, 0, 3, 1)].conversations
+    assert toy()[pack(0, 0, 3, 0)].conversations != toy()[pack(1, 0, 3, 0)].conversations
+
+
+def test_the_items_of_an_epoch_do_not_depend_on_the_number_of_ranks():
+    def places(world):
+        return sorted(np.concatenate(epoch_batches(toy("exact", 4), world)).tolist())
+
+    assert places(1) == places(2) == places(5)
+
+
+def test_broken_samples_are_replaced_logged_once_and_listed(caplog):
+    mixture = toy(broken=range(1, 30))  # seg: only item 0 is whole
+    token = pack(0, 0, 7, 0)
+    with caplog.at_level(logging.WARNING):
+        sample = mixture[token]
+        assert mixture[token].id == sample.id
+    assert sample.id == "seg/0" or sample.id.startswith("seg2/")
+    assert sample.replaced[0] == ("seg/7", "torn") and len(sample.replaced) <= 20
+    logged = [record.getMessage() for record in caplog.records]
+    assert toy(broken=range(1, 30))[token].replaced == sample.replaced
+    assert len(logged) == len(set(logged)) == len({id for id, _ in sample.replaced})
+
+
+def test_a_broken_kind_falls_back_to_its_own_kind_then_stops():
+    mixture = toy(broken=range(30))
+    assert {mixture[pack(0, 0, item, 0)].id.split("/")[0] for item in range(10)} == {"seg2"}
+
+    def refuse(sample):
+        raise SampleError(sample.id, f"too long after {len(sample.replaced)}")
+
+    with pytest.raises(RuntimeError, match="21 samples tried.*\n.*text/4: too long after 0\ntext/.*after 1") as error:
+        toy(transform=refuse)[pack(0, 2, 4, 0)]
+    assert str(error.value).count("\n") == 21
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"mode": "uniform"}, "--mixture"),
+        ({"batch_size": 0}, "--batch_size"),
+        ({"seed": -1}, "--seed"),
+        ({"rates": (0, 0)}, "empty"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        toy(**arguments)
+
+
+def test_fewer_samples_than_ranks():
+    with pytest.raises(ValueError, match="85 training samples are fewer than the 86"):
+        toy().micro_batches(0, rank=0, world_size=86)
+
+
+# ------------------------------------------------------------------------------------------ on disk
+def tree(root):
+    """A tree with one or two samples a set; photo 7 is in every COCO-named set, and in refcoco's val."""
+    for stem in "a", "b":
+        photo(root / f"ade20k/images/training/{stem}.jpg")
+        label_map(root / f"ade20k/annotations/training/{stem}.png", [1, 2])
+    for number in 7, 8:
+        photo(root / f"coco/train2017/{number:012d}.jpg")
+        label_map(root / f"cocostuff/train2017/{number:012d}.png", [0, 1])
+    square = {"id": 1, "image_id": 7, "segmentation": [SQUARE]}
+    paco = root / "vlpart/paco/annotations/paco_lvis_v1_train.json"
+    write_json(paco, instances([(7, f"train2017/{7:012d}.jpg")], [square]))
+    write_json(root / "vlpart/pascal_part/train.json", instances([(7, "x.jpg")], [square]))
+    photo(root / "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages/x.jpg")
+    for name in TRAINING_SETS["refer_seg"]:
+        refs = [reference(1, 7, 1, "train", "a"), reference(2, 9, 1, "train", "b")]
+        refs += [reference(3, 7, 1, "val", "c")] if name in ("refcoco", "refclef") else []
+        referring_set(root, name, refs, [square])
+    for split in "train", "val", "test":
+        reasoning_photo(root, split, split, ["x"])
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    conversations = [{"id": str(n), "image": f"{n:012d}.jpg", "conversations": turns} for n in (7, 8)]
+    write_json(root / "llava_dataset/llava_instruct_150k.json", conversations)
+    for name, data in TRAINING_SETS["vqa"].items():
+        if name != "llava_instruct_150k":
+            questions(root / "data", data.file, 2, folder=f"{name}/photos")
+    return root
+
+
+def build(root, **arguments):
+    return build_mixture(**{"dataset_dir": root, "data_dir": root / "data", "batch_size": 3, "seed": 0, **arguments})
+
+
+ALL = {
+    "ade20k": 2,
+    "cocostuff": 2,
+    "pascal_part": 1,
+    "paco_lvis": 1,
+    "refclef": 2,
+    "refcoco": 2,
+    "refcoco+": 2,
+    "refcocog": 2,
+    "ReasonSeg": 1,
+    "llava_instruct_150k": 2,
+    "vqav2": 2,
+    "okvqa": 2,
+    "textvqa": 2,
+    "vizwiz": 2,
+    "gqa": 2,
+}
+
+
+def describe(sample):
+    return sample.id, sample.conversations, [mask.tobytes() for mask in sample.masks], sample.replaced
+
+
+def test_every_set_is_mixed_and_workers_and_resuming_change_nothing(tmp_path):
+    mixture = build(tree(tmp_path), transform=describe)
+    assert mixture.sizes == ALL and mixture.epoch_size == sum(ALL.values())
+    batches = mixture.micro_batches(3, rank=0, world_size=1)
+    here = [[mixture[token] for token in batch] for batch in batches]
+    load = partial(DataLoader, collate_fn=list)
+    for workers in 0, 2:
+        assert list(load(mixture, batch_sampler=batches, num_workers=workers)) == here
+    resumed = build(tmp_path, transform=describe).micro_batches(3, rank=0, world_size=1)[4:]
+    assert list(load(mixture, batch_sampler=resumed)) == here[4:]
+
+
+def test_a_truncated_photo_is_replaced_and_named(tmp_path, caplog):
+    root = tree(tmp_path)
+    path = root / "ade20k/images/training/a.jpg"
+    path.write_bytes(path.read_bytes()[:-20])
+    mixture = build(root, dataset="sem_seg", sample_rates="1", sem_seg_data="ade20k")
+    samples = [mixture[t] for batch in mixture.micro_batches(0, rank=0, world_size=1) for t in batch]
+    assert {sample.id for sample in samples} == {"ade20k/b.jpg"}
+    assert {id for sample in samples for id, _ in sample.replaced} <= {"ade20k/a.jpg"}
+    assert all("truncated" in cause for sample in samples for _, cause in sample.replaced)
+
+
+def test_rates_go_with_names_and_spare_the_question_sets(tmp_path):
+    root = tree(tmp_path)
+    assert build(root, dataset="vqa||reason_seg", sample_rates="5,7").epoch_size == 5 * 2 + 5 * 2 + 7 * 1
+    assert build(root, dataset="reason_seg||vqa", sample_rates="5,7").epoch_size == 5 * 1 + 7 * 2 + 5 * 2
+    assert build(root, dataset="refer_seg", sample_rates="0.5", refer_seg_data="grefcoco||refcoco").epoch_size == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"sample_rates": "1,1"}, ["--sample_rates", "2 rates", "sem_seg, refer_seg, reason_seg, vqa"]),
+        ({"sample_rates": "1,1,1,-1"}, ["--sample_rates", "negative"]),
+        ({"sample_rates": "1,1,1,x"}, ["--sample_rates", "'x'"]),
+        ({"sample_rates": "1,1,1,nan"}, ["--sample_rates", "finite"]),
+        ({"dataset": "sem_seg||video"}, ["--dataset", "'video'", "refer_seg"]),
+        ({"dataset": "vqa||vqa", "sample_rates": "1,1"}, ["--dataset", "twice"]),
+        ({"sem_seg_data": "ade"}, ["--sem_seg_data", "'ade'", "mapillary"]),
+        ({"refer_seg_data": "refcoco++"}, ["--refer_seg_data", "grefcoco"]),
+        ({"reason_seg_data": "ReasonSeg|dev"}, ["unknown ReasonSeg split dev", "train"]),
+        ({"vqa_data": ""}, ["--vqa_data", "gqa"]),
+        ({"explanatory": 3}, ["--explanatory"]),
+        ({"num_classes_per_sample": 0}, ["--num_classes_per_sample"]),
+    ],
+)
+def test_bad_flags_are_named(tmp_path, arguments, words):
+    (tmp_path / "reason_seg/ReasonSeg/explanatory").mkdir(parents=True)
+    with pytest.raises(ValueError) as error:
+        build(tree(tmp_path) if "explanatory" not in arguments else explained(tmp_path), **arguments)
+    assert all(word in str(error.value) for word in words)
+
+
+def explained(root):
+    write_json(root / "reason_seg/ReasonSeg/explanatory/train.json", [])
+    return tree(root)
+
+
+def test_missing_data_is_one_error(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        build(tmp_path, sem_seg_data="ade20k||cocostuff||mapillary", explanatory=0.1)
+    message = str(error.value)
+    for word in (
+        "README, section Datasets",
+        "ade20k/images/training",
+        "annotations/training",
+        "config_v2.0.json",
+        "refs(unc).p",
+        "refs(umd).p",
+        "saiapr_tc-12",
+        "ReasonSeg/train",
+        "explanatory/train.json",
+        "llava_dataset",
+        "vqav2_train.jsonl",
+        "train_balanced.jsonl",
+    ):
+        assert word in message, word
+    assert message.count("coco/train2017") == 1 and "(cocostuff, llava_instruct_150k)" in message
+    assert "pascal_part" not in message and "grefcoco" not in message
+    missing = missing_paths(dataset_dir=tmp_path, eval_splits=["ReasonSeg|val", "refcoco|unc|val"])
+    assert {name for name, _ in missing} == {"ReasonSeg|val", "refcoco|unc|val"}
+    assert not missing_paths(dataset_dir=tree(tmp_path), data_dir=tmp_path / "data", dataset="vqa")
+
+
+def test_excluded_photos_are_matched_across_sets(tmp_path):
+    root = tree(tmp_path)
+    plain = build(root, reason_seg_data="ReasonSeg|train_val", exclude_val=False).sizes
+    strict = build(root, reason_seg_data="ReasonSeg|train_val", exclude_val=True)
+    # COCO photo 7 (refcoco's val) leaves every COCO set, 7/images/7.jpg refclef, val.jpg ReasonSeg.
+    dropped = {name: plain[name] - strict.sizes[name] for name in plain if plain[name] != strict.sizes[name]}
+    coco = ("cocostuff", "paco_lvis", "refcoco", "refcoco+", "refcocog", "llava_instruct_150k", "refclef", "ReasonSeg")
+    assert dropped == dict.fromkeys(coco, 1)
+    tokens = np.concatenate(strict.micro_batches(0, rank=0, world_size=1))
+    assert not [id for id in (strict[t].id for t in tokens) if f"{7:012d}" in id or id.endswith(("/7.jpg", "val.jpg"))]
+
+
+@needs_shared
+@pytest.mark.parametrize("mode", ["published", "exact"])
+def test_the_miniature_sets_mix(mode):
+    mixture = build_mixture(
+        dataset_dir=SHARED / "minidata/dataset",
+        data_dir=SHARED / "minidata/data",
+        batch_size=5,
+        seed=1,
+        mode=mode,
+        sample_rates="2,1,3,0.5",
+        explanatory=0.3,
+        refer_seg_data="refclef||refcoco||refcoco+||refcocog||grefcoco",
+        sem_seg_data="ade20k||cocostuff||pascal_part||paco_lvis||mapillary",
+    )
+    for batch in epoch_batches(mixture, world=2, epoch=2):
+        for sample in map(mixture.__getitem__, batch):
+            assert not sample.replaced and len(sample.conversations) == len(sample.masks) <= 3
+            for row, mask in zip(sample.conversations, sample.masks):
+                assert row[0].startswith("<image>\n") and mask.dtype == np.uint8 and mask.max(initial=0) <= 1
+                assert len(mask) == "".join(row[1::2]).count("[SEG]")
+                assert mask.shape[1:] == (sample.image.height, sample.image.width)

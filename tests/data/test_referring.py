@@ -1,0 +1,174 @@
+"""self1e/data/referring.py: training sets and evaluation splits of the five referring sets."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import SHARED, needs_shared
+from trees import SQUARE, H, W, photo, reference, referring_set
+
+from self1e.data.loading import ALL_SPLITS, TRAINING_SETS, SampleError, load_split
+
+OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]
+AREA = 6 * 6
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
+
+
+def annotation(id, image_id, *polygons):
+    return {"id": id, "image_id": image_id, "segmentation": list(polygons)}
+
+
+def train(root, name, rows=3):
+    return TRAINING_SETS["refer_seg"][name](root, root, rows=rows, seed=0)
+
+
+def units(split):
+    return [(image.image_id, sentence) for image in split for sentence in image.sentences]
+
+
+def test_training_sample(tmp_path):
+    refs = [
+        reference(1, 7, 11, "train", " The LEFT cat ", "cat"),
+        reference(2, 7, 12, "train", "rest"),
+        reference(3, 7, 12, "val", "unseen"),
+    ]
+    referring_set(tmp_path, "refcoco", refs, [annotation(11, 7, SQUARE), annotation(12, 7)])
+    data = train(tmp_path, "refcoco")
+    sample = data.sample(0, np.random.default_rng(0))
+    assert len(data) == 1 and sample.id == "refcoco/COCO_train2014_000000000007.jpg"
+    assert [mask.shape for mask in sample.masks] == [(1, H, W)] * 3
+    areas = {}
+    for (question, answer), mask in zip(sample.conversations, sample.masks):
+        assert question.startswith("<image>\n") and answer.count("[SEG]") == 1
+        areas |= {phrase: mask.sum() for phrase in ("the left cat ", "rest") if f"{phrase.strip()} in" in question}
+    assert areas == {"the left cat ": AREA, "rest": 0}  # stripped, lower-cased; empty = empty mask
+    drawn = {
+        tuple(q for q, _ in train(tmp_path, "refcoco", 2).sample(0, np.random.default_rng(s)).conversations)
+        for s in range(8)
+    }
+    assert len(drawn) > 1 and all(len(set(rows)) == 2 for rows in drawn)
+
+
+def test_several_annotations_are_a_union_and_minus_one_is_empty(tmp_path):
+    refs = [
+        reference(1, 7, [11, 12], "val", "both"),
+        reference(2, 7, [-1], "val", "none"),
+        reference(3, 7, [11], "val", "one"),
+    ]
+    referring_set(tmp_path, "grefcoco", refs, [annotation(11, 7, SQUARE), annotation(12, 7, OVERLAP)])
+    (image,) = load_split("grefcoco|unc|val", tmp_path)
+    _, masks = image.load()
+    assert dict(zip(image.sentences, masks.sum((1, 2)).tolist())) == {"both": 10 * 6, "none": 0, "one": AREA}
+    assert dict(zip(image.sentences, image.no_target)) == {"both": False, "none": True, "one": False}
+    assert masks.max() == 1
+
+
+def test_split_names(tmp_path):
+    splits = ["train", "val", "testA", "testB", "testAB", "test"]
+    refs = [reference(k, 1 + k // 2, 11, split, split) for k, split in enumerate(splits)]
+    for name in "refcoco", "refclef", "grefcoco":
+        referring_set(tmp_path, name, refs, [annotation(11, 1, SQUARE)])
+
+    def sentences(split):
+        return sorted(sentence for _, sentence in units(load_split(split, tmp_path)))
+
+    assert sentences("refcoco|unc|val") == ["val"]
+    assert sentences("refcoco|unc|testA") == ["testA", "testAB"]
+    assert sentences("refcoco|unc|testB") == ["testAB", "testB"]
+    assert sentences("refclef|unc|test") == ["test", "testA", "testAB", "testB"]
+    assert sentences("grefcoco|unc|testA") == ["testA"]
+    split = load_split("refclef|unc|test", tmp_path)
+    assert [image.image_id for image in split] == ["2/images/2.jpg", "3/images/3.jpg"]  # merged per image, sorted
+
+
+def test_unit_ids_are_unique_even_when_the_source_repeats_them(tmp_path):
+    refs = [reference(1, 7, 11, "val", "a", "b"), reference(1, 7, 11, "val", "a")]
+    referring_set(tmp_path, "refcoco", refs, [annotation(11, 7, SQUARE)])
+    (image,) = load_split("refcoco|unc|val", tmp_path)
+    assert len(set(image.unit_ids)) == 3
+    assert image.prompts[0] == "<image>\n What is a in this image? Please output segmentation mask."
+
+
+def test_annotations_turn_with_a_turned_photo(tmp_path):
+    referring_set(tmp_path, "refcoco", [reference(1, 7, 11, "val", "a")], [annotation(11, 7, SQUARE)])
+    photo(tmp_path / "refer_seg/images/mscoco/images/train2014/COCO_train2014_000000000007.jpg", orientation=6)
+    image, masks = load_split("refcoco|unc|val", tmp_path)[0].load()
+    assert image.size == (H, W) and masks.shape == (1, W, H)
+    assert masks[0, 2:8, H - 9 : H - 3].all() and masks.sum() == AREA  # clockwise: x = H - y, y = x
+
+
+def test_broken_annotations_and_photos_are_sample_errors(tmp_path):
+    refs = [
+        reference(1, 7, 11, "train", "a"),
+        reference(2, 8, 99, "train", "b"),
+        reference(3, 9, 11, "train", "c"),
+        reference(4, 10, 11, "train", "d"),
+    ]
+    images = [(7, "a.jpg"), (8, "b.jpg"), (9, "c.jpg")]
+    referring_set(tmp_path, "refcoco", refs, [annotation(11, 7, [1, 2, 3])], images)
+    (tmp_path / "refer_seg/images/mscoco/images/train2014/c.jpg").write_bytes(b"\xff\xd8\xff")
+    data = train(tmp_path, "refcoco")
+    for index, cause in enumerate(["annotation 11: malformed", "no 'annotation id 99'", "c.jpg", "no 'image id 10'"]):
+        with pytest.raises(SampleError, match=cause):
+            data.sample(index, np.random.default_rng(0))
+
+
+def test_missing_paths_in_one_error(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load_split("refcocog|umd|val", tmp_path)
+    for word in "refs(umd).p", "instances.json", "train2014", "refcocog|umd|val", "README, section Datasets":
+        assert word in str(error.value)
+    with pytest.raises(ValueError, match="refcoco|unc|val") as error:
+        load_split("refcoco|google|val", tmp_path)
+    assert all(name in str(error.value) for name in ALL_SPLITS)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ALL_SPLITS)
+def test_units_and_masks_equal_the_published_loaders(name):
+    golden = json.loads((SHARED / "golden" / "val_splits.json").read_text())
+    fields = ("ignore_pixels", "is_sentence") if name.startswith("ReasonSeg") else ("no_target",)
+    ours, ids, images = [], set(), 0
+    for image in load_split(name, SHARED / "minidata" / "dataset"):
+        images += 1
+        ids |= set(image.unit_ids)
+        photo, masks = image.load()
+        assert masks.shape[1:] == (photo.height, photo.width) and masks.dtype == np.uint8
+        for k, mask in enumerate(masks):
+            known = {
+                "ignore_pixels": int((mask == 255).sum()),
+                "is_sentence": image.is_sentence[k],
+                "no_target": image.no_target[k],
+            }
+            ours.append(
+                {
+                    "image": image.image_id,
+                    "sentence": image.sentences[k],
+                    "mask_pixels": int((mask == 1).sum()),
+                    "height": mask.shape[0],
+                    "width": mask.shape[1],
+                    **{field: known[field] for field in fields},
+                }
+            )
+
+    def rows(units):
+        return sorted(json.dumps(unit, sort_keys=True) for unit in units)
+
+    assert rows(ours) == rows(golden[name]) and len(ids) == len(ours)
+    counts = golden["_counts"][f"ValDataset|{name}"]
+    assert (images, len(ours)) == (counts["images"], counts["sentences"])
+
+
+@needs_shared
+@pytest.mark.parametrize("name", TRAINING_SETS["refer_seg"])
+def test_training_counts_equal_the_published_loaders(name):
+    counts = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"][f"ReferSegDatasetSeq|{name}"]
+    data = train(SHARED / "minidata" / "dataset", name)
+    expressions = [data.data.expressions(item) for item in range(len(data))]
+    assert len(data) == counts["samples"]
+    assert sum(map(len, expressions)) == counts["sentences"]
+    assert len({place.split("/")[0] for image in expressions for _, _, place in image}) == counts["refs"]

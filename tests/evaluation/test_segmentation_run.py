@@ -1,0 +1,286 @@
+"""The evaluation loop on tiny real models and data: counts, chunks, ranks, files, errors, published scores."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SHARED, needs_shared
+from PIL import Image
+
+from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.data.loading import load_split
+from self1e.data.sample import SampleError
+from self1e.evaluation.segmentation.metrics import PROTOCOLS, read_jsonl, score
+from self1e.evaluation.segmentation.run import evaluate_splits, evaluate_units, make_schedule, summary_table
+from self1e.evaluation.segmentation.splits import BENCHMARKS, DEFAULT_SPLITS, get_benchmarks
+from self1e.synthetic.tiny_internvl import make_tiny_internvl
+from self1e.visualize import safe_name
+
+GREF, REASON = "grefcoco|unc|val", "ReasonSeg|val"
+SENTENCES = {  # photo number -> (sentence, has a target); nine units, so that two ranks cannot share them evenly
+    1: [("left square", True), ("Right square", True), ("no such thing", False), ("both", True), ("it", True)],
+    2: [("a square with a very long description that needs more tokens than the others", True)],
+    3: [("square", True), ("a dog", False), ("top left one", True)],
+}
+RUN = """
+import sys, torch, torch.distributed as dist
+from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.synthetic.tiny_internvl import make_tiny_internvl
+from self1e.evaluation.segmentation.run import evaluate_splits
+from self1e.data.sample import SampleError
+version, dataset, broken, out, *splits = sys.argv[1:]
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = Self1EForSegmentation.from_pretrained(version, dtype=torch.float32)
+torch.nn.init.normal_(model.segmentation_head.f_out[2].bias)
+processor = Self1EProcessor.from_pretrained(version)
+options = {"workers": 1, "rows_per_forward": 2, "visualize": True}
+results = evaluate_splits(model, processor, splits, dataset_dir=dataset, output_dir=out, **options)
+assert list(results) == splits
+try:
+    evaluate_splits(model, processor, splits, dataset_dir=broken, output_dir=out + "-broken", **options)
+except SampleError as error:
+    print("every rank raises", error)
+dist.destroy_process_group()
+"""
+
+
+BROKEN = "COCO_train2014_000000000002.jpg"
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def noise(width, height, seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """gRefCOCO val with three photos and ReasonSeg val with two, in the formats of the real ones."""
+    root = tmp_path_factory.mktemp("dataset")
+    photos = root / "refer_seg/images/mscoco/images/train2014"
+    photos.mkdir(parents=True)
+    images, annotations, refs = [], [], []
+    for number, sentences in SENTENCES.items():
+        width, height, name = 60 + 7 * number, 50 - 3 * number, f"COCO_train2014_{number:012d}.jpg"
+        noise(width, height, number).save(photos / name)
+        images.append({"id": number, "file_name": name, "width": width, "height": height})
+        box = [5.0, 5.0, 30.0, 5.0, 30.0, 25.0, 5.0, 25.0]
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "segmentation": [box], "area": 500.0,
+                            "iscrowd": 0, "bbox": [5, 5, 25, 20]})  # fmt: skip
+        for text, target in sentences:
+            key = len(refs)
+            sentence = {"sent_id": key, "sent": text, "raw": text, "tokens": text.split()}
+            refs.append({"ref_id": key, "image_id": number, "ann_id": [number if target else -1], "split": "val",
+                         "sent_ids": [key], "sentences": [sentence], "file_name": name, "no_target": not target,
+                         "category_id": [1 if target else -1]})  # fmt: skip
+    instances = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+    write_json(root / "refer_seg/grefcoco/instances.json", instances)
+    write_json(root / "refer_seg/grefcoco/grefs(unc).json", refs)
+    for number, (text, is_sentence) in enumerate([("Which one is it?", True), ("the one on the left", False)]):
+        folder = root / "reason_seg/ReasonSeg/val"
+        corners = {"target": [[4, 4], [30, 4], [30, 30], [4, 30]], "ignore": [[40, 4], [48, 4], [48, 12], [40, 12]]}
+        shapes = [{"label": label, "labels": [label], "shape_type": "polygon", "image_name": f"{number}.jpg",
+                   "points": points} for label, points in corners.items()]  # fmt: skip
+        write_json(folder / f"{number}.json", {"text": [text], "is_sentence": is_sentence, "shapes": shapes})
+        noise(50, 40, number).save(folder / f"{number}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def broken(dataset, tmp_path_factory):
+    """The same with one truncated photo of gRefCOCO."""
+    root = tmp_path_factory.mktemp("broken")
+    shutil.copytree(dataset, root, dirs_exist_ok=True)
+    photo = root / "refer_seg/images/mscoco/images/train2014" / BROKEN
+    photo.write_bytes(photo.read_bytes()[:400])
+    return root
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory):
+    sizes = {"image_size": 56, "width": 32, "layers": 2, "vision_width": 32, "vision_layers": 2}
+    return make_tiny_internvl(tmp_path_factory.mktemp("version"), **sizes)
+
+
+@pytest.fixture(scope="module")
+def tiny(version):
+    torch.manual_seed(0)
+    model = Self1EForSegmentation.from_pretrained(version, dtype=torch.float32)
+    torch.nn.init.normal_(model.segmentation_head.f_out[2].bias)  # logits of both signs
+    return model, Self1EProcessor.from_pretrained(version)
+
+
+def test_registry_is_complete_and_names_what_it_knows():
+    assert len(DEFAULT_SPLITS) == 13 and not any("refclef" in name for name in DEFAULT_SPLITS)
+    for benchmark in BENCHMARKS.values():
+        assert benchmark.protocol in PROTOCOLS
+        assert all(len(figures) == len(benchmark.headline) for figures in benchmark.published.values())
+    with pytest.raises(ValueError, match=r"'refcoco\|val'.*known:.*refcoco\|unc\|val"):
+        get_benchmarks(["refcoco|unc|val", "refcoco|val"])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [[1], [5, 1, 3], list(range(1, 40)), [16, 17, 60, 1, 1]])
+def test_schedule_covers_every_photo_once_and_keeps_ranks_in_step(rows, world):
+    ranks = [make_schedule(rows, rank, world, 16) for rank in range(world)]
+    counted = [turn.photo for turns in ranks for turn in turns if turn.counts]
+    assert sorted(counted) == list(range(len(rows)))
+    for together in zip(*ranks, strict=True):
+        assert len({turn.forwards for turn in together}) == 1
+        assert all(turn.forwards * 16 >= rows[turn.photo] for turn in together)
+    loads = [sum(rows[turn.photo] for turn in turns if turn.counts) for turns in ranks]
+    assert max(loads) - min(loads) <= max(rows)
+
+
+def test_units_equal_a_plain_forward_per_photo(tiny, dataset):
+    model, processor = tiny
+    model.eval()
+    split = load_split(GREF, dataset)
+    units, rles = evaluate_units(model, processor, split, BENCHMARKS[GREF], workers=0, rows_per_forward=2)
+    assert [unit.id for unit in units] == [name for photo in split for name in photo.unit_ids]
+    assert sum(unit.no_target for unit in units) == 2 and rles == []
+    expected = []
+    for photo in split:
+        image, targets = photo.load()
+        batch = processor(images=[image], conversations=[[[prompt, "[SEG]."] for prompt in photo.prompts]])
+        with torch.no_grad():
+            out = model(**batch)
+        for logits, target in zip(out.mask_logits, targets, strict=True):
+            full = torch.nn.functional.interpolate(logits[None], target.shape, mode="bilinear", align_corners=False)
+            mask = full[0, 0].numpy() > 0
+            near = int((full.abs() < 1e-4).sum())  # other chunks, other summation: such pixels may flip
+            expected.append((int((mask & (target == 1)).sum()), int((mask | (target == 1)).sum()), near))
+    assert 0 < sum(I for I, _, _ in expected) < sum(U for _, U, _ in expected)
+    for unit, (I, U, near) in zip(units, expected, strict=True):
+        assert abs(unit.I - I) <= near and abs(unit.U - U) <= near, unit
+    texts = {unit.text for unit in units}
+    assert "What is right square in this image? Please output segmentation mask." in texts
+
+
+def test_evaluation_leaves_mode_and_global_generator_alone(tiny, dataset):
+    model, processor = tiny
+    model.train()
+    before = torch.get_rng_state()
+    evaluate_units(model.eval(), processor, load_split(GREF, dataset), BENCHMARKS[GREF], workers=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
+    model, processor = tiny
+    model.train()
+    options = {"dataset_dir": dataset, "output_dir": tmp_path, "workers": 1, "visualize": True, "high_res": True,
+               "model_max_length": 2048}  # fmt: skip
+    results = evaluate_splits(model, processor, [GREF, REASON], **options)
+    assert model.training
+    for split, name in ((GREF, "grefcoco_unc_val"), (REASON, "ReasonSeg_val")):
+        units = read_jsonl(tmp_path / f"{name}.jsonl")
+        written = json.loads((tmp_path / f"{name}.json").read_text())
+        assert written == results[split] == {"split": split, **score(units)}
+        pictures = sorted(path.name for path in (tmp_path / name).glob("*.jpg"))
+        assert len(pictures) == written["n"] and (tmp_path / name / "overview.png").exists()
+        worst = min(units, key=lambda unit: unit.iou)
+        assert pictures[0] == f"0001_iou{worst.iou:.2f}_{safe_name(worst.id)}.jpg"
+    assert results[REASON]["protocol"] == "reasonseg" and results[REASON]["long"]["n"] == 1
+    assert results[GREF]["rela"]["n_no_target"] == 2
+    table = (tmp_path / "summary.md").read_text()
+    assert table == summary_table(results) and table in capsys.readouterr().out
+    assert "59.4 / 68.8" in table and "N-acc" in table
+    assert json.loads((tmp_path / "summary.json").read_text()) == results
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_absent_data_is_listed_or_skipped(tiny, dataset, tmp_path, capsys):
+    model, processor = tiny
+    splits = [REASON, "refcoco|unc|val", "refcocog|umd|test"]
+    with pytest.raises(FileNotFoundError, match=r"(?s)refcoco\|unc\|val.*refcocog\|umd\|test"):
+        evaluate_splits(model, processor, splits, dataset_dir=dataset, output_dir=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    options = {"dataset_dir": dataset, "output_dir": tmp_path / "b", "workers": 0, "skip_missing": True}
+    assert list(evaluate_splits(model, processor, splits, **options)) == [REASON]
+    printed = capsys.readouterr().out
+    assert "skipped refcoco|unc|val" in printed and "refcocog" in printed
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_photo_stops_with_its_name_and_keeps_what_is_written(tiny, broken, tmp_path, workers):
+    with pytest.raises(SampleError, match=BROKEN):
+        evaluate_splits(*tiny, [REASON, GREF], dataset_dir=broken, output_dir=tmp_path, workers=workers)
+    assert json.loads((tmp_path / "ReasonSeg_val.json").read_text())["n"] == 2
+    assert list(json.loads((tmp_path / "summary.json").read_text())) == [REASON]
+    assert not list(tmp_path.glob("grefcoco*"))
+
+
+def test_a_failed_write_loses_nothing(tiny, dataset, tmp_path):
+    (tmp_path / "grefcoco_unc_val.json").mkdir()  # nothing can be renamed to it
+    with pytest.raises(OSError, match="grefcoco_unc_val.json"):
+        evaluate_splits(*tiny, [REASON, GREF], dataset_dir=dataset, output_dir=tmp_path, workers=0)
+    assert score(read_jsonl(tmp_path / "ReasonSeg_val.jsonl"))["n"] == 2
+    assert not list(tmp_path.glob(".*"))  # no temporary file stays
+
+
+def test_a_sentence_that_does_not_fit_is_named(tiny, dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"COCO_train2014_0+1\.jpg.*--model_max_length"):
+        evaluate_splits(*tiny, [GREF], dataset_dir=dataset, output_dir=tmp_path, workers=0, model_max_length=45)
+
+
+def run_on_two_processes(tmp_path, *arguments):
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_write_what_one_writes(tiny, version, dataset, broken, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the two have, or sums differ in their last digits and pixels near 0 flip
+    options = {"workers": 1, "rows_per_forward": 2, "visualize": True}
+    evaluate_splits(*tiny, [GREF, REASON], dataset_dir=dataset, output_dir=tmp_path / "1", **options)
+    torch.set_num_threads(threads)
+    done = run_on_two_processes(tmp_path, version, dataset, broken, tmp_path / "2", GREF, REASON)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("every rank raises") == 2 and done.stdout.count(BROKEN) >= 2  # lines may interleave
+    files = [
+        {str(path.relative_to(tmp_path / part)): path.read_bytes() for path in (tmp_path / part).rglob("*.*")}
+        for part in "12"
+    ]
+    assert len(files[0]) == 2 * 2 + 2 + 9 + 2 + 2  # figures and units, summaries, pictures, overviews
+    assert files[0] == files[1]
+
+
+@needs_shared
+def test_published_scores_unit_by_unit(tmp_path):
+    """I and U of the published evaluation; they may differ by the pixels whose logit is within 1e-4 of 0."""
+    base, weights = SHARED / "golden/model/base_internvl_chat", SHARED / "golden/model/trained_self1e"
+    model = Self1EForSegmentation.from_pretrained(base, weights=weights, dtype=torch.float32)
+    processor = Self1EProcessor.from_pretrained(base)
+    golden = json.loads((SHARED / "golden/eval_scores.json").read_text(encoding="utf-8"))
+    data = SHARED / "minidata/dataset"
+    results = evaluate_splits(model, processor, golden, dataset_dir=data, output_dir=tmp_path, workers=1)
+    for split, scores in golden.items():
+        expected = defaultdict(list)
+        for unit in scores["units"]:
+            expected[unit["image"], unit["text"]].append(unit)
+        units = read_jsonl(tmp_path / f"{split.replace('|', '_')}.jsonl")
+        assert len(units) == results[split]["n"] == scores["n"], split
+        slack = 0.0
+        for unit in units:
+            candidates = expected[unit.image, unit.text]
+            assert candidates, f"{split}: {unit.image} {unit.text!r} is not among the published units"
+            match = min(candidates, key=lambda other: abs(other["I"] - unit.I) + abs(other["U"] - unit.U))
+            candidates.remove(match)
+            near = match["pixels_near_threshold"]
+            assert abs(unit.I - match["I"]) <= near and abs(unit.U - match["U"]) <= near, (split, unit, match)
+            slack += 2 * near / max(match["U"], 1)
+        assert results[split]["giou"] == pytest.approx(scores["giou"], abs=slack / len(units) + 1e-9)
+        assert results[split]["ciou"] == pytest.approx(scores["ciou"], abs=slack / len(units) + 1e-9)

@@ -1,0 +1,52 @@
+"""What several test files share: places, pictures, tiny models. Fixtures: `conftest.py`; data trees: `trees.py`."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.model import checkpoints
+from self1e.synthetic.tiny_internvl import make_tiny_internvl
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("SELF1E_SHARED", ROOT.parent / "shared"))
+
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="golden outputs and miniature data are not part of the repository (SELF1E_SHARED)"
+)
+
+# Options of `make_tiny_internvl`: 2 x 2 image tokens a tile of 56 pixels, 0.1 M parameters.
+TINY = {"image_size": 56, "width": 32, "layers": 2, "vision_width": 32, "vision_layers": 2, "vocab_size": 400}
+SMALL = dict(width=32, heads=2, kv_heads=1, layers=2, vision_width=32, vision_heads=2, vision_layers=2)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A photo of random pixels."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def make_base(folder: Path, **options) -> Path:
+    """A base checkpoint in the original layout, in `folder`; options of `make_tiny_internvl`."""
+    return make_tiny_internvl(folder, **(SMALL | options))
+
+
+def make_trained(folder: Path, base: Path | None = None, **options) -> Path:
+    """A checkpoint with a head, our own layout, in `folder`; its base beside it unless given."""
+    base = base or make_base(folder.with_name(f"{folder.name}_base"), **options)
+    model, processor = Self1EForSegmentation.from_pretrained(base), Self1EProcessor.from_pretrained(base)
+    model.trained_head = True
+    photo = Image.linear_gradient("L").convert("RGB")
+    for seed in range(100):
+        torch.manual_seed(seed)
+        for weight in model.segmentation_head.parameters():
+            torch.nn.init.normal_(weight, std=0.2 * (weight.ndim > 1))  # a bias would outweigh what tells pixels apart
+        if 0.2 < model.segment(processor, photo, "it")[0].mask.mean() < 0.8:  # masks with both kinds of pixels
+            break
+    else:
+        raise AssertionError("no seed gives a head whose masks are partly foreground")
+    checkpoints.save(model, processor, folder)
+    return folder

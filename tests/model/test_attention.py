@@ -1,0 +1,118 @@
+"""Perception pathways: the library's mask against the rule of the paper, written as loops."""
+
+import pytest
+import torch
+from helpers import noise
+from transformers import Qwen2Config
+
+from self1e.model.attention import PATHWAYS, perception_mask
+
+# One letter a token: i image, s [SEG], t other text, . padding.
+LAYOUTS = {
+    "seg": ["tiiits", "tiitst"],
+    "several seg": ["tiiststts", "iissiistt"],
+    "padding right": ["tiits...", "tiiittss"],
+    "padding left": ["...tiits", "tiiittss"],
+    "some rows without seg": ["tiitt.", "tiitst", "..tiit"],
+    "no seg": ["tiit..", "ttiitt"],
+    "seg before image": ["stiit", "tsiis"],
+}
+
+
+def tokens(rows: list[str], letters: str) -> torch.Tensor:
+    return torch.tensor([[letter in letters for letter in row] for row in rows])
+
+
+def allowed_by_rule(rows: list[str], pathway: str) -> torch.Tensor:
+    """(rows, N, N) bool, query by key."""
+    result = torch.zeros(len(rows), len(rows[0]), len(rows[0]), dtype=torch.bool)
+    for b, row in enumerate(rows):
+        for q, query in enumerate(row):
+            for k, key in enumerate(row):
+                seen = k <= q
+                if "s" in row and query == "i" and pathway != "causal":
+                    seen |= key == "i" or (key == "s" and pathway == "image+seg")
+                result[b, q, k] = seen and key != "."
+    return result
+
+
+def allowed_by_mask(mask, rows: list[str]) -> torch.Tensor:
+    if mask is None:  # the library's word for plain causal without padding
+        n = len(rows[0])
+        return torch.ones(len(rows), n, n).tril().bool()
+    mask = mask[:, 0].expand(len(rows), -1, -1)
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def build(rows: list[str], pathway: str, implementation: str):
+    config = Qwen2Config(hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
+    config._attn_implementation = implementation
+    return perception_mask(
+        pathway,
+        config=config,
+        embeds=torch.zeros(len(rows), len(rows[0]), 8),
+        padding_mask=tokens(rows, "ist").long(),
+        is_image=tokens(rows, "i"),
+        is_seg=tokens(rows, "s"),
+    )
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("pathway", PATHWAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mask_is_the_rule(layout, pathway, implementation):
+    rows = LAYOUTS[layout]
+    found = allowed_by_mask(build(rows, pathway, implementation), rows)
+    queries = tokens(rows, "ist")  # what padding sees is nobody's business
+    assert torch.equal(found[queries], allowed_by_rule(rows, pathway)[queries])
+
+
+def test_layouts_tell_the_pathways_apart():
+    rules = [allowed_by_rule(LAYOUTS["several seg"], pathway) for pathway in PATHWAYS]
+    assert rules[0].sum() < rules[1].sum() < rules[2].sum()
+
+
+def test_flash_attention_is_refused_by_name():
+    with pytest.raises(ValueError, match="--attn_implementation flash_attention_2.*sdpa"):
+        build(LAYOUTS["seg"], "image+seg", "flash_attention_2")
+
+
+def example(processor) -> dict:
+    conversations = [
+        [["<image>\nhi", "It is [SEG]."], ["<image>\nwhat is this thing", "[SEG] and [SEG]."]],
+        [["<image>\nhow many?", "two"]],
+    ]
+    return processor(images=[noise(60, 50), noise(50, 70, 1)], conversations=conversations)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning", "ignore:flex_attention called without")
+@torch.no_grad()
+def test_implementations_agree(tiny_processor, load_tiny, implementation):
+    batch = example(tiny_processor)
+    expected = load_tiny(attn_implementation="sdpa")(**batch)
+    with torch.compiler.set_stance("force_eager"):  # FlexAttention without its half a minute of compilation
+        found = load_tiny(attn_implementation=implementation)(**batch)
+    for a, b in zip(found.mask_logits, expected.mask_logits, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)  # sums in another order
+    assert torch.allclose(found.loss, expected.loss, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pathways_change_the_model(tiny_processor, load_tiny):
+    batch = example(tiny_processor)
+    by_path = {path: load_tiny(attention_pathway=path)(**batch) for path in PATHWAYS}
+    first = [out.mask_logits[0] for out in by_path.values()]
+    assert all((a - b).abs().max() > 1e-3 for a, b in ((first[0], first[1]), (first[1], first[2])))
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@torch.no_grad()
+def test_padding_side_does_not_change_masks(tiny_processor, load_tiny, padding_side):
+    """Row 0 is the shorter one, and alone it has no padding."""
+    model, image = load_tiny(), noise(60, 50)
+    rows = [["<image>\nhi", "[SEG]."], ["<image>\nwhat in all the world is this", "It is [SEG]. Yes."]]
+    both = model(**tiny_processor(images=[image], conversations=[rows], padding_side=padding_side))
+    for row, found in zip(rows, both.mask_logits):
+        alone = model(**tiny_processor(images=[image], conversations=[[row]])).mask_logits[0]
+        assert torch.allclose(found, alone, atol=1e-4)  # rotary positions shift under left padding

@@ -1,0 +1,399 @@
+"""The four checkpoint layouts: read, refused, resized, written."""
+
+import json
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SHARED, needs_shared, noise
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageTextToText
+
+from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.model import checkpoints
+from self1e.model.checkpoints import HEAD
+
+HEAD_NAMES = {"f_llm": "combine_decode_proj_all", "f_vit": "combine_decode_proj_ori", "f_out": "combine_decode_proj"}
+
+
+def load(version, **options) -> Self1EForSegmentation:
+    return Self1EForSegmentation.from_pretrained(version, **options)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+
+
+def rewritten(folder: Path, target: Path, change) -> Path:
+    """A copy of a checkpoint in one file, its tensors passed through `change`."""
+    ignored = shutil.ignore_patterns("*.safetensors", "*.index.json")
+    shutil.copytree(folder, target, ignore=ignored, dirs_exist_ok=True)
+    weights = {name: x.clone().contiguous() for name, x in change(read_weights(folder)).items()}
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def same_weights(a, b, *, but: tuple[str, ...] = (HEAD,)) -> bool:
+    """Equal tensors, except those whose name starts with `but` (a fresh head is random)."""
+    a, b = ({k: x for k, x in m.state_dict().items() if not k.startswith(but)} for m in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+@torch.no_grad()
+def outputs(model, processor) -> list[torch.Tensor]:
+    rows = [["<image>\nhi", "[SEG] and [SEG]."], ["<image>\nwhat is this", "It."]]
+    out = model.eval()(**processor(images=[noise(110, 50)], conversations=[rows], max_tiles=2))
+    return [out.loss, *out.mask_logits]
+
+
+def same_outputs(a, b, processor) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(outputs(a, processor), outputs(b, processor), strict=True))
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("llm", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_layouts_shards_and_namings_give_one_model(make_tiny, tmp_path, llm, tied):
+    options = {"llm": llm, "tie_word_embeddings": tied}
+    chat = make_tiny(**options)
+    expected = load(chat)
+    assert expected.dtype == torch.float32 and not expected.training and not expected.trained_head
+    original = load_file(chat / "model.safetensors")
+    vocabulary = len(original["language_model.model.embed_tokens.weight"])
+    rows = expected.get_input_embeddings().weight[:vocabulary]
+    assert torch.equal(rows, original["language_model.model.embed_tokens.weight"].float())
+    assert (expected.lm_head.weight is expected.get_input_embeddings().weight) == tied
+    assert same_weights(load(make_tiny(shards=3, **options)), expected)
+
+    native = make_tiny(layout="native", **options)
+
+    def first_hf(weights):
+        """Names of the first -hf repositories: submodules without `model.`, the LLM's classes nested."""
+        old = {}
+        for name, x in newest(weights).items():
+            name = re.sub(r"^model\.(vision_tower|multi_modal_projector)", r"\1", name)
+            name = re.sub(r"^model\.language_model", "language_model.model", name)
+            old[re.sub(r"^lm_head", "language_model.lm_head", name)] = x
+        return old
+
+    def newest(weights):
+        """Names of the model's own modules, whatever the library wrote."""
+        names = {}
+        for name, x in weights.items():
+            name = re.sub(r"^(vision_tower|multi_modal_projector)", r"model.\1", name)
+            name = re.sub(r"^language_model\.lm_head", "lm_head", name)
+            names[re.sub(r"^language_model\.(?:model\.)?", "model.language_model.", name)] = x
+        assert all(name.startswith(("model.", "lm_head.")) for name in names)
+        return names
+
+    for folder in (native, rewritten(native, tmp_path / "old", first_hf), rewritten(native, tmp_path / "new", newest)):
+        assert same_weights(load(folder), expected), folder
+
+
+def test_new_rows_are_the_mean_of_the_old(tiny_version, tiny_processor):
+    model = load(tiny_version)
+    old = load_file(tiny_version / "model.safetensors")
+    size = len(tiny_processor.tokenizer)
+    assert model.config.text_config.vocab_size == size == len(model.lm_head.weight)
+    assert (model.config.seg_token_id, model.config.image_token_id) == (
+        tiny_processor.seg_token_id, tiny_processor.image_token_id
+    )  # fmt: skip
+    matrices = {"model.embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    for name, module in matrices.items():
+        matrix = old[f"language_model.{name}.weight"].float()
+        assert torch.equal(module.weight[:-2], matrix)
+        assert torch.allclose(module.weight[-2:], matrix.mean(0).expand(2, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("extra", [1, 2, 60])
+def test_vocabulary_larger_than_the_tokenizer_shrinks(make_tiny, tmp_path, tiny_processor, extra):
+    """Qwen3's embedding has rows that no token uses; [SEG] and [SEGT] must not start from those."""
+
+    def pad(weights):
+        for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+            weights[name] = torch.cat([weights[name], 100 * torch.ones(extra, 32, dtype=torch.bfloat16)])
+        return weights
+
+    base = make_tiny(llm="qwen3")
+    folder = rewritten(base, tmp_path, pad)
+    config = json.loads((folder / "config.json").read_text())
+    config["llm_config"]["vocab_size"] += extra
+    (folder / "config.json").write_text(json.dumps(config))
+    expected, found = load(base), load(folder)
+    assert found.config.text_config.vocab_size == len(tiny_processor.tokenizer)
+    assert same_weights(found, expected)
+
+
+def test_dtype(tiny_version, tiny_processor):
+    assert load(tiny_version).dtype == torch.float32  # whatever the file says
+    model = load(tiny_version, dtype=torch.bfloat16)
+    assert {x.dtype for x in model.state_dict().values()} == {torch.bfloat16}
+    assert load(tiny_version, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    found = outputs(model, tiny_processor)
+    assert all(torch.isfinite(x).all() for x in found)
+
+
+def test_a_given_config_is_left_alone(tiny_version):
+    config = Self1EForSegmentation.config_class.from_pretrained(tiny_version)
+    before = config.to_dict()
+    models = [load(tiny_version, config=config, mask_features="rfr") for _ in range(2)]
+    assert config.to_dict() == before
+    assert [m.config.mask_features for m in models] == ["rfr", "rfr"]
+    assert same_weights(*models) and models[0].config.seg_token_id is not None
+
+
+def test_loading_is_silent(make_tiny, capfd):
+    folder = make_tiny(seed=3)
+    capfd.readouterr()
+    load(folder)
+    written = capfd.readouterr()
+    for text in (written.out, re.sub(r"Loading weights:.*", "", written.err)):
+        assert not text.strip(), text
+
+
+@needs_shared
+def test_published_weights_over_the_base():
+    base, trained = (SHARED / "golden" / "model" / name for name in ("base_internvl_chat", "trained_self1e"))
+    model, theirs = load(base, weights=trained), read_weights(trained)
+    assert model.trained_head
+    embedding = model.get_input_embeddings().weight
+    assert torch.equal(embedding, theirs["language_model.model.embed_tokens.weight"].float())
+    for ours, name in HEAD_NAMES.items():
+        for layer in "02":
+            found = model.segmentation_head.get_parameter(f"{ours}.{layer}.weight")
+            assert torch.equal(found, theirs[f"{name}.{layer}.weight"].float())
+    with pytest.raises(ValueError, match="no tokenizer there.*--model_weights"):
+        load(trained)
+
+
+# Refusing.
+
+
+MISFITS = {
+    "missing": (
+        lambda w: {k: x for k, x in w.items() if k not in ("mlp1.1.bias", "vision_model.encoder.layers.1.ls2")},
+        ["missing     model.multi_modal_projector.linear_1.bias",
+         "missing     model.vision_tower.encoder.layer.1.lambda_2"],
+    ),
+    "unexpected": (
+        lambda w: w | {"extra.weight": torch.ones(1), "language_model.model.other": torch.ones(1)},
+        ["unexpected  extra.weight", "unexpected  model.language_model.other"],
+    ),
+    "shape": (
+        lambda w: w | {"mlp1.0.bias": torch.ones(7), "language_model.model.norm.weight": torch.ones(9)},
+        ["shape       model.language_model.norm.weight: checkpoint (9,), model (32,)",
+         "shape       model.multi_modal_projector.layer_norm.bias: checkpoint (7,), model (128,)"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kinds", [["missing"], ["unexpected"], ["shape"], ["missing", "unexpected", "shape"]])
+def test_every_misfit_is_in_one_error(tiny_version, tmp_path, kinds):
+    folder = tiny_version
+    for kind in kinds:
+        folder = rewritten(folder, tmp_path / kind, MISFITS[kind][0])
+    with pytest.raises(ValueError, match="nothing was loaded") as error:
+        load(folder)
+    lines = [line.strip() for line in str(error.value).splitlines()]
+    assert lines[0].startswith(f"{folder}: {2 * len(kinds)} weights do not fit")
+    assert sorted(lines[1:]) == sorted(line for kind in kinds for line in MISFITS[kind][1])
+
+
+def test_a_head_in_pieces_is_an_error(load_tiny, tiny_processor, tmp_path):
+    checkpoints.save(load_tiny(), tiny_processor, tmp_path / "d")
+    dropped = f"{HEAD}f_vit.0.bias"
+    folder = rewritten(tmp_path / "d", tmp_path / "e", lambda w: {k: x for k, x in w.items() if k != dropped})
+    with pytest.raises(ValueError, match=f"1 weights do not fit(.|\n)*missing     {dropped}"):
+        load(folder)
+
+
+def test_another_width_is_one_screen(tiny_version, make_tiny, load_tiny, tiny_processor, tmp_path):
+    wide = load_tiny(make_tiny(width=64, layers=3))
+    checkpoints.save(wide, tiny_processor, tmp_path / "wide", published=True)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight: checkpoint \(433, 64\), model \(433, 32\)") as error:
+        load(tiny_version, weights=tmp_path / "wide")
+    lines = [line.strip() for line in str(error.value).splitlines()]
+    mlp = "model.language_model.layers.{}.mlp.up_proj.weight"
+    assert f"shape       {mlp.format('{0-1}')}: checkpoint (192, 64), model (96, 32)" in lines
+    assert f"unexpected  {mlp.format(2)}" in lines
+    assert len(lines) < 60
+
+
+def test_head_of_another_kind_is_an_error(load_tiny, tiny_processor, tmp_path):
+    checkpoints.save(load_tiny(), tiny_processor, tmp_path / "d")
+    with pytest.raises(ValueError, match=f"unexpected  {HEAD}f_llm.0.bias"):
+        load(tmp_path / "d", mask_features="rfr")
+
+
+def test_base_weights_are_no_trained_weights(tiny_version):
+    with pytest.raises(ValueError, match="weights do not fit"):
+        load(tiny_version, weights=tiny_version)
+
+
+def test_absent_and_damaged_files_are_named(make_tiny, tiny_version, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*absent"):
+        load(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="there is no folder .*absent"):
+        load(tiny_version, weights=tmp_path / "absent")
+    shards = make_tiny(shards=3)
+    (shards / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00003"):
+        load(shards)
+    cut = make_tiny()
+    data = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="a weight file is damaged"):
+        load(cut)
+    (cut / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model.safetensors.*found in directory"):
+        load(cut)
+
+
+# Writing.
+
+
+@pytest.mark.parametrize("options", [{}, {"llm": "qwen3"}, {"tie_word_embeddings": True}, {"drop_path_rate": 0.2}])
+def test_both_written_layouts_read_back_to_the_bit(make_tiny, load_tiny, tmp_path, options):
+    base = make_tiny(**options)
+    processor, model = Self1EProcessor.from_pretrained(base), load_tiny(base)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-2:] += 1  # [SEG] has learned
+    checkpoints.save(model, processor, tmp_path / "own")
+    checkpoints.save(model, processor, tmp_path / "published", published=True)
+    names = read_weights(tmp_path / "published").keys()
+    assert names >= read_weights(base).keys()
+    assert {name.split(".")[0] for name in names - read_weights(base).keys()} == set(HEAD_NAMES.values())
+    found = {
+        "own": load(tmp_path / "own"),
+        "own over base": load(base, weights=tmp_path / "own"),
+        "published over base": load(base, weights=tmp_path / "published"),
+        "published with its tokenizer": load(tmp_path / "published"),
+    }
+    for name, again in found.items():
+        assert again.trained_head, name
+        assert same_weights(again, model, but=()), name
+        assert same_outputs(again, model, processor), name
+        assert again.config.drop_path_rate == options.get("drop_path_rate", 0), name
+    assert json.loads((tmp_path / "published" / "config.json").read_text())["model_type"] == "internvl_chat"
+    assert all(name.startswith(("model.", "lm_head", HEAD)) for name in read_weights(tmp_path / "own"))
+
+
+def test_a_loaded_native_model_is_written_like_any_other(make_tiny, load_tiny, tmp_path):
+    """Whatever names a model was read under, saving uses the layout's."""
+    chat, native = make_tiny(), make_tiny(layout="native")
+    for name, version in (("chat", chat), ("native", native)):
+        processor = Self1EProcessor.from_pretrained(version)
+        for published in (False, True):
+            checkpoints.save(load_tiny(version), processor, tmp_path / f"{name}{published}", published=published)
+    for published in (False, True):
+        a, b = (read_weights(tmp_path / f"{name}{published}") for name in ("chat", "native"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    # Saving one layout leaves the model able to write the other.
+    model, processor = load(tmp_path / "chatTrue"), Self1EProcessor.from_pretrained(chat)
+    checkpoints.save(model, processor, tmp_path / "c", published=True)
+    checkpoints.save(model, processor, tmp_path / "d")
+    assert read_weights(tmp_path / "d").keys() == read_weights(tmp_path / "chatFalse").keys()
+
+
+@needs_shared
+def test_published_names_and_shapes_are_the_golden_ones(tmp_path):
+    base, trained = (SHARED / "golden" / "model" / name for name in ("base_internvl_chat", "trained_self1e"))
+    model = load(base, weights=trained, dtype=torch.bfloat16)
+    checkpoints.save(model, Self1EProcessor.from_pretrained(base), tmp_path / "c", published=True)
+    theirs, ours = read_weights(trained), read_weights(tmp_path / "c")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[name].to(x.dtype)) for name, x in ours.items())
+    written, given = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "c", trained))
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "rope_theta", "tie_word_embeddings"):
+        assert written["llm_config"][key] == given["llm_config"][key]
+
+
+@pytest.mark.parametrize("mask_features", ["baseline", "replication", "rfr"])
+def test_heads_without_parameters_know_if_trained(tiny_version, tiny_processor, tmp_path, mask_features):
+    model = load(tiny_version, mask_features=mask_features)
+    assert not model.trained_head
+    checkpoints.save(model, tiny_processor, tmp_path / "d")
+    for again in (load(tmp_path / "d"), load(tiny_version, weights=tmp_path / "d")):
+        assert again.trained_head and again.config.mask_features == mask_features
+        assert same_outputs(again, model, tiny_processor)
+    with pytest.raises(ValueError, match="full method only"):
+        checkpoints.save(model, tiny_processor, tmp_path / "c", published=True)
+    assert not (tmp_path / "c").exists()
+
+
+def test_auto_classes_read_a_saved_model(load_tiny, tiny_processor, tmp_path):
+    model = load_tiny()
+    checkpoints.save(model, tiny_processor, tmp_path / "d")
+    for auto in (AutoModel, AutoModelForImageTextToText):
+        again = auto.from_pretrained(tmp_path / "d")
+        assert isinstance(again, Self1EForSegmentation) and same_weights(again, model, but=())
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_full_disk_leaves_what_was_there(load_tiny, tiny_processor, tmp_path, published):
+    """The limit on file sizes stands for the disk: the weights do not fit, the small files do."""
+    model = load_tiny()
+    target = tmp_path / "ckpt_model"
+    checkpoints.save(model, tiny_processor, target)
+    before = tree(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="ckpt_model: the checkpoint was not saved.*an earlier one stays as it was"):
+            checkpoints.save(model, tiny_processor, target, published=published)
+        with pytest.raises(OSError, match="was not saved"):
+            checkpoints.save(model, tiny_processor, tmp_path / "new", published=published)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert tree(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["ckpt_model"]
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_a_failure_at_the_last_file_leaves_what_was_there(load_tiny, tiny_processor, tmp_path, monkeypatch, error):
+    model = load_tiny()
+    checkpoints.save(model, tiny_processor, tmp_path / "d")
+    before = tree(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Self1EProcessor, "save_pretrained", fail)
+    with pytest.raises(type(error)):
+        checkpoints.save(model, tiny_processor, tmp_path / "d")
+    assert tree(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_failing_rename_puts_the_earlier_one_back(load_tiny, tiny_processor, tmp_path, monkeypatch):
+    model = load_tiny()
+    checkpoints.save(model, tiny_processor, tmp_path / "d")
+    before, rename = tree(tmp_path), Path.rename
+
+    def fail(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError("I/O error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="I/O error"):
+        checkpoints.save(model, tiny_processor, tmp_path / "d")
+    assert tree(tmp_path) == before
+
+
+def test_saving_replaces_and_clears_leftovers(load_tiny, tiny_processor, tmp_path):
+    model = load_tiny()
+    checkpoints.save(model, tiny_processor, tmp_path / "deep" / "d", published=True)
+    (tmp_path / "deep" / ".d.partial").mkdir()
+    (tmp_path / "deep" / ".d.partial" / "junk").write_text("of a killed run")
+    checkpoints.save(model, tiny_processor, tmp_path / "deep" / "d")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["d"]
+    assert json.loads((tmp_path / "deep" / "d" / "config.json").read_text())["model_type"] == "self1e"
+    assert not (tmp_path / "deep" / "d" / "junk").exists()

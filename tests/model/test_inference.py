@@ -1,0 +1,266 @@
+"""`segment` and `chat`: the protocol, batches, one encoding a photo, masks of what was generated, refusals."""
+
+import doctest
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import SHARED, make_trained, needs_shared
+from PIL import Image
+from torch.nn.functional import interpolate
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.model import inference
+from self1e.model.inference import ANSWER, RESERVED
+
+PHRASE, SENTENCE = "the Red circle", "Which of these rolls?"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = make_trained(tmp_path_factory.mktemp("tiny") / "trained")
+    model = Self1EForSegmentation.from_pretrained(folder, dtype=torch.float32)
+    return model, Self1EProcessor.from_pretrained(folder)
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def watch_encoding(model, monkeypatch) -> list[int]:
+    """A list that grows by the number of tiles whenever the vision tower runs."""
+    encoded, original = [], model.encode_images
+
+    def encode(tiles, *args, **kwargs):
+        encoded.append(len(tiles))
+        return original(tiles, *args, **kwargs)
+
+    monkeypatch.setattr(model, "encode_images", encode)
+    return encoded
+
+
+def assert_close(found, expected):
+    """Up to another order of summation in float32."""
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Dictation(LogitsProcessor):
+    """Makes greedy decoding write given tokens, row by row, and then the end of turn."""
+
+    def __init__(self, tokenizer, texts: list[str], prompt_length: int):
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.rows = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
+        self.start, self.end = prompt_length, end
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -1e9)
+        place = input_ids.shape[1] - self.start
+        for row, tokens in enumerate(self.rows):
+            forced[row, tokens[place] if place < len(tokens) else self.end] = 0.0
+        return forced
+
+
+def dictate(processor, texts, conversations) -> LogitsProcessorList:
+    """Dictates answers to `conversations`, generated as one batch; its prompts are as long as the longest."""
+    image = photo(20, 20)
+    batch = processor(images=[image], conversations=[conversations], padding_side="left")
+    return LogitsProcessorList([Dictation(processor.tokenizer, texts, batch["input_ids"].shape[1])])
+
+
+def test_docstring_examples(tiny):
+    model, processor = tiny
+    globs = {"model": model, "processor": processor, "image": photo(60, 40)}
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    examples = [test for test in finder.find(inference, globs=globs) if test.examples]
+    assert len(examples) >= 2
+    for test in examples:
+        runner.run(test)
+    assert runner.failures == 0 and runner.tries >= 8
+
+
+def test_segment_is_the_evaluation_protocol(tiny):
+    model, processor = tiny
+    image = photo(90, 50)
+    phrase, sentence = model.segment(processor, image, [PHRASE, SENTENCE])
+    rows = [
+        ["<image>\n What is the red circle in this image? Please output segmentation mask.", "[SEG]."],
+        [f"<image>\n {SENTENCE} Please output segmentation mask.", "[SEG]."],
+    ]
+    with torch.no_grad():
+        expected = model(**processor(images=[image], conversations=[rows])).mask_logits
+    for result, logits in zip((phrase, sentence), expected):
+        assert result.text == ANSWER and result.logits.dtype == np.float32 and result.mask.dtype == bool
+        assert_close(result.logits, logits[0].numpy())
+        full = interpolate(torch.from_numpy(result.logits)[None, None], (50, 90), mode="bilinear")[0, 0]
+        assert (result.mask == (full > 0).numpy()).all() and 0 < result.mask.mean() < 1
+        assert result.score == pytest.approx(full.sigmoid()[full > 0].mean().item(), abs=1e-6)
+    forced = model.segment(processor, image, SENTENCE, is_sentence=False)[0]
+    assert not np.allclose(forced.logits, sentence.logits, atol=1e-3)
+
+
+def test_batches_do_not_change_results_and_photos_are_encoded_once(tiny, monkeypatch):
+    model, processor = tiny
+    photos = [photo(40, 30, 1), photo(30, 70, 2), photo(64, 64, 3)]
+    prompts = [["the star"], ["the ring", "the cross with a long description", "What is it?", "it"], []]
+    alone = [[model.segment(processor, i, p)[0] for p in texts] for i, texts in zip(photos, prompts)]
+    encoded = watch_encoding(model, monkeypatch)
+    for limit, passes in ((16, [3]), (2, [1, 1])):
+        encoded.clear()
+        together = model.segment(processor, photos, prompts, rows_per_forward=limit)
+        assert encoded == passes
+        assert [len(x) for x in together] == [1, 4, 0]
+        for one, other in zip(sum(alone, []), sum(together, [])):
+            assert one.prompt == other.prompt and one.mask.shape == other.mask.shape
+            assert_close(one.logits, other.logits)
+    shared = model.segment(processor, photos[:2], "the star")
+    assert [[x.mask.shape for x in masks] for masks in shared] == [[(30, 40)], [(70, 30)]]
+
+
+def test_exif_threshold_tiles_and_mode(tiny):
+    model, processor = tiny
+    image = photo(80, 40)
+    turned = image.transpose(Image.Transpose.ROTATE_90)  # stored on its side, with the tag that says so
+    turned.getexif()[0x0112] = 6
+    upright, stored = (model.segment(processor, x, PHRASE)[0] for x in (image, turned))
+    assert stored.mask.shape == (40, 80)
+    np.testing.assert_array_equal(stored.logits, upright.logits)
+    full = interpolate(torch.from_numpy(upright.logits)[None, None], (40, 80), mode="bilinear")[0, 0]
+    full = full.double().sigmoid()
+    low, high = full.quantile(torch.tensor([0.2, 0.8], dtype=full.dtype)).tolist()
+    for threshold, share in ((low, 0.8), (high, 0.2)):
+        result = model.segment(processor, image, PHRASE, threshold=threshold)[0]
+        assert result.mask.mean() == pytest.approx(share, abs=0.01) and result.score > threshold
+        assert (result.mask == (full > threshold).numpy()).mean() > 0.999  # the pixel of the quantile itself may round
+    nothing = model.segment(processor, image, PHRASE, threshold=(1 + full.max().item()) / 2)[0]
+    assert not nothing.mask.any() and nothing.score is None
+    side = upright.logits.shape[0]
+    assert model.segment(processor, photo(200, 100), PHRASE, max_tiles=4)[0].logits.shape == (side, 2 * side)
+    model.train()
+    again = model.segment(processor, image.convert("L").convert("RGBA"), PHRASE)[0]
+    assert again.mask.shape == (40, 80) and model.training
+    model.eval()
+
+
+def test_chat_masks_are_those_of_the_teacher_forced_text(tiny):
+    model, processor = tiny
+    image = photo(50, 40)
+    question = "<image>\n What is the red circle in this image? Please output segmentation mask."
+    reply = model.chat(processor, image, question, logits_processor=dictate(processor, [ANSWER], [[question]]))
+    expected = model.segment(processor, image, PHRASE)[0]
+    assert reply.text == ANSWER and reply.masks.shape == (1, 40, 50)
+    assert_close(reply.logits[0], expected.logits)
+    assert reply.scores == [pytest.approx(expected.score, abs=1e-5)]
+
+
+def test_chat_batches_of_different_answers(tiny, monkeypatch):
+    model, processor = tiny
+    first, second = photo(50, 40), photo(40, 60, 5)
+    asked = ["Where is it?", "Segment the star and the ring, one after the other, please.", "Name it."]
+    answers = ["No such thing.", "The star [SEG], the ring [SEG].", "It is [SEG]."]
+    photos = [first, second, first]  # the first photo has two conversations
+    order = [0, 2, 1]
+    script = dictate(processor, [answers[i] for i in order], [[f"<image>\n{asked[i]}"] for i in order])
+    encoded = watch_encoding(model, monkeypatch)
+    replies = model.chat(processor, photos, asked, logits_processor=script)
+    assert encoded == [2]
+    assert [reply.text for reply in replies] == answers
+    assert [reply.masks.shape for reply in replies] == [(0, 40, 50), (2, 60, 40), (1, 40, 50)]
+    rows = [[f"<image>\n{asked[i]}", answers[i]] for i in (1, 2)]
+    with torch.no_grad():
+        for row, image, reply in zip(rows, (second, first), replies[1:]):
+            expected = model(**processor(images=[image], conversations=[[row]])).mask_logits[0]
+            assert_close(reply.logits, expected.numpy())
+
+
+def test_chat_history_keeps_its_masks_to_itself(tiny):
+    model, processor = tiny
+    image = photo(50, 40)
+    turns = ["<image>\nPlease segment the ring.", "It is [SEG].", "And the star?"]
+    messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": t} for i, t in enumerate(turns)]
+    messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": "Please segment the ring."}]
+    reply = model.chat(processor, image, messages, logits_processor=dictate(processor, ["Sure, [SEG]."], [turns]))
+    with torch.no_grad():
+        whole = model(**processor(images=[image], conversations=[[[*turns, "Sure, [SEG]."]]])).mask_logits[0]
+    assert len(whole) == 2 and reply.masks.shape == (1, 40, 50)
+    assert_close(reply.logits[0], whole[1].numpy())
+
+
+def test_random_model_never_writes_image_tokens(tiny):
+    model, processor = tiny
+    reply = model.chat(processor, photo(30, 30), "Describe it.", max_new_tokens=40, do_sample=True, temperature=50.0)
+    assert "<IMG_CONTEXT>" not in reply.text and len(reply.masks) == reply.text.count("[SEG]")
+
+
+@pytest.mark.parametrize("token", RESERVED)
+def test_reserved_tokens_are_refused(tiny, token):
+    model, processor = tiny
+    for call in (model.segment, model.chat):
+        with pytest.raises(ValueError, match="reserved token"):
+            call(processor, photo(20, 20), f"the {token} star")
+
+
+def test_other_refusals(tiny):
+    model, processor = tiny
+    image = photo(20, 20)
+    cases = [
+        ("prompt is empty", lambda: model.segment(processor, image, "  ")),
+        ("threshold", lambda: model.segment(processor, image, "it", threshold=1.0)),
+        ("--batch_size", lambda: model.segment(processor, image, "it", rows_per_forward=0)),
+        ("2 lists of prompts for 1 photos", lambda: model.segment(processor, [image], [["a"], ["b"]])),
+        ("PIL.Image", lambda: model.segment(processor, "photo.jpg", "it")),
+        ("as many conversations", lambda: model.chat(processor, [image, image], ["it"])),
+        ("as many conversations", lambda: model.chat(processor, [image] * 2, "it")),
+        ("roles", lambda: model.chat(processor, image, [{"role": "system", "content": "Be brief."}])),
+        ("roles", lambda: model.chat(processor, image, [])),
+    ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    model.trained_head = False
+    try:
+        for call in (model.segment, model.chat):
+            with pytest.raises(ValueError, match="--model_weights"):
+                call(processor, image, "it")
+    finally:
+        model.trained_head = True
+    bias = model.segmentation_head.f_out[2].bias
+    kept = bias.detach().clone()
+    try:
+        bias.data.fill_(float("nan"))
+        with pytest.raises(FloatingPointError, match="bfloat16"):
+            model.segment(processor, image, "it")
+    finally:
+        bias.data.copy_(kept)
+
+
+@needs_shared
+def test_golden_masks():
+    """The published implementation's own logits, through `segment`'s path (tolerance: its fp32 against ours)."""
+    golden = SHARED / "golden/model"
+    model = Self1EForSegmentation.from_pretrained(
+        golden / "base_internvl_chat", weights=golden / "trained_self1e", dtype=torch.float32
+    )
+    processor = Self1EProcessor.from_pretrained(golden / "base_internvl_chat")
+    forms = {  # is it a sentence? -> the fixed prompt
+        False: ("<image>\n What is ", " in this image? Please output segmentation mask."),
+        True: ("<image>\n ", " Please output segmentation mask."),
+    }
+    compared = 0
+    for case in json.loads((golden / "cases.json").read_text())["cases"]:
+        expected = np.load(golden / f"{case['name']}.npz")
+        for index, row in enumerate(case["rows"]):
+            question, answer = row["conversation"][:2]
+            if case["kind"] == "train":
+                continue
+            is_sentence = not (question.startswith(forms[False][0]) and question.endswith(forms[False][1]))
+            prefix, suffix = forms[is_sentence]
+            prompt = question.removeprefix(prefix).removesuffix(suffix)
+            image = Image.open(golden / "photos" / row["photo"])
+            result = model.segment(processor, image, prompt, is_sentence=is_sentence)[0]
+            assert answer == ANSWER
+            np.testing.assert_allclose(result.logits, np.squeeze(expected[f"mask_logits_{index}"]), atol=1e-4)
+            compared += 1
+    assert compared

@@ -1,0 +1,310 @@
+"""The model end to end on tiny weights: switches, batching, gradients, losses, stochastic depth."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from helpers import noise
+from torch.nn.functional import cross_entropy
+from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
+
+from self1e.model.grids import REPLICATIONS
+from self1e.model.head import MASK_FEATURES
+from self1e.model.losses import mask_losses
+from self1e.model.modeling import StochasticDepthLayer, place_image_tokens
+
+SIDE = 2  # image tokens a tile side of the tiny model
+ENLARGED = {"baseline": 1, "replication": 2, "rfr": 2, "rfa": 4}
+# Photos by their tile grid (rows, cols), and rows with 1, 0, 2 and 3 [SEG].
+SIZES = {(1, 2): (112, 56), (2, 1): (56, 112), (1, 3): (168, 56), (2, 2): (112, 112)}
+ROWS = [
+    [["<image>\nthe cat", "[SEG]."], ["<image>\nhow many?", "two"]],
+    [["<image>\nboth of them", "[SEG] and [SEG]."]],
+    [["<image>\nwhat is it?", "a thing"]],
+    [["<image>\nall", "[SEG][SEG] [SEG]", "why?", "so"], ["<image>\nthe large dog on the left", "It is [SEG]."]],
+]
+COUNTS = [1, 0, 2, 0, 3, 1]
+
+
+def masks_for(rows, seed=0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    counts = [" ".join(row).count("[SEG]") for row in rows]
+    return [(rng.random((n, 20, 30)) > 0.5).astype(np.uint8) for n in counts]
+
+
+def mixed_batch(processor, **options):
+    images = [noise(*size, seed) for seed, size in enumerate(SIZES.values())]
+    targets = [masks_for(rows, i) for i, rows in enumerate(ROWS)]
+    return processor(images, ROWS, targets, max_tiles=4, **options)
+
+
+def without_gradient(model) -> list[str]:
+    return [name for name, x in model.named_parameters() if x.requires_grad and x.grad is None]
+
+
+AUXILIARY = {"off": (False, False), "on": (True, False), "projected": (True, True)}
+SWITCHES = [x for x in product(MASK_FEATURES, REPLICATIONS, AUXILIARY) if x[0] == "rfa" or x[2] != "projected"]
+
+
+@pytest.mark.parametrize(("features", "replication", "auxiliary"), SWITCHES)
+def test_every_combination_runs_with_its_shapes(tiny_processor, load_tiny, features, replication, auxiliary):
+    loss, projection = AUXILIARY[auxiliary]
+    switches = {"auxiliary_loss": loss, "auxiliary_projection": projection}
+    model = load_tiny(mask_features=features, replication=replication, **switches).train()
+    out = model(**mixed_batch(tiny_processor))
+    times = ENLARGED[features] * SIDE
+    grids = [grid for grid, rows in zip(SIZES, ROWS) for _ in rows]
+    expected = [(n, times * rows, times * cols) for n, (rows, cols) in zip(COUNTS, grids)]
+    assert [tuple(x.shape) for x in out.mask_logits] == expected
+    assert set(out.losses) == {"ce", "mask_bce", "mask_dice"} and torch.isfinite(out.loss)
+    out.loss.backward()
+    assert not without_gradient(model)
+
+
+@pytest.mark.parametrize("features", MASK_FEATURES)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_without_seg_has_empty_masks_of_the_masks_size(tiny_processor, load_tiny, features, training):
+    rows = [[["<image>\nhow many?", "two"]], [["<image>\nwhat is it?", "a thing"]]]
+    batch = tiny_processor([noise(112, 56, 0), noise(56, 112, 1)], rows, max_tiles=4)
+    out = load_tiny(mask_features=features).train(training)(**batch)
+    times = ENLARGED[features] * SIDE
+    assert [tuple(x.shape) for x in out.mask_logits] == [(0, times, 2 * times), (0, 2 * times, times)]
+
+
+def test_switches_change_the_mask(tiny_processor, load_tiny):
+    batch = mixed_batch(tiny_processor)
+    with torch.no_grad():
+        found = {name: load_tiny(replication=name)(**batch).mask_logits[0] for name in REPLICATIONS}
+        found["rfr"] = load_tiny(mask_features="rfr")(**batch).mask_logits[0]
+    names = list(found)
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            assert found[a].shape != found[b].shape or (found[a] - found[b]).abs().max() > 1e-3, (a, b)
+
+
+@torch.no_grad()
+def test_rows_together_equal_rows_alone(tiny_processor, load_tiny):
+    model = load_tiny()
+    together = iter(model(**mixed_batch(tiny_processor)).mask_logits)
+    for seed, (size, rows) in enumerate(zip(SIZES.values(), ROWS)):
+        for row in rows:
+            found = next(together)
+            alone = model(**tiny_processor([noise(*size, seed)], [[row]], max_tiles=4)).mask_logits
+            assert torch.allclose(found, alone[0], atol=1e-4) if alone else not len(found)  # sums in another order
+
+
+@torch.no_grad()
+def test_several_seg_are_answered_in_order(tiny_processor, load_tiny):
+    """The second mask of a row is the head's answer to the state before the second [SEG]."""
+    model, given, states = load_tiny(), [], []
+    model.segmentation_head.register_forward_pre_hook(lambda module, args: given.append(args))
+    model.model.language_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
+    rows = [["<image>\nboth", "[SEG] and [SEG]."], ["<image>\none", "It is [SEG]."]]
+    batch = tiny_processor([noise(56, 56)], [rows])
+    model(**batch)
+    _, seg, _, seg_row = given[0]
+    rows, positions = (batch["input_ids"] == model.config.seg_token_id).nonzero(as_tuple=True)
+    assert seg_row.tolist() == rows.tolist() == [0, 0, 1]
+    assert torch.equal(seg, states[0][rows, positions - 1])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_photo_is_encoded_once_for_all_its_rows(tiny_processor, load_tiny, training):
+    model, tiles = load_tiny().train(training), []
+    model.model.vision_tower.register_forward_hook(lambda module, args, out: tiles.append(len(out[0])))
+    batch = mixed_batch(tiny_processor)
+    model(**batch)
+    assert tiles == [sum(rows * cols for rows, cols in SIZES)]
+    # Chunks of rows share what was encoded before.
+    batch = mixed_batch(tiny_processor)
+    whole = model.eval()(**batch).mask_logits
+    features = model.encode_images(batch["pixel_values"], batch["tile_grids"])
+    tiles.clear()
+    for row in range(len(COUNTS)):
+        chunk = {name: batch[name][row : row + 1] for name in ("input_ids", "attention_mask", "row_image")}
+        found = model(**chunk, image_features=features).mask_logits
+        if COUNTS[row]:
+            assert torch.allclose(found[0], whole[row], atol=1e-4)
+    assert not tiles
+
+
+@torch.no_grad()
+def test_evaluation_computes_no_vocabulary_logits(tiny_processor, load_tiny):
+    model, calls = load_tiny(), []
+    model.lm_head.register_forward_hook(lambda module, args, out: calls.append(out.shape))
+    batch = mixed_batch(tiny_processor)
+    labels = batch.pop("labels")
+    out = model(**{name: x for name, x in batch.items() if name != "mask_targets"})
+    assert out.loss is None and out.logits is None and not calls
+    model(**batch, labels=labels)
+    assert [tuple(shape) for shape in calls] == [((labels != -100).sum().item(), len(tiny_processor.tokenizer))]
+
+
+# Losses.
+
+
+@torch.no_grad()
+def test_text_loss_is_that_of_all_logits(tiny_processor, load_tiny):
+    model, batch = load_tiny(), mixed_batch(tiny_processor)
+    n = batch["input_ids"].shape[1]
+    out = model(**batch, logits_to_keep=n)
+    assert out.logits.shape == (len(COUNTS), n, len(tiny_processor.tokenizer))
+    expected = cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert torch.allclose(out.losses["ce"], expected, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_loss_is_the_weighted_sum_and_the_auxiliary_mask_counts(tiny_processor, load_tiny):
+    batch = mixed_batch(tiny_processor)
+    weights = {"ce_loss_weight": 0.5, "bce_loss_weight": 3, "dice_loss_weight": 7}
+    out = load_tiny(**weights)(**batch)
+    total = 0.5 * out.losses["ce"] + 3 * out.losses["mask_bce"] + 7 * out.losses["mask_dice"]
+    assert torch.allclose(out.loss, total)
+    alone = load_tiny(auxiliary_loss=False)(**batch)
+    expected = mask_losses([(x,) for x in alone.mask_logits], batch["mask_targets"])
+    assert all(torch.equal(alone.losses[name], value) for name, value in expected.items())
+    assert out.losses["mask_bce"] > alone.losses["mask_bce"]
+
+
+EMPTY = {
+    "no [SEG]": ([["<image>\nhow many?", "two"], ["<image>\nwhy?", "because"]], [None, None], False),
+    "no [SEG], empty masks": ([["<image>\nhow many?", "two"]], [np.zeros((0, 4, 4), np.uint8)], False),
+    "no supervised text": ([["<image>\nit", "[SEG]."]], [np.ones((1, 4, 4), np.uint8)], True),
+    "no supervised text, no [SEG]": ([["<image>\nhow many?"]], [None], True),
+    "[SEG] without masks": ([["<image>\nit", "[SEG]."]], [None], False),
+    "nothing at all": ([["<image>\nit", "[SEG]."]], [None], True),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mask_features", MASK_FEATURES)
+@pytest.mark.parametrize("name", EMPTY)
+def test_every_micro_batch_reaches_every_parameter(tiny_processor, load_tiny, name, mask_features, checkpointing):
+    """A rank that skipped a parameter would leave the others waiting for its gradient."""
+    rows, targets, unsupervised = EMPTY[name]
+    batch = tiny_processor([noise(112, 56)], [rows], [targets], max_tiles=2)
+    if unsupervised:
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    model = load_tiny(mask_features=mask_features).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    out = model(**batch)
+    assert torch.isfinite(out.loss) and (not unsupervised or out.losses["ce"] == 0)
+    out.loss.backward()
+    assert not without_gradient(model)
+    assert all(torch.isfinite(x.grad).all() for x in model.parameters())
+    if all(target is None or not len(target) for target in targets):
+        assert not any(x.grad.any() for x in model.segmentation_head.parameters())
+
+
+def test_rows_without_masks_leave_the_loss_of_the_others(tiny_processor, load_tiny):
+    """They count in the denominator, as published."""
+    model, mask = load_tiny(), np.ones((1, 9, 9), np.uint8)
+    row, other = ["<image>\nthe cat", "[SEG]."], ["<image>\nhow many?", "two"]
+    one = model(**tiny_processor([noise(56, 56)], [[row]], [[mask]])).losses
+    two = model(**tiny_processor([noise(56, 56)], [[row, other]], [[mask, None]])).losses
+    for name in ("mask_bce", "mask_dice"):
+        assert two[name].item() == pytest.approx(one[name].item() / 2, rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_processor, load_tiny):
+    gradients = []
+    for enabled in (False, True):
+        model = load_tiny().train()
+        if enabled:
+            model.activation_checkpointing_enable()
+        model(**mixed_batch(tiny_processor)).loss.backward()
+        gradients.append({name: x.grad for name, x in model.named_parameters()})
+    assert all(torch.allclose(x, gradients[1][name], atol=1e-5) for name, x in gradients[0].items())
+
+
+# Stochastic depth.
+
+
+def test_stochastic_depth_rests_in_evaluation_and_drops_in_training(make_tiny, load_tiny, tiny_processor):
+    model, plain = load_tiny(make_tiny(drop_path_rate=0.5, vision_layers=3)), load_tiny(make_tiny(vision_layers=3))
+    layers = model.model.vision_tower.encoder.layer
+    assert [layer.drop_path.drop_prob for layer in layers] == [0, 0.25, 0.5]
+    assert all(type(layer) is InternVLVisionLayer for layer in plain.model.vision_tower.encoder.layer)
+    batch = mixed_batch(tiny_processor)
+    with torch.no_grad():
+        for a, b in zip(model(**batch).mask_logits, plain(**batch).mask_logits):
+            assert torch.equal(a, b)
+        draws = [model.train()(**batch).mask_logits[0] for _ in range(8)]
+    assert any(not torch.equal(draws[0], draw) for draw in draws[1:])
+
+
+def test_each_branch_of_each_tile_is_kept_twice_as_strong_or_dropped(load_tiny):
+    plain = load_tiny().model.vision_tower.encoder.layer[0]
+    layer = StochasticDepthLayer(load_tiny().config.vision_config, 0.5)
+    layer.load_state_dict(plain.state_dict())
+    torch.manual_seed(0)
+    x = torch.randn(32, 5, 32)
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x), plain(x))
+        found = layer.train()(x)
+        kinds = []
+        for attention in (0, 2):
+            h = x + attention * layer.lambda_1 * layer.attention(layer.layernorm_before(x))[0]
+            kinds += [h + mlp * layer.lambda_2 * layer.mlp(layer.layernorm_after(h)) for mlp in (0, 2)]
+    matches = torch.stack([(kind - found).abs().amax((1, 2)) < 1e-5 for kind in kinds])
+    assert (matches.sum(0) == 1).all() and (matches.sum(1) > 0).all()
+
+
+# Precision, modes, errors.
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_bfloat16(tiny_processor, load_tiny, training):
+    batch = mixed_batch(tiny_processor)
+    model = load_tiny(dtype=torch.bfloat16).train(training)
+    out, exact = model(**batch), load_tiny()(**batch)
+    assert {x.dtype for x in out.mask_logits} == {torch.bfloat16} and out.loss.dtype == torch.float32
+    assert out.loss.item() == pytest.approx(exact.loss.item(), rel=0.05)  # 8 bits of mantissa, some twenty layers
+    out.loss.backward()
+    assert all(torch.isfinite(x.grad).all() for x in model.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_text_alone_runs(tiny_processor, load_tiny, training):
+    ids = tiny_processor.tokenizer("no picture here", return_tensors="pt").input_ids
+    out = load_tiny().train(training)(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    assert out.loss.item() > 0 and out.mask_logits is None
+
+
+def test_image_tokens_must_match_the_tiles(tiny_processor, load_tiny):
+    batch = mixed_batch(tiny_processor)
+    batch["input_ids"][0, batch["input_ids"][0] == tiny_processor.image_token_id] = 5
+    with pytest.raises(ValueError, match=r"rows hold \[0, 8, .*their images fill \[8, 8, "):
+        load_tiny()(**batch)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: [x[0][:0], *x[1:]], lambda x: [None, x[0], *x[2:]]])
+def test_masks_must_match_the_seg_tokens(tiny_processor, load_tiny, change):
+    batch = mixed_batch(tiny_processor)
+    batch["mask_targets"] = change(batch["mask_targets"])
+    with pytest.raises(ValueError, match=r"rows hold \[1, 0, 2, 0, 3, 1\] \[SEG\] tokens, mask_targets hold"):
+        load_tiny()(**batch)
+
+
+def test_image_tokens_are_placed_in_order():
+    from self1e.model.modeling import ImageFeatures
+
+    tokens = torch.arange(3 * 2.0).reshape(3, 2, 1)  # three tiles of two tokens, width 1
+    features = ImageFeatures(tokens, torch.tensor([[1, 2], [1, 1]]), None)
+    is_image = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 1, 1]]).bool()
+    embeds = torch.full((3, 5, 1), -1.0)
+    found = place_image_tokens(embeds, is_image, features, torch.tensor([1, 0, 1]))
+    assert found[..., 0].tolist() == [[-1, 4, 5, -1, -1], [0, 1, 2, 3, -1], [-1, -1, -1, 4, 5]]
+
+
+def test_fresh_heads_follow_the_seed(tiny_version, tiny_processor):
+    from self1e import Self1EForSegmentation
+
+    heads = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        heads.append(Self1EForSegmentation.from_pretrained(tiny_version).segmentation_head.f_llm[0].weight)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert heads[0].std().item() == pytest.approx(0.02, rel=0.1)  # a thousand draws

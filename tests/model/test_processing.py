@@ -1,0 +1,340 @@
+"""Photos to tiles, conversations to ids and labels, rows to a padded batch."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from helpers import noise
+from PIL import Image
+from transformers import AutoProcessor
+
+from self1e import Self1EProcessor
+from self1e.model.processing import MEAN, SEG, SEGT, STD, RowTooLong, cut_tiles, resize_bicubic
+
+SIZE = 56
+IMAGE_TOKENS = 4  # a tile of the tiny model
+
+
+def decode(processor, ids) -> str:
+    return processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def supervised(processor, labels) -> str:
+    return decode(processor, [x for x in labels if x != -100])
+
+
+# Text: ids and labels.
+
+
+def test_text_is_the_published_chat_format(tiny_processor):
+    ids, _ = tiny_processor.encode_row(["<image>\nWhat?", "It is [SEG].", "And this?"], n_tiles=2)
+    assert decode(tiny_processor, ids) == (
+        "<|im_start|>system\nYou are an helpful assistant.<|im_end|>\n<|im_start|>user\n<img>"
+        + "<IMG_CONTEXT>" * 2 * IMAGE_TOKENS
+        + "</img>\nWhat?<|im_end|>\n<|im_start|>assistant\nIt is [SEG].<|im_end|>\n"
+        "<|im_start|>user\nAnd this?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_labels_are_the_answers_and_their_end(tiny_processor):
+    row = ["<image>\nWhat?", "It is [SEG].", "Is it assistant?", " yes\n", "?", "2"]
+    ids, labels = tiny_processor.encode_row(row, 1)
+    assert supervised(tiny_processor, labels) == "It is [SEG].<|im_end|> yes\n<|im_end|>2<|im_end|>"
+    assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
+    assert labels[-1] == -100 and decode(tiny_processor, ids[-1:]) == "\n"
+
+
+def test_open_row_has_no_labels_after_the_last_question(tiny_processor):
+    _, labels = tiny_processor.encode_row(["<image>\nWhat?"], 1)
+    assert set(labels) == {-100}
+
+
+@pytest.mark.parametrize("text", ["naïve façade 数 🚗", "", "a\u0301", "<|endoftext|>x"])
+def test_labels_of_any_text_decode_to_it(tiny_processor, text):
+    _, labels = tiny_processor.encode_row(["<image>\n" + text, text], 1)
+    assert supervised(tiny_processor, labels) == unicodedata.normalize("NFC", text) + "<|im_end|>"  # Qwen2's rule
+
+
+def test_template_writes_what_the_processor_encodes(tiny_processor):
+    row = ["<image>\nWhat?", "[SEG].", "And?"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(row)]
+    text = tiny_processor.apply_chat_template(messages, add_generation_prompt=True)
+    picture = "<img>" + "<IMG_CONTEXT>" * IMAGE_TOKENS + "</img>"
+    assert text.replace("<image>", picture) == decode(tiny_processor, tiny_processor.encode_row(row, 1)[0])
+    messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert tiny_processor.apply_chat_template(messages, add_generation_prompt=True) == text
+
+
+def test_added_tokens_follow_the_base_vocabulary(tiny_processor, tiny_version):
+    tokenizer = tiny_processor.tokenizer
+    assert (tiny_processor.seg_token_id, tiny_processor.segt_token_id) == (len(tokenizer) - 2, len(tokenizer) - 1)
+    for token in (SEG, SEGT):
+        assert tokenizer.encode(f"a{token}.")[1] == tokenizer.convert_tokens_to_ids(token)
+    again = Self1EProcessor(tokenizer, image_size=SIZE, tile_tokens=IMAGE_TOKENS)
+    assert len(again.tokenizer) == len(tokenizer) and again.seg_token_id == tiny_processor.seg_token_id
+
+
+# Text: limits and reserved tokens.
+
+
+def test_long_text_is_cut_at_its_end(tiny_processor):
+    row = ["<image>\nWhat?", "a long answer without any end to it"]
+    ids, labels = tiny_processor.encode_row(row, 1)
+    for limit in (len(ids) - 5, len(ids), len(ids) + 1):
+        assert tiny_processor.encode_row(row, 1, limit) == (ids[:limit], labels[:limit])
+
+
+def test_cutting_seg_or_image_tokens_is_an_error(tiny_processor):
+    row = ["<image>\nWhat?", "It is [SEG]. Because."]
+    ids, _ = tiny_processor.encode_row(row, 1)
+    seg, last_image = ids.index(tiny_processor.seg_token_id), ids.index(tiny_processor.image_token_id) + 3
+    assert len(tiny_processor.encode_row(row, 1, seg + 1)[0]) == seg + 1
+    with pytest.raises(RowTooLong, match=rf"{len(ids)} tokens.*--model_max_length {seg}: \[SEG\]"):
+        tiny_processor.encode_row(row, 1, seg)
+    with pytest.raises(RowTooLong, match="<IMG_CONTEXT> would be cut"):
+        tiny_processor.encode_row(row, 1, last_image)
+    question = ["<image>\nWhat?"]
+    assert len(tiny_processor.encode_row(question, 1, last_image + 1)[0]) == last_image + 1
+
+
+@pytest.mark.parametrize("row", [["<image>\nA <IMG_CONTEXT>?", "x"], ["<image>\nA?", "<IMG_CONTEXT>", "B?"]])
+def test_image_tokens_in_the_text_are_an_error_that_quotes_it(tiny_processor, row):
+    culprit = next(text for text in row if "<IMG_CONTEXT>" in text)
+    with pytest.raises(ValueError, match="reserved token <IMG_CONTEXT>") as error:
+        tiny_processor.encode_row(row, 1)
+    assert repr(culprit) in str(error.value)
+
+
+def test_a_second_image_tag_stays_text(tiny_processor):
+    ids, _ = tiny_processor.encode_row(["<image>\nWhat is <image>?", "no <image>"], 1)
+    assert ids.count(tiny_processor.image_token_id) == IMAGE_TOKENS
+    assert decode(tiny_processor, ids).count("<image>") == 2
+
+
+def test_reserved_words_in_a_text_count_as_what_they_are(tiny_processor):
+    """[SEG] in a question is a query like any other, so it needs its mask; a stray end of turn stays in its place."""
+    row = ["<image>\nWhat does [SEG] mean?", "It is <|im_end|> [SEG]."]
+    with pytest.raises(ValueError, match="2 .SEG. but 1 masks"):
+        tiny_processor(images=[noise(9, 9)], conversations=[[row]], mask_targets=[[np.ones((1, 9, 9), np.uint8)]])
+    _, labels = tiny_processor.encode_row(row, 1)
+    assert supervised(tiny_processor, labels) == "It is <|im_end|> [SEG].<|im_end|>"
+
+
+@pytest.mark.parametrize("row", [["What?", "x"], [], ["What?", "<image>"]])
+def test_a_row_without_image_is_an_error(tiny_processor, row):
+    with pytest.raises(ValueError, match="first turn of a row must hold <image>"):
+        tiny_processor(images=[noise(9, 9)], conversations=[[row]])
+
+
+# Batches.
+
+
+def test_batch_of_several_photos_and_rows(tiny_processor):
+    batch = tiny_processor(
+        images=[noise(112, 112), noise(112, 56, 1)],
+        conversations=[
+            [["<image>\nA?", "[SEG]."], ["<image>\nA much longer question?", "no"]],
+            [["<image>\nB?", "[SEG]"]],
+        ],
+        mask_targets=[[np.ones((1, 5, 6), np.uint8), None], [np.ones((1, 7, 8), np.uint8)]],
+        max_tiles=4,
+    )
+    assert set(batch) == {
+        "input_ids", "attention_mask", "labels", "pixel_values", "tile_grids", "row_image", "mask_targets"
+    }  # fmt: skip
+    assert batch["tile_grids"].tolist() == [[2, 2], [1, 2]] and batch["row_image"].tolist() == [0, 0, 1]
+    assert batch["pixel_values"].shape == (6, 3, SIZE, SIZE) and batch["pixel_values"].dtype == torch.float32
+    images = (batch["input_ids"] == tiny_processor.image_token_id).sum(1)
+    assert images.tolist() == [4 * IMAGE_TOKENS, 4 * IMAGE_TOKENS, 2 * IMAGE_TOKENS]
+    assert [None if x is None else tuple(x.shape) for x in batch["mask_targets"]] == [(1, 5, 6), None, (1, 7, 8)]
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_by_length_and_keeps_id_zero(tiny_processor, side):
+    """Id 0 is `!`, a word like any other."""
+    assert tiny_processor.tokenizer.convert_tokens_to_ids("!") == 0
+    rows = [["<image>\nWow !", "!"], ["<image>\nWow ! and a lot more words", "! !"]]
+    batch = tiny_processor(images=[noise(9, 9)], conversations=[rows], padding_side=side)
+    for i, row in enumerate(rows):
+        ids, labels = tiny_processor.encode_row(row, 1)
+        assert 0 in ids
+        n_pad = batch["input_ids"].shape[1] - len(ids)
+        assert (n_pad > 0) == (i == 0)
+        texts = {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+        fillers = {"input_ids": tiny_processor.tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
+        for name, values in texts.items():
+            padding = [fillers[name]] * n_pad
+            assert batch[name][i].tolist() == (padding + values if side == "left" else values + padding)
+
+
+def test_mask_target_forms_are_the_same(tiny_processor):
+    masks = (np.random.default_rng(0).random((2, 5, 6)) > 0.5).astype(np.uint8)
+    call = {"images": [noise(9, 9)], "conversations": [[["<image>\nA?", "[SEG]."], ["<image>\nB?", "[SEG]."]]]}
+    forms = [masks, [masks[:1], masks[1:]], [masks[0], masks[1]], list(torch.from_numpy(masks))]
+    forms += [torch.from_numpy(masks), masks[:, :, ::-1].copy()[:, :, ::-1]]  # the last has negative strides
+    for form in forms:
+        found = tiny_processor(**call, mask_targets=[form])["mask_targets"]
+        assert [x.dtype for x in found] == [torch.uint8] * 2
+        assert torch.equal(torch.cat(found), torch.from_numpy(masks))
+    assert "mask_targets" not in tiny_processor(**call, mask_targets=[None])
+    call["conversations"] = [[["<image>\nA?", "[SEG] [SEG]"]]]
+    several = tiny_processor(**call, mask_targets=[[masks]])
+    assert several["mask_targets"][0].shape == (2, 5, 6)
+
+
+def test_counts_that_do_not_match_are_errors(tiny_processor):
+    image, row, mask = noise(9, 9), ["<image>\nA?", "[SEG]."], np.ones((1, 5, 5), np.uint8)
+    with pytest.raises(ValueError, match=r"1 \[SEG\] but 2 masks"):
+        tiny_processor(images=[image], conversations=[[row]], mask_targets=[[np.ones((2, 5, 5), np.uint8)]])
+    with pytest.raises(ValueError, match="2 rows but masks for 1"):
+        tiny_processor(images=[image], conversations=[[row, row]], mask_targets=[[mask]])
+    for conversations, targets in (([[row], [row]], None), ([[row]], [[mask], [mask]]), ([[row]], [])):
+        with pytest.raises(ValueError, match="one entry a photo"):
+            tiny_processor(images=[image], conversations=conversations, mask_targets=targets)
+    with pytest.raises(ValueError, match="padding_side='both'"):
+        tiny_processor(images=[image], conversations=[[row]], padding_side="both")
+
+
+# Photos.
+
+
+def test_pixels_of_one_tile():
+    image = noise(70, 40)
+    tiles, grid = cut_tiles(image, SIZE)
+    expected = np.asarray(resize_bicubic(image, SIZE, SIZE), dtype=np.float32) / 255
+    expected = (expected - np.float32(MEAN)) / np.float32(STD)
+    assert grid == (1, 1) and tiles.shape == (1, 3, SIZE, SIZE)
+    assert np.abs(tiles[0].permute(1, 2, 0).numpy() - expected).max() < 1e-6  # the last bit of a float32 division
+
+
+def test_tiles_are_the_photo_row_by_row():
+    image = noise(3 * SIZE, 2 * SIZE)  # a grid of its own size: nothing is resampled
+    tiles, grid = cut_tiles(image, SIZE, max_tiles=6)
+    assert grid == (2, 3)
+    for i in range(6):
+        y, x = divmod(i, 3)
+        part = image.crop((x * SIZE, y * SIZE, (x + 1) * SIZE, (y + 1) * SIZE))
+        assert torch.equal(tiles[i], cut_tiles(part, SIZE)[0][0])
+
+
+def grid_by_rule(width: int, height: int, limit: int) -> tuple[int, int]:
+    """(cols, rows): nearest aspect ratio; among equals the largest whose half the photo covers, else the smallest."""
+    grids = [(c, r) for c in range(1, limit + 1) for r in range(1, limit + 1) if c * r <= limit]
+    distance = {grid: abs(width / height - grid[0] / grid[1]) for grid in grids}
+    nearest = sorted((g for g in grids if distance[g] == min(distance.values())), key=lambda g: g[0] * g[1])
+    covered = [g for g in nearest if width * height > 0.5 * g[0] * g[1] * SIZE**2]
+    return (covered or nearest[:1])[-1]
+
+
+@pytest.mark.parametrize("limit", [1, 4, 6, 12])
+def test_tile_rule(limit):
+    rng = np.random.default_rng(limit)
+    sizes = [tuple(int(x) for x in rng.integers(10, 300, 2)) for _ in range(40)]
+    sizes += [(56, 56), (79, 79), (80, 80), (84, 56), (168, 112), (112, 224), (10, 300), (300, 10), (200, 200)]
+    for width, height in sizes:
+        cols, rows = grid_by_rule(width, height, limit)
+        tiles, grid = cut_tiles(noise(width, height), SIZE, max_tiles=limit)
+        assert grid == (rows, cols) and len(tiles) == rows * cols, (width, height)
+
+
+def test_ties_go_to_the_larger_grid_when_half_of_it_is_filled():
+    assert cut_tiles(noise(79, 79), SIZE, max_tiles=4)[1] == (1, 1)  # 6241 pixels, half of 2 x 2 tiles is 6272
+    assert cut_tiles(noise(80, 80), SIZE, max_tiles=4)[1] == (2, 2)
+    assert cut_tiles(noise(84, 56), SIZE, max_tiles=4)[1] == (1, 2)  # 1.5 lies between 1 and 2
+
+
+def test_thumbnail_is_one_more_tile():
+    image = noise(2 * SIZE, SIZE)
+    tiles, grid = cut_tiles(image, SIZE, max_tiles=6, thumbnail=True)
+    plain, _ = cut_tiles(image, SIZE, max_tiles=6)
+    assert grid == (3, 1) and torch.equal(tiles[:2], plain)
+    assert torch.equal(tiles[2:], cut_tiles(image, SIZE)[0])
+    assert len(cut_tiles(noise(SIZE, SIZE), SIZE, max_tiles=1, thumbnail=True)[0]) == 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(60, 40).save(tmp_path / "p.png", exif=exif)
+    turns = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [4], 7: [6], 8: [2]}  # Image.Transpose values
+    upright = noise(60, 40)
+    for turn in turns[orientation]:
+        upright = upright.transpose(Image.Transpose(turn))
+    with Image.open(tmp_path / "p.png") as image:
+        tiles, grid = cut_tiles(image, SIZE, max_tiles=4)
+    wanted, wanted_grid = cut_tiles(upright, SIZE, max_tiles=4)
+    assert grid == wanted_grid and torch.equal(tiles, wanted)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_any_mode_becomes_rgb(mode):
+    image = noise(50, 40).convert(mode)
+    assert torch.equal(cut_tiles(image, SIZE)[0], cut_tiles(image.convert("RGB"), SIZE)[0])
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_sixteen_bit_greys_keep_their_range(tmp_path, byte_order):
+    grey = np.random.default_rng(0).integers(0, 65536, (40, 50)).astype(np.uint16)
+    Image.fromarray(grey.astype(f"{byte_order}u2")).save(tmp_path / "p.tif")
+    with Image.open(tmp_path / "p.tif") as image:
+        assert image.mode.startswith("I;16")
+        found = cut_tiles(image, SIZE)[0]
+    assert torch.equal(found, cut_tiles(Image.fromarray((grey >> 8).astype(np.uint8)), SIZE)[0])
+
+
+RESIZES = [(300, 200, 100, 100), (640, 480, 448, 448), (480, 640, 448, 448), (100, 90, 448, 448), (500, 120, 112, 224)]
+
+
+@pytest.mark.parametrize("sizes", RESIZES)
+def test_resize_is_pillows_where_columns_shrink_most(sizes):
+    width, height, new_width, new_height = sizes
+    if height - new_height > 2 * max(0, width - new_width):
+        width, height, new_width, new_height = height, width, new_height, new_width
+    image = noise(width, height)
+    expected = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(resize_bicubic(image, new_width, new_height)), np.asarray(expected))
+
+
+@pytest.mark.parametrize(("height", "rows_first"), [(299, False), (300, False), (301, True), (80, False)])
+def test_rows_are_shrunk_first_where_they_lose_twice_as_many_pixels(height, rows_first):
+    """200 columns become 100: more than 200 rows must go for the rows to go first. The passes round in between."""
+    image, bicubic = noise(200, height), Image.Resampling.BICUBIC
+    between = (200, 100) if rows_first else (100, height)
+    expected = np.asarray(image.resize(between, bicubic).resize((100, 100), bicubic))
+    assert np.array_equal(np.asarray(resize_bicubic(image, 100, 100)), expected)
+
+
+# Files.
+
+
+@pytest.mark.parametrize("loader", [Self1EProcessor, AutoProcessor])
+def test_saved_processor_reads_back(tiny_processor, tmp_path, loader):
+    tiny_processor.save_pretrained(tmp_path)
+    again = loader.from_pretrained(tmp_path)
+    assert isinstance(again, Self1EProcessor)
+    call = {"images": [noise(120, 60)], "conversations": [[["<image>\nWow ! 数?", "It is [SEG]."]]], "max_tiles": 4}
+    expected, found = tiny_processor(**call), again(**call)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (again.seg_token_id, again.segt_token_id) == (tiny_processor.seg_token_id, tiny_processor.segt_token_id)
+    assert again.chat_template == tiny_processor.chat_template
+
+
+def test_a_tokenizer_without_image_tokens_is_refused(tiny_version, tmp_path):
+    for name in ("config.json", "vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((tiny_version / name).read_bytes())
+    with pytest.raises(ValueError, match="lacks.*<IMG_CONTEXT>.*InternVL3's tokenizer"):
+        Self1EProcessor.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_tokenizer_is_refused(tiny_version, tmp_path):
+    (tmp_path / "config.json").write_bytes((tiny_version / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="no tokenizer there.*--model_weights"):
+        Self1EProcessor.from_pretrained(tmp_path)
+
+
+def test_batches_move_and_unpack(tiny_processor):
+    batch = tiny_processor(images=[noise(9, 9)], conversations=[[["<image>\nA?", "b"]]]).to("cpu")
+    assert dict(**batch)["input_ids"].device.type == "cpu"

@@ -1,0 +1,45 @@
+"""self1e/data/prompts.py: templates and the evaluation prompt."""
+
+import json
+
+import numpy as np
+from helpers import SHARED, needs_shared
+
+from self1e.data.loading import ALL_SPLITS, load_split
+from self1e.model import prompts
+
+
+def test_templates_hold_image_and_mask_tokens_once():
+    for question in (*prompts.SHORT_QUESTIONS, *prompts.LONG_QUESTIONS, *prompts.EXPLANATORY_QUESTIONS):
+        assert question.startswith("<image>\n") and question.count("{}") == 1 and "[SEG]" not in question
+    assert all(answer.count("[SEG]") == 1 for answer in prompts.ANSWERS)
+
+
+def test_draws_come_from_the_generator_alone():
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        return [prompts.short_question("cat", rng) + prompts.answer(rng) for _ in range(20)]
+
+    assert draw(1) == draw(1) != draw(2)
+    assert len(set(draw(1))) > 5
+
+
+def test_braces_in_a_text_are_kept():
+    assert "{0} {}" in prompts.long_question("{0} {}", np.random.default_rng(0))
+
+
+def test_evaluation_prompt():
+    phrase = "<image>\n What is the Red car in this image? Please output segmentation mask."
+    assert prompts.evaluation_prompt(" the Red car ", False, lower=False) == phrase
+    assert prompts.evaluation_prompt(" the Red car ", False, lower=True) == phrase.replace("Red", "red")
+    assert prompts.evaluation_prompt("Why?", True, lower=False) == "<image>\n Why? Please output segmentation mask."
+
+
+@needs_shared
+def test_evaluation_prompts_are_the_published_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path))
+    scores = json.loads((SHARED / "golden" / "eval_scores.json").read_text())
+    for split in set(ALL_SPLITS) & set(scores):
+        images = load_split(split, SHARED / "minidata" / "dataset")
+        ours = sorted(prompt for image in images for prompt in image.prompts)
+        assert ours == sorted(f"<image>\n {unit['text']}" for unit in scores[split]["units"])

@@ -1,0 +1,174 @@
+"""What trains, what is frozen, what carries adapters: every combination, on tiny models."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import noise
+
+from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.training.adaptation import (
+    HEAD,
+    LLM,
+    LLM_LINEARS,
+    PROJECTOR,
+    VISION,
+    VISION_LINEARS,
+    adapt,
+    optimizer_groups,
+    training_table,
+)
+
+COMBINATIONS = [
+    dict(zip(("llm_lora", "optimize_vision", "vision_lora"), values))
+    for values in itertools.product((False, True), repeat=3)
+    if values[1] or not values[2]
+]
+
+
+@pytest.fixture(scope="module")
+def tied_version(make_tiny):
+    return make_tiny(tie_word_embeddings=True)
+
+
+def batch_of(version):
+    """Two photos: a row with a mask, a row of text."""
+    return Self1EProcessor.from_pretrained(version)(
+        images=[noise(60, 40), noise(40, 60, seed=1)],
+        conversations=[[["<image>\nthe cat?", "Sure, [SEG]."]], [["<image>\nhow many?", "two"]]],
+        mask_targets=[torch.ones(1, 40, 60, dtype=torch.uint8), [torch.zeros(0, 60, 40, dtype=torch.uint8)]],
+    )
+
+
+def expected_kind(name: str, *, llm_lora: bool, optimize_vision: bool, vision_lora: bool) -> str:
+    """The issue's words, by the parameter's name."""
+    if ".lora_" in name:
+        return "adapters"
+    if name.startswith((VISION, PROJECTOR)):
+        if not optimize_vision or (vision_lora and name.startswith(VISION)):
+            return "frozen"
+    elif llm_lora and name.startswith((LLM + "layers.", LLM + "norm.")):
+        return "frozen"
+    return "trained"
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("flags", COMBINATIONS, ids=lambda flags: "+".join(k for k, v in flags.items() if v) or "none")
+def test_what_trains_moves_and_the_rest_does_not(flags, tied, tiny_version, tied_version):
+    version = tied_version if tied else tiny_version
+    torch.manual_seed(0)
+    model = Self1EForSegmentation.from_pretrained(version)
+    adapt(model, **flags, r=2, dropout=0.0)
+    model.train()
+    kinds = {name: expected_kind(name, **flags) for name, _ in model.named_parameters()}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, kind in kinds.items() if kind != "frozen"
+    }
+    assert any(LLM in name for name in kinds if ".lora_" in name) == flags["llm_lora"]
+    assert any(VISION in name for name in kinds if ".lora_" in name) == flags["vision_lora"]
+
+    groups = {group["name"]: group for group in optimizer_groups(model, lr=1e-2, vision_lr=2e-2)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {name: group["lr"] for name, group in groups.items()} == {"llm": 1e-2, "vision_and_head": 2e-2}
+    for parameter in groups["llm"]["params"]:
+        assert names[id(parameter)].startswith((LLM, "lm_head."))
+    for parameter in groups["vision_and_head"]["params"]:
+        assert names[id(parameter)].startswith((VISION, PROJECTOR, HEAD))
+    covered = [names[id(p)] for group in groups.values() for p in group["params"]]
+    assert sorted(covered) == sorted(name for name, kind in kinds.items() if kind != "frozen")
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = batch_of(version)
+    optimizer = torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(2):  # the first step moves only the B of an adapter: its A is multiplied by B = 0
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    # a bias of the keys shifts all scores of a query alike: softmax does not see it, its gradient is rounding
+    assert {name for name in still if not name.endswith("k_proj.bias")} == {
+        name for name, kind in kinds.items() if kind == "frozen" and not name.endswith("k_proj.bias")
+    }
+
+
+@pytest.mark.parametrize("flags", [f for f in COMBINATIONS if f["llm_lora"] or f["vision_lora"]], ids=str)
+def test_merged_weights_give_the_adapted_output(flags, tiny_version, load_tiny):
+    model = load_tiny()
+    plain = set(model.state_dict())
+    tuner = adapt(model, **flags, r=4)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.eval()
+    batch = batch_of(tiny_version)
+    base = load_tiny().eval()(**batch).mask_logits[0]
+    with torch.no_grad():
+        adapted = model(**batch)
+        merged = tuner.merge_and_unload()
+        again = merged.eval()(**batch)
+    assert merged is model and set(merged.state_dict()) == plain
+    assert (adapted.mask_logits[0] - base).abs().max() > 1e-2  # the adapters do something
+    torch.testing.assert_close(again.mask_logits[0], adapted.mask_logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.loss, adapted.loss, rtol=1e-5, atol=1e-5)
+
+
+def adapted_modules(model) -> set[str]:
+    return {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+
+
+def test_every_linear_of_llm_and_vit_gets_an_adapter(load_tiny):
+    model = load_tiny()
+    adapt(model, llm_lora=True, vision_lora=True, optimize_vision=True, r=2)
+    found = adapted_modules(model)
+    layers = model.config.text_config.num_hidden_layers
+    assert len([name for name in found if name.startswith(LLM)]) == layers * len(LLM_LINEARS)
+    depth = model.config.vision_config.num_hidden_layers
+    assert len([name for name in found if name.startswith(VISION)]) == depth * len(VISION_LINEARS)
+    q = model.model.language_model.layers[0].self_attn.q_proj
+    assert q.scaling["default"] == 2.0 and q.r["default"] == 2  # alpha defaults to twice r
+    assert q.lora_dropout["default"].p == 0.05
+
+
+def test_layers_and_targets_can_be_chosen(load_tiny):
+    model = load_tiny()
+    adapt(
+        model,
+        llm_lora=True,
+        vision_lora=False,
+        optimize_vision=False,
+        r=2,
+        alpha=2,
+        llm_targets=["q_proj"],
+        from_layer=1,
+    )
+    assert adapted_modules(model) == {LLM + "layers.1.self_attn.q_proj"}
+    assert model.model.language_model.layers[1].self_attn.q_proj.scaling["default"] == 1.0
+    # below `from_layer` nothing of the layers trains
+    assert not any(p.requires_grad for p in model.model.language_model.layers[0].parameters())
+
+
+def test_nonsense_is_refused(load_tiny):
+    flags = {"llm_lora": True, "vision_lora": False, "optimize_vision": False}
+    with pytest.raises(ValueError, match=r"--lora_target_modules: unknown \['wq'\]"):
+        adapt(load_tiny(), **flags, llm_targets=["wq"])
+    with pytest.raises(ValueError, match="--lora_from_layer 2: the LLM's layers are 0 to 1"):
+        adapt(load_tiny(), **flags, from_layer=2)
+    with pytest.raises(ValueError, match="--optimize_vision"):
+        adapt(load_tiny(), llm_lora=False, vision_lora=True, optimize_vision=False)
+
+
+def test_the_table_counts_every_parameter_once(load_tiny):
+    model = load_tiny()
+    whole = sum(p.numel() for p in model.parameters())
+    adapt(model, llm_lora=True, vision_lora=False, optimize_vision=True, r=2)
+    rows = {line[:24].strip(): [float(x.replace(",", "")) for x in line[24:].split()] for line in
+            training_table(model).splitlines()[1:]}  # fmt: skip
+    total = rows.pop("total")
+    assert set(rows) == {"LLM embeddings", "LLM layers", "lm_head", "ViT", "projector", "segmentation head"}
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    assert total == pytest.approx([sum(column) for column in zip(*rows.values())], abs=0.5)
+    assert total[0] + total[2] == pytest.approx(whole / 1e3, abs=0.2) and total[1] == pytest.approx(
+        adapters / 1e3, abs=0.1
+    )
+    assert rows["ViT"][1:] == [0, 0] and rows["LLM layers"][0] == 0 and rows["LLM layers"][1] > 0
