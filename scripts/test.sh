@@ -7,4 +7,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 use_environment -r requirements.txt -e ".[demo,test]"
-exec python -m pytest "$@"
+export OMP_NUM_THREADS=1              # the suite runs one process a core
+exec python -m pytest -n auto "$@"
