@@ -13,7 +13,7 @@ import torch
 from einops import repeat
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.data.loading import load_split
+from self1e.data.splits import load_split
 from self1e.visualize import compare, grid
 
 PANELS, COLUMNS = 8, 2

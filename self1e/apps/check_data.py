@@ -28,12 +28,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from self1e.data.index import CocoIndex, open_index, read_coco
-from self1e.data.loading import ALL_SPLITS, TRAINING_SETS, SampleError, load_split, missing_paths
+from self1e.data.loading import TRAINING_SETS, SampleError
+from self1e.data.paths import missing
 from self1e.data.sample import EvalImage, TrainingSet
 from self1e.data.sets.custom import CustomData, evaluation_image
 from self1e.data.sets.reasoning import ReasoningSplit, ReasonSeg, read_record
 from self1e.data.sets.referring import ReferringSplit, ReferringTrain
 from self1e.data.sets.semantic import PartSet
+from self1e.data.splits import SPLITS, load_split, split_paths
 from self1e.evaluation.runtime import markdown_table
 from self1e.evaluation.vqa.benchmarks import VQA_BENCHMARKS, Question
 from self1e.model import prompts
@@ -226,8 +228,8 @@ def tree_sources(dataset_dir: Path, data_dir: Path) -> Iterator[Source | str]:
             options = {"explanatory": 0} if explained else {}
             load = partial(training_set, dataset_dir, data_dir, rows=ALL_ROWS, seed=0, **options)
             yield open_source(name, load, training_source, training_set.paths(dataset_dir, data_dir, **options))
-    for name in ALL_SPLITS:
-        if missing_paths(dataset_dir=dataset_dir, eval_splits=[name]):
+    for name in SPLITS:
+        if missing(split_paths([name], dataset_dir)):
             yield name
         else:
             yield open_source(name, partial(load_split, name, dataset_dir), evaluation_source)
@@ -242,9 +244,9 @@ def tree_sources(dataset_dir: Path, data_dir: Path) -> Iterator[Source | str]:
 
 def open_source(name: str, load: Callable, source: Callable, paths: Iterable[Path] = ()) -> Source:
     """The set, or one that holds nothing but the reason why it cannot be opened."""
-    missing = [f"{path} is missing" for path in paths if not path.exists()]
-    if missing:
-        return Source(name, problems=missing)
+    absent = [f"{path} is missing" for path in paths if not path.exists()]
+    if absent:
+        return Source(name, problems=absent)
     try:
         return source(name, load())
     except (ValueError, OSError) as error:

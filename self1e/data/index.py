@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.sample import README, image_key
+from self1e.data.paths import README
+from self1e.data.sample import image_key
 
 READER_VERSION = 1
 _blanks = re.compile(r"[ \t\r\n]*").match

@@ -1,11 +1,10 @@
-"""Training sets, evaluation splits and the mixture.
+"""Training sets and the mixture.
 
     mixture = build_mixture(dataset_dir="dataset", data_dir="data", batch_size=5, seed=0)
     for tokens in mixture.micro_batches(epoch, rank=0, world_size=1): samples = [mixture[t] for t in tokens]
-    for image in load_split("refcoco|unc|val", "dataset"): photo, masks = image.load()
 
 To add a set: one class (see `sample.TrainingSet`), one entry in TRAINING_SETS. Own data needs no code: the family
-"custom" trains on the paths of `custom_data`, and the split "custom|<path>" evaluates one (see `custom`).
+"custom" trains on the paths of `custom_data` (see `custom`).
 """
 
 import math
@@ -17,19 +16,18 @@ import numpy as np
 
 from self1e.data.masks import decode_segmentation
 from self1e.data.mixture import Group, Mixture
-from self1e.data.sample import README, EvalImage, Sample, SampleError, TrainingSet, image_key, load_image
-from self1e.data.sets.custom import CustomSet, CustomSplit
-from self1e.data.sets.reasoning import ReasoningSplit, ReasonSeg
-from self1e.data.sets.referring import GRefCOCO, RefCLEF, RefCOCO, RefCOCOg, RefCOCOPlus, ReferringSplit
+from self1e.data.paths import missing, require_paths
+from self1e.data.sample import Sample, SampleError, TrainingSet, image_key, load_image
+from self1e.data.sets.custom import CustomSet
+from self1e.data.sets.reasoning import ReasonSeg
+from self1e.data.sets.referring import GRefCOCO, RefCLEF, RefCOCO, RefCOCOg, RefCOCOPlus
 from self1e.data.sets.semantic import ADE20K, PACO, COCOStuff, Mapillary, PascalPart
 from self1e.data.sets.vqa import GQA, OKVQA, LLaVAInstruct, QuestionSet, TextVQA, VizWiz, VQAv2
+from self1e.data.splits import SPLITS, load_split, split_paths
 
 __all__ = [
-    "ALL_SPLITS",
-    "EVAL_SPLITS",
     "FAMILIES",
     "TRAINING_SETS",
-    "EvalImage",
     "Mixture",
     "Sample",
     "SampleError",
@@ -38,9 +36,7 @@ __all__ = [
     "decode_segmentation",
     "image_key",
     "load_image",
-    "load_split",
     "missing_paths",
-    "require_paths",
 ]
 
 TRAINING_SETS: dict[str, dict[str, type[TrainingSet]]] = {
@@ -50,48 +46,10 @@ TRAINING_SETS: dict[str, dict[str, type[TrainingSet]]] = {
     "vqa": {c.name: c for c in (LLaVAInstruct, VQAv2, OKVQA, TextVQA, VizWiz, GQA)},
 }
 FAMILIES = (*TRAINING_SETS, CustomSet.name)
-# The 13 splits of the paper, and two that it leaves out.
-EVAL_SPLITS = (
-    "ReasonSeg|val",
-    "ReasonSeg|test",
-    "refcoco|unc|val",
-    "refcoco|unc|testA",
-    "refcoco|unc|testB",
-    "refcoco+|unc|val",
-    "refcoco+|unc|testA",
-    "refcoco+|unc|testB",
-    "refcocog|umd|val",
-    "refcocog|umd|test",
-    "grefcoco|unc|val",
-    "grefcoco|unc|testA",
-    "grefcoco|unc|testB",
-)
-ALL_SPLITS = (*EVAL_SPLITS, "refclef|unc|val", "refclef|unc|test")
-
 SEM_SEG = "ade20k||cocostuff||pascal_part||paco_lvis"
 REFER_SEG = "refclef||refcoco||refcoco+||refcocog"
 REASON_SEG = "ReasonSeg|train"
 VQA = "llava_instruct_150k||vqav2||okvqa||textvqa||vizwiz||gqa"
-
-Split = ReferringSplit | ReasoningSplit | CustomSplit
-
-
-def _split_class(name: str) -> type[Split]:
-    if name.startswith(f"{CustomSet.name}|"):
-        return CustomSplit
-    if name not in ALL_SPLITS:
-        raise ValueError(f"unknown evaluation split {name!r}; known: {', '.join(ALL_SPLITS)}, custom|<path>")
-    return ReasoningSplit if name.startswith("ReasonSeg|") else ReferringSplit
-
-
-def load_split(name: str, dataset_dir: str | Path) -> Split:
-    """An evaluation split: a sequence of `EvalImage`, sorted, plus `name`.
-
-    Raises ValueError for an unknown name or faulty own data, and FileNotFoundError naming every missing path.
-    """
-    split_class = _split_class(name)
-    require_paths([(name, path) for path in split_class.paths(name, Path(dataset_dir))])
-    return split_class(name, Path(dataset_dir))
 
 
 def _names(value: str, known: Iterable[str], flag: str) -> list[str]:
@@ -133,38 +91,21 @@ def missing_paths(
     *,
     dataset_dir: str | Path,
     data_dir: str | Path = "data",
-    dataset: str | None = None,
+    dataset: str,
     sem_seg_data: str = SEM_SEG,
     refer_seg_data: str = REFER_SEG,
     reason_seg_data: str = REASON_SEG,
     vqa_data: str = VQA,
     custom_data: str | None = None,
     explanatory: float = -1.0,
-    eval_splits: Iterable[str] = (),
 ) -> list[tuple[str, Path]]:
-    """(set or split, path) of everything that is not on disk but that the selected sets and splits need."""
-    wanted = []
-    if dataset is not None:
-        selection = _selection(
-            dataset, sem_seg_data, refer_seg_data, reason_seg_data, vqa_data, custom_data, explanatory
-        )
-        for training_set, arguments in selection:
-            paths = training_set.paths(Path(dataset_dir), Path(data_dir), **arguments)
-            wanted += [(training_set.name, path) for path in paths]
-    for name in eval_splits:
-        wanted += [(name, path) for path in _split_class(name).paths(name, Path(dataset_dir))]
-    return [(name, path) for name, path in wanted if not path.exists()]
-
-
-def require_paths(paths: Iterable[tuple[str, Path]]) -> None:
-    """Raises one FileNotFoundError that names every (set, path) not on disk."""
-    users: dict[Path, list[str]] = {}
-    for name, path in paths:
-        if not path.exists() and name not in users.setdefault(path, []):
-            users[path].append(name)
-    if users:
-        lines = "\n".join(f"  {path}   ({', '.join(names)})" for path, names in users.items())
-        raise FileNotFoundError(f"missing data; {README}, says what goes where:\n{lines}")
+    """(set, path) of everything that is not on disk but that the selected sets need."""
+    selection = _selection(dataset, sem_seg_data, refer_seg_data, reason_seg_data, vqa_data, custom_data, explanatory)
+    return missing(
+        (training_set.name, path)
+        for training_set, arguments in selection
+        for path in training_set.paths(Path(dataset_dir), Path(data_dir), **arguments)
+    )
 
 
 def _rates(sample_rates: str, families: list[str]) -> list[float]:
@@ -184,11 +125,7 @@ def _rates(sample_rates: str, families: list[str]) -> list[float]:
 
 def evaluation_keys(dataset_dir: str | Path) -> np.ndarray:
     """Sorted `image_key`s of every photo of the evaluation splits that are on disk."""
-    keys = [
-        load_split(name, dataset_dir).keys()
-        for name in ALL_SPLITS
-        if not missing_paths(dataset_dir=dataset_dir, eval_splits=[name])
-    ]
+    keys = [load_split(name, dataset_dir).keys() for name in SPLITS if not missing(split_paths([name], dataset_dir))]
     return np.unique(np.concatenate(keys)) if keys else np.zeros(0, np.int64)
 
 

@@ -1,7 +1,8 @@
 """What a data set yields, and the two small interfaces of this package.
 
-`TrainingSet`: numbered samples, each a pure function of (item, generator). `EvalImage`: one photo of an evaluation
-split with its sentences and masks. Everything downstream (mixture, processor, evaluator) knows only these.
+A `TrainingSet` holds numbered samples, each a pure function of (item, generator). An `EvalSplit` is a sequence of
+`EvalImage`, each one photo with its sentences and masks. Everything downstream (mixture, processor, evaluator) knows
+only these.
 """
 
 import hashlib
@@ -9,17 +10,17 @@ import re
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from self1e.data.paths import README
 from self1e.model.processing import as_rgb
 from self1e.model.prompts import evaluation_prompt
 
-README = "README, section Datasets"
 ORIENTATION_TAG = 0x0112
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.(?:jpg|png)")
 # Everything Pillow is known to raise for files that are missing, truncated, or not what their name says.
@@ -162,3 +163,21 @@ class EvalImage:
     def prompts(self) -> list[str]:
         """The fixed evaluation question of each unit."""
         return [evaluation_prompt(s, long, self.lower) for s, long in zip(self.sentences, self.is_sentence)]
+
+
+class EvalSplit(ABC, Sequence[EvalImage]):
+    """The photos of an evaluation split in a fixed order, by name."""
+
+    name: str
+
+    @abstractmethod
+    def __init__(self, name: str, dataset_dir: Path): ...
+
+    @staticmethod
+    @abstractmethod
+    def paths(name: str, dataset_dir: Path) -> list[Path]:
+        """Files and folders that must exist before the split is read."""
+
+    @abstractmethod
+    def keys(self) -> np.ndarray:
+        """`image_key` of each photo, int64 (n,)."""

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from self1e.data.loading import EVAL_SPLITS, REASON_SEG, REFER_SEG, SEM_SEG, VQA
+from self1e.data.loading import REASON_SEG, REFER_SEG, SEM_SEG, VQA
 from self1e.data.mixture import MODES
+from self1e.data.splits import DEFAULT_SPLITS
 from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import MASK_FEATURES
@@ -193,7 +194,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--no_eval", action="store_true", help="neither validate nor evaluate after training")
     evaluation.add_argument("--eval_only", action="store_true", help="do not train; evaluate --val_dataset")
     evaluation.add_argument(
-        "--eval_all_datasets", action="store_true", help=f"all {len(EVAL_SPLITS)} splits in place of --val_dataset"
+        "--eval_all_datasets", action="store_true", help=f"all {len(DEFAULT_SPLITS)} splits in place of --val_dataset"
     )
     evaluation.add_argument("--eval_all_only", action="store_true", help="--eval_only --eval_all_datasets")
     evaluation.add_argument("--eval_visualize", action="store_true", help="write pictures, worst first")
@@ -244,7 +245,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args([flag for file in files for flag in yaml_flags(file, parser)] + argv)
     if args.eval_all_only:
         args.eval_only = args.eval_all_datasets = True
-    args.splits = list(EVAL_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")
+    args.splits = list(DEFAULT_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")
     if args.eval_only and args.no_eval:
         parser.error("--eval_only and --no_eval leave nothing to do")
     if args.resume and args.auto_resume:

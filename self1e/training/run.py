@@ -14,7 +14,9 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
-from self1e.data.loading import EVAL_SPLITS, SampleError, build_mixture, load_split, missing_paths, require_paths
+from self1e.data.loading import SampleError, build_mixture, missing_paths
+from self1e.data.paths import missing, require_paths
+from self1e.data.splits import DEFAULT_SPLITS, load_split, split_paths
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.model import checkpoints
 from self1e.model.configuration import SWITCHES
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> int:
         else:
             train(args)
             if not args.no_eval:
-                args.splits, args.model_weights = list(dict.fromkeys([*EVAL_SPLITS, *args.splits])), None
+                args.splits, args.model_weights = list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits])), None
                 args.version = str(args.run_dir / "ckpt_model")
                 evaluate(args, skip_missing=True)
     except (NotSaved, TooManyBroken, FloatingPointError) as error:  # met by one rank
@@ -99,8 +101,7 @@ def train(args: Namespace) -> None:
     splits = [] if args.no_eval else args.splits
     names = ("sem_seg_data", "refer_seg_data", "reason_seg_data", "vqa_data", "custom_data")
     sets = {name: getattr(args, name) for name in (*names, "dataset", "dataset_dir", "data_dir", "explanatory")}
-    absent = missing_paths(**sets, eval_splits=splits)
-    require_paths(absent)
+    require_paths(missing_paths(**sets) + missing(split_paths(splits, args.dataset_dir)))
     checkpoint = resume_path(args)
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor)

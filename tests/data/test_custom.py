@@ -9,10 +9,10 @@ from PIL import Image
 from pycocotools import mask as coco
 from trees import SQUARE, H, W, instances, label_map, photo, questions, write_json
 
-from self1e.data.loading import SampleError, build_mixture, load_split, missing_paths
+from self1e.data.loading import SampleError, build_mixture
 from self1e.data.mixture import unpack
 from self1e.data.sets.custom import CustomData, CustomSet
-from self1e.evaluation.segmentation.splits import DEFAULT_SPLITS, file_stem, get_benchmarks
+from self1e.data.splits import DEFAULT_SPLITS, file_stem, get_splits, load_split, split_paths
 from self1e.model import inference, prompts
 from self1e.training.arguments import parse
 
@@ -383,7 +383,7 @@ def test_selection_errors_name_flags_and_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.csv   \(custom\)\n.*lost   \(custom\)"):
         build_mixture(dataset="custom", custom_data=gone, **arguments)
     name = f"custom|{tmp_path / 'gone.csv'}"
-    assert missing_paths(dataset_dir=tmp_path, eval_splits=[name]) == [(name, tmp_path / "gone.csv")]
+    assert split_paths([name], tmp_path) == [(name, tmp_path / "gone.csv")]
     (tmp_path / "x.txt").touch()
     for path, message in (tmp_path, "should hold one .csv, found none"), (tmp_path / "x.txt", "expected a .json"):
         with pytest.raises(ValueError, match=message):
@@ -415,7 +415,7 @@ def test_flags(capsys):
 
 def test_benchmark_of_own_data():
     names = ["custom|own/val.csv", "refcoco|unc|val", "custom|/data/own/val.json"]
-    benchmarks = get_benchmarks(names)
+    benchmarks = get_splits(names)
     assert list(benchmarks) == names and benchmarks[names[0]].protocol == "lisa"
     assert not benchmarks[names[0]].published and not set(names[::2]) & set(DEFAULT_SPLITS)
     assert list(map(file_stem, names)) == ["custom_own_val_csv", "refcoco_unc_val", "custom_data_own_val_json"]

@@ -22,6 +22,8 @@ from trees import (
 
 from self1e.data.loading import TRAINING_SETS, Sample, SampleError, build_mixture, missing_paths
 from self1e.data.mixture import Group, Mixture, pack, unpack
+from self1e.data.paths import missing
+from self1e.data.splits import split_paths
 
 
 @pytest.fixture(autouse=True)
@@ -336,8 +338,8 @@ def test_missing_data_is_one_error(tmp_path):
         assert word in message, word
     assert message.count("coco/train2017") == 1 and "(cocostuff, llava_instruct_150k)" in message
     assert "pascal_part" not in message and "grefcoco" not in message
-    missing = missing_paths(dataset_dir=tmp_path, eval_splits=["ReasonSeg|val", "refcoco|unc|val"])
-    assert {name for name, _ in missing} == {"ReasonSeg|val", "refcoco|unc|val"}
+    absent = missing(split_paths(["ReasonSeg|val", "refcoco|unc|val"], tmp_path))
+    assert {name for name, _ in absent} == {"ReasonSeg|val", "refcoco|unc|val"}
     assert not missing_paths(dataset_dir=tree(tmp_path), data_dir=tmp_path / "data", dataset="vqa")
 
 

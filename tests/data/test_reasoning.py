@@ -8,8 +8,9 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import H, W, photo, reasoning_photo, write_json
 
-from self1e.data.loading import SampleError, load_split
+from self1e.data.loading import SampleError
 from self1e.data.sets.reasoning import ReasonSeg
+from self1e.data.splits import load_split
 
 AREA = 8 * 7
 

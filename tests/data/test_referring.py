@@ -7,7 +7,8 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import SQUARE, H, W, photo, reference, referring_set
 
-from self1e.data.loading import ALL_SPLITS, TRAINING_SETS, SampleError, load_split
+from self1e.data.loading import TRAINING_SETS, SampleError
+from self1e.data.splits import SPLITS, load_split
 
 OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]
 AREA = 6 * 6
@@ -124,11 +125,11 @@ def test_missing_paths_in_one_error(tmp_path):
         assert word in str(error.value)
     with pytest.raises(ValueError, match="refcoco|unc|val") as error:
         load_split("refcoco|google|val", tmp_path)
-    assert all(name in str(error.value) for name in ALL_SPLITS)
+    assert all(name in str(error.value) for name in SPLITS)
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ALL_SPLITS)
+@pytest.mark.parametrize("name", SPLITS)
 def test_units_and_masks_equal_the_published_loaders(name):
     golden = json.loads((SHARED / "golden" / "val_splits.json").read_text())
     fields = ("ignore_pixels", "is_sentence") if name.startswith("ReasonSeg") else ("no_target",)

@@ -14,11 +14,10 @@ from helpers import ROOT, SHARED, needs_shared
 from PIL import Image
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.data.loading import load_split
 from self1e.data.sample import SampleError
+from self1e.data.splits import DEFAULT_SPLITS, SPLITS, get_splits, load_split
 from self1e.evaluation.segmentation.metrics import PROTOCOLS, read_jsonl, score
 from self1e.evaluation.segmentation.run import evaluate_splits, evaluate_units, make_schedule, summary_table
-from self1e.evaluation.segmentation.splits import BENCHMARKS, DEFAULT_SPLITS, get_benchmarks
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
 from self1e.visualize import safe_name
 
@@ -122,11 +121,11 @@ def tiny(version):
 
 def test_registry_is_complete_and_names_what_it_knows():
     assert len(DEFAULT_SPLITS) == 13 and not any("refclef" in name for name in DEFAULT_SPLITS)
-    for benchmark in BENCHMARKS.values():
+    for benchmark in SPLITS.values():
         assert benchmark.protocol in PROTOCOLS
         assert all(len(figures) == len(benchmark.headline) for figures in benchmark.published.values())
     with pytest.raises(ValueError, match=r"'refcoco\|val'.*known:.*refcoco\|unc\|val"):
-        get_benchmarks(["refcoco|unc|val", "refcoco|val"])
+        get_splits(["refcoco|unc|val", "refcoco|val"])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -146,7 +145,7 @@ def test_units_equal_a_plain_forward_per_photo(tiny, dataset):
     model, processor = tiny
     model.eval()
     split = load_split(GREF, dataset)
-    units, rles = evaluate_units(model, processor, split, BENCHMARKS[GREF], workers=0, rows_per_forward=2)
+    units, rles = evaluate_units(model, processor, split, SPLITS[GREF], workers=0, rows_per_forward=2)
     assert [unit.id for unit in units] == [name for photo in split for name in photo.unit_ids]
     assert sum(unit.no_target for unit in units) == 2 and rles == []
     expected = []
@@ -171,7 +170,7 @@ def test_evaluation_leaves_mode_and_global_generator_alone(tiny, dataset):
     model, processor = tiny
     model.train()
     before = torch.get_rng_state()
-    evaluate_units(model.eval(), processor, load_split(GREF, dataset), BENCHMARKS[GREF], workers=1)
+    evaluate_units(model.eval(), processor, load_split(GREF, dataset), SPLITS[GREF], workers=1)
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 from helpers import SHARED, needs_shared
 
-from self1e.data.loading import ALL_SPLITS, load_split
+from self1e.data.splits import SPLITS, load_split
 from self1e.model import prompts
 
 
@@ -39,7 +39,7 @@ def test_evaluation_prompt():
 def test_evaluation_prompts_are_the_published_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("SELF1E_CACHE", str(tmp_path))
     scores = json.loads((SHARED / "golden" / "eval_scores.json").read_text())
-    for split in set(ALL_SPLITS) & set(scores):
+    for split in set(SPLITS) & set(scores):
         images = load_split(split, SHARED / "minidata" / "dataset")
         ours = sorted(prompt for image in images for prompt in image.prompts)
         assert ours == sorted(f"<image>\n {unit['text']}" for unit in scores[split]["units"])

@@ -17,7 +17,8 @@ from pycocotools import mask as coco_mask
 from safetensors.torch import load_file
 from transformers import InternVLForConditionalGeneration, Qwen2Tokenizer
 
-from self1e.data.loading import ALL_SPLITS, TRAINING_SETS, load_split
+from self1e.data.loading import TRAINING_SETS
+from self1e.data.splits import SPLITS, load_split
 from self1e.evaluation.vqa.benchmarks import VQA_BENCHMARKS, Answer
 from self1e.synthetic import shapes_dataset as shapes
 from self1e.synthetic import tiny_internvl as tiny
@@ -441,7 +442,7 @@ def test_every_training_set_and_split_reads_the_tree(tree, tmp_path, monkeypatch
                 for row, masks in zip(sample.conversations, sample.masks, strict=True):
                     assert len(masks) == sum(text.count("[SEG]") for text in row), sample.id
                     assert family == "vqa" or masks.shape[1:] == sample.image.size[::-1]
-    for name in ALL_SPLITS:
+    for name in SPLITS:
         split = load_split(name, dataset)
         assert len(split) >= 2
         for image in split:

@@ -26,7 +26,7 @@ from PIL import Image
 
 from self1e.data.index import Writer, open_index, stream_json
 from self1e.data.masks import decode_segmentation, load_label_map, orient
-from self1e.data.sample import EvalImage, Sample, SampleError, TrainingSet, image_keys, load_oriented
+from self1e.data.sample import EvalImage, EvalSplit, Sample, SampleError, TrainingSet, image_keys, load_oriented
 from self1e.model import prompts
 
 NAME = "custom"
@@ -366,7 +366,7 @@ def _question(text: str, rng: np.random.Generator) -> str:
     return prompts.short_question(text.lower(), rng)
 
 
-class CustomSplit:
+class CustomSplit(EvalSplit):
     """One source for evaluation, a sequence of `EvalImage`; `name` is "custom|<path>", a unit is one sentence."""
 
     def __init__(self, name: str, dataset_dir: Path):

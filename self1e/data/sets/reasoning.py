@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.masks import paint_shapes
-from self1e.data.sample import README, EvalImage, Sample, SampleError, TrainingSet, image_keys, load_image
+from self1e.data.paths import README
+from self1e.data.sample import EvalImage, EvalSplit, Sample, SampleError, TrainingSet, image_keys, load_image
 from self1e.model import prompts
 
 SPLITS = ("train", "val", "test")
@@ -141,7 +142,7 @@ def split_names(splits: str) -> list[str]:
     return names
 
 
-class ReasoningSplit:
+class ReasoningSplit(EvalSplit):
     """An evaluation split, a sequence of `EvalImage` with one unit each, the first text; name "ReasonSeg|<split>"."""
 
     def __init__(self, name: str, dataset_dir: Path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from self1e.data.index import CocoIndex, open_index, read_refs
 from self1e.data.masks import annotation_mask, orient
-from self1e.data.sample import EvalImage, Sample, SampleError, TrainingSet, load_oriented
+from self1e.data.sample import EvalImage, EvalSplit, Sample, SampleError, TrainingSet, load_oriented
 from self1e.model import prompts
 
 
@@ -158,7 +158,7 @@ class GRefCOCO(ReferringTrain):
     name = "grefcoco"
 
 
-class ReferringSplit:
+class ReferringSplit(EvalSplit):
     """An evaluation split, a sequence of `EvalImage`; `name` is "<set>|<partition>|<split>"."""
 
     def __init__(self, name: str, dataset_dir: Path):

@@ -21,11 +21,11 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from self1e.data.loading import load_split, missing_paths, require_paths
+from self1e.data.paths import missing, require_paths
 from self1e.data.sample import EvalImage, SampleError
+from self1e.data.splits import MODELS, SplitEntry, file_stem, get_splits, load_split, split_paths
 from self1e.evaluation.runtime import markdown_table, write_text
 from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score, to_jsonl
-from self1e.evaluation.segmentation.splits import MODELS, Benchmark, file_stem, get_benchmarks
 from self1e.visualize import compare, save_worst_first
 
 ANSWER = "[SEG]."
@@ -122,15 +122,15 @@ def encode_mask(mask: Tensor) -> dict:
     return rle_codec.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
 
 
-def make_units(photo: EvalImage, benchmark: Benchmark, masks: Tensor, targets: Tensor) -> list[Unit]:
+def make_units(photo: EvalImage, entry: SplitEntry, masks: Tensor, targets: Tensor) -> list[Unit]:
     """Count one photo: its units from predicted masks, bool (n, H, W), and targets, uint8 (n, H, W)."""
     counts = count_pixels(masks, targets)
     units = []
     for row, unit_id in enumerate(photo.unit_ids):
         marks = {}
-        if benchmark.protocol == "rela":
+        if entry.protocol == "rela":
             marks["no_target"] = photo.no_target[row]
-        if benchmark.protocol == "reasonseg":
+        if entry.protocol == "reasonseg":
             marks["is_sentence"] = photo.is_sentence[row]
         text = photo.prompts[row].removeprefix("<image>").strip()
         numbers = {name: values[row] for name, values in counts.items()}
@@ -178,7 +178,7 @@ def evaluate_units(
     model,
     processor,
     split: Sequence[EvalImage],
-    benchmark: Benchmark,
+    entry: SplitEntry,
     *,
     workers: int = 4,
     rows_per_forward: int = 16,
@@ -212,7 +212,7 @@ def evaluate_units(
         masks = predict_photo(model, batch, size, rows_per_forward=rows_per_forward, forwards=turn.forwards)
         if not turn.counts:
             continue
-        units = make_units(split[turn.photo], benchmark, masks, targets.to(masks.device))
+        units = make_units(split[turn.photo], entry, masks, targets.to(masks.device))
         found[turn.photo] = units, [encode_mask(mask) for mask in masks] if keep_masks else []
         I, U = I + sum(unit.I for unit in units), U + sum(unit.U for unit in units)
         bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
@@ -263,7 +263,7 @@ def evaluate_splits(
 
     Args:
         model: `Self1EForSegmentation` on its device; put into evaluation mode, and back afterwards.
-        splits: names of `benchmarks.BENCHMARKS`.
+        splits: names of `SPLITS`, or with one of `PREFIXES`.
         dataset_dir: root of the segmentation data. output_dir: made when absent; rank 0 writes.
         workers: decoding processes a rank. rows_per_forward: sentences of a photo in one pass.
         model_max_length: tokens a row may have. high_res: up to 4 tiles a photo.
@@ -275,20 +275,20 @@ def evaluate_splits(
     Raises ValueError (unknown split, sentence too long), FileNotFoundError (all absent data in one message),
     SampleError (a broken photo). Splits finished before an error keep their files.
     """
-    benchmarks, output_dir = get_benchmarks(splits), Path(output_dir)
+    entries, output_dir = get_splits(splits), Path(output_dir)
     say = tqdm.write if _ranks()[0] == 0 else lambda text: None
-    absent = missing_paths(dataset_dir=dataset_dir, eval_splits=benchmarks)
+    absent = missing(split_paths(entries, dataset_dir))
     if not skip_missing:
         require_paths(absent)
     for name, path in dict(reversed(absent)).items():  # the first missing path of each
         say(f"skipped {name}: {path} is absent")
-    available = {name: load_split(name, dataset_dir) for name in benchmarks if name not in dict(absent)}
+    available = {name: load_split(name, dataset_dir) for name in entries if name not in dict(absent)}
     _on_main(partial(output_dir.mkdir, parents=True, exist_ok=True), model.device)
     was_training, results = model.training, {}
     model.eval()
     for name, split in available.items():
         units, masks = evaluate_units(
-            model, processor, split, benchmarks[name], workers=workers, rows_per_forward=rows_per_forward,
+            model, processor, split, entries[name], workers=workers, rows_per_forward=rows_per_forward,
             model_max_length=model_max_length, high_res=high_res, keep_masks=visualize, title=name,
         )  # fmt: skip
         results[name] = {"split": name, **score(units)}
@@ -307,11 +307,11 @@ def _percent(value: float | None) -> str:
 
 def summary_table(results: dict[str, dict]) -> str:
     """Ours beside the published figures, in percent, and the figures that only some benchmarks have."""
-    benchmarks = get_benchmarks(results)
+    entries = get_splits(results)
     title = {name: name.replace("|", " ") for name in results}  # "|" would end a cell
     rows = []
     for name, figures in results.items():
-        published = benchmarks[name].published
+        published = entries[name].published
         theirs = (" / ".join(f"{value:.1f}" for value in published.get(model, ())) or "-" for model in MODELS)
         rows.append([title[name], str(figures["n"]), _percent(figures["giou"]), _percent(figures["ciou"]), *theirs])
     header = ["split", "n", "gIoU", "cIoU", *(f"published {model}" for model in MODELS)]

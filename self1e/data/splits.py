@@ -1,0 +1,119 @@
+"""Evaluation splits: who reads one, how it is scored, and the published figures to compare with.
+
+    for image in load_split("refcoco|unc|val", "dataset"): photo, masks = image.load()
+
+To add a split, add one entry to SPLITS. Own data needs none: PREFIXES holds the kinds of splits whose name goes on
+with a path, such as "custom|own/val.csv".
+
+Published figures are percentages of the SELF1E paper (arXiv 2603.19026): `2B` and `8B` were trained on the base
+mixture, `SEG-2B` and `SEG-8B` on the segmentation mixture. They are cIoU except where an entry says otherwise.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from self1e.data.paths import require_paths
+from self1e.data.sample import EvalSplit
+from self1e.data.sets.custom import CustomSplit
+from self1e.data.sets.reasoning import ReasoningSplit
+from self1e.data.sets.referring import ReferringSplit
+
+MODELS = ("2B", "SEG-2B", "8B", "SEG-8B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitEntry:
+    """One split, or one kind of splits.
+
+    reader:    the class whose `reader(name, dataset_dir)` is the split, and whose `paths` says what it needs
+    protocol:  how it is scored, a key of `metrics.PROTOCOLS`
+    headline:  the figures that the paper reports, keys of the result
+    published: model -> one percentage for each headline figure
+    default:   whether it is one of the splits that an evaluation of all splits covers
+    """
+
+    reader: type[EvalSplit]
+    protocol: str = "lisa"
+    headline: tuple[str, ...] = ("ciou",)
+    published: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    default: bool = True
+
+
+def _referring(*ciou: float, protocol: str = "lisa", default: bool = True) -> SplitEntry:
+    published = {model: (value,) for model, value in zip(MODELS, ciou)}
+    return SplitEntry(reader=ReferringSplit, protocol=protocol, published=published, default=default)
+
+
+def _reasoning(small: tuple[float, float], large: tuple[float, float]) -> SplitEntry:
+    published = {"2B": small, "8B": large}
+    return SplitEntry(reader=ReasoningSplit, protocol="reasonseg", headline=("giou", "ciou"), published=published)
+
+
+SPLITS: dict[str, SplitEntry] = {
+    "ReasonSeg|val": _reasoning((59.4, 68.8), (65.9, 69.7)),
+    "ReasonSeg|test": _reasoning((57.3, 57.6), (65.7, 67.0)),
+    "refcoco|unc|val": _referring(80.2, 84.3, 82.5, 84.7),
+    "refcoco|unc|testA": _referring(82.1, 85.4, 83.8, 86.2),
+    "refcoco|unc|testB": _referring(77.6, 82.3, 80.1, 83.4),
+    "refcoco+|unc|val": _referring(74.6, 78.9, 77.6, 80.2),
+    "refcoco+|unc|testA": _referring(79.1, 83.5, 81.6, 84.2),
+    "refcoco+|unc|testB": _referring(69.2, 75.1, 73.7, 77.0),
+    "refcocog|umd|val": _referring(77.0, 80.4, 79.1, 82.1),
+    "refcocog|umd|test": _referring(77.8, 81.0, 79.8, 82.8),
+    "grefcoco|unc|val": _referring(protocol="rela"),
+    "grefcoco|unc|testA": _referring(protocol="rela"),
+    "grefcoco|unc|testB": _referring(protocol="rela"),
+    "refclef|unc|val": _referring(default=False),
+    "refclef|unc|test": _referring(default=False),
+}
+
+PREFIXES: dict[str, SplitEntry] = {
+    "custom|": SplitEntry(reader=CustomSplit, default=False),
+}
+
+ALL = SPLITS.keys()
+DEFAULT_SPLITS: tuple[str, ...] = tuple(name for name, entry in SPLITS.items() if entry.default)
+
+
+def get_splits(names: Iterable[str]) -> dict[str, SplitEntry]:
+    """The entries of `names`, in that order. Raises ValueError listing every unknown name and the known ones."""
+    found, unknown = {}, []
+    for name in names:
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if name in SPLITS:
+            found[name] = SPLITS[name]
+        elif prefix is not None:
+            found[name] = PREFIXES[prefix]
+        else:
+            unknown.append(name)
+    if unknown:
+        known = ", ".join([*SPLITS, *(f"{prefix}<path>" for prefix in PREFIXES)])
+        raise ValueError(f"unknown evaluation split {', '.join(map(repr, unknown))}; known: {known}")
+    return found
+
+
+def split_paths(names: Iterable[str], dataset_dir: str | Path) -> list[tuple[str, Path]]:
+    """(split, path) of every file and folder that the splits need."""
+    return [
+        (name, path)
+        for name, entry in get_splits(names).items()
+        for path in entry.reader.paths(name, Path(dataset_dir))
+    ]
+
+
+def load_split(name: str, dataset_dir: str | Path) -> EvalSplit:
+    """The photos of an evaluation split, sorted.
+
+    Raises ValueError for an unknown name or faulty own data, and FileNotFoundError naming every missing path.
+    """
+    entry = get_splits([name])[name]
+    require_paths(split_paths([name], dataset_dir))
+    return entry.reader(name, Path(dataset_dir))
+
+
+def file_stem(split: str) -> str:
+    """The stem of a split's result files: `refcoco|unc|val` -> `refcoco_unc_val`, `custom|own/val.csv` ->
+    `custom_own_val_csv`."""
+    return re.sub(r"[|/\\:.]+", "_", split)
