@@ -1,5 +1,6 @@
 """What several test files share: places, pictures, tiny models. Fixtures: `conftest.py`; data trees: `trees.py`."""
 
+import json
 import os
 from pathlib import Path
 
@@ -27,6 +28,15 @@ SMALL = dict(width=32, heads=2, kv_heads=1, layers=2, vision_width=32, vision_he
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """A photo of random pixels."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """Every file below `root` by its relative name."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def make_base(folder: Path, **options) -> Path:

@@ -8,7 +8,8 @@ They ship with the package, so that the demo has something to show without any d
 import json
 from pathlib import Path
 
-from self1e.synthetic.shapes_dataset import RIDDLES, draw_scene
+from self1e.synthetic.scenes import draw_scene
+from self1e.synthetic.words import RIDDLES
 
 FOLDER = Path(__file__).resolve().parents[1] / "apps" / "demo_examples"
 SCENES, SIZE, SEED = (2, 20, 14), 448, 2024

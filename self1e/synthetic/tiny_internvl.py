@@ -5,120 +5,25 @@ For the quickstart, tests and debugging: everything that reads InternVL3-2B read
     self1e make-tiny runs/tiny                       # 1 M parameters, 2 MB, 1 s
     self1e make-tiny runs/tiny3 --llm qwen3 --shards 3    # like InternVL3.5, in shards
 
-Layouts (`--layout`): `chat` is the original one (`model_type: internvl_chat`, fused `attn.qkv`, `mlp1.*`,
-`language_model.*`), `native` the one of transformers (`model_type: internvl`, the `-hf` repositories).
+Layouts (`--layout`): `internvl` is the original one (`model_type: internvl_chat`, fused `attn.qkv`, `mlp1.*`,
+`language_model.*`), `hf` the one of transformers (`model_type: internvl`, the `-hf` repositories).
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-# Added tokens in the order of InternVL3's tokenizer; their ids follow the byte-pair vocabulary.
-QWEN_SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
-QWEN_PLAIN = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
-).split()
-INTERNVL_SPECIAL = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
-ADDED_TOKENS = QWEN_SPECIAL + QWEN_PLAIN + INTERNVL_SPECIAL
-
-# What the byte-pair merges are learned from: the prompts, and the words of make_shapes_dataset.py. Any other text is
-# spelled with smaller pieces, down to bytes.
-CORPUS = """
-system You are an helpful assistant. user assistant
-Can you segment the red circle in this image? Please segment the green square in this image.
-What is the blue triangle in this image? Please respond with segmentation mask. Please output segmentation mask.
-Please output segmentation mask and explain why. and explain the reason. and give some explanation.
-It is . Sure, . Sure, it is . Sure, the segmentation result is .
-Answer the question using a single word or phrase. Please answer yes or no. Yes No yes no
-When the provided information is insufficient, respond with 'Unanswerable'. unanswerable
-Answer with the option's letter from the given choices directly. A. B. C. D. A B C D
-red green blue yellow purple orange white black pink brown cyan gray
-circle square triangle star cross ring diamond hexagon circles squares triangles stars crosses rings
-shape shapes object objects thing background part parts of top bottom half upper lower middle center
-left right leftmost rightmost topmost lowest largest smallest biggest big small large tiny
-that is on the side to above below next behind in front and or both all two three four one of them
-How many shapes are there? Which colour color does it have? What is the color of the largest shape?
-Is there a an any? Where is the? Describe this picture. This picture shows. Which kind of? has no corners five points
-corner round hole pointed arms straight sides equal rolls wheel warning sign night sky first aid wedding finger
-because it its would be used like looks has have with without most least only other 0 1 2 3 4 5 6 7 8 9
-"""
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with Qwen2's splitting rule: 256 byte symbols (`!` is id 0) and merges, `vocab_size` at most."""
-    if vocab_size < 256:
-        raise ValueError(f"--vocab_size {vocab_size}: a byte-level vocabulary needs at least the 256 byte symbols")
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    lines = CORPUS.strip().splitlines()
-    tokenizer.train_from_iterator(lines + [f" {line}" for line in lines], trainer)
-    return tokenizer
-
-
-def save_tokenizer(folder: Path, vocab_size: int) -> dict[str, int]:
-    """Write the six files of a Qwen2 tokenizer; return the added tokens' ids."""
-    tokenizer = train_tokenizer(vocab_size)
-    tokenizer.model.save(str(folder))
-    ids = {token: i for i, token in enumerate(ADDED_TOKENS, start=tokenizer.get_vocab_size())}
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    special = {
-        "additional_special_tokens": QWEN_SPECIAL[1:],
-        "eos_token": {"content": "<|im_end|>", **flags},
-        "pad_token": {"content": "<|endoftext|>", **flags},
-    }
-    config = {
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "add_prefix_space": False,
-        "added_tokens_decoder": {
-            str(i): {"content": token, **flags, "special": token not in QWEN_PLAIN} for token, i in ids.items()
-        },
-        "additional_special_tokens": QWEN_SPECIAL[1:],
-        "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "model_max_length": 12288,
-        "pad_token": "<|endoftext|>",
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-    write_json(folder / "added_tokens.json", ids)
-    write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json", config)
-    return ids
+from self1e.files import write_json
+from self1e.synthetic.tiny_tokenizer import save_tokenizer
 
 
 def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
-    """All tensors of layout `chat`, float32, under the names of the original checkpoints.
+    """All tensors of layout `internvl`, float32, under the names of the original checkpoints.
 
     Initialised to learn from scratch in minutes, not like the real pre-training: linear layers are normal with
     variance 1/fan_in, those that end a residual branch divided by sqrt(2 * layers); vision positions are fixed 2-D
@@ -197,8 +102,8 @@ def sine_positions(side: int, width: int) -> torch.Tensor:
     return torch.cat([y, x], dim=-1).reshape(1, side * side, width)
 
 
-def chat_config(options: dict, n_vocab: int, ids: dict[str, int]) -> dict:
-    """config.json of layout `chat`, with the keys of InternVL3's (InternVL3.5's for qwen3)."""
+def internvl_config(options: dict, n_vocab: int, ids: dict[str, int]) -> dict:
+    """config.json of layout `internvl`, with the keys of InternVL3's (InternVL3.5's for qwen3)."""
     llm = {
         "architectures": [{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[options["llm"]]],
         "attention_dropout": 0.0,
@@ -275,7 +180,7 @@ def chat_config(options: dict, n_vocab: int, ids: dict[str, int]) -> dict:
     }
 
 
-def to_native(config: dict, weights: dict[str, torch.Tensor], ids: dict[str, int]) -> InternVLForConditionalGeneration:
+def to_hf(config: dict, weights: dict[str, torch.Tensor], ids: dict[str, int]) -> InternVLForConditionalGeneration:
     """The same model as transformers' own class, float32."""
     vit, llm = dict(config["vision_config"]), dict(config["llm_config"])
     vision = {
@@ -305,13 +210,13 @@ def to_native(config: dict, weights: dict[str, torch.Tensor], ids: dict[str, int
             tie_word_embeddings=llm["tie_word_embeddings"],
         )
     )
-    missing, unexpected = model.load_state_dict(dict(native_names(weights)), strict=False)
+    missing, unexpected = model.load_state_dict(dict(hf_names(weights)), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
     return model
 
 
-def native_names(weights: dict[str, torch.Tensor]):
+def hf_names(weights: dict[str, torch.Tensor]):
     """Yield (name in transformers' InternVL, tensor); a fused qkv becomes three projections."""
     renames = (
         ("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
@@ -346,24 +251,24 @@ def save_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) ->
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return
     names, size = sorted(weights), math.ceil(len(weights) / shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = names[i * size : (i + 1) * size]
         save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     total = sum(tensor.nbytes for tensor in weights.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+        indent=2,
+    )
 
 
 def make_tiny_internvl(
     path: str | Path,
     *,
-    layout: str = "chat",
+    layout: str = "internvl",
     llm: str = "qwen2",
     image_size: int = 112,
     patch_size: int = 14,
@@ -392,7 +297,7 @@ def make_tiny_internvl(
     for stale in (*folder.glob("model*.safetensors*"), *folder.glob("tokenizer.json")):
         stale.unlink()  # of an earlier call with other options; loaders would prefer some of these names
     ids = save_tokenizer(folder, vocab_size)
-    config = chat_config(options, n_vocab=max(ids.values()) + 1, ids=ids)
+    config = internvl_config(options, n_vocab=max(ids.values()) + 1, ids=ids)
     weights = {name: tensor.bfloat16() for name, tensor in random_weights(config, seed).items()}
     preprocessor = {
         "crop_size": image_size,
@@ -405,14 +310,14 @@ def make_tiny_internvl(
         "resample": 3,
         "size": image_size,
     }
-    write_json(folder / "preprocessor_config.json", preprocessor)
-    if layout == "native":
-        model = to_native(config, weights, ids).to(torch.bfloat16)
+    write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
+    if layout == "hf":
+        model = to_hf(config, weights, ids).bfloat16()
         model.save_pretrained(folder)
         Qwen2Tokenizer.from_pretrained(folder).save_pretrained(folder)
         return folder
-    write_json(folder / "generation_config.json", {"_from_model_config": True})
-    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"_from_model_config": True}, indent=2)
+    write_json(folder / "config.json", config, indent=2)
     save_weights(folder, weights, shards)
     return folder
 
@@ -427,7 +332,7 @@ def check_sizes(options: dict) -> None:
         "--vision_width must be a multiple of 4 and of --vision_heads": options["vision_width"] % 4 == 0
         and options["vision_width"] % options["vision_heads"] == 0,
         "--heads must be a multiple of --kv_heads": options["heads"] % options["kv_heads"] == 0,
-        "--layout native has no drop_path_rate and is written by transformers in one file": options["layout"] == "chat"
+        "--layout hf has no drop_path_rate and is written by transformers in one file": options["layout"] == "internvl"
         or (options["drop_path_rate"] == 0 and options["shards"] == 1),
         "--shards must be at least 1": options["shards"] >= 1,
     }
@@ -439,7 +344,7 @@ def check_sizes(options: dict) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="OUTPUT", help="folder to write; a checkpoint in it is overwritten")
-    parser.add_argument("--layout", choices=["chat", "native"], default="chat")
+    parser.add_argument("--layout", choices=["internvl", "hf"], default="internvl")
     parser.add_argument("--llm", choices=["qwen2", "qwen3"], default="qwen2", help="qwen3: q/k norms, no qkv bias")
     parser.add_argument("--image_size", type=int, default=112, help="pixels a tile side")
     parser.add_argument("--patch_size", type=int, default=14, help="pixels a patch side")

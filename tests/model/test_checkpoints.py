@@ -70,7 +70,7 @@ def test_layouts_shards_and_namings_give_one_model(make_tiny, tmp_path, llm, tie
     assert (expected.lm_head.weight is expected.get_input_embeddings().weight) == tied
     assert same_weights(load(make_tiny(shards=3, **options)), expected)
 
-    native = make_tiny(layout="native", **options)
+    native = make_tiny(layout="hf", **options)
 
     def first_hf(weights):
         """Names of the first -hf repositories: submodules without `model.`, the LLM's classes nested."""
@@ -285,7 +285,7 @@ def test_both_written_layouts_read_back_to_the_bit(make_tiny, load_tiny, tmp_pat
 
 def test_a_loaded_native_model_is_written_like_any_other(make_tiny, load_tiny, tmp_path):
     """Whatever names a model was read under, saving uses the layout's."""
-    chat, native = make_tiny(), make_tiny(layout="native")
+    chat, native = make_tiny(), make_tiny(layout="hf")
     for name, version in (("chat", chat), ("native", native)):
         processor = Self1EProcessor.from_pretrained(version)
         for published in (False, True):

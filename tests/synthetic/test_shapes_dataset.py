@@ -1,4 +1,4 @@
-"""The quickstart's checkpoint and dataset makers: real layouts, loadable, seeded."""
+"""The maker of synthetic trees: real formats, exact masks, unambiguous words, seeded."""
 
 import base64
 import io
@@ -10,158 +10,26 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from helpers import ROOT, SHARED, needs_shared
+from helpers import ROOT, files, read_json
 from PIL import Image
 from pycocotools import mask as coco_mask
-from safetensors.torch import load_file
-from transformers import InternVLForConditionalGeneration, Qwen2Tokenizer
 
 from self1e.data.loading import TRAINING_SETS
 from self1e.data.splits import SPLITS, load_split
 from self1e.evaluation.vqa.benchmarks import VQA_BENCHMARKS, Answer
-from self1e.synthetic import shapes_dataset as shapes
-from self1e.synthetic import tiny_internvl as tiny
+from self1e.synthetic.annotations import annotation_id
+from self1e.synthetic.scenes import CATEGORY, COLOURS, draw_scene
+from self1e.synthetic.semantic import ADE20K, COCOSTUFF
+from self1e.synthetic.shapes_dataset import make_shapes_dataset
+from self1e.synthetic.vqa import PROMPT
+from self1e.synthetic.words import RIDDLES, phrases
 
-SMALL = {"image_size": 28, "width": 32, "layers": 2, "vision_width": 32, "vision_layers": 2}
-GOLDEN = SHARED / "golden/model/base_internvl_chat"
 UNITS = {"refcoco": "refs(unc).p", "refcoco+": "refs(unc).p", "refcocog": "refs(umd).p", "refclef": "refs(unc).p"}
-
-
-def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-# ------------------------------------------------------------------------------------------------------ checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny.make_tiny_internvl(tmp_path_factory.mktemp("chat"), **SMALL)
-
-
-@pytest.mark.parametrize("llm", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_native_layout_loads_completely_and_equals_chat(tmp_path, llm, tied):
-    options = {**SMALL, "llm": llm, "tie_word_embeddings": tied}
-    chat = tiny.make_tiny_internvl(tmp_path / "chat", **options)
-    native = tiny.make_tiny_internvl(tmp_path / "native", layout="native", **options)
-    model, report = InternVLForConditionalGeneration.from_pretrained(native, output_loading_info=True)
-    assert not any(report.values())
-    assert model.config.tie_word_embeddings is tied
-    weights = load_file(chat / "model.safetensors")
-    state = model.state_dict()
-    renamed = dict(tiny.native_names(weights))
-    assert set(state) - set(renamed) == ({"lm_head.weight"} if tied else set())
-    for name, tensor in renamed.items():
-        assert torch.equal(state[name].float(), tensor.float()), name
-    batch = {
-        "input_ids": torch.tensor([[1, model.config.image_token_id, 2]]),
-        "pixel_values": torch.zeros(1, 3, 28, 28),
-    }
-    assert model.float()(**batch).logits.isfinite().all()
-
-
-def test_shards_hold_the_same_weights(tmp_path, checkpoint):
-    folder = tiny.make_tiny_internvl(tmp_path, shards=3, **SMALL)
-    index = read_json(folder / "model.safetensors.index.json")
-    parts = {file: load_file(folder / file) for file in set(index["weight_map"].values())}
-    assert len(parts) == 3
-    whole = load_file(checkpoint / "model.safetensors")
-    assert set(index["weight_map"]) == set(whole)
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
-    assert all(torch.equal(parts[file][name], whole[name]) for name, file in index["weight_map"].items())
-    tiny.make_tiny_internvl(folder, **SMALL)
-    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
-
-
-@pytest.mark.parametrize(
-    "options, flag",
-    [
-        ({"image_size": 42}, "--image_size"),
-        ({"width": 36}, "--width"),
-        ({"vision_width": 30}, "--vision_width"),
-        ({"kv_heads": 3}, "--kv_heads"),
-        ({"layout": "native", "drop_path_rate": 0.1}, "--layout"),
-        ({"vocab_size": 100}, "--vocab_size"),
-    ],
-)
-def test_impossible_sizes_are_refused(tmp_path, options, flag):
-    with pytest.raises(ValueError, match=flag):
-        tiny.make_tiny_internvl(tmp_path, **{**SMALL, **options})
-
-
-def test_checkpoint_is_seeded(tmp_path, checkpoint):
-    assert files(tiny.make_tiny_internvl(tmp_path / "same", **SMALL)) == files(checkpoint)
-    other = load_file(tiny.make_tiny_internvl(tmp_path / "other", seed=1, **SMALL) / "model.safetensors")
-    assert not torch.equal(other["mlp1.1.weight"], load_file(checkpoint / "model.safetensors")["mlp1.1.weight"])
-
-
-@needs_shared
-def test_layout_is_the_golden_checkpoints(tmp_path):
-    heads = {"width": 16, "vision_width": 16, "layers": 2, "vision_layers": 2, "vision_heads": 2}
-    folder = tiny.make_tiny_internvl(tmp_path, image_size=448, **heads)
-    golden, ours = load_file(GOLDEN / "model.safetensors"), load_file(folder / "model.safetensors")
-    assert set(ours) == set(golden)
-    differ = {name for name in golden if golden[name].shape != ours[name].shape}
-    wider = ("embed_tokens", "lm_head", ".mlp.", "merges")  # other vocabulary, other MLP width
-    assert all(any(part in name for part in wider) for name in differ), differ
-    assert all(golden[name].dtype == ours[name].dtype and golden[name].ndim == ours[name].ndim for name in golden)
-
-    config, reference = read_json(folder / "config.json"), read_json(GOLDEN / "config.json")
-    for ours, theirs in ((config, reference), *((config[k], reference[k]) for k in ("llm_config", "vision_config"))):
-        unknown = set(ours) - set(theirs) - {"torch_dtype"}
-        assert not unknown
-        assert {k: type(ours[k]) for k in ours if k in theirs} == {k: type(theirs[k]) for k in ours if k in theirs}
-    assert config["llm_config"]["rope_scaling"] == reference["llm_config"]["rope_scaling"]
-    assert config["auto_map"] == reference["auto_map"]
-    names = {path.name for path in GOLDEN.iterdir()}
-    assert {path.name for path in folder.iterdir()} == names
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"):
-        assert set(read_json(folder / name)) <= set(read_json(GOLDEN / name)), name
-
-
-@needs_shared
-def test_added_tokens_are_the_golden_tokenizers(checkpoint):
-    golden, ours = read_json(GOLDEN / "added_tokens.json"), read_json(checkpoint / "added_tokens.json")
-    offset = golden["<img>"] - ours["<img>"]
-    assert {token: i + offset for token, i in ours.items()} == golden
-    special = [
-        {
-            entry["content"]: entry["special"]
-            for entry in read_json(folder / "tokenizer_config.json")["added_tokens_decoder"].values()
-        }
-        for folder in (GOLDEN, checkpoint)
-    ]
-    assert special[0] == special[1]
-
-
-def test_tokenizer(checkpoint):
-    tokenizer = Qwen2Tokenizer.from_pretrained(checkpoint)
-    size = len(tokenizer)
-    assert size == read_json(checkpoint / "config.json")["llm_config"]["vocab_size"]
-    assert tokenizer.convert_tokens_to_ids("!") == 0
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    for text in ("Please segment the red circle in this image.", "  a\tb\n\n\nc ", "日本 café 🙂 \u200b", "x" * 99):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    words = " red green blue yellow purple orange circle square triangle star cross ring leftmost largest".split()
-    assert all(len(tokenizer.encode(f" {word}")) == 1 for word in words)
-    row = tokenizer.encode("<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nhi<|im_end|>\n")
-    assert row.count(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")) == 2
-    assert tokenizer.add_tokens(["[SEG]", "[SEGT]"], special_tokens=True) == 2
-    assert tokenizer.encode("[SEG].[SEGT]") == [size, tokenizer.encode(".")[0], size + 1]
-
-
-# --------------------------------------------------------------------------------------------------------- dataset
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    return shapes.make_shapes_dataset(tmp_path_factory.mktemp("shapes"), train=8, val=3, size=96)
+    return make_shapes_dataset(tmp_path_factory.mktemp("shapes"), train=8, val=3, size=96)
 
 
 def refer(tree: Path, name: str) -> tuple[list, dict]:
@@ -185,14 +53,14 @@ def test_instances_decode_to_the_drawn_shapes(tree):
     annotations = {entry["id"]: entry for entry in instances["annotations"]}
     formats = set()
     for image in instances["images"]:
-        scene = shapes.draw_scene(image["id"], seed=0, size=96)
+        scene = draw_scene(image["id"], seed=0, size=96)
         assert (scene.height, scene.width) == (image["height"], image["width"])
         covered = np.zeros((scene.height, scene.width), int)
         for shape in scene.shapes:
-            entry = annotations[shapes.annotation_id(scene, shape)]
+            entry = annotations[annotation_id(scene, shape)]
             mask = decode(entry["segmentation"], scene.height, scene.width)
             assert np.array_equal(mask, shape.mask) and mask.sum() == entry["area"] > 0
-            assert entry["category_id"] == shapes.CATEGORY[shape.kind]
+            assert entry["category_id"] == CATEGORY[shape.kind]
             covered += mask
             kind = entry["segmentation"]
             formats.add(len(kind) if isinstance(kind, list) else type(kind["counts"]).__name__)
@@ -204,12 +72,12 @@ def test_masks_are_where_the_colour_is(tree):
     _, instances = refer(tree, "refcoco")
     errors = []
     for image in instances["images"]:
-        scene = shapes.draw_scene(image["id"], seed=0, size=96)
+        scene = draw_scene(image["id"], seed=0, size=96)
         photo = np.asarray(Image.open(tree / "dataset/refer_seg/images/mscoco/images/train2014" / image["file_name"]))
         for shape in scene.shapes:
             inner = cv2.erode(shape.mask, np.ones((5, 5), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
             if inner.any():
-                errors.append(np.abs(photo[inner].mean(0) - shapes.COLOURS[shape.colour]).max())
+                errors.append(np.abs(photo[inner].mean(0) - COLOURS[shape.colour]).max())
     assert len(errors) > 20
     # Colour jitter 12, shading 12% of 240 and chroma subsampling of thin shapes; any other colour is further away.
     assert max(errors) < 60
@@ -274,10 +142,10 @@ def test_references_are_unambiguous(tree):
 
 def test_expressions_hold_for_one_shape_only():
     for scene_id in range(1, 40):
-        scene = shapes.draw_scene(scene_id, seed=3, size=96)
+        scene = draw_scene(scene_id, seed=3, size=96)
         meant = {}
         for shape in scene.shapes:
-            for text in sum(shapes.phrases(scene, shape), []):
+            for text in sum(phrases(scene, shape), []):
                 assert meant.setdefault(text, shape) is shape, (scene_id, text)
 
 
@@ -287,7 +155,7 @@ def test_grefcoco_has_one_many_and_no_targets(tree):
     assert none and all(ref["ann_id"] == [-1] and ref["category_id"] == [-1] for ref in none)
     assert {min(len(ref["ann_id"]), 2) for ref in refs if not ref["no_target"]} == {1, 2}
     for ref in none:
-        scene = shapes.draw_scene(ref["image_id"], seed=0, size=96)
+        scene = draw_scene(ref["image_id"], seed=0, size=96)
         assert ref["sentences"][0]["sent"] not in {shape.name for shape in scene.shapes}
 
 
@@ -308,16 +176,16 @@ def test_semantic_labels(tree):
     maps = sorted((root / "ade20k/annotations/training").glob("*.png"))
     assert len(maps) == len(list((root / "ade20k/images/training").glob("*.jpg"))) == 2
     for path in maps:
-        scene = shapes.draw_scene(int(path.stem.split("_")[-1]), seed=0, size=96)
+        scene = draw_scene(int(path.stem.split("_")[-1]), seed=0, size=96)
         labels = np.asarray(Image.open(path))
         assert labels.dtype == np.uint8 and labels.shape == (scene.height, scene.width)
-        assert set(np.unique(labels)) <= {0, 1} | {shapes.ADE20K[shape.kind] + 1 for shape in scene.shapes}
+        assert set(np.unique(labels)) <= {0, 1} | {ADE20K[shape.kind] + 1 for shape in scene.shapes}
         stuff = np.asarray(Image.open(root / f"cocostuff/train2017/{scene.id:012d}.png"))
         assert (root / f"coco/train2017/{scene.id:012d}.jpg").is_file()
         for shape in scene.shapes:
             inner = (shape.mask > 0) & (labels != 0)
-            assert set(np.unique(labels[inner])) == {shapes.ADE20K[shape.kind] + 1}
-            assert set(np.unique(stuff[inner])) == {shapes.COCOSTUFF[shape.colour]}
+            assert set(np.unique(labels[inner])) == {ADE20K[shape.kind] + 1}
+            assert set(np.unique(stuff[inner])) == {COCOSTUFF[shape.colour]}
     paints = read_json(root / "mapillary/config_v2.0.json")["labels"]
     for path in (root / "mapillary/training/v2.0/labels").glob("*.png"):
         assert np.asarray(Image.open(path)).max() < len(paints)
@@ -326,9 +194,9 @@ def test_semantic_labels(tree):
 def test_class_indices_name_the_documented_classes():
     folder = ROOT / "self1e/data/classes"
     ade = (folder / "ade20k.txt").read_text(encoding="utf-8").splitlines()
-    assert [ade[i] for i in shapes.ADE20K.values()] == ["ball", "box", "tent", "light", "signboard", "basket", "wall"]
+    assert [ade[i] for i in ADE20K.values()] == ["ball", "box", "tent", "light", "signboard", "basket", "wall"]
     stuff = (folder / "cocostuff.txt").read_text(encoding="utf-8").splitlines()
-    names = [stuff[i] for i in shapes.COCOSTUFF.values()]
+    names = [stuff[i] for i in COCOSTUFF.values()]
     assert names == ["apple", "broccoli", "sea", "banana", "flower", "orange", "wall-other"]
 
 
@@ -358,13 +226,13 @@ def test_reasonseg_polygons_paint_the_shapes(tree):
         assert records
         for path in records:
             record = read_json(path)
-            scene = shapes.draw_scene(int(path.stem.split("_")[0]), seed=0, size=96)
+            scene = draw_scene(int(path.stem.split("_")[0]), seed=0, size=96)
             assert path.with_suffix(".jpg").is_file() and len(record["text"]) == 1
             painted = np.zeros((scene.height, scene.width), np.uint8)
             for entry in record["shapes"]:
                 if entry["label"] == "target":
                     cv2.fillPoly(painted, [np.array(entry["points"], np.int32)], 1)
-            (kind,) = [kind for kind, riddle in shapes.RIDDLES.items() if record["text"][0] in riddle]
+            (kind,) = [kind for kind, riddle in RIDDLES.items() if record["text"][0] in riddle]
             drawn = np.any([shape.mask for shape in scene.shapes if shape.kind == kind], axis=0)
             # Integer points and cv2's inclusive outline move the edge by a pixel, of shapes some 20 pixels wide.
             assert (painted & drawn).sum() / (painted | drawn).sum() > 0.6
@@ -407,9 +275,9 @@ def test_pope_mme_mmbench(tree):
             json.loads(line) for line in (tree / f"data/pope/coco/coco_pope_{category}.json").read_text().splitlines()
         ]
         asked = [row for row in questions if row["category"] == category]
-        assert [f"{row['text']}\n{shapes.PROMPT}" for row in labels] == [row["text"] for row in asked]
+        assert [f"{row['text']}\n{PROMPT}" for row in labels] == [row["text"] for row in asked]
         for row in labels:
-            scene = shapes.draw_scene(int(row["image"][-16:-4]), seed=0, size=96)
+            scene = draw_scene(int(row["image"][-16:-4]), seed=0, size=96)
             present = any(row["text"].endswith(f" {shape.name} in the image?") for shape in scene.shapes)
             assert row["label"] == ("yes" if present else "no")
 
@@ -458,12 +326,12 @@ def test_every_training_set_and_split_reads_the_tree(tree, tmp_path, monkeypatch
 
 
 def test_dataset_is_seeded(tmp_path, tree):
-    again = shapes.make_shapes_dataset(tmp_path / "again", train=8, val=3, size=96)
+    again = make_shapes_dataset(tmp_path / "again", train=8, val=3, size=96)
     assert files(again) == files(tree)
-    assert shapes.draw_scene(1, seed=1, size=96).jpeg != shapes.draw_scene(1, seed=0, size=96).jpeg
+    assert draw_scene(1, seed=1, size=96).jpeg != draw_scene(1, seed=0, size=96).jpeg
 
 
 @pytest.mark.parametrize("options, flag", [({"train": 1}, "--train"), ({"val": 0}, "--val"), ({"size": 20}, "--size")])
 def test_too_few_scenes_or_pixels_are_refused(tmp_path, options, flag):
     with pytest.raises(ValueError, match=flag):
-        shapes.make_shapes_dataset(tmp_path, **options)
+        make_shapes_dataset(tmp_path, **options)
