@@ -3,7 +3,7 @@
 # Command: bash eval_vqas.sh --version OpenGVLab/InternVL3-2B --exp_name my_run --dynamic
 #          bash eval_vqas.sh --version BASE --model_weights none runs/my_run/ckpt_model --exp_name my_run --dynamic
 #          (base and fine-tuned side by side); all flags: --help. Bare: the variables below.
-# Data:    ./data in InternVL's layout (README, section Evaluate).
+# Data:    ./data in InternVL's layout (docs/vqa.md, section Benchmarks).
 # Result:  <log_base_dir>/<exp_name>/eval_vqa/summary.md and .json; exit code 1 when a benchmark failed, 2 for wrong usage.
 
 VERSION=""         # model folder or hub id

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-README = "README, section Datasets"
+README = "docs/data.md, section Datasets"
 
 
 def missing(wanted: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:

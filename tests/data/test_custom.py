@@ -197,7 +197,7 @@ def test_one_error_names_every_faulty_record(tmp_path):
     with pytest.raises(ValueError) as error:
         train(source)
     assert [line.strip() for line in str(error.value).splitlines()] == [
-        f"{source}, 10 problems (README, section Own data):",
+        f"{source}, 10 problems (docs/data.md, section Own data):",
         "images[2]: id 2 occurs twice",
         "images[3]: file_name 'a.jpg' occurs twice",
         "annotations[1]: phrases holds an empty sentence",
@@ -281,7 +281,7 @@ def test_one_error_names_every_faulty_line_and_missing_file(tmp_path):
     with pytest.raises(ValueError) as error:
         train(source)
     assert [line.strip() for line in str(error.value).splitlines()] == [
-        f"{source}, 6 problems (README, section Own data):",
+        f"{source}, 6 problems (docs/data.md, section Own data):",
         "line 3: image is empty",
         "line 3: prompt is empty",
         "line 4: value '-1' is no whole number",

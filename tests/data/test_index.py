@@ -124,7 +124,7 @@ def test_full_disk_names_the_variable_and_leaves_nothing(tmp_path, cache, monkey
 def test_another_schema_names_file_key_and_readme(tmp_path, cache, reader, name, value, key):
     with pytest.raises(ValueError) as error:
         open_index(write_json(tmp_path / name, value), reader)
-    for word in name, repr(key), "README, section Datasets":
+    for word in name, repr(key), "docs/data.md, section Datasets":
         assert word in str(error.value)
     assert not [path for path in cache.iterdir() if path.is_dir()]
 

@@ -322,7 +322,7 @@ def test_missing_data_is_one_error(tmp_path):
         build(tmp_path, sem_seg_data="ade20k||cocostuff||mapillary", explanatory=0.1)
     message = str(error.value)
     for word in (
-        "README, section Datasets",
+        "docs/data.md, section Datasets",
         "ade20k/images/training",
         "annotations/training",
         "config_v2.0.json",

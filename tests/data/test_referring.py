@@ -121,7 +121,7 @@ def test_broken_annotations_and_photos_are_sample_errors(tmp_path):
 def test_missing_paths_in_one_error(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load_split("refcocog|umd|val", tmp_path)
-    for word in "refs(umd).p", "instances.json", "train2014", "refcocog|umd|val", "README, section Datasets":
+    for word in "refs(umd).p", "instances.json", "train2014", "refcocog|umd|val", "docs/data.md, section Datasets":
         assert word in str(error.value)
     with pytest.raises(ValueError, match="refcoco|unc|val") as error:
         load_split("refcoco|google|val", tmp_path)

@@ -102,7 +102,7 @@ def test_mapillary_names_and_schema(tmp_path):
     )
     assert sorted(asked(make(tmp_path, "mapillary"))) == ["rail track", "road"]
     write_json(config, {"labels": [{"name": "Road"}]})
-    with pytest.raises(ValueError, match="config_v2.0.json: key 'readable' is missing.*README"):
+    with pytest.raises(ValueError, match="config_v2.0.json: key 'readable' is missing.*docs/data.md"):
         make(tmp_path, "mapillary")
 
 

@@ -398,7 +398,7 @@ def test_one_broken_benchmark_does_not_stop_the_others(tiny, tmp_path, capsys, s
     spoil(tmp_path / "data")
     assert run(tmp_path, tiny, datasets="pope vqa-vqav2-val") == 1
     message = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
-    assert "pope" in message and culprit in message and "README, section Evaluate" in message
+    assert "pope" in message and culprit in message and "docs/vqa.md, section Benchmarks" in message
     summary = load(results(tmp_path) / "summary.json")
     assert summary["figures"]["vqa-vqav2-val"] and not summary["figures"]["pope"] and len(summary["failures"]) == 1
     assert "failed" in (results(tmp_path) / "summary.md").read_text()

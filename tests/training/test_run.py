@@ -402,7 +402,7 @@ def test_absent_data_is_listed_at_once(tiny_version, damaged, runs, capsys):
         "refcoco/instances.json",
         "gqa/train_balanced.jsonl",
         "ReasonSeg/val",
-        "README",
+        "docs/data.md, section Datasets",
     ):
         assert text in message
 

@@ -30,7 +30,7 @@ from self1e.data.sample import EvalImage, EvalSplit, Sample, SampleError, Traini
 from self1e.model import prompts
 
 NAME = "custom"
-HELP = "README, section Own data"
+HELP = "docs/data.md, section Own data"
 SHOWN = 50  # problems in one error message
 COLUMNS = ("image", "mask", "prompt")
 IMAGE_FIELDS = {"id": (int, str), "file_name": str, "height": int, "width": int}

@@ -25,7 +25,7 @@ from self1e.evaluation.vqa.predictions import Predictions
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
 
-README = "README, section Evaluate"
+README = "docs/vqa.md, section Benchmarks"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OWN_WEIGHTS = "none"
 

@@ -1,0 +1,85 @@
+"""The pages say what is true: links, sections, paths and flags that they name exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "dataset/README.md", ROOT / "data/README.md"])
+README = (ROOT / "README.md").read_text()
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+PATH = re.compile(r"`((?:self1e|scripts|configs|examples|tests|docs|dataset|data)/[\w./*-]+)`")
+named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return FENCED.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@named
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(prose(page)):
+        if target.startswith(("https://", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page}: there is no {target}"
+        assert not anchor or anchor in anchors(file), f"{page}: {target} is no section"
+
+
+@named
+def test_named_paths_exist(page):
+    for path in PATH.findall(prose(page)):
+        if not path.startswith(("data/", "dataset/")) or path.endswith(".md"):
+            assert list(ROOT.glob(path)), f"{page}: there is no {path}"
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(README.split()) <= 1600
+
+
+def test_every_page_is_in_the_list():
+    listed = set(LINK.findall((ROOT / "docs/README.md").read_text()))
+    assert {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"} <= listed
+
+
+def test_sections_named_by_messages_exist():
+    found = 0
+    for file in [*ROOT.glob("self1e/**/*.py"), *ROOT.glob("*.sh"), *ROOT.glob("examples/*.py")]:
+        for page, section in re.findall(r"(docs/[\w.]+\.md)(?:, section (\w[\w ]*\w))?", file.read_text()):
+            assert (ROOT / page).is_file(), f"{file}: there is no {page}"
+            assert not section or section.lower().replace(" ", "-") in anchors(ROOT / page), f"{file}: {section}"
+            found += 1
+    assert found
+
+
+def test_flags_of_the_readme_exist():
+    source = "".join(path.read_text() for path in [*ROOT.glob("self1e/**/*.py"), *ROOT.glob("*.sh")])
+    launchers = {"--master_port", "--num_accelerators"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*(?!\*)\b", README)) - launchers
+    unknown = {flag for flag in flags if flag.removeprefix("--no-").removeprefix("--") not in source}
+    assert not unknown
+
+
+def test_the_citation_is_the_papers():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    title = re.search(r"title\s+= \{(.*)\},", README)[1].replace("{", "").replace("}", "")
+    assert cited["title"] == title
+    names = [f"{author['family-names']}, {author['given-names']}" for author in cited["authors"]]
+    assert " and ".join(names) in README and "zhang2026self1e" in README
+
+
+def test_the_version_is_one():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
