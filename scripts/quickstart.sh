@@ -8,7 +8,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 output=$(realpath -m "${1:-quickstart}")
-use_environment -r requirements.txt
+use_environment -r requirements.txt -e .
 
 started=$SECONDS
 export SELF1E_CACHE="$output/cache" TOKENIZERS_PARALLELISM=false
@@ -18,8 +18,8 @@ split="refcoco|unc|testA"
 rm -rf "$output/base" "$output/shapes" "$output/runs"
 
 echo "== 1/4  a tiny InternVL3 and synthetic scenes"
-python scripts/make_tiny_internvl.py "$output/base"
-python scripts/make_shapes_dataset.py "$output/shapes" --simple --size 112 --val 50
+self1e make-tiny "$output/base"
+self1e make-shapes "$output/shapes" --simple --size 112 --val 50
 
 echo "== 2/4  training"
 deepspeed --num_accelerators "$processes" train_hf_ivl_seq.py --version "$output/base" \
@@ -39,4 +39,8 @@ ciou=$(python -c "import json, sys; print(round(json.load(open(sys.argv[1]))['ci
 echo
 echo "cIoU of held-out scenes: $ciou (at least 0.5 expected), $((SECONDS - started)) s after the installation"
 echo "picture: $output/picture.png"
+photo=$(find "$output/shapes/dataset/refer_seg/images" -name "*.jpg" | sort | sed -n 1p)
+echo "go on with this environment and model:"
+echo "  source $VIRTUAL_ENV/bin/activate"
+echo "  self1e segment --version $output/runs/shapes/ckpt_model --image $photo --prompt 'the red circle' --output $output/masks"
 python -c "import sys; sys.exit(float(sys.argv[1]) < 0.5)" "$ciou"

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Purpose: the whole test suite, in an environment of its own.
-# Command: bash scripts/test.sh [any pytest arguments]
-# Cost:    the installation (minutes, once), then under 10 minutes on 2 CPU cores.
-# Result:  pytest's summary; exit code 0 when all pass. The demo's test needs Chromium, golden values need SELF1E_SHARED.
+# Purpose: the checks of style and types and the whole test suite, in an environment of its own.
+# Command: bash scripts/test.sh [any pytest arguments; with some, the suite alone]
+# Cost:    the installation (minutes, once), then about 10 minutes on 2 CPU cores.
+# Result:  pytest's summary; exit code 0 when all pass. The demo's browser test needs an installed Chromium.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-use_environment -r requirements.txt -e ".[demo,test]"
-export OMP_NUM_THREADS=1              # the suite runs one process a core
+use_environment -r requirements.txt -e ".[demo,quantize,test,dev]"
+if [ $# -eq 0 ]; then
+    ruff check .
+    ruff format --check .
+fi
+export OMP_NUM_THREADS=1              # the suite runs one process per core
 exec python -m pytest -n auto "$@"

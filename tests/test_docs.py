@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "dataset/README.md", ROOT / "data/README.md"])
@@ -69,17 +68,3 @@ def test_flags_of_the_readme_exist():
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*(?!\*)\b", README)) - launchers
     unknown = {flag for flag in flags if flag.removeprefix("--no-").removeprefix("--") not in source}
     assert not unknown
-
-
-def test_the_citation_is_the_papers():
-    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
-    title = re.search(r"title\s+= \{(.*)\},", README)[1].replace("{", "").replace("}", "")
-    assert cited["title"] == title
-    names = [f"{author['family-names']}, {author['given-names']}" for author in cited["authors"]]
-    assert " and ".join(names) in README and "zhang2026self1e" in README
-
-
-def test_the_version_is_one():
-    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
-    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
