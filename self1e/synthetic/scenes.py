@@ -1,5 +1,6 @@
 """Scenes of the synthetic data: coloured shapes on a photo-like background, and exact masks of what is visible."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,11 +69,17 @@ def draw_scene(scene_id: int, *, seed: int, size: int, simple: bool = False) -> 
     sides = [(size, size), (size * 3 // 4, size), (size, size * 3 // 4)]
     height, width = sides[rng.integers(3)]
     shapes, masks = place_shapes(rng, height, width, simple)
+    return Scene(scene_id, height, width, render(rng, shapes, masks), shapes, simple)
+
+
+def render(rng: np.random.Generator, shapes: list[Shape], masks: np.ndarray) -> bytes:
+    """Paint the whole masks uint8 (N, H, W) of the shapes, from back to front, over a background; JPEG bytes."""
+    height, width = masks.shape[1:]
     photo = background(rng, height, width)
     for shape, mask in zip(shapes, masks):
         paint(rng, photo, mask, COLOURS[shape.colour])
     photo += 5 * rng.standard_normal((height, width, 1), dtype=np.float32)  # grain
-    return Scene(scene_id, height, width, to_jpeg(photo), shapes, simple)
+    return to_jpeg(photo)
 
 
 def place_shapes(rng: np.random.Generator, height: int, width: int, simple: bool) -> tuple[list[Shape], np.ndarray]:
@@ -84,10 +91,30 @@ def place_shapes(rng: np.random.Generator, height: int, width: int, simple: bool
     else:
         count = rng.choice([2, 3, 3, 3, 4])
         pairs = [PAIRS[i] for i in rng.choice(len(PAIRS), count, replace=False)]
+    return place(rng, height, width, pairs)
+
+
+def place(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    radius: tuple[float, float] = (0.15, 0.28),
+    hole: float = 0.55,
+    arm: float = 0.36,
+) -> tuple[list[Shape], np.ndarray]:
+    """Place a shape of each (colour, kind), at least 60% visible: the shapes, and their whole masks uint8 (N, H, W).
+
+    `radius`: range of the shapes' radii, as fractions of the shorter side. `hole`, `arm`: see `outline`.
+    """
+    count = len(pairs)
     while True:
-        radii = rng.uniform(0.15, 0.28, count) * min(height, width)
+        radii = rng.uniform(*radius, count) * min(height, width)
         centres = rng.uniform(radii[:, None] * 1.1, np.array([[width, height]]) - radii[:, None] * 1.1)
-        parts = [outline(rng, kind, x, y, radius) for (_, kind), (x, y), radius in zip(pairs, centres, radii)]
+        parts = [
+            outline(rng, kind, x, y, r, hole=hole, arm=arm) for (_, kind), (x, y), r in zip(pairs, centres, radii)
+        ]
         rles = [coco_mask.merge(coco_mask.frPyObjects(part, height, width)) for part in parts]
         masks = coco_mask.decode(rles).transpose(2, 0, 1)
         front = np.cumsum(masks[::-1], axis=0)[::-1] - masks  # how many shapes lie over a pixel of each
@@ -100,18 +127,24 @@ def place_shapes(rng: np.random.Generator, height: int, width: int, simple: bool
             kind,
             float(x),
             float(y),
-            float(radius),
+            float(r),
             part,
             coco_mask.encode(np.asfortranarray(seen)),
             occluded=bool((seen != mask).any()),
         )
-        for (colour, kind), (x, y), radius, part, seen, mask in zip(pairs, centres, radii, parts, visible, masks)
+        for (colour, kind), (x, y), r, part, seen, mask in zip(pairs, centres, radii, parts, visible, masks)
     ]
     return shapes, masks
 
 
-def outline(rng: np.random.Generator, kind: str, x: float, y: float, radius: float) -> list[list[float]]:
-    """Polygons of a slightly turned shape within `radius`: two overlapping bars for a cross, else one."""
+def outline(
+    rng: np.random.Generator, kind: str, x: float, y: float, radius: float, *, hole: float = 0.55, arm: float = 0.36
+) -> list[list[float]]:
+    """Polygons of a slightly turned shape within `radius`: two overlapping bars for a cross, else one.
+
+    `hole`: radius of a ring's hole as a fraction of the ring's. `arm`: width of a cross's bars as a fraction of their
+    length, roughly.
+    """
 
     def polar(n: int, radii: float | list[float], start: float) -> np.ndarray:
         angle = start + np.arange(n) * 2 * np.pi / n
@@ -122,10 +155,10 @@ def outline(rng: np.random.Generator, kind: str, x: float, y: float, radius: flo
 
     up = -np.pi / 2  # y grows downwards
     if kind == "ring":
-        outer, inner = polar(40, 1.0, 0), polar(40, 0.55, 0)
+        outer, inner = polar(40, 1.0, 0), polar(40, hole, 0)
         parts = [np.concatenate([outer, outer[:1], inner[:1], inner[::-1]])]  # round, in through a slit, and back
     elif kind == "cross":
-        parts = [bar(1.05, 0.36), bar(0.36, 1.05)]
+        parts = [bar(1.05, arm), bar(arm, 1.05)]
     else:
         parts = [
             {
