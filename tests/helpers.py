@@ -15,10 +15,15 @@ from self1e.synthetic.tiny_internvl import make_tiny_internvl
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("SELF1E_SHARED", ROOT.parent / "shared"))
+GOLDEN = ROOT / "tests" / "golden"
+PACKS = [GOLDEN / "qwen2", GOLDEN / "qwen3"]  # of published outputs; README beside them
+if (SHARED / "golden" / "model").is_dir():
+    PACKS.append(SHARED / "golden" / "model")
 
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="golden outputs and miniature data are not part of the repository (SELF1E_SHARED)"
+    not SHARED.is_dir(), reason="real photos and the real tokenizer are not part of the repository (SELF1E_SHARED)"
 )
+each_pack = pytest.mark.parametrize("pack", PACKS, ids=[pack.name for pack in PACKS])
 
 # Options of `make_tiny_internvl`: 2 x 2 image tokens a tile of 56 pixels, 0.1 M parameters.
 TINY = {"image_size": 56, "width": 32, "layers": 2, "vision_width": 32, "vision_layers": 2, "vocab_size": 400}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import SHARED, make_base, make_trained, needs_shared
+from helpers import each_pack, make_base, make_trained
 from transformers import InternVLForConditionalGeneration
 
 from self1e import Self1EForSegmentation, Self1EProcessor
@@ -115,8 +115,8 @@ def test_dtype(sources, tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path / "half").values()} == {torch.bfloat16}
 
 
-@needs_shared
-def test_published_weights_become_ours(tmp_path):
-    base, trained = SHARED / "golden/model/base_internvl_chat", SHARED / "golden/model/trained_self1e"
+@each_pack
+def test_published_weights_become_ours(pack, tmp_path):
+    base, trained = pack / "base_internvl_chat", pack / "trained_self1e"
     assert convert(str(trained), tmp_path / "ours", "self1e", version=str(base)) < 1e-2
     assert_same(weights(tmp_path / "ours"), weights(base, weights=trained))

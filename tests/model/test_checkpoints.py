@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHARED, needs_shared, noise
+from helpers import each_pack, noise
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
@@ -156,9 +156,9 @@ def test_loading_is_silent(make_tiny, capfd):
         assert not text.strip(), text
 
 
-@needs_shared
-def test_published_weights_over_the_base():
-    base, trained = (SHARED / "golden" / "model" / name for name in ("base_internvl_chat", "trained_self1e"))
+@each_pack
+def test_published_weights_over_the_base(pack):
+    base, trained = (pack / name for name in ("base_internvl_chat", "trained_self1e"))
     model, theirs = load(base, weights=trained), read_weights(trained)
     assert model.trained_head
     embedding = model.get_input_embeddings().weight
@@ -300,9 +300,9 @@ def test_a_loaded_native_model_is_written_like_any_other(make_tiny, load_tiny, t
     assert read_weights(tmp_path / "d").keys() == read_weights(tmp_path / "chatFalse").keys()
 
 
-@needs_shared
-def test_published_names_and_shapes_are_the_golden_ones(tmp_path):
-    base, trained = (SHARED / "golden" / "model" / name for name in ("base_internvl_chat", "trained_self1e"))
+@each_pack
+def test_published_names_and_shapes_are_the_golden_ones(pack, tmp_path):
+    base, trained = (pack / name for name in ("base_internvl_chat", "trained_self1e"))
     model = load(base, weights=trained, dtype=torch.bfloat16)
     checkpoints.save(model, Self1EProcessor.from_pretrained(base), tmp_path / "c", published=True)
     theirs, ours = read_weights(trained), read_weights(tmp_path / "c")

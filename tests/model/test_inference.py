@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, make_trained, needs_shared
+from helpers import each_pack, make_trained
 from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -236,21 +236,20 @@ def test_other_refusals(tiny):
         bias.data.copy_(kept)
 
 
-@needs_shared
-def test_golden_masks():
+@each_pack
+def test_golden_masks(pack):
     """The published implementation's own logits, through `segment`'s path (tolerance: its fp32 against ours)."""
-    golden = SHARED / "golden/model"
     model = Self1EForSegmentation.from_pretrained(
-        golden / "base_internvl_chat", weights=golden / "trained_self1e", dtype=torch.float32
+        pack / "base_internvl_chat", weights=pack / "trained_self1e", dtype=torch.float32
     )
-    processor = Self1EProcessor.from_pretrained(golden / "base_internvl_chat")
+    processor = Self1EProcessor.from_pretrained(pack / "base_internvl_chat")
     forms = {  # is it a sentence? -> the fixed prompt
         False: ("<image>\n What is ", " in this image? Please output segmentation mask."),
         True: ("<image>\n ", " Please output segmentation mask."),
     }
     compared = 0
-    for case in json.loads((golden / "cases.json").read_text())["cases"]:
-        expected = np.load(golden / f"{case['name']}.npz")
+    for case in json.loads((pack / "cases.json").read_text())["cases"]:
+        expected = np.load(pack / f"{case['name']}.npz")
         for index, row in enumerate(case["rows"]):
             question, answer = row["conversation"][:2]
             if case["kind"] == "train":
@@ -258,7 +257,7 @@ def test_golden_masks():
             is_sentence = not (question.startswith(forms[False][0]) and question.endswith(forms[False][1]))
             prefix, suffix = forms[is_sentence]
             prompt = question.removeprefix(prefix).removesuffix(suffix)
-            image = Image.open(golden / "photos" / row["photo"])
+            image = Image.open(pack / "photos" / row["photo"])
             result = model.segment(processor, image, prompt, is_sentence=is_sentence)[0]
             assert answer == ANSWER
             np.testing.assert_allclose(result.logits, np.squeeze(expected[f"mask_logits_{index}"]), atol=1e-4)

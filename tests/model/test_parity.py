@@ -1,14 +1,16 @@
-"""Agreement with the published implementation, in float32 on a CPU, on golden outputs (README beside them)."""
+"""Agreement with the published implementation, in float32 on a CPU, on golden outputs (tests/golden/README.md)."""
 
 import json
 import re
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, needs_shared
+from helpers import PACKS, each_pack
 from PIL import Image
 from timm.layers import DropPath
 from transformers.core_model_loading import WeightRenaming, apply_renamings
@@ -17,26 +19,42 @@ from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.model.attention import perception_mask
 from self1e.model.checkpoints import published_names
 
-GOLDEN = SHARED / "golden" / "model"
-RECORD = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8")) if SHARED.is_dir() else {"cases": []}
-CASES = {case["name"]: case for case in RECORD["cases"]}
 
-pytestmark = needs_shared
+@dataclass(frozen=True)
+class Case:
+    """A recorded batch of a pack."""
+
+    pack: Path
+    record: dict
+
+    def __str__(self) -> str:
+        return f"{self.pack.name}-{self.record['name']}"
 
 
 @cache
-def processor() -> Self1EProcessor:
-    return Self1EProcessor.from_pretrained(GOLDEN / "base_internvl_chat")
+def record(pack: Path) -> dict:
+    return json.loads((pack / "cases.json").read_text(encoding="utf-8"))
 
 
-def fresh_model() -> Self1EForSegmentation:
-    folders = GOLDEN / "base_internvl_chat", GOLDEN / "trained_self1e"
+CASES = [Case(pack, case) for pack in PACKS for case in record(pack)["cases"]]
+TRAINING = [case for case in CASES if case.record["kind"] == "train"]
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@cache
+def processor(pack: Path) -> Self1EProcessor:
+    return Self1EProcessor.from_pretrained(pack / "base_internvl_chat")
+
+
+def fresh_model(pack: Path) -> Self1EForSegmentation:
+    folders = pack / "base_internvl_chat", pack / "trained_self1e"
     return Self1EForSegmentation.from_pretrained(folders[0], weights=folders[1], dtype=torch.float32)
 
 
-@pytest.fixture(scope="module")
-def model() -> Self1EForSegmentation:
-    return fresh_model()
+@cache
+def model_of(pack: Path) -> Self1EForSegmentation:
+    """Shared by tests that leave it as it was."""
+    return fresh_model(pack)
 
 
 def unpack(bits: np.ndarray, shape: np.ndarray) -> np.ndarray:
@@ -44,28 +62,28 @@ def unpack(bits: np.ndarray, shape: np.ndarray) -> np.ndarray:
     return np.unpackbits(bits, axis=-1, count=int(shape[-1])).reshape(shape)
 
 
-def read(name: str) -> tuple[dict, dict, dict]:
-    """A case, its golden arrays, and our batch for it; neighbouring rows of one photo are one image."""
-    case, golden = CASES[name], dict(np.load(GOLDEN / f"{name}.npz"))
+def read(case: Case) -> tuple[dict, dict]:
+    """The golden arrays of a case, and our batch for it; neighbouring rows of one photo are one image."""
+    golden = dict(np.load(case.pack / f"{case.record['name']}.npz"))
     images, conversations, targets = [], [], []
-    for photo, rows in groupby(enumerate(case["rows"]), key=lambda item: item[1]["photo"]):
+    for photo, rows in groupby(enumerate(case.record["rows"]), key=lambda item: item[1]["photo"]):
         rows = list(rows)
-        images.append(Image.open(GOLDEN / "photos" / photo))
+        images.append(Image.open(case.pack / "photos" / photo))
         conversations.append([row["conversation"] for _, row in rows])
         bits = [golden.get(f"mask_target_bits_{i}") for i, _ in rows]
         targets.append(
             [None if x is None else unpack(x, golden[f"mask_target_shape_{i}"]) for x, (i, _) in zip(bits, rows)]
         )
-    return case, golden, processor()(images, conversations, targets if case["kind"] == "train" else None)
+    return golden, processor(case.pack)(images, conversations, targets if case in TRAINING else None)
 
 
 def unpadded(batch: dict) -> list[int]:
     return batch["attention_mask"].sum(1).tolist()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_pixels_are_the_same(name):
-    _, golden, batch = read(name)
+@each_case
+def test_pixels_are_the_same(case):
+    golden, batch = read(case)
     found = batch["pixel_values"][:, :, ::16, ::16].numpy()
     tiles = batch["tile_grids"].prod(1).tolist()
     per_image = np.split(found, np.cumsum(tiles)[:-1])
@@ -73,10 +91,10 @@ def test_pixels_are_the_same(name):
     assert np.array_equal(per_row, golden["pixel_values_every_16"])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_ids_labels_and_positions_are_the_same(name, model):
-    _, golden, batch = read(name)
-    seen = []
+@each_case
+def test_ids_labels_and_positions_are_the_same(case):
+    golden, batch = read(case)
+    model, seen = model_of(case.pack), []
     hook = model.model.language_model.rotary_emb.register_forward_hook(
         lambda module, args, kwargs, out: seen.append(kwargs.get("position_ids", args[-1] if args else None)),
         with_kwargs=True,
@@ -92,10 +110,11 @@ def test_ids_labels_and_positions_are_the_same(name, model):
         assert golden["input_ids"].shape[1] == n or not golden["input_ids"][row, n:].any()  # published padding, id 0
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_attention_is_the_same(name, model):
+@each_case
+def test_attention_is_the_same(case):
     """Every unpadded query and key."""
-    _, golden, batch = read(name)
+    golden, batch = read(case)
+    model = model_of(case.pack)
     mask = perception_mask(
         model.config.attention_pathway,
         config=model.config.text_config,
@@ -113,11 +132,11 @@ def test_attention_is_the_same(name, model):
         assert not allowed[row, 0, :n, n:].any()
 
 
-@pytest.mark.parametrize("name", CASES)
+@each_case
 @torch.no_grad()
-def test_mask_logits_agree_to_1e4(name, model):
-    _, golden, batch = read(name)
-    found = model.eval()(**batch).mask_logits
+def test_mask_logits_agree_to_1e4(case):
+    golden, batch = read(case)
+    found = model_of(case.pack).eval()(**batch).mask_logits
     rows_with_masks = [i for i, logits in enumerate(found) if len(logits)]
     assert rows_with_masks == [i for i in range(len(found)) if golden.get(f"mask_logits_{i}", np.zeros(0)).size]
     for i in rows_with_masks:
@@ -133,30 +152,28 @@ def without_noise(model: Self1EForSegmentation) -> Self1EForSegmentation:
     return model
 
 
-TRAINING = [name for name, case in CASES.items() if case["kind"] == "train"]
-
-
-@pytest.mark.parametrize("name", TRAINING)
-def test_losses_and_gradients_agree(name, model):
+@pytest.mark.parametrize("case", TRAINING, ids=str)
+def test_losses_and_gradients_agree(case):
     """Losses to 1e-4, the gradient's norm of every parameter to 1e-3, relative."""
-    case, _, batch = read(name)
+    _, batch = read(case)
+    model = model_of(case.pack)
     out = without_noise(model)(**batch)
-    expected = case["losses"]
+    expected = case.record["losses"]
     assert out.loss.item() == pytest.approx(expected["loss"], rel=1e-4)
     for name, theirs in (("ce", "ce_loss"), ("mask_bce", "mask_bce_loss"), ("mask_dice", "mask_dice_loss")):
         assert out.losses[name].item() == pytest.approx(expected[theirs], rel=1e-4)
     model.zero_grad()
     out.loss.backward()
     norms = gradient_norms(model)
-    assert norms.keys() == case["grad_norm"].keys()
+    assert norms.keys() == case.record["grad_norm"].keys()
     # Gradients that are 0 but for rounding (an attention's key bias) have no relative error.
-    tiny = 1e-7 * max(case["grad_norm"].values())
-    assert norms == pytest.approx(case["grad_norm"], rel=1e-3, abs=tiny)
+    tiny = 1e-7 * max(case.record["grad_norm"].values())
+    assert norms == pytest.approx(case.record["grad_norm"], rel=1e-3, abs=tiny)
     model.zero_grad()
 
 
 def gradient_norms(model: Self1EForSegmentation) -> dict[str, float]:
-    """By layout (c) name; q, k and v of the ViT together, as their fused tensor."""
+    """By published name; q, k and v of the ViT together, as their fused tensor."""
     renamings = [x.reverse_transform() for x in reversed(published_names()) if isinstance(x, WeightRenaming)]
     squares: dict[str, float] = {}
     for name, parameter in model.named_parameters():
@@ -166,11 +183,12 @@ def gradient_norms(model: Self1EForSegmentation) -> dict[str, float]:
     return {name: value**0.5 for name, value in squares.items()}
 
 
-def test_eight_adamw_steps_agree():
+@each_pack
+def test_eight_adamw_steps_agree(pack):
     """The recipe of the record, at its top level; losses to 1e-3 relative."""
-    run = RECORD["adamw_run"]
-    _, _, batch = read(run["batch"])
-    model = without_noise(fresh_model())
+    run = record(pack)["adamw_run"]
+    _, batch = read(next(case for case in CASES if case.pack == pack and case.record["name"] == run["batch"]))
+    model = without_noise(fresh_model(pack))
     recipe = {"lr": run["lr"], "betas": run["betas"], "weight_decay": run["weight_decay"]}
     optimizer = torch.optim.AdamW(model.parameters(), **recipe)
     assert len(run["losses"]) == 8

@@ -1,0 +1,191 @@
+"""Tables, verdicts and pictures from the units of the finished rows."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from self1e.apps.ablation.measure import figures
+from self1e.apps.ablation.suites import CLAIMS, FULL, LABELS, MEASURES, SUITES
+from self1e.files import write_json, write_text
+
+# Student's t at 97.5%, by degrees of freedom: half the width of a 95% interval of a mean, in standard errors.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+Scores = dict[int, dict[str, float | None]]  # seed: {measure: figure}
+
+
+def read_scores(folder: Path) -> dict[str, float | None]:
+    """Every measure of a finished row."""
+    units = [json.loads(line) for line in (folder / "units.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = {}
+    for name, measure in MEASURES.items():
+        chosen = [unit for unit in units if not measure.splits or unit["split"] in measure.splits]
+        found[name] = figures(chosen)[measure.figure]
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% interval of the mean of paired differences; None for a single pair."""
+    if len(values) < 2:
+        return None
+    degrees = min(len(values) - 1, len(T_975))
+    half = T_975[degrees - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def verdict(span: tuple[float, float] | None, at_least: bool) -> str:
+    """What a 95% interval of `better - worse` says of a claim."""
+    if span is None:
+        return "not decidable (one seed)"
+    if span[1] < 0:
+        return "does not hold"
+    if span[0] > 0:
+        return "holds"
+    return "not contradicted" if at_least else "not decidable at this scale"
+
+
+def compare(better: Scores, worse: Scores, measure: str, at_least: bool) -> dict[str, Any]:
+    """The paired difference of two rows over the seeds that both have."""
+    pairs = [(better[seed][measure], worse[seed][measure]) for seed in sorted(better.keys() & worse.keys())]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    span = interval(differences)
+    return {
+        "measure": measure,
+        "differences": differences,
+        "mean": statistics.mean(differences) if differences else None,
+        "interval": span,
+        "verdict": verdict(span, at_least) if differences else "no common seed",
+    }
+
+
+def write_report(output: Path, suites: Sequence[str], warmups: dict[str, str], seeds: int) -> str:
+    """Write OUTPUT/report (ablation.md, ablation.json, bars.png, curves.png) and return the Markdown."""
+    report = output / "report"
+    scores: dict[str, dict[str, Scores]] = {}
+    curves: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
+    seconds = []
+    for suite in suites:
+        scores[suite], curves[suite] = {}, {}
+        for row in SUITES[suite]:
+            folders = {seed: output / f"{warmups[suite]}_{row}_{seed}" for seed in range(seeds)}
+            done = {seed: folder for seed, folder in folders.items() if folder.is_dir()}
+            scores[suite][row] = {seed: read_scores(folder) for seed, folder in done.items()}
+            curves[suite][row] = [json.loads((folder / "curve.json").read_text()) for folder in done.values()]
+            seconds += [json.loads((folder / "row.json").read_text())["seconds"] for folder in done.values()]
+    claims = [
+        {
+            "suite": claim.suite,
+            "claim": claim.text,
+            "results": [
+                compare(scores[claim.suite][claim.better], scores[claim.suite][claim.worse], name, claim.at_least)
+                for name in claim.measures
+            ],
+        }
+        for claim in CLAIMS
+        if claim.suite in suites
+    ]
+    settings = json.loads((output / "settings.json").read_text())
+    content = {
+        "settings": settings,
+        "warmups": warmups,
+        "seconds_per_row": seconds,
+        "scores": scores,
+        "claims": claims,
+    }
+    text = markdown(scores, claims, seconds)
+    write_json(report / "ablation.json", content)
+    write_text(report / "ablation.md", text)
+    draw_bars(scores, report / "bars.png")
+    draw_curves(curves, report / "curves.png")
+    return text
+
+
+def label(suite: str, row: str) -> str:
+    return LABELS[suite] if row == FULL else row
+
+
+def spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def known(scores: Scores, measure: str) -> list[float]:
+    return [value for value in (entry[measure] for entry in scores.values()) if value is not None]
+
+
+def markdown(scores: dict[str, dict[str, Scores]], claims: Sequence[dict[str, Any]], seconds: Sequence[int]) -> str:
+    lines = []
+    for suite, rows in scores.items():
+        lines += [f"### {suite}", "", "| row | seeds | " + " | ".join(m.label for m in MEASURES.values()) + " |"]
+        lines.append("|---|---|" + "---|" * len(MEASURES))
+        for row, found in rows.items():
+            cells = []
+            for name in MEASURES:
+                values = known(found, name)
+                cells.append(f"{statistics.mean(values):.3f} ± {spread(values):.3f}" if values else "")
+            lines.append(f"| {label(suite, row)} | {len(found)} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [
+        "### Claims of the paper",
+        "",
+        "| claim | measure | difference (95% interval), paired by seed | verdict |",
+    ]
+    lines.append("|---|---|---|---|")
+    for claim in claims:
+        for result in claim["results"]:
+            span = result["interval"]
+            mean = "" if result["mean"] is None else f"{result['mean']:+.3f}"
+            mean += f" ({span[0]:+.3f} to {span[1]:+.3f})" if span else ""
+            lines.append(f"| {claim['claim']} | {MEASURES[result['measure']].label} | {mean} | {result['verdict']} |")
+    if seconds:
+        longest, middle = max(seconds), statistics.median(seconds)
+        lines += ["", f"{len(seconds)} rows; a row took {middle:.0f} s in the median and {longest} s at most."]
+    return "\n".join(lines) + "\n"
+
+
+def draw_bars(scores: dict[str, dict[str, Scores]], path: Path) -> None:
+    """One panel per suite: the mean of four measures per row, error bars of one standard deviation over seeds."""
+    from matplotlib.figure import Figure
+
+    shown = ("ciou", "fine", "reasoning", "several")
+    figure = Figure(figsize=(4 * len(scores), 3.6), layout="constrained")
+    for axes, (suite, rows) in zip(figure.subplots(1, len(scores), sharey=True, squeeze=False)[0], scores.items()):
+        width = 0.8 / len(rows)
+        for i, (row, found) in enumerate(rows.items()):
+            values = [known(found, name) for name in shown]
+            heights = [statistics.mean(x) if x else 0.0 for x in values]
+            places = [x + (i - (len(rows) - 1) / 2) * width for x in range(len(shown))]
+            axes.bar(places, heights, width, yerr=[spread(x) for x in values], capsize=2, label=label(suite, row))
+        axes.set_xticks(range(len(shown)), [MEASURES[name].label.replace(", ", "\n", 1) for name in shown], fontsize=6)
+        axes.set_title(suite)
+        axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_curves(curves: dict[str, dict[str, list[list[dict[str, Any]]]]], path: Path) -> None:
+    """One panel per suite: cross-entropy excepted, the mask losses over steps, mean and range over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(curves), 3.2), layout="constrained")
+    for axes, (suite, rows) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        for row, found in rows.items():
+            if not found:
+                continue
+            steps = [entry["step"] for entry in found[0]]
+            dice = [[entry["mask_dice"] for entry in curve] for curve in found]
+            columns = list(zip(*dice))
+            (line,) = axes.plot(steps, [statistics.mean(x) for x in columns], label=label(suite, row))
+            axes.fill_between(
+                steps, [min(x) for x in columns], [max(x) for x in columns], alpha=0.2, color=line.get_color()
+            )
+        axes.set_title(suite)
+        axes.set_xlabel("step")
+        axes.set_ylabel("Dice loss (masks + auxiliary)")
+        axes.legend(fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
