@@ -14,7 +14,7 @@ COMMANDS: dict[str, tuple[str, str, list[str]]] = {
     "demo": ("self1e.apps.demo", "a page in the browser that segments and chats", []),
     "check-data": ("self1e.apps.check_data", "counts and faults of the data trees or of own data", []),
     "convert": ("self1e.apps.convert", "checkpoints from one layout to another, verified", []),
-    "score": ("self1e.evaluation.segmentation.metrics", "figures of an evaluation from its JSONL files", []),
+    "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files", []),
     "card": ("self1e.training.model_card", "the model card of a checkpoint, with its scores", []),
     "make-shapes": ("self1e.synthetic.shapes_dataset", "a synthetic data tree in every format", []),
     "make-tiny": ("self1e.synthetic.tiny_internvl", "a tiny InternVL3 checkpoint with random weights", []),

@@ -27,18 +27,50 @@ PALETTE: tuple[Color, ...] = (
 GROUND_TRUTH, PREDICTION, IGNORED = PALETTE[0], PALETTE[4], (200, 200, 205)
 INK, PAPER, MUTED = (24, 24, 27), (255, 255, 255), (105, 105, 112)
 
-# The first one installed; wide coverage first, because sentences can be in any script. Pillow's own font is the last.
-FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
+# Names of fonts, wide coverage first, because sentences can be in any script. Pillow's own font is the last.
+FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "Arial Unicode.ttf",
+    "PingFang.ttc",
+    "msyh.ttc",
+    "arial.ttf",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+)
+BOXES = "(boxes: letters that no font of this machine holds; Noto Sans CJK would)"
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _fonts(size: int) -> list[Font]:
+    """The fonts of `FONTS` that are installed, and Pillow's own."""
+    found: list[Font] = []
     for name in FONTS:
         try:
-            return ImageFont.truetype(name, size)
+            found.append(ImageFont.truetype(name, size))
         except OSError:
             continue
-    return ImageFont.load_default(size)
+    return [*found, ImageFont.load_default(size)]
+
+
+@cache
+def _holds(font: Font, letter: str) -> bool:
+    """Whether a font can draw a letter: its picture is not the one of a letter that no font has."""
+    pictures = [font.getmask(text) for text in (letter, "\U0010fffe")]
+    return pictures[0].size != pictures[1].size or bytes(pictures[0]) != bytes(pictures[1])
+
+
+def _font(size: int, text: str) -> tuple[Font, bool]:
+    """The font that draws most of a text, and whether it draws all of it."""
+    letters = set("".join(text.split()))
+    held = {font: sum(_holds(font, letter) for letter in letters) for font in _fonts(size)}
+    best = max(held, key=lambda font: held[font])  # the first of equals
+    return best, held[best] == len(letters)
 
 
 def overlay(
@@ -66,7 +98,7 @@ def overlay(
     return Image.fromarray(picture)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, font: Font, width: int) -> list[str]:
     """Lines at most `width` pixels wide, broken at blanks, and inside a word only where it alone is too wide."""
     lines = [""]
     for word in text.split():
@@ -89,17 +121,19 @@ def panel(
     pictures: name -> picture. caption: the sentence, any script. note: a few words set apart from it (the IoU).
     width: of the whole panel, pixels; letters are sized for it.
     """
-    big, small = _font(round(width / 46)), _font(round(width / 60))
+    large, little = round(width / 46), round(width / 60)
+    (big, drawn), (small, _) = _font(large, caption + note), _font(little, "".join(pictures))
     room = width - margin * (len(pictures) + 1)
     height = min(room / sum(p.width / p.height for p in pictures.values()), 0.75 * width)
     sizes = [(max(1, round(height * p.width / p.height)), max(1, round(height))) for p in pictures.values()]
     tiles = [p.convert("RGB").resize(size, Image.Resampling.LANCZOS) for p, size in zip(pictures.values(), sizes)]
     note_width = round(big.getlength(note)) + margin if note else 0
     lines = _wrap(caption, big, width - 2 * margin - note_width) if caption or note else []
-    line = round(1.35 * big.size)
+    lines += [] if drawn else [BOXES]
+    line = round(1.35 * large)
     top = margin + line * len(lines) + (margin // 2 if lines else 0)
 
-    canvas = Image.new("RGB", (width, top + tiles[0].height + round(1.6 * small.size) + margin // 2), PAPER)
+    canvas = Image.new("RGB", (width, top + tiles[0].height + round(1.6 * little) + margin // 2), PAPER)
     draw = ImageDraw.Draw(canvas)
     for number, text in enumerate(lines):
         draw.text((margin, margin + number * line), text, INK, big)
@@ -107,7 +141,7 @@ def panel(
     left = (width - sum(tile.width for tile in tiles) - margin * (len(tiles) - 1)) // 2
     for name, tile in zip(pictures, tiles):
         canvas.paste(tile, (left, top))
-        draw.text((left + tile.width // 2, top + tile.height + 0.3 * small.size), name, MUTED, small, anchor="ma")
+        draw.text((left + tile.width // 2, top + tile.height + 0.3 * little), name, MUTED, small, anchor="ma")
         left += tile.width + margin
     return canvas
 
@@ -147,26 +181,28 @@ def safe_name(text: str, length: int = 80) -> str:
 
 def save_worst_first(
     folder: Path,
-    ious: Sequence[float],
+    values: Sequence[float],
     names: Sequence[str],
     draw: Callable[[int], Image.Image],
     *,
+    label: str = "iou",
     most: int = 200,
     worst: int = 8,
     best: int = 4,
 ) -> Path:
-    """Save `NNNN_iouX.XX_<name>.jpg` from the worst IoU up, and `overview.png` with the worst and a few best.
+    """Save `NNNN_<label>X.XX_<name>.jpg` from the lowest value up, and `overview.png` with the worst and a few best.
 
-    draw: index -> its picture; called for one picture at a time, so memory does not grow with the evaluation.
+    values: what the pictures are sorted by, of the kind that `label` names. draw: index -> its picture; called for one
+    picture at a time, so memory does not grow with the evaluation.
     most: pictures saved at most. worst, best: pictures on the overview. Pictures of an earlier run are replaced.
     Returns the overview's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("[0-9]*_iou*.jpg"):
+    for stale in folder.glob(f"[0-9]*_{label}*.jpg"):
         stale.unlink()
-    order = sorted(range(len(ious)), key=lambda index: (ious[index], index))
+    order = sorted(range(len(values)), key=lambda index: (values[index], index))
     for place, index in enumerate(order[:most], 1):
-        path = folder / f"{place:04d}_iou{ious[index]:.2f}_{safe_name(names[index])}.jpg"
+        path = folder / f"{place:04d}_{label}{values[index]:.2f}_{safe_name(names[index])}.jpg"
         draw(index).save(path, quality=90)
     shown = order[:worst] + order[max(worst, len(order) - best) :]
     grid([draw(index) for index in shown]).save(folder / "overview.png")

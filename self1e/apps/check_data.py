@@ -36,8 +36,9 @@ from self1e.data.sets.reasoning import ReasoningSplit, ReasonSeg, read_record
 from self1e.data.sets.referring import ReferringSplit, ReferringTrain
 from self1e.data.sets.semantic import PartSet
 from self1e.data.splits import SPLITS, load_split, split_paths
-from self1e.evaluation.runtime import markdown_table
-from self1e.evaluation.vqa.benchmarks import VQA_BENCHMARKS, Question
+from self1e.evaluation.tables import markdown_table
+from self1e.evaluation.vqa.base import Question
+from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.model import prompts
 from self1e.model.inference import RESERVED
 from self1e.visualize import grid, overlay, panel

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -57,7 +58,7 @@ class Sample:
     replaced: tuple[tuple[str, str], ...] = ()
 
 
-def load_oriented(path: Path | str, id: str | None = None) -> tuple[Image.Image, int]:
+def load_oriented(path: Path | str | BinaryIO, id: str | None = None) -> tuple[Image.Image, int]:
     """The photo in RGB, EXIF orientation applied, and the orientation tag it had (1 to 8, 1 = stored upright).
 
     Raises SampleError, under `id` or the path, when the file is missing, truncated or no image.
@@ -71,7 +72,7 @@ def load_oriented(path: Path | str, id: str | None = None) -> tuple[Image.Image,
     return image, orientation if orientation in range(1, 9) else 1
 
 
-def load_image(path: Path | str, id: str | None = None) -> Image.Image:
+def load_image(path: Path | str | BinaryIO, id: str | None = None) -> Image.Image:
     """The photo in RGB, EXIF orientation applied. Raises SampleError (see `load_oriented`)."""
     return load_oriented(path, id)[0]
 

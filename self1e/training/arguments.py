@@ -198,6 +198,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--eval_all_only", action="store_true", help="--eval_only --eval_all_datasets")
     evaluation.add_argument("--eval_visualize", action="store_true", help="write pictures, worst first")
+    evaluation.add_argument(
+        "--overwrite_eval", action="store_true", help="evaluate anew what the results folder already holds"
+    )
 
     parser.add_argument(
         "--config", type=Path, nargs="+", help="YAML files of flags; later ones and the command line override"

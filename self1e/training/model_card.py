@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from self1e.evaluation.runtime import write_text
+from self1e.files import write_text
 from self1e.model.configuration import Self1EConfig
 
 EVALUATIONS = {"Segmentation": "eval/summary.md", "Visual question answering": "eval_vqa/summary.md"}

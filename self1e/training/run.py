@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from self1e.data.loading import SampleError, build_mixture, missing_paths
 from self1e.data.paths import missing, require_paths
 from self1e.data.splits import DEFAULT_SPLITS, load_split, split_paths
+from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.model import checkpoints
 from self1e.model.configuration import SWITCHES
@@ -59,8 +60,10 @@ def main(argv: list[str]) -> int:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    except KeyboardInterrupt as interruption:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and str(interruption):  # evaluation says what is done
+            print(f"\n{interruption}", file=sys.stderr, flush=True)
+        elif int(os.environ.get("LOCAL_RANK", 0)) == 0:
             kept = checkpoints_in(args.run_dir / "checkpoints")
             where = f"continue from {kept[-1]} with --auto_resume" if kept else "no checkpoint was written yet"
             print(f"\ninterrupted; {where}", file=sys.stderr, flush=True)
@@ -310,6 +313,8 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
         output_dir=args.run_dir / "eval",
         visualize=args.eval_visualize,
         skip_missing=args.eval_all_datasets if skip_missing is None else skip_missing,
+        checkpoint=checkpoint_settings(args.version, args.model_weights),
+        overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
         **evaluation_options(args),
     )
     if args.version == str(trained) and int(os.environ.get("RANK", 0)) == 0:

@@ -24,7 +24,7 @@ from trees import (
 from self1e.apps.check_data import main
 from self1e.data.loading import TRAINING_SETS
 from self1e.data.splits import SPLITS
-from self1e.evaluation.vqa.benchmarks import VQA_BENCHMARKS
+from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 
 

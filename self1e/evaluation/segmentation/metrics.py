@@ -5,17 +5,18 @@ computed from the list of units alone, so the JSONL that an evaluation writes is
 
     self1e score runs/NAME/eval/refcoco_unc_val.jsonl
 
-prints the figures as JSON, in seconds on one CPU. Scores are fractions in [0, 1]; a score over nothing is `None`.
+prints the figures, in seconds on one CPU. Scores are fractions in [0, 1]; a score over nothing is `None`.
 """
 
-import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+
+from self1e.data.masks import decode_segmentation
 
 IGNORE = 255
 LISA_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -29,6 +30,7 @@ class Unit:
     I, U: intersection and union. `predicted_pixels` + `target_pixels` = I + U.
     `no_target`: the annotation says that nothing fits the sentence; `None` where a benchmark has no such sentences.
     `is_sentence`: a long query (a whole sentence) rather than a phrase; `None` outside ReasonSeg.
+    `mask`: the prediction as COCO's compressed RLE, for pictures; no figure needs it.
     """
 
     id: str
@@ -40,10 +42,34 @@ class Unit:
     predicted_pixels: int
     no_target: bool | None = None
     is_sentence: bool | None = None
+    mask: dict | None = None
 
     @property
     def iou(self) -> float:
         return iou(self.I, self.U)
+
+    def record(self) -> dict:
+        """The unit as a line of JSON holds it: marks that its split does not have are left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def decode(self, height: int, width: int) -> np.ndarray:
+        """The predicted mask, uint8 {0, 1} (height, width). Raises ValueError where the unit holds none."""
+        if self.mask is None:
+            raise ValueError(f"unit {self.id} holds no mask, so there is nothing to draw; evaluate again to have it")
+        return decode_segmentation(self.mask, height, width)
+
+    @classmethod
+    def read(cls, record: dict, place: str) -> "Unit":
+        """The unit of a record. Raises ValueError naming `place` for a record that is none."""
+        known = {field.name for field in fields(cls)}
+        try:
+            unit = cls(**{name: value for name, value in record.items() if name in known})
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{place}: not a unit record ({error})") from error
+        counts = (unit.I, unit.U, unit.target_pixels, unit.predicted_pixels)
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError(f"{place}: not a unit record (pixel counts are {counts})")
+        return unit
 
 
 def count_pixels(prediction, target) -> dict[str, list[int]]:
@@ -160,28 +186,14 @@ def score(units: Sequence[Unit]) -> dict:
     return {"protocol": protocol, **PROTOCOLS[protocol](units)}
 
 
-def to_jsonl(units: Iterable[Unit]) -> str:
-    """One JSON object a line; marks that the benchmark does not have are left out."""
-    records = ({name: value for name, value in asdict(unit).items() if value is not None} for unit in units)
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def read_jsonl(path: str | Path) -> list[Unit]:
-    """Units of a file that `to_jsonl` made. Raises ValueError naming the first line that is no unit."""
-    known, units = {field.name for field in fields(Unit)}, []
+def read_units(path: str | Path) -> list[Unit]:
+    """The units of a split's JSONL. Raises ValueError naming the first line that is no unit."""
+    units = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                units.append(Unit(**{name: value for name, value in record.items() if name in known}))
-            except (ValueError, TypeError, AttributeError) as error:
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not a unit record ({error})") from error
+            units.append(Unit.read(record, f"{path}, line {number}"))
     return units
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Recompute a split's figures from its per-unit JSONL.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
-    for path in parser.parse_args(argv).files:
-        print(json.dumps({"file": str(path), **score(read_jsonl(path))}, indent=2))
-    return 0

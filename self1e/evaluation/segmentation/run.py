@@ -3,10 +3,12 @@
 Each photo is encoded once and serves all its sentences, at most `rows_per_forward` of them in a forward pass. Photos
 are decoded and tiled in DataLoader workers. All ranks run the same sequence of forwards (ZeRO-3 gathers weights
 layer by layer, so they must stay in step); surplus ones repeat a photo and their result is dropped.
+
+Units are written as photos finish, and an interrupted evaluation continues behind the last one.
 """
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,21 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pycocotools import mask as rle_codec
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from self1e import distributed
 from self1e.data.paths import missing, require_paths
 from self1e.data.sample import EvalImage, SampleError
-from self1e.data.splits import MODELS, SplitEntry, file_stem, get_splits, load_split, split_paths
-from self1e.evaluation.runtime import markdown_table, write_text
-from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score, to_jsonl
-from self1e.visualize import compare, save_worst_first
+from self1e.data.splits import SplitEntry, get_splits, load_split, split_paths
+from self1e.evaluation.journal import Journal
+from self1e.evaluation.loading import read_ahead
+from self1e.evaluation.provenance import describe
+from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score
+from self1e.evaluation.segmentation.report import SplitResults, summary_table, unit_text
+from self1e.model.inference import ANSWER
 
-ANSWER = "[SEG]."
 HIGH_RES_TILES = 4
 
 
@@ -41,12 +45,12 @@ class Turn:
     counts: bool
 
 
-def make_schedule(rows: Sequence[int], rank: int, world: int, rows_per_forward: int) -> list[Turn]:
+def make_schedule(rows: Mapping[int, int], rank: int, world: int, rows_per_forward: int) -> list[Turn]:
     """Deal photos to ranks, those with most rows first; every rank gets as many turns of as many forwards.
 
-    rows: sentences of each photo. Neighbours in the deal differ little in rows, so few forwards are surplus.
+    rows: photo -> number of its sentences. Neighbours in the deal differ little in rows, so few forwards are surplus.
     """
-    order = sorted(range(len(rows)), key=lambda photo: (-rows[photo], photo))
+    order = sorted(rows, key=lambda photo: (-rows[photo], photo))
     turns = []
     for start in range(0, len(order), world):
         forwards = -(-rows[order[start]] // rows_per_forward)  # the first of a round has most rows
@@ -56,10 +60,7 @@ def make_schedule(rows: Sequence[int], rank: int, world: int, rows_per_forward: 
 
 
 class _Photos(Dataset):
-    """Photo number -> (model inputs, masks).
-
-    A broken photo comes back as its error for the main process to raise: passing through a worker would bury it.
-    """
+    """Photo number -> (model inputs, masks), or the error that a broken photo or sentence causes."""
 
     def __init__(self, split: Sequence[EvalImage], processor, model_max_length: int, max_tiles: int):
         self.split, self.processor = split, processor
@@ -82,10 +83,6 @@ class _Photos(Dataset):
             return ValueError(f"{photo.image_id}: {error}")
         del batch["labels"]
         return batch, torch.from_numpy(np.ascontiguousarray(masks))
-
-
-def _as_is(item: Any) -> Any:
-    return item
 
 
 def _forward(model, batch: dict[str, Tensor], features, start: int, stop: int) -> list[Tensor]:
@@ -117,60 +114,26 @@ def predict_photo(
     return torch.stack(masks)
 
 
-def encode_mask(mask: Tensor) -> dict:
-    """bool (H, W) -> COCO's compressed RLE, a few hundred bytes."""
-    return rle_codec.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
+def encode_mask(mask: np.ndarray) -> dict:
+    """bool (H, W) -> COCO's compressed RLE as JSON holds it, a few hundred bytes."""
+    rle = rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
 def make_units(photo: EvalImage, entry: SplitEntry, masks: Tensor, targets: Tensor) -> list[Unit]:
     """Count one photo: its units from predicted masks, bool (n, H, W), and targets, uint8 (n, H, W)."""
-    counts = count_pixels(masks, targets)
+    counts, arrays = count_pixels(masks, targets), masks.cpu().numpy()
     units = []
     for row, unit_id in enumerate(photo.unit_ids):
-        marks = {}
+        marks: dict[str, bool] = {}
         if entry.protocol == "rela":
             marks["no_target"] = photo.no_target[row]
         if entry.protocol == "reasonseg":
             marks["is_sentence"] = photo.is_sentence[row]
-        text = photo.prompts[row].removeprefix("<image>").strip()
-        numbers = {name: values[row] for name, values in counts.items()}
-        units.append(Unit(id=unit_id, image=photo.image_id, text=text, **numbers, **marks))
+        text, mask = unit_text(photo.prompts[row]), encode_mask(arrays[row])
+        numbers: dict[str, Any] = {name: values[row] for name, values in counts.items()}
+        units.append(Unit(id=unit_id, image=photo.image_id, text=text, **numbers, **marks, mask=mask))
     return units
-
-
-def _ranks() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def _gather(value: Any, world: int) -> list:
-    """`value` of every rank, on every rank."""
-    if world == 1:
-        return [value]
-    values = [None] * world
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _raise_together(error: Exception | None, device: torch.device) -> None:
-    """Raise on all ranks what one of them met, so that none is left waiting for the others."""
-    _, world = _ranks()
-    failed = torch.tensor(int(error is not None), device=device)
-    if world > 1:
-        dist.all_reduce(failed)
-    if failed:
-        raise next(error for error in _gather(error, world) if error is not None)
-
-
-def _on_main(action: Callable[[], Any], device: torch.device) -> None:
-    """Run `action` on rank 0 while the others wait; its OSError (full disk, no permission) is raised on all."""
-    error = None
-    if _ranks()[0] == 0:
-        try:
-            action()
-        except OSError as caught:
-            error = caught
-    _raise_together(error, device)
 
 
 @torch.no_grad()
@@ -180,69 +143,86 @@ def evaluate_units(
     split: Sequence[EvalImage],
     entry: SplitEntry,
     *,
+    kept: Iterable[Unit] = (),
+    journal: Journal | None = None,
     workers: int = 4,
     rows_per_forward: int = 16,
     model_max_length: int = 512,
     high_res: bool = False,
-    keep_masks: bool = False,
     title: str = "",
-) -> tuple[list[Unit], list[dict]]:
-    """Units of a whole split in its order, gathered on every rank; with `keep_masks` also each prediction as RLE.
+) -> list[Unit]:
+    """The units of a whole split in its order, on every rank.
 
-    Raises SampleError for a broken photo or annotation, ValueError for a sentence that does not fit
-    `model_max_length`; both name the photo.
+    kept: units that are known already; photos all of whose units are among them are passed over. journal: where each
+    rank writes the units of a photo as soon as it has them.
+
+    Raises SampleError for a broken photo or annotation or a dead worker process, ValueError for a sentence that does
+    not fit `model_max_length`, OSError for a full disk, each on all ranks; RuntimeError for whatever
+    else one rank meets. All of them name the photo.
     """
-    rank, world = _ranks()
-    turns = make_schedule([len(photo.unit_ids) for photo in split], rank, world, rows_per_forward)
-    loader = DataLoader(
+    ids = [photo.unit_ids for photo in split]
+    known = {unit.id: unit for unit in kept}
+    found = {photo: [known[id] for id in own] for photo, own in enumerate(ids) if known.keys() >= set(own)}
+    rows = {photo: len(own) for photo, own in enumerate(ids) if photo not in found}
+    rank, world = distributed.rank(), distributed.world_size()
+    schedules = [make_schedule(rows, other, world, rows_per_forward) for other in range(world)]
+    turns = schedules[rank]
+
+    def name(photo: int) -> str:
+        return f"{title} {split[photo].image_id}".strip()
+
+    def agree(error: Exception | None, step: int) -> None:
+        try:
+            distributed.raise_together(error)
+        except RuntimeError:  # the exchange itself failed
+            _name_the_lost(schedules, step, name)
+            raise
+
+    items = read_ahead(
         _Photos(split, processor, model_max_length, HIGH_RES_TILES if high_res else 1),
-        sampler=[turn.photo for turn in turns],
-        batch_size=None,
-        collate_fn=_as_is,
-        num_workers=min(workers, len(turns)),
-        generator=torch.Generator(),  # or the loader would draw from the global one, and training after it change
+        [turn.photo for turn in turns],
+        workers=workers,
+        name=name,
     )
-    found: dict[int, tuple[list[Unit], list[dict]]] = {}  # photo -> its units, their masks
-    I = U = 0
-    bar = tqdm(zip(turns, loader), total=len(turns), desc=title, unit="photo", disable=rank != 0)
-    for turn, item in bar:
-        _raise_together(item if isinstance(item, Exception) else None, model.device)
+    I, U = (sum(getattr(unit, key) for units in found.values() for unit in units) for key in ("I", "U"))
+    bar = tqdm(turns, total=len(ids) // world, initial=len(found) // world, desc=title, unit="photo", disable=rank > 0)
+    failure: Exception | None = None
+    for step, turn in enumerate(bar):
+        item = next(items)
+        agree(item if isinstance(item, Exception) else failure, step)
         batch, targets = item
         size = tuple(targets.shape[1:])
-        masks = predict_photo(model, batch, size, rows_per_forward=rows_per_forward, forwards=turn.forwards)
-        if not turn.counts:
-            continue
-        units = make_units(split[turn.photo], entry, masks, targets.to(masks.device))
-        found[turn.photo] = units, [encode_mask(mask) for mask in masks] if keep_masks else []
+        try:
+            masks = predict_photo(model, batch, size, rows_per_forward=rows_per_forward, forwards=turn.forwards)
+            if not turn.counts:
+                continue
+            units = make_units(split[turn.photo], entry, masks, targets.to(masks.device))
+        except Exception as error:
+            raise RuntimeError(f"{name(turn.photo)}: {error}") from error
+        found[turn.photo] = units
+        try:
+            if journal is not None:
+                journal.append(unit.record() for unit in units)
+        except OSError as error:
+            failure = error  # the others learn of it at the next photo
         I, U = I + sum(unit.I for unit in units), U + sum(unit.U for unit in units)
         bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
-    parts = _gather(found, world)
-    found = {photo: result for part in parts for photo, result in part.items()}
-    assert len(found) == sum(map(len, parts)) == len(split), "a photo is lost or counted twice"
-    ordered = [found[photo] for photo in range(len(split))]
-    return [unit for units, _ in ordered for unit in units], [rle for _, masks in ordered for rle in masks]
+    agree(failure, len(turns))
+    together = {photo: units for part in distributed.gather(found) for photo, units in part.items()}
+    assert len(together) == len(split), "a photo is lost"
+    return [unit for photo in range(len(split)) for unit in together[photo]]
 
 
-def _save(name: str, results: dict[str, dict], units: list[Unit], output_dir: Path) -> None:
-    """Write the two files of split `name`, and the summary so far."""
-    write_text(output_dir / f"{file_stem(name)}.jsonl", to_jsonl(units))
-    write_text(output_dir / f"{file_stem(name)}.json", json.dumps(results[name], indent=2) + "\n")
-    write_text(output_dir / "summary.json", json.dumps(results, indent=2) + "\n")
-    write_text(output_dir / "summary.md", summary_table(results))
-
-
-def _save_pictures(split: Sequence[EvalImage], units: list[Unit], masks: list[dict], folder: Path) -> None:
-    places = [(photo, row) for photo in split for row in range(len(photo.unit_ids))]
-
-    def draw(index: int):
-        photo, row = places[index]
-        image, targets = photo.load()
-        image = image.resize(targets.shape[:0:-1])  # annotations are not always at the photo's size
-        prediction = rle_codec.decode(masks[index]).astype(bool)
-        return compare(image, targets[row], prediction, photo.sentences[row], units[index].iou)
-
-    overview = save_worst_first(folder, [unit.iou for unit in units], [unit.id for unit in units], draw)
-    tqdm.write(f"pictures, worst first: {overview}")
+def _name_the_lost(schedules: list[list[Turn]], step: int, name: Callable[[int], str]) -> None:
+    """Say where the others were when an exchange with them failed, because one that was killed cannot say it."""
+    if distributed.rank() > 1:  # one of the first two is alive, and two messages are enough
+        return
+    for other, turns in enumerate(schedules):
+        if other != distributed.rank():
+            photos = dict.fromkeys(name(turn.photo) for turn in turns[max(0, step - 1) : step + 1])
+            where = " or ".join(photos)
+            print(f"\nrank {distributed.rank()} lost another process; rank {other} was at {where}", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def evaluate_splits(
@@ -258,78 +238,75 @@ def evaluate_splits(
     high_res: bool = False,
     visualize: bool = False,
     skip_missing: bool = False,
+    checkpoint: Mapping[str, str | None] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, dict]:
-    """Score `model` on `splits`; write `<split>.json`, `<split>.jsonl` and `summary.md`, `summary.json`.
+    """Score `model` on `splits` and write the files that `segmentation.report` describes.
 
     Args:
         model: `Self1EForSegmentation` on its device; put into evaluation mode, and back afterwards.
         splits: names of `SPLITS`, or with one of `PREFIXES`.
         dataset_dir: root of the segmentation data. output_dir: made when absent; rank 0 writes.
-        workers: decoding processes a rank. rows_per_forward: sentences of a photo in one pass.
-        model_max_length: tokens a row may have. high_res: up to 4 tiles a photo.
+        workers: decoding processes per rank. rows_per_forward: sentences of a photo in one pass.
+        model_max_length: tokens a row may have. high_res: up to 4 tiles per photo.
         visualize: pictures of the worst sentences in `<output_dir>/<split>/`, and an overview.
         skip_missing: leave out splits whose data is absent, with a message, instead of raising.
+        checkpoint: what tells the model's weights from others (`provenance.checkpoint_settings`). With it, what
+            `output_dir` holds of the same settings is kept and continued. None: nothing can be kept.
+        overwrite: evaluate anew whatever `output_dir` holds.
 
-    Returns split -> figures (`mask_metrics.score`), the same on every rank.
+    Returns split -> figures (`metrics.score`), the same on every rank.
 
-    Raises ValueError (unknown split, sentence too long), FileNotFoundError (all absent data in one message),
-    SampleError (a broken photo). Splits finished before an error keep their files.
+    Raises ValueError (unknown split, sentence too long, results of other settings in `output_dir`), FileNotFoundError
+    (all absent data in one message), SampleError (a broken photo), and KeyboardInterrupt with a message that says what
+    is done. Splits finished before an error keep their files.
     """
     entries, output_dir = get_splits(splits), Path(output_dir)
-    say = tqdm.write if _ranks()[0] == 0 else lambda text: None
-    absent = missing(split_paths(entries, dataset_dir))
+    say = tqdm.write if distributed.is_main() else lambda text: None
+    absent = dict(reversed(missing(split_paths(entries, dataset_dir))))  # the first missing path of each split
     if not skip_missing:
-        require_paths(absent)
-    for name, path in dict(reversed(absent)).items():  # the first missing path of each
-        say(f"skipped {name}: {path} is absent")
-    available = {name: load_split(name, dataset_dir) for name in entries if name not in dict(absent)}
-    _on_main(partial(output_dir.mkdir, parents=True, exist_ok=True), model.device)
+        require_paths(missing(split_paths(entries, dataset_dir)))
+    elif absent:
+        names, path = ", ".join(name for name in entries if name in absent), next(reversed(absent.values()))
+        say(f"skipped for want of their data ({path} is missing, for one): {names}")
+    available = {name: load_split(name, dataset_dir) for name in entries if name not in absent}
+    distributed.on_main(partial(output_dir.mkdir, parents=True, exist_ok=True))
+    options: dict[str, Any] = {"high_res": high_res, "rows_per_forward": rows_per_forward}
+    settings = describe({**(checkpoint or {}), **model_settings(model), **options}, model.device)
     was_training, results = model.training, {}
     model.eval()
-    for name, split in available.items():
-        units, masks = evaluate_units(
-            model, processor, split, entries[name], workers=workers, rows_per_forward=rows_per_forward,
-            model_max_length=model_max_length, high_res=high_res, keep_masks=visualize, title=name,
-        )  # fmt: skip
-        results[name] = {"split": name, **score(units)}
-        _on_main(partial(_save, name, results, units, output_dir), model.device)
-        if visualize:
-            _on_main(partial(_save_pictures, split, units, masks, output_dir / file_stem(name)), model.device)
-    model.train(was_training)
+    name = ""
+    try:
+        for name, split in available.items():
+            files = SplitResults(output_dir, name)
+            fresh = overwrite or checkpoint is None
+            kept = distributed.on_main(partial(files.open, split, settings, overwrite=fresh))
+            units = evaluate_units(
+                model, processor, split, entries[name], kept=kept, journal=files.journal, workers=workers,
+                model_max_length=model_max_length, title=name, **options,
+            )  # fmt: skip
+            results[name] = {"split": name, **score(units)}
+            distributed.on_main(partial(files.save, units, results))
+            if visualize:
+                distributed.on_main(
+                    partial(files.save_pictures, split, units), catch=(ValueError, OSError, SampleError)
+                )
+    except KeyboardInterrupt as error:
+        done = ", ".join(results) or "none"
+        again = "the same command continues" if checkpoint else "the next evaluation starts anew"
+        raise KeyboardInterrupt(f"interrupted at {name}; splits that are done: {done}; {again}") from error
+    finally:
+        model.train(was_training)
     if results:
         say(summary_table(results))
     return results
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def summary_table(results: dict[str, dict]) -> str:
-    """Ours beside the published figures, in percent, and the figures that only some benchmarks have."""
-    entries = get_splits(results)
-    title = {name: name.replace("|", " ") for name in results}  # "|" would end a cell
-    rows = []
-    for name, figures in results.items():
-        published = entries[name].published
-        theirs = (" / ".join(f"{value:.1f}" for value in published.get(model, ())) or "-" for model in MODELS)
-        rows.append([title[name], str(figures["n"]), _percent(figures["giou"]), _percent(figures["ciou"]), *theirs])
-    header = ["split", "n", "gIoU", "cIoU", *(f"published {model}" for model in MODELS)]
-    text = markdown_table(header, rows) + "\nPublished: cIoU; on ReasonSeg gIoU / cIoU.\n"
-
-    rela = [(name, figures["rela"]) for name, figures in results.items() if "rela" in figures]
-    if rela:
-        columns = {"gIoU": "giou", "cIoU": "ciou", "Pr@0.7": "pr@0.7", "Pr@0.8": "pr@0.8", "Pr@0.9": "pr@0.9"}
-        columns |= {"N-acc": "n_acc", "T-acc": "t_acc"}
-        rows = [[title[name], *(_percent(figures[key]) for key in columns.values())] for name, figures in rela]
-        text += "\n" + markdown_table(["ReLA protocol", *columns], rows)
-    reasoning = [(name, figures) for name, figures in results.items() if "bootstrap" in figures]
-    if reasoning:
-        rows = []
-        for name, figures in reasoning:
-            intervals = [" to ".join(map(_percent, figures["bootstrap"][key])) for key in ("giou", "ciou")]
-            parts = [f"{_percent(figures[q]['giou'])} / {_percent(figures[q]['ciou'])}" for q in ("short", "long")]
-            rows.append([title[name], *intervals, *parts])
-        header = ["reasoning", "gIoU, 95% interval", "cIoU, 95% interval", "short gIoU / cIoU", "long gIoU / cIoU"]
-        text += "\n" + markdown_table(header, rows)
-    return text
+def model_settings(model) -> dict:
+    """The settings of a loaded model that decide its masks, for `settings.json`."""
+    config = model.config
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": config._attn_implementation,
+        **{name: getattr(config, name) for name in ("mask_features", "replication", "attention_pathway")},
+    }

@@ -5,17 +5,17 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from self1e.data.sample import SampleError
-from self1e.evaluation.vqa.benchmarks import Question
-
-SEPARATOR = "<|im_end|>"
+from self1e.evaluation.loading import read_ahead
+from self1e.evaluation.vqa.base import Question
+from self1e.model.inference import END_OF_TURN
 
 
 def make_batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of `size`, questions of one photo next to each other (it is encoded once a batch)."""
+    """Indices in batches of `size`, questions of one photo next to each other (it is encoded once per batch)."""
     by_image: dict[Any, list[int]] = {}
     for index in indices:
         by_image.setdefault(questions[index].image, []).append(index)
@@ -50,13 +50,11 @@ class _Prompts(Dataset):
         try:
             batch = self.processor(list(photos.values()), list(rows.values()), padding_side="left", **self.tiling)
         except ValueError as error:  # a reserved token in the text
-            return error
+            return ValueError(
+                f"question {' or '.join(str(self.questions[i].id) for i in self.batches[number])}: {error}"
+            )
         del batch["labels"]
         return self.batches[number], dict(batch)
-
-
-def _as_is(item: Any) -> Any:
-    return item
 
 
 @torch.inference_mode()
@@ -73,11 +71,11 @@ def generate_replies(model, tokenizer, batch: dict[str, torch.Tensor], max_new_t
         num_beams=1,
         min_new_tokens=1,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.convert_tokens_to_ids(SEPARATOR),
+        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
         pad_token_id=tokenizer.pad_token_id,
     )
     texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.split(SEPARATOR)[0].strip() for text in texts]
+    return [text.split(END_OF_TURN)[0].strip() for text in texts]
 
 
 def answer_questions(
@@ -101,18 +99,18 @@ def answer_questions(
 
     Raises:
         ValueError: a photo cannot be decoded, or a text holds a reserved token; the message names it.
+        SampleError: a process that decodes died.
     """
     batches = make_batches(questions, indices, batch_size)
     tiling = {"max_tiles": max_tiles, "thumbnail": max_tiles > 1}
-    loader = DataLoader(
-        _Prompts(questions, batches, processor, tiling),
-        batch_size=None,
-        collate_fn=_as_is,
-        num_workers=min(workers, len(batches)),
-        generator=torch.Generator(),
-    )
+    dataset = _Prompts(questions, batches, processor, tiling)
+
+    def name(number: int) -> str:
+        return " or ".join(f"question {questions[index].id}" for index in batches[number])
+
+    items = read_ahead(dataset, range(len(batches)), workers=workers, name=name)
     with tqdm(total=len(indices), desc=progress, unit="question", disable=progress is None) as bar:
-        for item in loader:
+        for item in items:
             if isinstance(item, Exception):
                 raise item
             asked, batch = item

@@ -1,91 +1,70 @@
-"""Replies on disk: written as they are made, by any number of processes, and taken up again after an interruption."""
+"""The replies to one benchmark on disk."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from self1e.evaluation.runtime import write_text
-from self1e.evaluation.vqa.benchmarks import Answer, Question
+from self1e.evaluation.journal import Journal
+from self1e.evaluation.provenance import Settings, SettingsFile
+from self1e.evaluation.vqa.base import Answer, Question
 
 
 class Predictions:
-    """The replies to one benchmark, on disk: `<name>.jsonl` in file order, `<name>.rank<r>.jsonl` while they are made.
+    """The replies to one benchmark: `<name>.jsonl` in the order of the questions, and its entry of `settings.json`.
 
-    A line: `index` (place in the question file), `question_id`, `prompt`, `answer`. `<name>.settings.json` says what
-    produced them; replies of other settings are never mixed in or reused.
+    A line holds `index` (place in the question file), `question_id`, `prompt` and `answer`. Replies that were made
+    with other settings, or to other questions, are never mixed in or reused.
     """
 
     def __init__(self, folder: Path, name: str, questions: Sequence[Question]):
-        self.path, self.settings_path = folder / f"{name}.jsonl", folder / f"{name}.settings.json"
-        self.questions = questions
-
-    def _rank_paths(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.stem}.rank*.jsonl"))
+        self.name, self.questions = name, questions
+        self.journal, self.settings = Journal(folder / f"{name}.jsonl"), SettingsFile(folder)
 
     def read(self) -> dict[int, str]:
-        """Index -> reply. The last line of a file may be torn; anything else wrong raises ValueError with the fix."""
-        replies = {}
-        for path in [self.path, *self._rank_paths()]:
-            lines = path.read_bytes().split(b"\n") if path.is_file() else []
-            for number, line in enumerate(lines, 1):
-                if not line:
+        """Index -> reply. Raises ValueError for a line that answers no question of the data folder."""
+        replies: dict[int, str] = {}
+        for place, record in self.journal.read():
+            index, reply = record.get("index"), record.get("answer")
+            if isinstance(index, int) and isinstance(reply, str) and 0 <= index < len(self.questions):
+                if record == self._record(index, reply):
+                    replies[index] = reply
                     continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    if number == len(lines):  # no newline behind it: the run was stopped while writing
-                        continue
-                    raise ValueError(f"{path}, line {number} is not JSON ({error}); delete the file") from error
-                index = row["index"]
-                known = self.questions[index] if index < len(self.questions) else None
-                if known is None or (row["question_id"], row["prompt"]) != (known.id, known.prompt):
-                    raise ValueError(
-                        f"{path}, line {number} answers another question than the data folder holds now; delete the "
-                        "file or use another --exp_name"
-                    )
-                replies[index] = row["answer"]
+            raise ValueError(
+                f"{place} answers another question than the data folder holds now; use another --exp_name to keep "
+                "both, or --overwrite_eval to evaluate anew"
+            )
         return replies
 
-    def open(self, settings: dict) -> dict[int, str]:
-        """Replies that are there already, after their files were joined to one. For one process only.
+    def open(self, settings: Settings, *, overwrite: bool) -> dict[int, str]:
+        """The replies that can be kept, for one process, before any rank appends.
 
-        Raises ValueError when they were made with other settings.
+        Raises ValueError when there are replies that were made with other settings, unless `overwrite` drops them.
         """
-        replies = self.read()
+        replies = {} if overwrite else self.read()
         if replies:
-            before = json.loads(self.settings_path.read_text()) if self.settings_path.is_file() else {}
-            differing = [key for key in settings if settings[key] != before.get(key)]
-            if differing:
-                changes = ", ".join(f"{key}: {before.get(key)} then, {settings[key]} now" for key in differing)
-                raise ValueError(
-                    f"{self.path} was made with other settings ({changes}); use the same ones, another --exp_name, "
-                    f"or delete {self.path.stem}.*jsonl there"
-                )
-        write_text(self.settings_path, json.dumps(settings, indent=1) + "\n")
-        self.join(replies)
+            self.settings.check(self.name, settings)
+        if len(replies) < len(self.questions):
+            self.journal.start(self._record(index, replies[index]) for index in sorted(replies))
+            self.settings.record(self.name, settings)
         return replies
 
-    def append(self, rank: int, asked: Sequence[int], replies: Sequence[str]) -> None:
-        """Add replies of one rank to its own file."""
-        with open(self.path.with_name(f"{self.path.stem}.rank{rank}.jsonl"), "a", encoding="utf-8") as file:
-            file.write("".join(self._line(index, reply) for index, reply in zip(asked, replies)))
+    def append(self, asked: Sequence[int], replies: Sequence[str]) -> None:
+        """Add replies of this rank to its own file."""
+        self.journal.append(self._record(index, reply) for index, reply in zip(asked, replies, strict=True))
 
-    def join(self, replies: dict[int, str]) -> None:
-        """Write all replies to the one file, in file order, and drop the ranks' files. For one process only."""
-        write_text(self.path, "".join(self._line(index, replies[index]) for index in sorted(replies)))
-        for path in self._rank_paths():
-            path.unlink()
+    def finish(self) -> None:
+        """Write all replies to the one file. For one process, after all have appended."""
+        self.journal.finish(self._record(index, reply) for index, reply in sorted(self.read().items()))
 
-    def _line(self, index: int, reply: str) -> str:
+    def _record(self, index: int, reply: str) -> dict:
         question = self.questions[index]
-        row = {"index": index, "question_id": question.id, "prompt": question.prompt, "answer": reply}
-        return json.dumps(row, ensure_ascii=False) + "\n"
+        return {"index": index, "question_id": question.id, "prompt": question.prompt, "answer": reply}
 
     def answers(self) -> list[Answer]:
         """Every question with its reply, in file order. Raises ValueError when some are unanswered."""
         replies = self.read()
         if len(replies) < len(self.questions):
             raise ValueError(
-                f"{self.path} answers {len(replies)} of {len(self.questions)} questions; run without --score_only"
+                f"{self.journal.path} answers {len(replies)} of {len(self.questions)} questions; run without "
+                "--score_only"
             )
         return [Answer(question, replies[index]) for index, question in enumerate(self.questions)]

@@ -1,33 +1,44 @@
 """Evaluate models on VQA benchmarks; started by `eval_vqas.sh`, on one process or under torchrun.
 
-Replies go to `<log_base_dir>/<exp_name>/eval_vqa/<benchmark>.jsonl` as they are produced, one line a question; scores,
-the official programs' result files (`official/`) and the summary are computed from these files alone. An interrupted
-run continues where it stopped.
+Replies go to `<log_base_dir>/<exp_name>/eval_vqa/` as they are produced, one line per question; scores, the official
+programs' result files (`official/`) and the summary are computed from these files alone. An interrupted run continues
+where it stopped.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from self1e.evaluation.runtime import Ranks, fingerprint, markdown_table, trained_weights, write_text
-from self1e.evaluation.vqa.benchmarks import VQA_BENCHMARKS, Answer, Benchmark, Question, get_vqa_benchmarks
+from self1e import distributed
+from self1e.data.sample import SampleError
+from self1e.evaluation.provenance import Settings, checkpoint_settings, describe
+from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
 from self1e.evaluation.vqa.generation import answer_questions
 from self1e.evaluation.vqa.predictions import Predictions
+from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
+from self1e.evaluation.vqa.report import summary_table
+from self1e.files import write_json, write_text
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
 
 README = "docs/vqa.md, section Benchmarks"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OWN_WEIGHTS = "none"
+EXPECTED = (ValueError, OSError, SampleError)  # of data, files and flags; each message names what is at fault
+TIMEOUT = timedelta(days=1)  # that a rank may wait for another one's share of the questions
+
+
+class CannotLoad(Exception):
+    """A checkpoint that cannot be loaded: no benchmark can be answered."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,9 @@ def list_candidates(
 ) -> list[Candidate]:
     """Pair `--version` with `--model_weights`; one of either kind serves all of the other.
 
-    One model writes to `<log_base_dir>/<exp_name>/eval_vqa`, several to a folder below it each. Raises ValueError when
-    the numbers do not fit.
+    Without `--model_weights`, a single version is evaluated with `<log_base_dir>/<exp_name>/ckpt_model` if it is
+    there. One model writes to `<log_base_dir>/<exp_name>/eval_vqa`, several to a folder below it each. Raises
+    ValueError when the numbers do not fit.
     """
     if len(versions) > 1 and len(weights) not in (0, len(versions)):
         raise ValueError(
@@ -55,13 +67,10 @@ def list_candidates(
         )
     count = max(len(versions), len(weights))
     versions = list(versions) * (count if len(versions) == 1 else 1)
-    if weights:
-        chosen = [None if each == OWN_WEIGHTS else each for each in weights]
-    elif count == 1:
-        chosen = [trained_weights(None, log_base_dir, exp_name)]
-    else:
-        chosen = [None] * count
-    root = log_base_dir / exp_name / "eval_vqa"
+    chosen: list[str | None] = [None if each == OWN_WEIGHTS else each for each in weights] or [None] * count
+    trained, root = log_base_dir / exp_name / "ckpt_model", log_base_dir / exp_name / "eval_vqa"
+    if not weights and count == 1 and trained.is_dir():
+        chosen = [str(trained)]
     if count == 1:
         return [Candidate(_label(chosen[0] or versions[0]), versions[0], chosen[0], root)]
     labels = [_label(own or version) for version, own in zip(versions, chosen)]
@@ -76,7 +85,7 @@ def _label(checkpoint: str) -> str:
 
 
 def read_questions(
-    benchmark: Benchmark, data_dir: Path, *, with_images: bool, with_references: bool
+    benchmark: VQABenchmark, data_dir: Path, *, with_images: bool, with_references: bool
 ) -> list[Question]:
     """Questions of a benchmark. Raises FileNotFoundError or ValueError naming the file that is missing or malformed.
 
@@ -95,19 +104,19 @@ def read_questions(
 
 def predict(
     load_model: Callable[[], tuple[Any, Any]],
-    benchmark: Benchmark,
+    benchmark: VQABenchmark,
     predictions: Predictions,
-    settings: dict,
-    ranks: Ranks,
+    settings: Settings,
     *,
     title: str,
-    **options,
+    overwrite: bool,
+    **options: Any,
 ) -> None:
     """Answer what is unanswered, on all ranks, and join the files. `options`: see `answer_questions`."""
-    settings = settings | {"max_new_tokens": benchmark.max_new_tokens}
-    done = ranks.run(lambda: predictions.open(settings), main_only=True)
-    open_ones = [index for index in range(len(predictions.questions)) if index not in done]
-    if not open_ones:
+    settings = settings | {"figures": settings["figures"] | {"max_new_tokens": benchmark.max_new_tokens}}
+    done = distributed.on_main(lambda: predictions.open(settings, overwrite=overwrite))
+    unanswered = [index for index in range(len(predictions.questions)) if index not in done]
+    if not unanswered:
         return
     model, processor = load_model()
 
@@ -116,19 +125,19 @@ def predict(
             model,
             processor,
             predictions.questions,
-            ranks.share(open_ones),
+            distributed.share(unanswered),
             max_new_tokens=benchmark.max_new_tokens,
-            progress=title if ranks.is_main else None,
+            progress=title if distributed.is_main() else None,
             **options,
         )
         for asked, replies in batches:
-            predictions.append(ranks.rank, asked, replies)
+            predictions.append(asked, replies)
 
-    ranks.run(work)
-    ranks.run(lambda: predictions.join(predictions.read()), main_only=True)
+    distributed.everywhere(work, catch=EXPECTED)
+    distributed.on_main(predictions.finish)
 
 
-def score(name: str, benchmark: Benchmark, predictions: Predictions, candidate: Candidate, data_dir: Path) -> dict:
+def score(name: str, benchmark: VQABenchmark, predictions: Predictions, candidate: Candidate, data_dir: Path) -> dict:
     """Scores of one benchmark from its replies on disk; writes `<name>.scores.json` and the official result files."""
     answers = predictions.answers()
     benchmark.export(answers, candidate.folder / "official", candidate.label)
@@ -137,41 +146,13 @@ def score(name: str, benchmark: Benchmark, predictions: Predictions, candidate: 
         result |= {"summary": {}, "details": {}, "notes": ["no local score: send the file in official/ to the server"]}
     else:
         result |= asdict(benchmark.metric(answers, data_dir))
-    write_text(candidate.folder / f"{name}.scores.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    write_json(candidate.folder / f"{name}.scores.json", result)
     return result
-
-
-def summary_table(candidates: Sequence[Candidate], results: dict[str, list[dict | None]]) -> str:
-    """Markdown: a row for each figure, a column for each model, and last minus first where there are several."""
-    header = ["benchmark", "figure", *(candidate.label for candidate in candidates)]
-    if len(candidates) > 1:
-        header.append("last - first")
-    rows, notes = [], []
-    for name, per_model in results.items():
-        figures = list(dict.fromkeys(chain.from_iterable(result["summary"] for result in per_model if result)))
-        for figure in figures or ["-"]:
-            values = [result["summary"].get(figure) if result else None for result in per_model]
-            row = [name, figure] + [_cell(result, value) for result, value in zip(per_model, values)]
-            if len(candidates) > 1:
-                row.append("" if None in (values[0], values[-1]) else f"{values[-1] - values[0]:+.2f}")
-            rows.append(row)
-        notes += [
-            f"- {name}, {result['model']}: {note}\n" for result in per_model if result for note in result["notes"]
-        ]
-    text = markdown_table(header, rows, text_columns=2) + "\nPercent, unless the figure names points.\n"
-    return text + ("\n" + "".join(notes) if notes else "")
-
-
-def _cell(result: dict | None, value: float | None) -> str:
-    if result is None:
-        return "failed"
-    return "server" if value is None else f"{value:.2f}"
 
 
 def evaluate(
     candidates: Sequence[Candidate],
-    benchmarks: dict[str, Benchmark],
-    ranks: Ranks,
+    benchmarks: dict[str, VQABenchmark],
     *,
     data_dir: Path,
     output_dir: Path,
@@ -182,30 +163,28 @@ def evaluate(
     batch_size: int = 8,
     workers: int = 0,
     score_only: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, str]:
     """Answer and score every benchmark with every model, and write `summary.md` and `summary.json` to `output_dir`.
 
     What is wrong with one benchmark does not stop the others. Returns what failed: "<benchmark>, <model>" -> why.
+    Raises CannotLoad for a checkpoint; KeyboardInterrupt with a message that says what is done.
     """
     failures: dict[str, str] = {}
     questions: dict[str, list[Question]] = {}
-    checks = {"with_images": not score_only, "with_references": not score_only and ranks.is_main}
+    checks = {"with_images": not score_only, "with_references": not score_only and distributed.is_main()}
     for name, benchmark in benchmarks.items():  # all of them first: what is missing shows before the long work starts
         try:
-            questions[name] = ranks.run(lambda: read_questions(benchmark, data_dir, **checks))  # noqa: B023
-        except ValueError as error:
-            _report(failures, name, error, ranks)
+            questions[name] = distributed.everywhere(partial(read_questions, benchmark, data_dir, **checks))
+        except EXPECTED as error:
+            _report(failures, name, error)
     options = {"batch_size": batch_size, "max_tiles": max_tiles, "workers": workers}
     results: dict[str, list[dict | None]] = {name: [] for name in benchmarks}
     for candidate in candidates:
         model = _Lazy(candidate, device, PRECISIONS[precision], attn_implementation)
-        settings = {
-            "version": fingerprint(candidate.version),
-            "weights": fingerprint(candidate.weights) if candidate.weights else None,
-            "precision": precision,
-            "attn_implementation": attn_implementation,
-            "max_tiles": max_tiles,
-        }
+        figures = {"precision": precision, "attn_implementation": attn_implementation, "max_tiles": max_tiles}
+        figures |= {} if score_only else checkpoint_settings(candidate.version, candidate.weights)
+        settings = describe(figures, device)
         for name, benchmark in benchmarks.items():
             result = None
             if name in questions:
@@ -213,17 +192,16 @@ def evaluate(
                 try:
                     if not score_only:
                         title = f"{candidate.label} {name}"
-                        predict(model, benchmark, predictions, settings, ranks, title=title, **options)
-                    result = ranks.run(
-                        lambda: score(name, benchmark, predictions, candidate, data_dir),  # noqa: B023
-                        main_only=True,
-                    )
-                except ValueError as error:
-                    _report(failures, f"{name}, {candidate.label}", error, ranks)
+                        predict(model, benchmark, predictions, settings, title=title, overwrite=overwrite, **options)
+                    result = distributed.on_main(partial(score, name, benchmark, predictions, candidate, data_dir))
+                except EXPECTED as error:
+                    _report(failures, f"{name}, {candidate.label}", error)
+                except KeyboardInterrupt as error:
+                    raise KeyboardInterrupt(_progress(results, predictions, candidate.label)) from error
             results[name].append(result)
         model.free()
-    if ranks.is_main:
-        table = summary_table(candidates, results)
+    if distributed.is_main():
+        table = summary_table([candidate.label for candidate in candidates], results)
         content = {
             "models": [{"label": c.label, "version": c.version, "weights": c.weights} for c in candidates],
             "figures": {
@@ -233,14 +211,21 @@ def evaluate(
             "failures": failures,
         }
         write_text(output_dir / "summary.md", table)
-        write_text(output_dir / "summary.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        write_json(output_dir / "summary.json", content)
         print(table, flush=True)
     return failures
 
 
-def _report(failures: dict[str, str], what: str, error: Exception, ranks: Ranks) -> None:
+def _progress(results: dict[str, list[dict | None]], predictions: Predictions, label: str) -> str:
+    """What an interrupted run says."""
+    done = [f"{name} ({result['model']})" for name, per_model in results.items() for result in per_model if result]
+    answered = f"{len(predictions.read())} of {len(predictions.questions)} questions of {predictions.name} ({label})"
+    return f"interrupted; done: {', '.join(done) or 'none'}; {answered}. The same command continues from there"
+
+
+def _report(failures: dict[str, str], what: str, error: Exception) -> None:
     failures[what] = f"{error} ({README})"
-    if ranks.is_main:
+    if distributed.is_main():
         print(f"error: {what}: {failures[what]}", file=sys.stderr, flush=True)
 
 
@@ -249,7 +234,7 @@ class _Lazy:
 
     def __init__(self, candidate: Candidate, device: torch.device, dtype: torch.dtype, attn_implementation: str):
         self.candidate, self.device, self.dtype, self.attention = candidate, device, dtype, attn_implementation
-        self.loaded = None
+        self.loaded: tuple[Self1EForSegmentation, Self1EProcessor] | None = None
 
     def __call__(self) -> tuple[Self1EForSegmentation, Self1EProcessor]:
         if self.loaded is None:
@@ -259,8 +244,8 @@ class _Lazy:
                 model = Self1EForSegmentation.from_pretrained(
                     version, weights=weights, dtype=self.dtype, attn_implementation=self.attention
                 )
-            except (ValueError, OSError) as error:  # no benchmark can be answered
-                raise SystemExit(f"error: cannot load {self.candidate.label}: {error}") from error
+            except EXPECTED as error:
+                raise CannotLoad(f"cannot load {self.candidate.label}: {error}") from error
             model.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
             self.loaded = model.to(self.device).eval(), processor
         return self.loaded
@@ -288,7 +273,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="W",
-        help=f"weights over --version, one for each, or several over one; `{OWN_WEIGHTS}` = the version's own. "
+        help=f"weights over --version, one for each, or several over one; `{OWN_WEIGHTS}` means the version's own. "
         "Default: <log_base_dir>/<exp_name>/ckpt_model if it is there (with one --version), else the version's own",
     )
     add("--exp_name", required=True, help="results go to <log_base_dir>/<exp_name>/eval_vqa")
@@ -302,16 +287,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="benchmarks, separated by blanks, quoted or not; default: " + " ".join(VQA_BENCHMARKS),
     )
     add("--dynamic", action="store_true", help="cut photos to tiles, InternVL's rule, and add a thumbnail")
-    add("--max_num", type=int, default=6, help="most tiles a photo with --dynamic (without the thumbnail)")
+    add("--max_num", type=int, default=6, help="the most tiles per photo with --dynamic, without the thumbnail")
     add("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, fp32 on a CPU")
     add("--attn_implementation", default="sdpa", choices=("eager", "sdpa", "flash_attention_2"))
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--batch_size", type=int, default=8, help="questions a forward pass, each process")
-    add("--workers", type=int, default=4, help="processes that decode and tile photos, each process")
+    add("--batch_size", type=int, default=8, help="questions per forward pass of a process")
+    add("--workers", type=int, default=4, help="processes per rank that decode and tile photos")
     add("--score_only", action="store_true", help="score the replies that are on disk; no model is loaded")
+    add("--overwrite_eval", action="store_true", help="drop the replies that are on disk and ask every question anew")
     args = parser.parse_args(argv)
     if args.max_num < 1 or args.batch_size < 1 or args.workers < 0:
         parser.error("--max_num and --batch_size must be at least 1, --workers at least 0")
+    if args.score_only and args.overwrite_eval:
+        parser.error("--score_only scores the replies that --overwrite_eval drops: give one of them")
     try:
         args.benchmarks = get_vqa_benchmarks(" ".join(args.datasets).split())
         args.candidates = list_candidates(args.version, args.model_weights, args.log_base_dir, args.exp_name)
@@ -320,23 +308,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run with command line `argv`; returns the exit code, 1 when a benchmark failed."""
-    args = parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-    with Ranks() as ranks:
-        try:
-            device = ranks.device(args.device)
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from error
-        if ranks.is_main:
-            for candidate in args.candidates:
-                weights = candidate.weights or "its own weights"
-                print(f"{candidate.label}: {candidate.version}, {weights} -> {candidate.folder}", flush=True)
+def run(args: argparse.Namespace) -> int:
+    """Evaluate as the flags say; returns the exit code: 1 when a benchmark failed, 130 after Ctrl-C."""
+    distributed.start("gloo", timeout=TIMEOUT)  # ranks exchange small objects only, on any kind of device
+    device = distributed.device(args.device)
+    if distributed.is_main():
+        for candidate in args.candidates:
+            weights = candidate.weights or "its own weights"
+            print(f"{candidate.label}: {candidate.version}, {weights} -> {candidate.folder}", flush=True)
+    try:
         failures = evaluate(
             args.candidates,
             args.benchmarks,
-            ranks,
             data_dir=args.data_dir,
             output_dir=args.log_base_dir / args.exp_name / "eval_vqa",
             device=device,
@@ -346,8 +329,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch_size=args.batch_size,
             workers=args.workers,
             score_only=args.score_only,
+            overwrite=args.overwrite_eval,
         )
+    except KeyboardInterrupt as error:
+        if distributed.is_main():
+            print(f"\n{str(error) or 'interrupted before the first question'}", file=sys.stderr, flush=True)
+        return 130
     return 1 if failures else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with command line `argv`; returns the exit code."""
+    args = parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
+    return distributed.run_program(lambda: run(args), expected=(*EXPECTED, CannotLoad))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import SHARED, needs_shared
 
-from self1e.evaluation.segmentation.metrics import Unit, bootstrap, count_pixels, main, read_jsonl, score, to_jsonl
+from self1e.evaluation.journal import to_jsonl
+from self1e.evaluation.segmentation.metrics import Unit, bootstrap, count_pixels, read_units, score
 
 
 def unit(I, predicted, target, **marks):
@@ -101,23 +102,23 @@ def test_no_units_is_an_error():
         score([])
 
 
-def test_jsonl_round_trip_and_command(tmp_path, monkeypatch, capsys):
-    units = [unit(3, 4, 5, no_target=False), unit(0, 2, 0, no_target=True)]
+def test_units_round_trip(tmp_path):
+    units = [unit(3, 4, 5, no_target=False), unit(0, 2, 0, no_target=True, mask={"size": [1, 2], "counts": "02"})]
     path = tmp_path / "grefcoco_unc_val.jsonl"
-    path.write_text(to_jsonl(units), encoding="utf-8")
-    assert read_jsonl(path) == units
+    path.write_text(to_jsonl(each.record() for each in units), encoding="utf-8")
+    assert read_units(path) == units
     assert "is_sentence" not in path.read_text(encoding="utf-8")
-    monkeypatch.setattr("sys.argv", ["mask_metrics", str(path)])
-    main()
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == {"file": str(path), **score(units)}
+    assert units[1].decode(1, 2).tolist() == [[1, 1]]
+    with pytest.raises(ValueError, match="no mask"):
+        units[0].decode(1, 2)
 
 
-def test_a_broken_line_is_named(tmp_path):
+@pytest.mark.parametrize("line", ['{"id": "x"}', "[]", "{", '{"id": "u", "image": "a", "text": "t", "I": -1, "U": 1}'])
+def test_a_broken_line_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
-    path.write_text(to_jsonl([unit(1, 1, 1)]) + '{"id": "x"}\n', encoding="utf-8")
+    path.write_text(to_jsonl([unit(1, 1, 1).record()]) + f"{line}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2"):
-        read_jsonl(path)
+        read_units(path)
 
 
 @needs_shared

@@ -1,0 +1,38 @@
+"""Photos that worker processes read ahead of the model."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from self1e.data.sample import SampleError
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def read_ahead(dataset: Dataset, order: Sequence[int], *, workers: int, name: Callable[[int], str]) -> Iterator[Any]:
+    """The items of `dataset` in the given order, read by worker processes, or by this one when `workers` is 0.
+
+    An error is an item too: passing through a worker as an exception would bury its message, and all ranks have to
+    learn of it. Whoever iterates raises it. name: what the item of a number is called where its reader raises what it
+    should not, or its worker dies.
+    """
+    loader = DataLoader(
+        dataset,
+        sampler=order,
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=min(workers, len(order)),
+        generator=torch.Generator(),  # or the loader would draw from the global one, and training after it change
+    )
+    items = iter(loader)
+    for number in order:
+        try:
+            item = next(items)
+        except Exception as error:
+            yield SampleError(name(number), f"reading it failed ({type(error).__name__}: {error})")
+            return
+        yield item

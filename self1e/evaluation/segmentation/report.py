@@ -1,0 +1,128 @@
+"""The results of a segmentation evaluation: files that can be taken up again, the summary, and pictures.
+
+In the results folder, `<split>.jsonl` holds one line per unit (see `metrics.Unit`), `<split>.json` the figures,
+`summary.md` and `summary.json` all splits of a run, `settings.json` what produced them (see `evaluation.provenance`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from self1e.data.sample import EvalImage
+from self1e.data.splits import MODELS, file_stem, get_splits
+from self1e.evaluation.journal import Journal
+from self1e.evaluation.provenance import Settings, SettingsFile
+from self1e.evaluation.segmentation.metrics import Unit
+from self1e.evaluation.tables import markdown_table
+from self1e.files import write_json, write_text
+from self1e.visualize import compare, save_worst_first
+
+
+class SplitResults:
+    """The files of one split in `folder`."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name, self.stem = folder, name, file_stem(name)
+        self.journal, self.settings = Journal(folder / f"{self.stem}.jsonl"), SettingsFile(folder)
+
+    def open(self, split: Sequence[EvalImage], settings: Settings, *, overwrite: bool) -> list[Unit]:
+        """The units of an earlier run that can be kept, for one process, before any rank appends.
+
+        Raises ValueError when there are units that were made with other settings, or of other data, unless
+        `overwrite` drops them.
+        """
+        units = [] if overwrite else self._read(split)
+        if units:
+            self.settings.check(self.name, settings)
+        if len(units) < sum(len(photo.unit_ids) for photo in split):
+            self.journal.start(unit.record() for unit in units)
+            (self.folder / f"{self.stem}.json").unlink(missing_ok=True)
+            self.settings.record(self.name, settings)
+        return units
+
+    def _read(self, split: Sequence[EvalImage]) -> list[Unit]:
+        asked = {
+            unit_id: (photo.image_id, unit_text(prompt))
+            for photo in split
+            for unit_id, prompt in zip(photo.unit_ids, photo.prompts)
+        }
+        units = {}
+        for place, record in self.journal.read():
+            unit = Unit.read(record, place)
+            if asked.get(unit.id) != (unit.image, unit.text):
+                raise ValueError(
+                    f"{place} is of another sentence than the data holds now; use another --exp_name to keep both, or "
+                    "--overwrite_eval to evaluate anew"
+                )
+            units[unit.id] = unit
+        return list(units.values())
+
+    def save(self, units: Sequence[Unit], results: dict[str, dict]) -> None:
+        """Write all units and figures of this split, and the summary of `results` so far. For one process."""
+        self.journal.finish(unit.record() for unit in units)
+        write_json(self.folder / f"{self.stem}.json", results[self.name], indent=2)
+        write_json(self.folder / "summary.json", results, indent=2)
+        write_text(self.folder / "summary.md", summary_table(results))
+
+    def save_pictures(self, split: Sequence[EvalImage], units: Sequence[Unit]) -> None:
+        """Photo, ground truth and prediction of the worst units in `<folder>/<split>/`, and an overview."""
+        places = [(photo, row) for photo in split for row in range(len(photo.unit_ids))]
+
+        def draw(index: int):
+            photo, row = places[index]
+            image, targets = photo.load()
+            height, width = targets.shape[1:]
+            image = image.resize((width, height))  # annotations are not always at the photo's size
+            prediction = units[index].decode(height, width).astype(bool)
+            return compare(image, targets[row], prediction, photo.sentences[row], units[index].iou)
+
+        folder = self.folder / self.stem
+        overview = save_worst_first(folder, [unit.iou for unit in units], [unit.id for unit in units], draw)
+        tqdm.write(f"pictures, worst first: {overview}")
+
+
+def unit_text(prompt: str) -> str:
+    """A prompt as a unit holds it: without the image."""
+    return prompt.removeprefix("<image>").strip()
+
+
+def percent(value: float | None) -> str:
+    """A fraction as the tables show it; `-` for a figure over nothing."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def summary_table(results: dict[str, dict]) -> str:
+    """Ours beside the published figures, in percent, and the figures that only some splits have.
+
+    A column of a published model is there when one of the splits has a figure of it.
+    """
+    entries = get_splits(results)
+    title = {name: name.replace("|", " ") for name in results}  # "|" would end a cell
+    models = [model for model in MODELS if any(model in entry.published for entry in entries.values())]
+    rows = []
+    for name, figures in results.items():
+        published = entries[name].published
+        theirs = (" / ".join(f"{value:.1f}" for value in published.get(model, ())) or "-" for model in models)
+        rows.append([title[name], str(figures["n"]), percent(figures["giou"]), percent(figures["ciou"]), *theirs])
+    header = ["split", "n", "gIoU", "cIoU", *(f"published {model}" for model in models)]
+    text = markdown_table(header, rows)
+    if models:
+        text += "\nPublished: cIoU; on ReasonSeg gIoU / cIoU.\n"
+
+    rela = [(name, figures["rela"]) for name, figures in results.items() if "rela" in figures]
+    if rela:
+        columns = {"gIoU": "giou", "cIoU": "ciou", "Pr@0.7": "pr@0.7", "Pr@0.8": "pr@0.8", "Pr@0.9": "pr@0.9"}
+        columns |= {"N-acc": "n_acc", "T-acc": "t_acc"}
+        rows = [[title[name], *(percent(figures[key]) for key in columns.values())] for name, figures in rela]
+        text += "\n" + markdown_table(["ReLA protocol", *columns], rows)
+    reasoning = [(name, figures) for name, figures in results.items() if "bootstrap" in figures]
+    if reasoning:
+        rows = []
+        for name, figures in reasoning:
+            intervals = [" to ".join(map(percent, figures["bootstrap"][key])) for key in ("giou", "ciou")]
+            parts = [f"{percent(figures[q]['giou'])} / {percent(figures[q]['ciou'])}" for q in ("short", "long")]
+            rows.append([title[name], *intervals, *parts])
+        header = ["reasoning", "gIoU, 95% interval", "cIoU, 95% interval", "short gIoU / cIoU", "long gIoU / cIoU"]
+        text += "\n" + markdown_table(header, rows)
+    return text

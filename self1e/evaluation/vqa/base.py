@@ -1,0 +1,125 @@
+"""What every VQA benchmark is made of, and the reading of its files.
+
+A benchmark is one `VQABenchmark`: where its questions lie, how they are put, how long a reply may be, how it scores.
+Each module beside this one holds one benchmark, or several that share a protocol, with its reader, scorer, exporter
+and quirks; `registry` lists them. Files, prompts and lengths are those of InternVL's evaluation (its `data/` layout).
+Scores are those of the official programs, so that figures can be compared with published ones; only their crashes
+(empty MMBench replies, zero denominators) are not matched. Fractions are 0..1; `_percent` in a name means 0..100.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from self1e.data.sample import load_image
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. `prompt`: the user's text behind the image; `record`: the benchmark's own row, for its metric."""
+
+    id: int | str
+    image: Path | bytes  # a file, or the bytes of one
+    prompt: str
+    record: dict
+
+    def open_image(self) -> Image.Image:
+        """The photo, RGB. Raises SampleError naming the question when it cannot be decoded."""
+        source = self.image if isinstance(self.image, Path) else io.BytesIO(self.image)
+        return load_image(source, f"question {self.id}")
+
+
+class Answer(NamedTuple):
+    question: Question
+    reply: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`summary`: rows of the table, percent unless the name says otherwise; `details`: everything, in the official
+    programs' names and units; `notes`: what a reader of the figures must know."""
+
+    summary: dict[str, float]
+    details: dict
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQABenchmark:
+    """One benchmark; all functions raise ValueError or FileNotFoundError naming the file at fault.
+
+    questions: data folder -> questions in file order.
+    max_new_tokens: limit of a reply.
+    metric: (answers in file order, data folder) -> scores; None where only a server can score.
+    export: (answers, folder, model name) writes what the official programs would have written there.
+    """
+
+    questions: Callable[[Path], list[Question]]
+    max_new_tokens: int
+    metric: Callable[[list[Answer], Path], Scores] | None
+    export: Callable[[list[Answer], Path, str], None]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns whatever a missing or malformed file causes into FileNotFoundError or ValueError that names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing") from error
+    except KeyError as error:
+        raise ValueError(f"{path} is malformed: no {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is malformed: {error}") from error
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Records of a file with one JSON object a line; blank lines are skipped."""
+    records = []
+    with reading(path):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number} is not JSON ({error})") from error
+        if not records:
+            raise ValueError("it holds no record")
+    return records
+
+
+def read_json(path: Path) -> dict:
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def image_path(name: str, data_dir: Path) -> Path:
+    """The photo that a question file names: a leading `data/` stands for the data folder."""
+    return data_dir / name.removeprefix("data/") if name.startswith("data/") else Path(name)
+
+
+def jsonl_questions(data_dir: Path, *, file: str, instruction: str) -> list[Question]:
+    """Lines with `image`, `question`, `question_id`; the prompt is the question, followed by the instruction."""
+    path = data_dir / file
+    records = read_jsonl(path)
+    with reading(path):
+        return [
+            Question(r["question_id"], image_path(r["image"], data_dir), f"{r['question']}{instruction}", r)
+            for r in records
+        ]
+
+
+def mean(values: Iterable[float]) -> float:
+    """Sum over count; 0 for none."""
+    return ratio(sum(values := list(values)), len(values))
+
+
+def ratio(part: float, whole: float) -> float:
+    """part / whole, and 0 where the whole is 0 (the official programs stop with ZeroDivisionError there)."""
+    return part / whole if whole else 0.0

@@ -1,0 +1,84 @@
+"""GQA testdev: exact match with one answer, by the GQA evaluator's rules."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, jsonl_questions, mean, read_json, reading
+from self1e.files import write_json
+from self1e.model.prompts import VQA_INSTRUCTION
+
+
+def read_prediction(reply: str) -> str:
+    """The reply as it enters the GQA evaluator: full stops at the end dropped, then lower case, nothing else."""
+    return reply.rstrip(".").lower()
+
+
+def accuracy(predictions: Mapping[str, str], questions: Mapping[str, Mapping]) -> dict:
+    """The GQA evaluator's accuracy in percent over all balanced questions, over open and over binary ones.
+
+    Args:
+        predictions: question id -> `read_prediction` of the reply; ids that `questions` lacks are ignored.
+        questions: question id -> record with `answer`, `isBalanced` and `types.structural` (`query` = open).
+
+    Raises:
+        ValueError: a balanced question has no prediction.
+    """
+    balanced = {key: question for key, question in questions.items() if question["isBalanced"]}
+    missing = [key for key in balanced if key not in predictions]
+    if missing:
+        raise ValueError(f"{len(missing)} balanced GQA questions have no prediction, the first is {missing[0]}")
+    hits: dict[bool, list[bool]] = {True: [], False: []}  # by "is an open question"
+    for key, question in balanced.items():
+        hits[question["types"]["structural"] == "query"].append(predictions[key] == question["answer"])
+    return {
+        "n": len(balanced), "n_open": len(hits[True]), "n_binary": len(hits[False]),
+        "accuracy": 100 * mean(hits[True] + hits[False]),
+        "open": 100 * mean(hits[True]),
+        "binary": 100 * mean(hits[False]),
+    }  # fmt: skip
+
+
+_QUESTIONS = ("gqa/testdev_balanced_questions.json", "gqa/testdev_balanced_all_questions.json")
+
+
+def _predictions(answers: list[Answer]) -> dict[str, str]:
+    return {str(answer.question.id): read_prediction(answer.reply) for answer in answers}
+
+
+def score(answers: list[Answer], data_dir: Path) -> Scores:
+    """Exact match on the balanced testdev questions; their file goes by either of two names."""
+    paths = [data_dir / name for name in _QUESTIONS]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{paths[0]} is missing (so is {paths[1].name}, its other name)")
+    questions = read_json(path)
+    with reading(path):
+        details = accuracy(_predictions(answers), questions)
+    empty = [kind for kind in ("open", "binary") if not details[f"n_{kind}"]]
+    notes = [f"no {kind} question: {kind} accuracy is given as 0" for kind in empty]
+    return Scores({name: details[name] for name in ("accuracy", "open", "binary")}, details, notes)
+
+
+def export(answers: list[Answer], folder: Path, model: str) -> None:
+    rows = [
+        {"question": q.prompt, "questionId": q.id, "answer": reply, "annotation": q.record.get("answer")}
+        for q, reply in answers
+    ]
+    write_json(folder / "gqa_testdev_llava.json", rows)
+    predictions = [{"questionId": key, "prediction": text} for key, text in _predictions(answers).items()]
+    write_json(folder / "testdev_balanced_predictions.json", predictions)
+
+
+BENCHMARKS = {
+    "vqa-gqa-testdev": VQABenchmark(
+        questions=partial(
+            jsonl_questions,
+            file="gqa/llava_gqa_testdev_balanced_qwen_format.jsonl",
+            instruction=VQA_INSTRUCTION,
+        ),
+        max_new_tokens=10,
+        metric=score,
+        export=export,
+    )
+}

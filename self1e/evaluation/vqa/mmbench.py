@@ -1,0 +1,199 @@
+"""MMBench: multiple choice, every question with every rotation of its options.
+
+InternVL turns replies into predictions and scores nothing: its Excel file goes to the MMBench server. The local scores
+of the dev tables are VLMEvalKit's exact matching, without a judge model.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark, reading
+
+OPTIONS = "ABCDE"
+CIRCULAR_STEP = 1_000_000  # a copy with the options rotated by k has the index of its base row plus k times this
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+ABILITIES = {
+    "coarse_perception": "CP",
+    "finegrained_perception (instance-level)": "FP-S",
+    "finegrained_perception (cross-instance)": "FP-C",
+    "logic_reasoning": "LR",
+    "relation_reasoning": "RR",
+    "attribute_reasoning": "AR",
+}
+
+
+def options_of(row: Mapping) -> dict[str, str]:
+    """Letter -> text of the options that are present in a row of an MMBench table."""
+    return {letter: str(row[letter]) for letter in OPTIONS if letter in row and not pd.isna(row[letter])}
+
+
+def read_prediction(reply: str, options: Mapping[str, str]) -> str:
+    """What InternVL writes to the submission for a reply: mostly a letter.
+
+    Any reply that begins with an option's letter gives that letter (`Blue` is B), else the first option whose text
+    stands in the reply, else the reply. An empty reply stays empty.
+    """
+    reply = reply.strip()
+    if len(reply) < 2:
+        return reply
+    if reply[0] in options:
+        return reply[0]
+    return next((letter for letter, text in options.items() if text in reply), reply)
+
+
+def read_choice(prediction: str, options: Mapping[str, str]) -> str | None:
+    """The option that VLMEvalKit's exact matching (no judge model) reads from a prediction.
+
+    A letter, `Z` for a refusal, None when nothing can be read.
+    """
+    if any(refusal in prediction for refusal in _REFUSALS):
+        return "Z"
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", prediction).split()
+    present = [letter for letter in options if letter in words]
+    if len(present) == 1 and words.index(present[0]) >= len(words) - 4:
+        return present[0]
+    if not present and "Z" in words:
+        return "Z"
+    stated = re.search(r"(?:correct )?answer is\s*\**\s*([A-D])\b", prediction, re.IGNORECASE)
+    if stated and stated[1].upper() in options:
+        return stated[1].upper()
+    texts = {letter: text.lower() for letter, text in options.items()}
+    if len(prediction) > 2 * sum(map(len, texts.values())):
+        return None
+    named = [letter for letter, text in texts.items() if text in prediction.lower()]
+    return named[0] if len(named) == 1 else None
+
+
+def to_xlsx(submission: pd.DataFrame) -> bytes:
+    """An Excel file of a submission table; control characters, which the format cannot hold, are left out."""
+    clean = submission.map(lambda cell: ILLEGAL_CHARACTERS_RE.sub("", cell) if isinstance(cell, str) else cell)
+    buffer = io.BytesIO()
+    clean.to_excel(buffer, index=False, engine="openpyxl")
+    return buffer.getvalue()
+
+
+def read_choices(table: pd.DataFrame) -> list[str | None]:
+    """`read_choice` of every row of a table with `index`, the option columns and `prediction`.
+
+    The official scorer reads the submission from Excel, where pandas turns some cells into others (`None` becomes nan,
+    a column of digits numbers); so does this function. An empty prediction is no choice.
+    """
+    read = pd.read_excel(io.BytesIO(to_xlsx(table)), engine="openpyxl")
+    return [
+        read_choice(str(row["prediction"]), options_of(row)) if given else None
+        for row, given in zip(read.to_dict("records"), table["prediction"])
+    ]
+
+
+def accuracy(table: pd.DataFrame) -> dict:
+    """Local scores of an MMBench dev table, VLMEvalKit's protocol with exact matching; fractions 0..1.
+
+    `table` columns: `index, A, B, C, D, prediction, answer, category, l2-category, split`.
+
+    Returns {`circular`, `plain_all_rows`, `plain_main_rows_only`} -> split -> {`Overall`, ability (CP, FP-S, FP-C, LR,
+    RR, AR), category} -> score. Circular: a question is right when all its rotations are. Main rows: index < 1000000.
+    """
+    choices = read_choices(table[["index", *(c for c in OPTIONS if c in table), "prediction"]])
+    hits = table.assign(hit=[choice == answer for choice, answer in zip(choices, table["answer"])])
+    hits["ability"] = hits["l2-category"].map(lambda name: ABILITIES.get(name, name))
+    main = hits[hits["index"] < CIRCULAR_STEP]
+    all_rotations = hits.groupby(hits["index"] % CIRCULAR_STEP)["hit"].all()
+    circular = main.assign(hit=main["index"].map(all_rotations))
+    kinds = {"circular": circular, "plain_all_rows": hits, "plain_main_rows_only": main}
+    return {kind: {split: _by_group(rows) for split, rows in part.groupby("split")} for kind, part in kinds.items()}
+
+
+def _by_group(rows: pd.DataFrame) -> dict[str, float]:
+    groups = {"Overall": float(rows["hit"].mean())}
+    for column in ("ability", "category"):
+        groups |= {str(name): float(hit) for name, hit in rows.groupby(column)["hit"].mean().items()}
+    return groups
+
+
+_SUBMITTED = ("index", "question", *OPTIONS, "prediction", "answer", "split")
+_UNSUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
+_LETTER_ONLY = {
+    "en": "Answer with the option's letter from the given choices directly.",
+    "cn": "请直接回答选项字母。",
+}
+
+
+def read_questions(data_dir: Path, *, key: str, language: str) -> list[Question]:
+    """Rows of a table, circular copies included, read with pandas' defaults (so an option `None` counts as absent)."""
+    path = data_dir / "mmbench" / f"{key}.tsv"
+    with reading(path):
+        table = pd.read_csv(path, sep="\t")
+        missing = [name for name in ("index", "question", "A", "split", *_UNSUBMITTED) if name not in table]
+        if missing:
+            raise ValueError(f"no column {', '.join(missing)}")
+        questions, images = [], {}
+        for row in table.to_dict("records"):
+            code = row.pop("image")
+            if code not in images:  # shared by the circular copies
+                images[code] = base64.b64decode(code, validate=True)
+            hint = "" if pd.isna(row["hint"]) else f"{row['hint']}\n"
+            options = "".join(f"\n{letter}. {text}" for letter, text in options_of(row).items())
+            prompt = f"{hint}{row['question']}{options}\n{_LETTER_ONLY[language]}"
+            questions.append(Question(row["index"], images[code], prompt, row))
+    return questions
+
+
+def _table(answers: list[Answer]) -> pd.DataFrame:
+    """The table with a column `prediction`."""
+    rows = [
+        answer.question.record | {"prediction": read_prediction(answer.reply, options_of(answer.question.record))}
+        for answer in answers
+    ]
+    return pd.DataFrame(rows)
+
+
+def score(answers: list[Answer], data_dir: Path) -> Scores:
+    """Circular and plain accuracy by VLMEvalKit's exact matching: local scores, the server may read more replies."""
+    details = accuracy(_table(answers))
+    names = {"circular": "circular", "plain_all_rows": "plain", "plain_main_rows_only": "plain, unrotated rows only"}
+    several = len(details["plain_all_rows"]) > 1
+    summary = {
+        names[kind] + (f", {split}" if several else "") + ("" if group == "Overall" else f", {group}"): 100 * score
+        for kind, splits in details.items()
+        for split, groups in splits.items()
+        for group, score in groups.items()
+        if group == "Overall" or (kind == "circular" and group in ABILITIES.values())
+    }
+    return Scores(summary, details)
+
+
+def export(answers: list[Answer], folder: Path, model: str, *, key: str) -> None:
+    """The Excel file that the MMBench server takes."""
+    table = _table(answers)
+    folder.mkdir(parents=True, exist_ok=True)
+    submitted = table[[column for column in _SUBMITTED if column in table]]
+    (folder / f"{key}.xlsx").write_bytes(to_xlsx(submitted))
+
+
+def _benchmark(key: str, language: str, scored: bool) -> VQABenchmark:
+    return VQABenchmark(
+        questions=partial(read_questions, key=key, language=language),
+        max_new_tokens=100,
+        metric=score if scored else None,
+        export=partial(export, key=key),
+    )
+
+
+BENCHMARKS = {
+    "mmbench-dev-en": _benchmark("mmbench_dev_20230712", "en", scored=True),
+    "mmbench-dev-cn": _benchmark("mmbench_dev_cn_20231003", "cn", scored=True),
+    "mmbench-test-en": _benchmark("mmbench_test_en_20231003", "en", scored=False),
+    "mmbench-test-cn": _benchmark("mmbench_test_cn_20231003", "cn", scored=False),
+}

@@ -1,0 +1,105 @@
+"""POPE: is the object in the photo? Yes or no, in three categories of absent objects."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark, mean, ratio, read_jsonl, reading
+from self1e.files import write_json
+from self1e.model.prompts import VQA_INSTRUCTION
+
+
+def read_reply(reply: str) -> str:
+    """`no` when `No`, `no` or `not` stands as a word (split at blanks, commas deleted) before the first full stop.
+
+    Everything else is `yes`, as in the official reading: also an empty reply, `NO`, `no!` and `None`.
+    """
+    words = reply.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def category_scores(answers: Sequence[str], labels: Sequence[str]) -> dict:
+    """Scores of one POPE category; `yes` is the positive class, `answers` and `labels` (yes/no) pair by position."""
+    pairs = list(zip(answers, labels, strict=True))
+    tp, fp = pairs.count(("yes", "yes")), pairs.count(("yes", "no"))
+    fn, tn = pairs.count(("no", "yes")), pairs.count(("no", "no"))
+    precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
+    return {
+        "samples": len(pairs), "TP": tp, "FP": fp, "TN": tn, "FN": fn,
+        "accuracy": ratio(tp + tn, len(pairs)),
+        "precision": precision,
+        "recall": recall,
+        "f1": ratio(2 * precision * recall, precision + recall),
+        "yes_ratio": ratio(tp + fp, len(pairs)),
+    }  # fmt: skip
+
+
+CATEGORIES = ("random", "popular", "adversarial")
+
+
+def read_questions(data_dir: Path) -> list[Question]:
+    """`text` of each line is the prompt as it stands; photos lie in `pope/val2014`."""
+    path = data_dir / "pope" / "llava_pope_test.jsonl"
+    records = read_jsonl(path)
+    with reading(path):
+        for record in records:
+            if VQA_INSTRUCTION.strip() not in record["text"]:
+                raise ValueError(
+                    f"the text of question_id {record['question_id']!r} lacks `{VQA_INSTRUCTION.strip()}`"
+                )
+            if record["category"] not in CATEGORIES:
+                raise ValueError(f"category {record['category']!r} is none of {', '.join(CATEGORIES)}")
+        return [Question(r["question_id"], data_dir / "pope" / "val2014" / r["image"], r["text"], r) for r in records]
+
+
+def score(answers: list[Answer], data_dir: Path) -> Scores:
+    """Scores per category, and overall as the mean of the categories (official for F1).
+
+    Quirk kept: replies pair with label lines by position inside their category, not by id.
+    """
+    categories, notes = {}, []
+    for category in CATEGORIES:
+        asked = [answer for answer in answers if answer.question.record["category"] == category]
+        if not asked:
+            notes.append(f"{category}: no question")
+            continue
+        path = data_dir / "pope" / "coco" / f"coco_pope_{category}.json"
+        labels = read_jsonl(path)
+        with reading(path):
+            if len(labels) != len(asked):
+                raise ValueError(f"{len(labels)} labels for {len(asked)} {category} questions")
+            unknown = {label["label"] for label in labels} - {"yes", "no"}
+            if unknown:
+                raise ValueError(f"a label is yes or no, not {sorted(unknown)}")
+            scores = category_scores(
+                [read_reply(answer.reply) for answer in asked], [label["label"] for label in labels]
+            )
+            strangers = sum(answer.question.record["image"] != label["image"] for answer, label in zip(asked, labels))
+        categories[category] = scores
+        if strangers:
+            notes.append(f"{category}: {strangers} labels are of another image than the question at their place")
+        if not scores["TP"] + scores["FP"]:
+            notes.append(f"{category}: nothing answered yes, precision is given as 0")
+        if not scores["TP"] + scores["FN"]:
+            notes.append(f"{category}: nothing labelled yes, recall is given as 0")
+    overall = {
+        name: mean(scores[name] for scores in categories.values())
+        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")
+    }
+    summary = {f"{name} (overall)": 100 * value for name, value in overall.items()}
+    summary |= {
+        f"{name} ({category})": 100 * scores[name] for category, scores in categories.items() for name in overall
+    }
+    details = {"categories": categories, "overall": overall}
+    details["overall_f1_printed_percent"] = round(100 * overall["f1"], 2)
+    return Scores(summary, details, notes)
+
+
+def export(answers: list[Answer], folder: Path, model: str) -> None:
+    rows: list[dict] = [
+        {"question_id": a.question.id, "text": a.reply, "text_orig": a.reply, "model_id": model, "metadata": {}}
+        for a in answers
+    ]
+    write_json(folder / "pope.json", rows)
+
+
+BENCHMARKS = {"pope": VQABenchmark(questions=read_questions, max_new_tokens=100, metric=score, export=export)}

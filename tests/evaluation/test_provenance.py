@@ -1,0 +1,47 @@
+"""What tells checkpoints and settings apart."""
+
+import pytest
+import torch
+
+from self1e.evaluation.provenance import SettingsFile, checkpoint_settings, describe, fingerprint
+
+CPU = torch.device("cpu")
+
+
+def test_fingerprint_follows_content_not_place(tmp_path):
+    content = bytes(range(256)) * 4000
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    assert fingerprint(tmp_path / "a") == fingerprint(str(tmp_path / "b"))
+    (tmp_path / "b" / "model.safetensors").write_bytes(bytes(len(content)))
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+    assert checkpoint_settings("OpenGVLab/InternVL3-2B", None) == {
+        "version": "OpenGVLab/InternVL3-2B",
+        "weights": None,
+    }
+
+
+def test_equal_settings_pass_and_each_difference_is_named(tmp_path):
+    file, settings = SettingsFile(tmp_path), describe({"dtype": "float32", "high_res": False}, CPU)
+    assert torch.__version__.startswith(settings["figures"]["packages"]["torch"])
+    assert settings["run"]["devices"] and settings["run"]["processes"] == 1 and "pytest" in settings["run"]["command"]
+    with pytest.raises(ValueError, match="nobody wrote down"):
+        file.check("a|val", settings)
+    file.record("a|val", settings)
+    file.record("b|val", describe({"dtype": "bfloat16"}, CPU))
+    file.check("a|val", describe({"dtype": "float32", "high_res": False}, CPU))  # another start, the same figures
+    other = describe({"dtype": "float32", "high_res": True}, CPU)
+    other["figures"]["packages"] = {**other["figures"]["packages"], "torch": "9.0"}
+    with pytest.raises(ValueError, match="a|val.*high_res was false and is true") as refused:
+        file.check("a|val", other)
+    message = str(refused.value)
+    assert '"torch": "9.0"' in message and "numpy" not in message  # of a table only what differs
+    assert "--exp_name" in message and "--overwrite_eval" in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_settings_file_is_named(tmp_path, content):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match="settings.json"):
+        SettingsFile(tmp_path).read()

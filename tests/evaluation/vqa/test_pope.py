@@ -1,0 +1,29 @@
+"""POPE: every golden of the official evaluator, and facts that need no file."""
+
+import pytest
+from helpers import needs_shared
+from vqa_trees import EXACT, golden
+
+from self1e.evaluation.vqa import pope
+from self1e.evaluation.vqa.base import mean
+
+
+@needs_shared
+def test_pope_matches_official():
+    facts = golden("pope")
+    f1 = []
+    for category, expected in facts["categories"].items():
+        items = [item for item in facts["items"] if item["category"] == category]
+        answers = [pope.read_reply(item["prediction"]) for item in items]
+        assert answers == [item["parsed"] for item in items]
+        scores = pope.category_scores(answers, [item["label"] for item in items])
+        assert scores == pytest.approx(expected, abs=EXACT)
+        f1.append(scores["f1"])
+    assert round(100 * mean(f1), 2) == facts["overall_f1_printed_percent"]
+
+
+def test_pope_zero_denominators_are_zero():
+    scores = pope.category_scores(["no", "no"], ["no", "no"])
+    assert (scores["accuracy"], scores["precision"], scores["recall"], scores["f1"]) == (1, 0, 0, 0)
+    with pytest.raises(ValueError):
+        pope.category_scores(["yes"], ["yes", "no"])
