@@ -11,7 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def describe(figures: dict[str, Any], device: torch.device) -> Settings:
             "python": platform.python_version(),
             "processes": distributed.world_size(),
             "devices": sorted(set(distributed.gather(name))),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
 
