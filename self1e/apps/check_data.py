@@ -40,7 +40,6 @@ from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.base import Question
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.model import prompts
-from self1e.model.inference import RESERVED
 from self1e.visualize import grid, overlay, panel
 
 SHOWN = 10  # problems printed a set
@@ -57,7 +56,7 @@ EMPTY_QUESTIONS = {
     " ".join(question.split())
     for question in (
         *(template.format("") for template in prompts.SHORT_QUESTIONS + prompts.LONG_QUESTIONS),
-        *(f"<image>{end}" for end in ("", prompts.VQA_INSTRUCTION, prompts.VIZWIZ_INSTRUCTION)),
+        *(f"{prompts.IMAGE_TAG}{end}" for end in ("", prompts.VQA_INSTRUCTION, prompts.VIZWIZ_INSTRUCTION)),
     )
 }
 
@@ -272,14 +271,17 @@ class Report:
 
 def without_template(turns: list[str], masks: int) -> list[str]:
     """The texts of a row without what our templates put there: the image's tag, and one [SEG] a mask."""
-    return [turns[0].removeprefix("<image>\n"), *(text.replace("[SEG]", "", masks) for text in turns[1:])]
+    return [
+        turns[0].removeprefix(f"{prompts.IMAGE_TAG}\n"),
+        *(text.replace(prompts.SEG, "", masks) for text in turns[1:]),
+    ]
 
 
 def problems_of(seen: Seen) -> list[str]:
     problems = list(seen.problems)
     for turns, masks in seen.rows:
         texts = without_template(turns, len(masks))
-        problems += [f"{text!r} holds the reserved token {t}" for text in texts for t in RESERVED if t in text]
+        problems += [f"{text!r} holds the reserved token {t}" for text in texts for t in prompts.RESERVED if t in text]
         if len(masks) and masks.shape[1:] != (seen.image.height, seen.image.width):
             size = f"{masks.shape[2]} x {masks.shape[1]}, the photo {seen.image.width} x {seen.image.height}"
             problems.append(f"the mask's size is {size} pixels")
@@ -327,7 +329,7 @@ def picture(name: str, seen: Seen, turn: int) -> Image.Image:
     if len(masks):
         size = masks.shape[:0:-1]  # annotations are not always at the photo's size
         pictures["mask" if (masks == 1).any() else "mask: nothing"] = overlay(seen.image.resize(size), masks)
-    caption = " / ".join(turns).removeprefix("<image>\n")
+    caption = " / ".join(turns).removeprefix(f"{prompts.IMAGE_TAG}\n")
     return panel(pictures, caption if len(caption) <= 300 else f"{caption[:300]} ...", name[-30:], width=CELL)
 
 

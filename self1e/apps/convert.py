@@ -37,12 +37,12 @@ from transformers.utils import cached_file
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.model import checkpoints
-from self1e.model.processing import IMG_CONTEXT
+from self1e.model.configuration import DTYPES
+from self1e.model.prompts import IMG_CONTEXT
 from self1e.training.model_card import write_model_card
 
 LAYOUTS = ("internvl", "hf", "published", "self1e")
 HEADLESS = ("internvl", "hf")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of outputs, relative to the largest one: rounding depends on how tensors lie in memory.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 

@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from self1e.apps.predict import HIGH_RES_TILES, Results, add_model_arguments, ask, load
+from self1e.apps.predict import Results, add_model_arguments, ask, load
 from self1e.model.inference import Reply
+from self1e.model.processing import HIGH_RES_TILES
+from self1e.model.prompts import SEG
 from self1e.visualize import PALETTE, overlay
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -53,7 +55,7 @@ def answer_html(prompts: Sequence[str], replies: Sequence[Reply]) -> str:
     palette = iter(colors(sum(len(reply.masks) for reply in replies)))
     lines = []
     for prompt, reply in zip(prompts, replies):
-        pieces = html.escape(reply.text).split("[SEG]")
+        pieces = html.escape(reply.text).split(SEG)
         text = pieces[0]
         for mask, score, piece in zip(reply.masks, reply.scores, pieces[1:]):
             red, green, blue = next(palette)

@@ -34,16 +34,16 @@ from transformers import BitsAndBytesConfig
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.data.sample import SampleError, load_image
-from self1e.model.inference import Reply, check_prompt
+from self1e.model.configuration import DTYPES
+from self1e.model.inference import Reply
+from self1e.model.processing import HIGH_RES_TILES
+from self1e.model.prompts import check_prompt
 from self1e.visualize import overlay
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".ppm", ".pgm"}
-DTYPES = {
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-}  # fmt: skip
+# torch's own names are taken, too.
+PRECISIONS = DTYPES | {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 UNQUANTIZED = ["lm_head", "segmentation_head", "model.multi_modal_projector"]
-HIGH_RES_TILES = 4
 SAVE_EVERY = 30  # seconds between two writings of predictions.json
 
 
@@ -86,7 +86,7 @@ def load(
 
     Args:
         version: folder or hub id. weights: `--model_weights` over it, or None for the head inside `version`.
-        device: `auto` takes a GPU where there is one. dtype: of `DTYPES`; default bf16 on a GPU, else fp32.
+        device: `auto` takes a GPU where there is one. dtype: of `PRECISIONS`; default bf16 on a GPU, else fp32.
         bits: 4 or 8, see `quantization`.
 
     Raises:
@@ -94,7 +94,7 @@ def load(
         OSError: no such checkpoint. ImportError: see `quantization`.
     """
     place = pick_device(device)
-    kwargs = {"dtype": DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]}
+    kwargs = {"dtype": PRECISIONS[dtype or ("bf16" if place.type == "cuda" else "fp32")]}
     if bits is not None:
         kwargs |= {"quantization_config": quantization(bits, kwargs["dtype"]), "device_map": {"": place}}
     model = Self1EForSegmentation.from_pretrained(version, weights=weights, **kwargs)
@@ -113,7 +113,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--version", required=True, metavar="V", help="model folder or hub id")
     add("--model_weights", metavar="W", help="trained weights over --version; default: the head inside --version")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--dtype", choices=DTYPES, help="default: bf16 on a CUDA GPU, else fp32")
+    add("--dtype", choices=PRECISIONS, help="default: bf16 on a CUDA GPU, else fp32")
     add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="4 or 8 bits a weight (bitsandbytes)")
     add("--high_res", action="store_true", help=f"up to {HIGH_RES_TILES} tiles a picture (trained with it, too)")
 

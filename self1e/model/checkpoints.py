@@ -21,6 +21,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 from transformers.utils import logging
 
 from self1e.model.configuration import SWITCHES, Self1EConfig, original_config
+from self1e.model.prompts import END_OF_TURN
 
 HEAD = "segmentation_head."
 SCREEN = 40  # lines; longer lists of misfits are joined by layer
@@ -108,7 +109,7 @@ def load(
     if vocabulary is not None and not model.trained_head:
         _resize_vocabulary(model, vocabulary, new=[tokens.seg_token_id, tokens.segt_token_id])
     if vocabulary is not None:  # InternVL's own files name no token that ends an answer
-        end, pad = tokens.tokenizer.convert_tokens_to_ids("<|im_end|>"), tokens.tokenizer.pad_token_id
+        end, pad = tokens.tokenizer.convert_tokens_to_ids(END_OF_TURN), tokens.tokenizer.pad_token_id
         model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     return model
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import InternVLConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,6 +22,8 @@ SWITCHES = (
     "bce_loss_weight",
     "dice_loss_weight",
 )
+# Precisions by the names that command lines use.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 

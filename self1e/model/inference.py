@@ -18,13 +18,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from self1e.model.processing import IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, SEG, SEGT, as_rgb
-from self1e.model.prompts import evaluation_prompt, looks_like_sentence
-
-ANSWER = f"{SEG}."
-END_OF_TURN = "<|im_end|>"
-# Tokens that structure a conversation; in a user's text they would forge images, masks or turns.
-RESERVED = (SEG, SEGT, IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END, "<|im_start|>", END_OF_TURN, "<|endoftext|>")
+from self1e.model.processing import as_rgb
+from self1e.model.prompts import (
+    ANSWER,
+    END_OF_TURN,
+    IMAGE_TAG,
+    SEG,
+    check_prompt,
+    evaluation_prompt,
+    looks_like_sentence,
+)
 
 Message = dict[str, str | list[dict[str, str]]]
 Conversation = str | Sequence[Message]
@@ -286,15 +289,6 @@ def _prompts_per_photo(prompts, photos: int) -> list[list[str]]:
     if len(prompts) != photos or any(isinstance(texts, str) for texts in prompts):
         raise ValueError(f"{len(prompts)} lists of prompts for {photos} photos: give one a photo, or one list for all")
     return [list(texts) for texts in prompts]
-
-
-def check_prompt(text: str) -> None:
-    """Raise ValueError for a prompt that is empty or holds a token of `RESERVED`."""
-    if not text.strip():
-        raise ValueError("a prompt is empty")
-    found = [token for token in RESERVED if token in text]
-    if found:
-        raise ValueError(f"the prompt {text!r} holds the reserved token {found[0]}: leave it out")
 
 
 def _question(prompt: str, is_sentence: bool | None) -> str:

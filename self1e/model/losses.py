@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORE_INDEX = -100  # label of a token that the cross-entropy passes over
 SHORT_SIDE = 128  # pixels
 DICE_SCALE = 1000  # keeps sums over thousands of pixels in half precision's range
 DICE_EPS = 1e-6

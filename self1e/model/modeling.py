@@ -23,9 +23,7 @@ from self1e.model.configuration import Self1EConfig
 from self1e.model.grids import REPLICATIONS, compress, stitch_tiles, tile_offsets
 from self1e.model.head import INITIAL_STD, ImageSide, SegmentationHead
 from self1e.model.inference import InferenceMixin
-from self1e.model.losses import mask_losses
-
-IGNORE_INDEX = -100
+from self1e.model.losses import IGNORE_INDEX, mask_losses
 
 
 @dataclass

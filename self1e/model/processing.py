@@ -16,18 +16,28 @@ from transformers import BatchFeature, ProcessorMixin, Qwen2Tokenizer
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from self1e.model.configuration import Self1EConfig
+from self1e.model.losses import IGNORE_INDEX
+from self1e.model.prompts import (
+    END_OF_TURN,
+    IMAGE_TAG,
+    IMG_CONTEXT,
+    IMG_END,
+    IMG_START,
+    SEG,
+    SEGT,
+    START_OF_TURN,
+    SYSTEM,
+)
 
-SEG, SEGT = "[SEG]", "[SEGT]"
-IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END = "<image>", "<img>", "<IMG_CONTEXT>", "</img>"
-SYSTEM = "You are an helpful assistant."  # sic
+HIGH_RES_TILES = 4  # tiles that `--high_res` cuts a photo into, at most
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
-IGNORE_INDEX = -100
 CHAT_TEMPLATE = (
-    "{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    f"{{{{ '{START_OF_TURN}system\n{SYSTEM}{END_OF_TURN}\n' }}}}"
+    f"{{% for m in messages %}}{{{{ '{START_OF_TURN}' + m['role'] + '\n' }}}}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    f"{{{{ '{IMAGE_TAG}\n' if part['type'] == 'image' else part['text'] }}}}{{% endfor %}}{{% endif %}}"
+    f"{{{{ '{END_OF_TURN}\n' }}}}{{% endfor %}}"
+    f"{{% if add_generation_prompt %}}{{{{ '{START_OF_TURN}assistant\n' }}}}{{% endif %}}"
 )
 
 
@@ -185,7 +195,7 @@ class Self1EProcessor(ProcessorMixin):
             more_ids, more_labels = self.encode_message("assistant" if index % 2 else "user", text)
             ids, labels = ids + more_ids, labels + more_labels
         if len(turns) % 2:
-            opening = self.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+            opening = self.tokenizer.encode(f"{START_OF_TURN}assistant\n", add_special_tokens=False)
             ids, labels = ids + opening, labels + [IGNORE_INDEX] * len(opening)
         pictured = ids.count(self.image_token_id)
         if pictured != self.tile_tokens * n_tiles:
@@ -203,9 +213,9 @@ class Self1EProcessor(ProcessorMixin):
 
     def encode_message(self, role: str, text: str) -> tuple[list[int], list[int]]:
         """Ids and labels of one message, with its role header and closing newline."""
-        header = f"<|im_start|>{role}\n"
+        header = f"{START_OF_TURN}{role}\n"
         encoded = self.tokenizer(
-            f"{header}{text}<|im_end|>\n", add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            f"{header}{text}{END_OF_TURN}\n", add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         ids, labels = encoded["input_ids"], [IGNORE_INDEX] * len(encoded["input_ids"])
         if role == "assistant":

@@ -1,6 +1,17 @@
-"""Questions and answers (design section 3). Templates are the published ones; `rng` decides which is taken."""
+"""The text of conversations: tokens with a meaning, questions, answers.
+
+Templates are the published ones; `rng` decides which one is taken.
+"""
 
 import numpy as np
+
+SEG, SEGT = "[SEG]", "[SEGT]"
+IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END = "<image>", "<img>", "<IMG_CONTEXT>", "</img>"
+START_OF_TURN, END_OF_TURN, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+# Tokens that structure a conversation; in a user's text they would forge images, masks or turns.
+RESERVED = (SEG, SEGT, IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END, START_OF_TURN, END_OF_TURN, PADDING)
+SYSTEM = "You are an helpful assistant."  # sic: the weights were trained with it
+ANSWER = f"{SEG}."  # what evaluation and `segment` let the model answer
 
 SHORT_QUESTIONS = (
     "<image>\nCan you segment the {} in this image?",
@@ -64,3 +75,12 @@ def evaluation_prompt(sentence: str, is_sentence: bool, lower: bool) -> str:
     if is_sentence:
         return f"<image>\n {text} Please output segmentation mask."
     return f"<image>\n What is {text.lower() if lower else text} in this image? Please output segmentation mask."
+
+
+def check_prompt(text: str) -> None:
+    """Raise ValueError for a prompt that is empty or holds a token of `RESERVED`."""
+    if not text.strip():
+        raise ValueError("a prompt is empty")
+    found = [token for token in RESERVED if token in text]
+    if found:
+        raise ValueError(f"the prompt {text!r} holds the reserved token {found[0]}: leave it out")

@@ -20,14 +20,13 @@ from self1e.data.splits import DEFAULT_SPLITS, load_split, split_paths
 from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.model import checkpoints
-from self1e.model.configuration import SWITCHES
+from self1e.model.configuration import DTYPES, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation
-from self1e.model.processing import Self1EProcessor
+from self1e.model.processing import HIGH_RES_TILES, Self1EProcessor
 from self1e.training.adaptation import LLM_LINEARS, adapt, training_table
 from self1e.training.arguments import parse
 from self1e.training.model_card import write_model_card
 from self1e.training.trainer import (
-    MAX_TILES,
     Encode,
     NotSaved,
     Self1ETrainer,
@@ -36,7 +35,6 @@ from self1e.training.trainer import (
     checkpoints_in,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHAT_TOKENS = 30  # system text, role headers and a few words: the least a row needs beside its image
 
 
@@ -90,7 +88,7 @@ def quiet_libraries() -> None:
 
 def check_length(args: Namespace, processor: Self1EProcessor) -> None:
     """Refuse a length limit that no row can keep."""
-    tiles = MAX_TILES if args.high_res else 1
+    tiles = HIGH_RES_TILES if args.high_res else 1
     least = tiles * processor.tile_tokens + CHAT_TOKENS
     if args.model_max_length < least:
         raise ValueError(
@@ -109,7 +107,7 @@ def train(args: Namespace) -> None:
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor)
     settings = training_arguments(args)  # starts the process group; before it, no rank may wait for another
-    encode = Encode(processor, max_length=args.model_max_length, max_tiles=MAX_TILES if args.high_res else 1)
+    encode = Encode(processor, max_length=args.model_max_length, max_tiles=HIGH_RES_TILES if args.high_res else 1)
     with settings.main_process_first(local=True, desc="index of the data"):
         mixture = build_mixture(
             **sets,

@@ -17,7 +17,6 @@ from self1e.data.loading import Mixture, Sample, SampleError
 from self1e.data.mixture import AllBroken
 from self1e.training.adaptation import optimizer_groups
 
-MAX_TILES = 4  # of --high_res
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on
 
 

@@ -116,7 +116,7 @@ class ReasonSeg(TrainingSet):
 
 def _turns(text: str, is_sentence: bool, kind: str, explanation: str | None, rng: np.random.Generator) -> list[str]:
     if kind == "text":
-        return [f"<image>\n{text}", explanation]
+        return [f"{prompts.IMAGE_TAG}\n{text}", explanation]
     if kind == "both":
         return [prompts.explanatory_question(text, rng), f"{prompts.answer(rng)} {explanation}"]
     question = prompts.long_question if is_sentence else prompts.short_question

@@ -56,8 +56,8 @@ def instruction_turns(turns: list[list[str]], id: str) -> list[str]:
         turns = turns[1:]
     if not turns or any(SPEAKERS.get(speaker) != k % 2 for k, (speaker, _) in enumerate(turns)):
         raise SampleError(id, "its turns do not alternate between human and gpt")
-    texts = [text.replace("<image>", "").strip() if "<image>" in text else text for _, text in turns]
-    return [f"<image>\n{texts[0]}", *texts[1:]]
+    texts = [text.replace(prompts.IMAGE_TAG, "").strip() if prompts.IMAGE_TAG in text else text for _, text in turns]
+    return [f"{prompts.IMAGE_TAG}\n{texts[0]}", *texts[1:]]
 
 
 def _photo(data_dir: Path, image: str) -> Path:
@@ -92,7 +92,7 @@ class QuestionSet(TrainingSet):
 
     def read(self, item: int, rng: np.random.Generator) -> Sample:
         image, question, answer = self._items[item]
-        turns = [f"<image>\n{question}{self.instruction}"] + ([] if answer is None else [answer])
+        turns = [f"{prompts.IMAGE_TAG}\n{question}{self.instruction}"] + ([] if answer is None else [answer])
         return _text_sample(f"{self.name}/{item}", _photo(self.data_dir, image), turns)
 
 

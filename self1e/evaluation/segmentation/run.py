@@ -31,9 +31,8 @@ from self1e.evaluation.loading import read_ahead
 from self1e.evaluation.provenance import describe
 from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score
 from self1e.evaluation.segmentation.report import SplitResults, summary_table, unit_text
-from self1e.model.inference import ANSWER
-
-HIGH_RES_TILES = 4
+from self1e.model.processing import HIGH_RES_TILES
+from self1e.model.prompts import ANSWER
 
 
 @dataclass(frozen=True)

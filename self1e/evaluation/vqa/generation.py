@@ -11,7 +11,7 @@ from tqdm import tqdm
 from self1e.data.sample import SampleError
 from self1e.evaluation.loading import read_ahead
 from self1e.evaluation.vqa.base import Question
-from self1e.model.inference import END_OF_TURN
+from self1e.model.prompts import END_OF_TURN, IMAGE_TAG
 
 
 def make_batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> list[list[int]]:
@@ -45,7 +45,7 @@ class _Prompts(Dataset):
                     photos[question.image] = question.open_image()
                 except SampleError as error:
                     return ValueError(str(error))
-            text = question.prompt if "<image>" in question.prompt else f"<image>\n{question.prompt}"
+            text = question.prompt if IMAGE_TAG in question.prompt else f"{IMAGE_TAG}\n{question.prompt}"
             rows.setdefault(question.image, []).append([text])
         try:
             batch = self.processor(list(photos.values()), list(rows.values()), padding_side="left", **self.tiling)

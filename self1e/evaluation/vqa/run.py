@@ -27,11 +27,11 @@ from self1e.evaluation.vqa.predictions import Predictions
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
 from self1e.evaluation.vqa.report import summary_table
 from self1e.files import write_json, write_text
+from self1e.model.configuration import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
 
 README = "docs/vqa.md, section Benchmarks"
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OWN_WEIGHTS = "none"
 EXPECTED = (ValueError, OSError, SampleError)  # of data, files and flags; each message names what is at fault
 TIMEOUT = timedelta(days=1)  # that a rank may wait for another one's share of the questions
@@ -181,7 +181,7 @@ def evaluate(
     options = {"batch_size": batch_size, "max_tiles": max_tiles, "workers": workers}
     results: dict[str, list[dict | None]] = {name: [] for name in benchmarks}
     for candidate in candidates:
-        model = _Lazy(candidate, device, PRECISIONS[precision], attn_implementation)
+        model = _Lazy(candidate, device, DTYPES[precision], attn_implementation)
         figures = {"precision": precision, "attn_implementation": attn_implementation, "max_tiles": max_tiles}
         figures |= {} if score_only else checkpoint_settings(candidate.version, candidate.weights)
         settings = describe(figures, device)
@@ -288,7 +288,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--dynamic", action="store_true", help="cut photos to tiles, InternVL's rule, and add a thumbnail")
     add("--max_num", type=int, default=6, help="the most tiles per photo with --dynamic, without the thumbnail")
-    add("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--precision", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     add("--attn_implementation", default="sdpa", choices=("eager", "sdpa", "flash_attention_2"))
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--batch_size", type=int, default=8, help="questions per forward pass of a process")
