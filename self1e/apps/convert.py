@@ -80,7 +80,7 @@ def probe(config: Self1EConfig, *, with_seg: bool) -> dict[str, Tensor]:
     """Random inputs: a tile of noise, its image tokens, 20 byte tokens and, `with_seg`, a `[SEG]` after them."""
     random = torch.Generator().manual_seed(0)
     text = torch.randint(0, 256, (20,), generator=random).tolist()
-    ids = text[:5] + [config.image_token_id] * config.tile_tokens**2 + text[5:] + [config.seg_token_id] * with_seg
+    ids = text[:5] + [config.image_token_id] * config.tile_tokens + text[5:] + [config.seg_token_id] * with_seg
     return {
         "input_ids": torch.tensor([ids]),
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
@@ -122,7 +122,7 @@ def write(model: Self1EForSegmentation, texts, folder: Path, layout: str) -> Non
     elif layout == "hf":
         known = InternVLConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
         values = {name: value for name, value in model.config.to_dict().items() if name in known}
-        values["image_seq_length"] = model.config.tile_tokens**2
+        values["image_seq_length"] = model.config.tile_tokens
         config = InternVLConfig(**values, architectures=["InternVLForConditionalGeneration"]).to_dict()
     else:
         return

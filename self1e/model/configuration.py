@@ -82,9 +82,14 @@ class Self1EConfig(InternVLConfig):
         return self.vision_config.image_size[0]
 
     @property
-    def tile_tokens(self) -> int:
-        """L: image tokens a tile side."""
+    def tile_side(self) -> int:
+        """L: image tokens per tile side."""
         return self.tile_size // self.vision_config.patch_size[0] // self.ratio
+
+    @property
+    def tile_tokens(self) -> int:
+        """L * L: image tokens per tile."""
+        return self.tile_side**2
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

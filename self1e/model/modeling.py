@@ -272,7 +272,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
                 results[row] = (self.no_masks(states, grid), None)
             if not chosen:
                 continue
-            side = self.config.tile_tokens
+            side = self.config.tile_side
             image = torch.stack([states[row, is_image[row]] for row in chosen])
             image = stitch_tiles(rearrange(image, "n (t h w) c -> (n t) h w c", h=side, w=side), grid)
             seg = torch.cat([states[row, predicts[row]] for row in chosen])
@@ -288,7 +288,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
 
     def no_masks(self, states: Tensor, grid: Sequence[int]) -> Tensor:
         """(0, height, width) for a row without `[SEG]` about an image of `grid` = (rows, columns) tiles."""
-        side = self.config.tile_tokens * self.segmentation_head.upsampling
+        side = self.config.tile_side * self.segmentation_head.upsampling
         return states.new_zeros(0, grid[0] * side, grid[1] * side)
 
     def touch_head(self, states: Tensor, is_image: Tensor, features: ImageFeatures, row_image: Tensor) -> Tensor:

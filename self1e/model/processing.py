@@ -95,7 +95,7 @@ class Self1EProcessor(ProcessorMixin):
     Args:
         tokenizer: a Qwen2 tokenizer with InternVL's image tokens; `[SEG]` then `[SEGT]` are added where missing.
         image_size: pixels a tile side.
-        tile_tokens: image tokens a tile.
+        tile_tokens: image tokens per tile.
     """
 
     def __init__(self, tokenizer=None, image_size: int = 448, tile_tokens: int = 256, chat_template=None, **kwargs):
@@ -121,7 +121,7 @@ class Self1EProcessor(ProcessorMixin):
         sizes = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
         if "tile_tokens" not in sizes:  # not written by `save_pretrained` below
             config = Self1EConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-            sizes = {"image_size": config.tile_size, "tile_tokens": config.tile_tokens**2}
+            sizes = {"image_size": config.tile_size, "tile_tokens": config.tile_tokens}
         tokenizer = Qwen2Tokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         if tokenizer.vocab_size < 256:  # bytes alone are 256: the library makes an empty one where files are absent
             raise ValueError(

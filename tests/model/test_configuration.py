@@ -71,7 +71,7 @@ def test_other_releases_build_from_their_config_alone(tmp_path, name, billions):
     model = on_meta(config)
     head = sum(x.numel() for x in model.segmentation_head.parameters())
     assert (model.num_parameters() - head) / 1e9 == pytest.approx(billions, abs=0.005)
-    assert (config.tile_size, config.tile_tokens, config.ratio) == (448, 16, 2)
+    assert (config.tile_size, config.tile_side, config.tile_tokens, config.ratio) == (448, 16, 256, 2)
     norms = [name for name, _ in model.named_parameters() if name.endswith("self_attn.q_norm.weight")]
     assert len(norms) == (RELEASES[name][2] if RELEASES[name][0] == "qwen3" else 0)
 

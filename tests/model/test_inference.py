@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.model import inference
-from self1e.model.inference import ANSWER, RESERVED
+from self1e.model.prompts import ANSWER, RESERVED
 
 PHRASE, SENTENCE = "the Red circle", "Which of these rolls?"
 
