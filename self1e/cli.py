@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str, list[str]]] = {
     "segment": ("self1e.apps.predict", "masks for pictures and prompts", []),
     "chat": ("self1e.apps.predict", "answers about pictures, with the masks that they contain", ["--mode", "chat"]),
     "demo": ("self1e.apps.demo", "a page in the browser that segments and chats", []),
+    "data": ("self1e.apps.data_get", "data get SET...: data sets brought into the tree", []),
     "check-data": ("self1e.apps.check_data", "counts and faults of the data trees or of own data", []),
     "convert": ("self1e.apps.convert", "checkpoints from one layout to another, verified", []),
     "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files", []),
