@@ -156,8 +156,8 @@ def evaluate_units(
     rank writes the units of a photo as soon as it has them.
 
     Raises SampleError for a broken photo or annotation or a dead worker process, ValueError for a sentence that does
-    not fit `model_max_length`, OSError for a full disk, each on all ranks; RuntimeError for whatever
-    else one rank meets. All of them name the photo.
+    not fit `model_max_length`, OSError for a full disk, each on all ranks; RuntimeError for whatever else one rank
+    meets. All but the full disk name the photo.
     """
     ids = [photo.unit_ids for photo in split]
     known = {unit.id: unit for unit in kept}
@@ -193,23 +193,27 @@ def evaluate_units(
         size = tuple(targets.shape[1:])
         try:
             masks = predict_photo(model, batch, size, rows_per_forward=rows_per_forward, forwards=turn.forwards)
-            if not turn.counts:
-                continue
-            units = make_units(split[turn.photo], entry, masks, targets.to(masks.device))
+            if turn.counts:
+                found[turn.photo] = units = make_units(split[turn.photo], entry, masks, targets.to(masks.device))
+                failure = _write(journal, units)  # the others learn of it at the next photo
+                I, U = I + sum(unit.I for unit in units), U + sum(unit.U for unit in units)
+                bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
         except Exception as error:
             raise RuntimeError(f"{name(turn.photo)}: {error}") from error
-        found[turn.photo] = units
-        try:
-            if journal is not None:
-                journal.append(unit.record() for unit in units)
-        except OSError as error:
-            failure = error  # the others learn of it at the next photo
-        I, U = I + sum(unit.I for unit in units), U + sum(unit.U for unit in units)
-        bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
     agree(failure, len(turns))
     together = {photo: units for part in distributed.gather(found) for photo, units in part.items()}
     assert len(together) == len(split), "a photo is lost"
     return [unit for photo in range(len(split)) for unit in together[photo]]
+
+
+def _write(journal: Journal | None, units: Sequence[Unit]) -> OSError | None:
+    """Append units to the journal; a full disk is returned and not raised."""
+    try:
+        if journal is not None:
+            journal.append(unit.record() for unit in units)
+    except OSError as error:
+        return error
+    return None
 
 
 def _name_the_lost(schedules: list[list[Turn]], step: int, name: Callable[[int], str]) -> None:

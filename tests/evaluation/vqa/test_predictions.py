@@ -3,7 +3,9 @@
 import json
 import shutil
 
-from vqa_trees import lines, load, results, run, write_vqav2
+from vqa_trees import lines, load, results, run, write_pope, write_vqav2
+
+from self1e.evaluation.vqa import generation
 
 
 def test_interrupted_run_continues(tiny, tmp_path):
@@ -48,3 +50,22 @@ def test_predictions_of_other_settings_or_questions_are_refused(tiny, tmp_path, 
     assert run(tmp_path, tiny) == 0
     write_vqav2(tmp_path / "data", 4)  # now an answer too many
     assert run(tmp_path, tiny) == 1
+
+
+def test_ctrl_c_says_what_is_answered_and_continues(tiny, tmp_path, monkeypatch, capsys):
+    write_pope(tmp_path / "data")
+    write_vqav2(tmp_path / "data")
+    batches = []
+
+    def interrupt(*args, generate=generation.generate_replies):
+        batches.append(1)
+        if len(batches) == 5:  # pope has three batches
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(generation, "generate_replies", interrupt)
+    flags = {"datasets": "pope vqa-vqav2-val"}
+    assert run(tmp_path, tiny, "--batch_size", "2", **flags) == 130
+    message = capsys.readouterr().err
+    assert f"done: pope ({tiny.name}); 2 of 5 questions of vqa-vqav2-val" in message and "Traceback" not in message
+    assert run(tmp_path, tiny, "--batch_size", "2", **flags) == 0 and len(batches) == 7
