@@ -1,5 +1,6 @@
 """A web server on this machine that serves made-up files well or badly, for the tests of downloads."""
 
+import gzip
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ class Page:
     announce: the Content-Length said, whatever is sent; None: the true one
     ranges:   "yes"; "no": always the whole file; "wrong": another part than the one asked for, once
     busy:     number of first answers that are 503
+    packed:   compressed with gzip although nobody asked for it, a part as well
     """
 
     content: bytes = b""
@@ -27,6 +29,7 @@ class Page:
     announce: int | None = None
     ranges: str = "yes"
     busy: int = 0
+    packed: bool = False
 
 
 class Site(dict[str, Page]):
@@ -75,6 +78,8 @@ def serve() -> Iterator[Site]:
                 status = 206
                 headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
             body = page.content[start:]
+            if page.packed:
+                body, headers["Content-Encoding"] = gzip.compress(body), "gzip"
             headers["Content-Length"] = str(len(body) if page.announce is None else page.announce - start)
             if status == 206 and page.announce is not None:
                 headers["Content-Range"] = f"bytes {start}-{page.announce - 1}/{page.announce}"

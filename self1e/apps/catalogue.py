@@ -1,6 +1,7 @@
 """What `self1e data get` knows of each data set: `data_sources/*.yaml`, read into records."""
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -73,14 +74,14 @@ class Catalogue:
     def choose(self, names: list[str]) -> list[DataSet]:
         """The sets of these names and groups ("all": every one), each behind the photos that it needs.
 
-        Raises ValueError naming unknown names and the known ones.
+        Raises ValueError for an unknown name, with the known ones.
         """
-        unknown = [name for name in names if name not in self.sets and name not in (*self.groups, "all")]
-        if unknown:
-            raise ValueError(
-                f"unknown set {', '.join(map(repr, unknown))}; groups: {', '.join((*self.groups, 'all'))}; "
-                f"sets: {', '.join(self.sets)}"
-            )
+        known = [*self.groups, "all", *self.sets]
+        for name in names:
+            if name not in known:
+                close = get_close_matches(name, known, 1) or [n for n in known if n.lower() == name.lower()]
+                hint = f"did you mean {close[0]}? " if close else ""
+                raise ValueError(f"unknown set {name!r}; {hint}Known: {', '.join(known)}")
         chosen: dict[str, DataSet] = {}
         for name in names:
             for member in self.sets if name == "all" else self.groups.get(name, [name]):

@@ -25,6 +25,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -73,22 +74,32 @@ class Plan:
         """What is not in place yet."""
         return [(each, f) for each in self.chosen for f in each.files.values() if not self.is_there(each, f)]
 
-    def check_space(self, *, remove: bool) -> None:
-        """Raises DownloadError where the disks cannot hold what is missing, as far as sizes are known.
+    def check(self, *, remove: bool) -> None:
+        """Find before the work what would stop it. Raises DownloadError with the fix.
 
-        Photos hardly shrink in archives, so the contents take about as much as the archive.
+        Looked at are links to nothing, rights, scipy where it is needed, and room on the disks as far as sizes are
+        known. Photos hardly shrink in archives, so the contents take about as much as the archive.
         """
-        needs: dict[Path, int] = {}
         archives = [file.size or 0 for _, file in self.missing() if is_archive(file.name)]
-        needs[self.roots.downloads] = max(archives, default=0) if remove else sum(archives)
+        needs = {self.roots.downloads: max(archives, default=0) if remove else sum(archives)}
         for each, file in self.missing():
-            target, *_ = self.targets(each, file).values()
-            needs[target] = file.size or 0
+            first, *others = [target for target in self.targets(each, file).values() if not target.exists()]
+            needs |= {first: file.size or 0} | dict.fromkeys(others, 0)
+            if file.make == "pascal_part" and find_spec("scipy") is None:
+                raise DownloadError(f'{each.name} needs scipy to read .mat files: pip install "self1e[data]"')
         disks: dict[int, tuple[Path, int]] = {}
         for place, needed in needs.items():
+            if place.is_symlink() and not place.exists():
+                raise DownloadError(
+                    f"{place} is a link to {os.readlink(place)}, which does not exist; mend or remove it"
+                )
             existing = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
-            first, so_far = disks.get(existing.stat().st_dev, (existing, 0))
-            disks[existing.stat().st_dev] = first, so_far + needed
+            if not existing.is_dir():
+                raise DownloadError(f"{existing} is a file where a folder is needed")
+            if not os.access(existing, os.W_OK | os.X_OK):
+                raise DownloadError(f"no right to write in {existing}; choose another folder with --to, --data_dir")
+            disk = existing.stat().st_dev
+            disks[disk] = existing, disks.get(disk, (existing, 0))[1] + needed
         for place, needed in disks.values():
             require_space(place, needed, "getting these sets")
 
@@ -297,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     getter = Getter(plan, accept_changed=args.accept_changed, remove=args.remove_archives)
     try:
-        plan.check_space(remove=args.remove_archives)
+        plan.check(remove=args.remove_archives)
         roots.downloads.mkdir(parents=True, exist_ok=True)
         with FileLock(roots.downloads / ".lock", timeout=0):
             getter.get()

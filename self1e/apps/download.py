@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,9 +47,11 @@ class Address:
 
 
 def open_session() -> requests.Session:
-    """A session that asks busy servers (429, 5xx) again."""
+    """A session that asks busy servers (429, 5xx) again, when they say or after a while."""
     retry = Retry(
-        total=3,
+        status=3,
+        connect=0,  # broken connections are `download`'s
+        read=0,
         backoff_factor=PAUSE,
         status_forcelist=(429, 500, 502, 503, 504),
         allowed_methods={"GET"},
@@ -126,7 +129,9 @@ def download(
             if size(part) > first:  # this address works, and the rest may come later
                 raise DownloadError(f"{message}; {human(size(part))} are kept, run the same command again to continue")
             raise Unavailable(message)
-        time.sleep(PAUSE * 2**stalled)
+        wait = PAUSE * 2**stalled
+        tqdm.write(f"{address.url}: {problem}; asking again in {wait:.0f} s", file=sys.stderr)
+        time.sleep(wait)
     try:
         check(part)
     except ValueError as error:
@@ -193,14 +198,14 @@ def refuse(address: Address, response: requests.Response) -> None:
 
 
 def extent(response: requests.Response) -> tuple[int, int | None]:
-    """(first byte, size of the whole file or None) of an answer."""
+    """(first byte, size of the whole file or None) of an answer; (-1, None) for a part that cannot be used."""
+    encoded = response.headers.get("Content-Encoding", "identity") != "identity"  # although nobody asked for it
     if response.status_code == 206:
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-        if found is None:
+        if found is None or encoded:
             return -1, None
         return int(found[1]), None if found[2] == "*" else int(found[2])
     length = response.headers.get("Content-Length", "")
-    encoded = response.headers.get("Content-Encoding", "identity") != "identity"
     return 0, int(length) if length.isdigit() and not encoded else None
 
 

@@ -81,6 +81,8 @@ def unpack(archive: Path, places: dict[str, Path]) -> None:
     the disk is too small.
     """
     places = {wanted: place for wanted, place in places.items() if not place.exists()}
+    if not places:
+        return
     staged = {place: place.with_name(f".{place.name}.unpacking") for place in places.values()}
     try:
         with open_archive(archive) as members:

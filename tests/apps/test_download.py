@@ -47,8 +47,10 @@ def get(site, page: Page, target: Path, *, known: dict | None = None, **options)
         Page(CONTENT, cuts=[CUT], ranges="no"),
         Page(CONTENT, cuts=[CUT], ranges="wrong"),
         Page(CONTENT, busy=2),
+        Page(CONTENT, packed=True),
+        Page(CONTENT, packed=True, cuts=[CUT]),
     ],
-    ids=["well", "cut twice", "cut, ignores Range", "cut, sends another range", "busy at first"],
+    ids=["well", "cut twice", "cut, ignores Range", "cut, sends another range", "busy", "packed", "packed and cut"],
 )
 def test_file_arrives_whole(site, tmp_path, page):
     known = {"bytes": len(CONTENT), "sha256": SHA256, "md5": hashlib.md5(CONTENT).hexdigest()}
