@@ -18,7 +18,7 @@ from pathlib import Path
 import requests
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, IncompleteRead
 from urllib3.util import Retry
 
 CHUNK = 1 << 16  # bytes read at once, and lost at most when a connection breaks
@@ -244,11 +244,10 @@ def read_note(part: Path) -> dict[str, str]:
         return {}
 
 
-def plain(error: Exception) -> str:
+def plain(error: BaseException) -> str:
     """The innermost reason of a failed request, without the names of library objects."""
-    while error.args and isinstance(error.args[0], Exception):
-        error = error.args[0]
-    reason = getattr(error, "reason", None)
-    if isinstance(reason, Exception):
-        return plain(reason)
+    while inner := [each for each in (*error.args, getattr(error, "reason", None)) if isinstance(each, Exception)]:
+        error = inner[-1]
+    if isinstance(error, IncompleteRead):
+        return "the connection broke"
     return str(error).split(": ", 1)[-1] or type(error).__name__

@@ -66,7 +66,9 @@ def test_cut_download_asks_for_the_rest_only(site, tmp_path):
 def test_later_run_continues_and_starts_again_when_the_file_changed(site, tmp_path):
     target = tmp_path / "file"
     cuts = [CUT] + [0] * 5
-    with pytest.raises(DownloadError, match="128.0 KB are kept, run the same command again"):
+    with pytest.raises(
+        DownloadError, match="file: the connection broke .5 attempts.; 128.0 KB are kept, run the same command again"
+    ):
         get(site, Page(CONTENT, cuts=cuts.copy()), target)
     assert not target.exists()
     assert get(site, Page(CONTENT), target) == CONTENT
