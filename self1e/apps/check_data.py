@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial, singledispatch
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,14 +27,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from self1e.data.index import CocoIndex, open_index, read_coco
-from self1e.data.loading import TRAINING_SETS, SampleError
+from self1e.data.config import FAMILIES, SetChoice
 from self1e.data.paths import missing
-from self1e.data.sample import EvalImage, TrainingSet
-from self1e.data.sets.custom import CustomData, evaluation_image
-from self1e.data.sets.reasoning import ReasoningSplit, ReasonSeg, read_record
-from self1e.data.sets.referring import ReferringSplit, ReferringTrain
-from self1e.data.sets.semantic import PartSet
+from self1e.data.sample import Annotation, EvalSplit, SampleError, TrainingSet, own_texts
+from self1e.data.sets.custom import CustomData, CustomSplit
 from self1e.data.splits import SPLITS, load_split, split_paths
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.base import Question
@@ -42,16 +38,9 @@ from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.model import prompts
 from self1e.visualize import grid, overlay, panel
 
-SHOWN = 10  # problems printed a set
+SHOWN = 10  # problems printed per set
 CELL = 560  # pixels of a picture on the sheet
 ALL_ROWS = 10**9  # sentences of a photo: all of them
-FOLDERS = ("ade20k", "coco", "cocostuff", "llava_dataset", "mapillary", "reason_seg", "refer_seg", "vlpart")
-# What makes a set present; anything else that it needs must then be there, too.
-MARKS = {
-    "ade20k": "ade20k", "cocostuff": "cocostuff", "mapillary": "mapillary", "paco_lvis": "vlpart/paco",
-    "pascal_part": "vlpart/pascal_part", "ReasonSeg": "reason_seg/ReasonSeg/train",
-    "llava_instruct_150k": "llava_dataset", **{name: f"refer_seg/{name}" for name in TRAINING_SETS["refer_seg"]},
-}  # fmt: skip
 EMPTY_QUESTIONS = {
     " ".join(question.split())
     for question in (
@@ -66,7 +55,7 @@ EMPTY_QUESTIONS = {
 
 @dataclass
 class Seen:
-    """One record as it was read: (turns, masks uint8 (n, H, W)) a row; `problems` of its annotation."""
+    """One record as it was read: (turns, masks uint8 (n, H, W)) per row; `problems` of its annotation."""
 
     id: str
     image: Image.Image
@@ -76,13 +65,17 @@ class Seen:
 
 @dataclass
 class Source:
-    """A set, split or benchmark: `read(number)` gives one of its `records` or raises SampleError."""
+    """A set, split or benchmark: `read(number)` gives one of its `records` or raises SampleError.
+
+    remarks: what is odd in its files but has a settled meaning, and is no problem
+    """
 
     name: str
     records: int = 0
     photos: int = 0
     read: Callable[[int], Seen] | None = None
     problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def training_source(name: str, data: TrainingSet) -> Source:
@@ -99,23 +92,30 @@ def training_source(name: str, data: TrainingSet) -> Source:
             if empty
         ]
         rows = list(zip(sample.conversations, sample.masks))
-        return Seen(sample.id, sample.image, rows, problems + polygon_problems(data, item, sample.image))
+        return Seen(sample.id, sample.image, rows, problems + polygon_problems(data.annotations(item, sample.image)))
 
     keys = data.keys()
-    return Source(name, len(keys), len(np.unique(keys)), read, duplicates(data))
+    return Source(name, len(keys), len(np.unique(keys)), read, data.faults(), data.remarks())
 
 
-def evaluation_source(name: str, data: ReferringSplit | ReasoningSplit | CustomData) -> Source:
+class OwnData(CustomSplit):
+    """Own data with its faults, for which an evaluation would refuse it."""
+
+    def __init__(self, path: Path, *, allow_outside: bool = False):
+        self.name = str(path)
+        self.data = CustomData(path, allow_outside=allow_outside)
+
+
+def evaluation_source(name: str, data: EvalSplit) -> Source:
     def read(item: int) -> Seen:
-        unit: EvalImage = evaluation_image(data, item) if isinstance(data, CustomData) else data[item]
+        unit = data.read(item)
         problems = ["a phrase is empty" for sentence in unit.sentences if not sentence.strip()]
         problems += [f"unit {id} occurs twice" for id, times in Counter(unit.unit_ids).items() if times > 1]
         image, masks = unit.load()
         rows = [([text.strip()], mask[None]) for text, mask in zip(unit.sentences, masks)]
-        return Seen(unit.image_id, image, rows, problems + polygon_problems(data, item, image))
+        return Seen(unit.image_id, image, rows, problems + polygon_problems(data.annotations(item, image)))
 
-    problems = data.problems() if isinstance(data, CustomData) else []
-    return Source(name, len(data), len(np.unique(data.keys())), read, problems)
+    return Source(name, len(data), len(np.unique(data.keys())), read, data.faults(), data.remarks())
 
 
 def question_source(name: str, questions: list[Question]) -> Source:
@@ -127,28 +127,13 @@ def question_source(name: str, questions: list[Question]) -> Source:
     return Source(name, len(questions), len({question.image for question in questions}), read)
 
 
-def duplicates(data: TrainingSet) -> list[str]:
-    """Ids that occur twice in the COCO-style file of a set, and annotations of no image."""
-    if not isinstance(data, (PartSet, ReferringTrain)):
-        return []
-    path = (data if isinstance(data, PartSet) else data.data).coco.path
-    index = open_index(path, read_coco)
-    ids = {what: index.array(f"{what}_ids") for what in ("image", "annotation", "owner")}  # sorted
-    found = []
-    for what in "image", "annotation":
-        twice = np.unique(ids[what][1:][np.diff(ids[what]) == 0])
-        found += [f"{path.name}: {what} id {id} occurs twice" for id in twice]
-    lost = np.setdiff1d(ids["owner"], ids["image"])
-    return found + [f"{path.name}: annotations of image {id}, which is not among its images" for id in lost]
-
-
 # -------------------------------------------------------------------------------------------------------- polygons
 
 
-def polygon_problems(data, item: int, image: Image.Image) -> list[str]:
+def polygon_problems(annotations: Iterable[Annotation]) -> list[str]:
     """Annotations whose polygons leave the photo by more than a rounding error: 1% of a side, at least 2 pixels."""
     found = []
-    for place, points, width, height in polygons(data, item, image):
+    for place, points, width, height in polygons(annotations):
         slack = max(2, 0.01 * max(width, height))
         low, high = points.min(0), points.max(0) - (width, height)
         if min(low) < -slack or max(high) > slack:
@@ -159,80 +144,44 @@ def polygon_problems(data, item: int, image: Image.Image) -> list[str]:
     return found
 
 
-Polygons = Iterator[tuple[str, np.ndarray, int, int]]
-
-
-@singledispatch
-def polygons(data, item: int, image: Image.Image) -> Polygons:
-    """(place, points (n, 2), width, height) of every polygon of a record."""
-    yield from ()
-
-
-def coco_polygons(place: str, segmentation: list | dict, width: int, height: int) -> Polygons:
-    for part in segmentation if isinstance(segmentation, list) else []:
-        if isinstance(part, list) and len(part) >= 2:
-            yield place, np.reshape(part[: len(part) // 2 * 2], (-1, 2)), width, height
-
-
-def annotation_polygons(coco: CocoIndex, row: int, annotations: Iterable[dict]) -> Polygons:
-    _, height, width = coco.image(row)
-    for annotation in annotations:
-        yield from coco_polygons(f"annotation {annotation['id']}", annotation["segmentation"], width, height)
-
-
-@polygons.register
-def _(data: PartSet, item: int, image: Image.Image) -> Polygons:
-    rows = data.coco.annotation_rows(int(data.image_ids[item]))
-    yield from annotation_polygons(data.coco, item, map(data.coco.annotation_at, rows))
-
-
-@polygons.register(ReferringTrain)
-@polygons.register(ReferringSplit)
-def _(data, item: int, image: Image.Image) -> Polygons:
-    data = data.data
-    wanted = sorted({id for _, ids, _ in data.expressions(item) for id in ids} - {-1})
-    row = int(data.coco.image_rows(data.image_ids[item : item + 1])[0])
-    yield from annotation_polygons(data.coco, row, map(data.coco.annotation, wanted))
-
-
-@polygons.register(ReasonSeg)
-@polygons.register(ReasoningSplit)
-def _(data, item: int, image: Image.Image) -> Polygons:
-    photo = data.photos[item]
-    for number, shape in enumerate(read_record(photo, photo.name)["shapes"]):
-        if shape["points"]:
-            yield f"shapes[{number}]", np.array(shape["points"]), image.width, image.height
-
-
-@polygons.register
-def _(data: CustomData, item: int, image: Image.Image) -> Polygons:
-    for number in {number for _, numbers in data.expressions(item) for number in numbers}:
-        segmentation, place = data.segmentation(number)
-        size = data.size(item)
-        if size is not None:
-            yield from coco_polygons(place, segmentation, size[1], size[0])
+def polygons(annotations: Iterable[Annotation]) -> Iterator[tuple[str, np.ndarray, int, int]]:
+    """(place, points (n, 2), width, height) of every polygon."""
+    for place, segmentation, height, width in annotations:
+        for part in segmentation if isinstance(segmentation, list) else []:
+            if isinstance(part, list) and len(part) >= 2:
+                yield place, np.reshape(part[: len(part) // 2 * 2], (-1, 2)), width, height
 
 
 # ----------------------------------------------------------------------------------------------------------- tree
 
 
-def tree_sources(dataset_dir: Path, data_dir: Path) -> Iterator[Source | str]:
+def training_sets() -> Iterator[tuple[str, type[TrainingSet]]]:
+    for family in FAMILIES.values():
+        yield from family.sets.items()
+
+
+def is_tree(path: Path) -> bool:
+    """Whether a folder holds one of the folders of the sets."""
+    marks = (training_set.mark(path, path / "data") for _, training_set in training_sets())
+    return any((path / mark.relative_to(path).parts[0]).is_dir() for mark in marks if mark.is_relative_to(path))
+
+
+def tree_sources(dataset_dir: Path, data_dir: Path, *, allow_outside: bool) -> Iterator[Source | str]:
     """Training sets, evaluation splits and VQA benchmarks; the bare name of one that is absent."""
-    for family, sets in TRAINING_SETS.items():
-        for name, training_set in sets.items():
-            mark = dataset_dir / MARKS[name] if name in MARKS else data_dir / training_set.file
-            if not mark.exists():
-                yield name
-                continue
-            explained = family == "reason_seg" and (mark.parent / "explanatory" / "train.json").exists()
-            options = {"explanatory": 0} if explained else {}
-            load = partial(training_set, dataset_dir, data_dir, rows=ALL_ROWS, seed=0, **options)
-            yield open_source(name, load, training_source, training_set.paths(dataset_dir, data_dir, **options))
+    for name, training_set in training_sets():
+        if not training_set.mark(dataset_dir, data_dir).exists():
+            yield name
+            continue
+        options = training_set.everything(dataset_dir, data_dir)
+        choice = SetChoice(training_set, options)
+        load = partial(choice.open, dataset_dir, data_dir, rows=ALL_ROWS, allow_outside=allow_outside)
+        yield open_source(name, load, training_source, choice.paths(dataset_dir, data_dir))
     for name in SPLITS:
         if missing(split_paths([name], dataset_dir)):
             yield name
         else:
-            yield open_source(name, partial(load_split, name, dataset_dir), evaluation_source)
+            load_one = partial(load_split, name, dataset_dir, allow_outside=allow_outside)
+            yield open_source(name, load_one, evaluation_source)
     for name, benchmark in VQA_BENCHMARKS.items():
         try:
             questions = benchmark.questions(data_dir)
@@ -269,18 +218,10 @@ class Report:
     pictures: list[Image.Image] = field(default_factory=list)
 
 
-def without_template(turns: list[str], masks: int) -> list[str]:
-    """The texts of a row without what our templates put there: the image's tag, and one [SEG] a mask."""
-    return [
-        turns[0].removeprefix(f"{prompts.IMAGE_TAG}\n"),
-        *(text.replace(prompts.SEG, "", masks) for text in turns[1:]),
-    ]
-
-
 def problems_of(seen: Seen) -> list[str]:
     problems = list(seen.problems)
     for turns, masks in seen.rows:
-        texts = without_template(turns, len(masks))
+        texts = own_texts(turns, len(masks))
         problems += [f"{text!r} holds the reserved token {t}" for text in texts for t in prompts.RESERVED if t in text]
         if len(masks) and masks.shape[1:] != (seen.image.height, seen.image.width):
             size = f"{masks.shape[2]} x {masks.shape[1]}, the photo {seen.image.width} x {seen.image.height}"
@@ -290,6 +231,7 @@ def problems_of(seen: Seen) -> list[str]:
 
 def read_safely(source: Source, item: int) -> Seen | str:
     """A record, or what is wrong with it."""
+    assert source.read is not None  # a source without it has no records
     try:
         return source.read(item)
     except SampleError as error:
@@ -353,12 +295,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("contact_sheet.png"), help="the contact sheet")
     add("--samples", type=int, help="pictures a set on it; default: 2, and 12 of own data; 0: no sheet")
     add("--limit", type=int, help="records read of each set at most, evenly spread; default: all")
+    add("--allow_outside", action="store_true", help="take files that annotations name outside their folder")
     add("--workers", type=int, default=os.cpu_count(), help="threads that read; default: one a core")
     args = parser.parse_args(argv)
     if not args.path.exists():
         parser.error(f"{args.path} does not exist")
     if args.kind == "auto":
-        args.kind = "tree" if any((args.path / folder).is_dir() for folder in FOLDERS) else "custom"
+        args.kind = "tree" if is_tree(args.path) else "custom"
     if args.samples is None:
         args.samples = 2 if args.kind == "tree" else 12
     if args.samples < 0 or args.workers < 1 or (args.limit is not None and args.limit < 1):
@@ -369,10 +312,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    sources: Iterable[Source | str]
     if args.kind == "tree":
-        sources = tree_sources(args.path, args.data_dir)
+        sources = tree_sources(args.path, args.data_dir, allow_outside=args.allow_outside)
     else:
-        sources = [open_source(str(args.path), partial(CustomData, args.path), evaluation_source)]
+        load = partial(OwnData, args.path, allow_outside=args.allow_outside)
+        sources = [open_source(str(args.path), load, evaluation_source)]
     reports, absent = [], []
     for source in sources:
         if isinstance(source, str):
@@ -385,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(report.problems) > SHOWN:
             print(f"  and {len(report.problems) - SHOWN:,} more")
     print(f"\n{table(reports)}")
+    for remark in dict.fromkeys(remark for report in reports for remark in report.source.remarks):
+        print(remark)
     if absent:
         print(f"not there: {', '.join(absent)}")
     pictures = [picture for report in reports for picture in report.pictures]

@@ -25,45 +25,111 @@ ORIENT = {
 }
 
 
+MAX_PIXELS = 2 * 89_478_485  # of a picture, as Pillow allows
+MAX_OUTLINE = 4_000_000  # pixels along all polygons of an annotation; the library keeps five points for each
+MAX_SHAPES = 1_000  # of a photo of ReasonSeg
+
+
+def check_size(height: int, width: int) -> None:
+    """Raise TypeError unless these are the sides of a picture that Pillow would open."""
+    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise TypeError(f"height and width are {height} and {width}")
+
+
+def is_short_part(part: object) -> bool:
+    """Whether a polygon's part is no area: fewer than three points, or half a point too many."""
+    short = isinstance(part, list) and (len(part) < 6 or len(part) % 2 == 1)
+    return short and all(isinstance(number, (int, float)) for number in part)  # type: ignore[attr-defined]
+
+
+def check_runs(counts: list | str | bytes, height: int, width: int) -> None:
+    """Raise ValueError unless the runs of an RLE, compressed or not, fill (height, width) exactly.
+
+    The library decodes without looking: runs that are cut, too long or negative would give pixels that were never
+    written, or write outside the mask.
+    """
+    if isinstance(counts, (str, bytes)):
+        runs = _decompress(counts.encode() if isinstance(counts, str) else counts)
+    else:
+        runs = np.asarray(counts)
+        if runs.dtype.kind not in "iu" or runs.ndim != 1 or any(isinstance(run, bool) for run in counts):
+            raise ValueError("the runs are no integers")
+    if (runs < 0).any() or (runs > height * width).any() or int(runs.sum()) != height * width:
+        raise ValueError("the runs do not add up to the image")
+
+
+def _decompress(counts: bytes) -> np.ndarray:
+    """Runs, int64 (n,), of COCO's compressed RLE.
+
+    A number is a series of characters from 48 on: 5 bits each, lowest first; bit 32 says that another one follows, bit
+    16 of the last is the sign. From the fourth number on, the number before the previous one is added.
+    """
+    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if not len(digits) or digits.min() < 0 or digits.max() > 63:
+        raise ValueError("its counts are no compressed RLE")
+    last = (digits & 32) == 0
+    stops = np.flatnonzero(last) + 1
+    starts = np.concatenate([[0], stops[:-1]]).astype(np.int64)
+    if not last[-1] or (stops - starts).max() > 6:  # 30 bits hold every picture
+        raise ValueError("its counts are cut or no compressed RLE")
+    place = np.arange(len(digits)) - np.repeat(starts, stops - starts)
+    numbers = np.add.reduceat((digits & 31) << 5 * place, starts)
+    negative = (digits[stops - 1] & 16) > 0
+    numbers = numbers - (negative.astype(np.int64) << 5 * (stops - starts))
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers
+
+
 def _rle(segmentation: dict, height: int, width: int) -> dict:
     """Compressed RLE of a compressed or uncompressed one."""
     if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"its size is {segmentation['size']}, the image's is {[height, width]}")
+        raise ValueError(f"its size is {segmentation['size']!r:.80}, the image's is {[height, width]}")
     counts = segmentation["counts"]
+    check_runs(counts, height, width)
     if isinstance(counts, (str, bytes)):
         return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-    runs = np.asarray(counts)
-    if runs.dtype.kind not in "iu" or runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
-        raise ValueError("the runs do not add up to the image")
-    return coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+    return coco.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
 
 
-def _polygon(points: list, height: int, width: int) -> dict:
-    """Compressed RLE of one part x0, y0, x1, y1, ..."""
-    array = np.asarray(points, np.float64)
+def _outline(points: list) -> np.ndarray:
+    """One part x0, y0, x1, y1, ... as float64 (n, 2)."""
+    array = np.asarray(points)
     # pycocotools takes four numbers for a box and walks without end along a non-finite edge.
-    if array.ndim != 1 or len(array) < 6 or len(array) % 2 or not (np.abs(array) < 1e6).all():
+    if array.dtype.kind not in "iuf" or array.ndim != 1 or len(array) < 6 or not (np.abs(array) < 1e6).all():
         raise ValueError("a polygon needs at least three finite points")
-    return coco.frPyObjects([array.tolist()], height, width)[0]
+    return array.astype(np.float64).reshape(-1, 2)
 
 
 def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """COCO segmentation -> uint8 {0, 1} (height, width), the union of its parts.
 
     Accepts polygons (one or several parts), compressed RLE (`counts` str or bytes), uncompressed RLE (list), a list of
-    RLEs, and an empty list (an empty mask). Raises ValueError for anything else.
+    RLEs, and an empty list (an empty mask). Among several parts of a polygon those that are no area (`is_short_part`)
+    count as empty, as in the published code. Raises ValueError for anything else.
     """
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
     if not isinstance(parts, list):
         raise ValueError(f"neither polygons nor RLE: {type(parts).__name__}")
+    good = [part for part in parts if not is_short_part(part)]
+    if parts and not good:
+        raise ValueError("a polygon needs at least three finite points")
     mask = np.zeros((height, width), np.uint8)
+    length = 0.0
     try:
-        for part in parts:
-            rle = _rle(part, height, width) if isinstance(part, dict) else _polygon(part, height, width)
+        for part in good:
+            if isinstance(part, dict):
+                rle = _rle(part, height, width)
+            else:
+                points = _outline(part)
+                length += np.abs(points - np.roll(points, 1, axis=0)).max(1).sum()
+                if length > MAX_OUTLINE:
+                    raise ValueError(f"the outlines of its polygons are longer than {MAX_OUTLINE:,} pixels")
+                rle = coco.frPyObjects([points.ravel().tolist()], height, width)[0]
             mask |= coco.decode(rle)
     except KeyError as error:
         raise ValueError(f"RLE without {error}") from error
-    except (TypeError, OverflowError) as error:
+    except (TypeError, OverflowError, RecursionError) as error:
         raise ValueError(str(error)) from error
     return mask
 
@@ -83,19 +149,21 @@ def paint_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
     outline of thickness 1 included. A label holding "ignore" gives 255, equal to "flag" is skipped, whatever the case.
     Raises ValueError for shapes that are no polygons.
     """
+    if len(shapes) > MAX_SHAPES:
+        raise ValueError(f"it has {len(shapes):,} shapes; expected at most {MAX_SHAPES:,}")
     polygons = []
     try:
         for shape in shapes:
             label = shape["label"].lower()
             if label == "flag":
                 continue
-            points = np.asarray(shape["points"], np.float64)
-            if points.ndim != 2 or points.shape[1] != 2 or not (np.abs(points) < 1e6).all():
+            points = np.asarray(shape["points"])
+            if points.dtype.kind not in "iuf" or points.shape[1:] != (2,) or not (np.abs(points) < 1e6).all():
                 raise ValueError("a shape needs finite points (x, y)")
             points = points.astype(np.int32)
             area = int(_paint(np.zeros((height, width), np.uint8), points, 1).sum())
             polygons.append((area, points, 255 if "ignore" in label else 1))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"shape without {error}") from error
     mask = np.zeros((height, width), np.uint8)
     for _, points, value in sorted(reversed(polygons), key=lambda polygon: -polygon[0]):

@@ -6,26 +6,36 @@ only these.
 """
 
 import hashlib
+import logging
 import re
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from self1e.data.paths import README
+from self1e.data.paths import DATASETS, inside
 from self1e.model.processing import as_rgb
-from self1e.model.prompts import evaluation_prompt
+from self1e.model.prompts import IMAGE_TAG, RESERVED, SEG, evaluation_prompt
+
+log = logging.getLogger(__name__)
 
 ORIENTATION_TAG = 0x0112
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.(?:jpg|png)")
 # Everything Pillow is known to raise for files that are missing, truncated, or not what their name says.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@cache
+def say_once(remark: str) -> None:
+    """Log a remark on the data, once per process."""
+    log.info(remark)
 
 
 class SampleError(Exception):
@@ -64,9 +74,9 @@ def load_oriented(path: Path | str | BinaryIO, id: str | None = None) -> tuple[I
     Raises SampleError, under `id` or the path, when the file is missing, truncated or no image.
     """
     try:
-        with Image.open(path) as image:
-            orientation = image.getexif().get(ORIENTATION_TAG, 1)
-            image = as_rgb(image)
+        with Image.open(path) as stored:
+            orientation = stored.getexif().get(ORIENTATION_TAG, 1)
+            image = as_rgb(stored)
     except UNREADABLE as error:
         raise SampleError(id or str(path), f"cannot read {path}: {error}") from error
     return image, orientation if orientation in range(1, 9) else 1
@@ -75,6 +85,25 @@ def load_oriented(path: Path | str | BinaryIO, id: str | None = None) -> tuple[I
 def load_image(path: Path | str | BinaryIO, id: str | None = None) -> Image.Image:
     """The photo in RGB, EXIF orientation applied. Raises SampleError (see `load_oriented`)."""
     return load_oriented(path, id)[0]
+
+
+@dataclass(frozen=True)
+class PhotoFolder:
+    """The photos that annotation files name relative to one folder; see `paths.inside` for names that leave it."""
+
+    folder: Path
+    allow_outside: bool = False
+
+    def load(self, name: str, id: str) -> tuple[Image.Image, int]:
+        """A photo and its orientation tag, as `load_oriented`. Raises SampleError under `id`."""
+        return load_oriented(self.path(name, id), id)
+
+    def path(self, name: str, id: str) -> Path:
+        """Where a photo is. Raises SampleError under `id` for a name that leads out of the folder."""
+        try:
+            return inside(self.folder, name, allow_outside=self.allow_outside)
+        except ValueError as error:
+            raise SampleError(id, str(error)) from error
 
 
 def image_key(name: str) -> int:
@@ -94,17 +123,77 @@ def image_keys(names: Iterable[str]) -> np.ndarray:
     return np.fromiter((image_key(name) for name in names), np.int64)
 
 
+class Annotation(NamedTuple):
+    """One segmentation of a record in the form of COCO, for checks of the data.
+
+    place: where it stands, such as "annotation 12". height, width: pixels of the frame of its numbers.
+    """
+
+    place: str
+    segmentation: list | dict
+    height: int
+    width: int
+
+
+def forged(texts: Iterable[str]) -> str | None:
+    """What is wrong with texts that hold a control token, such as [SEG] or <|im_end|>; None when nothing is."""
+    found = [(token, text) for text in texts for token in RESERVED if token in text]
+    return f"{found[0][1]!r:.200} holds the reserved token {found[0][0]}" if found else None
+
+
+def own_texts(turns: list[str], masks: int) -> list[str]:
+    """The texts of a row without what templates put there: the image's tag, and one [SEG] per mask in the answers."""
+    texts = [turns[0].removeprefix(f"{IMAGE_TAG}\n")]
+    for number, text in enumerate(turns[1:], 1):
+        if number % 2:
+            masks, text = masks - text.count(SEG), text.replace(SEG, "", masks)
+        texts.append(text)
+    return texts
+
+
 class TrainingSet(ABC):
-    """Numbered training samples. Sub-classes set `name` and `items` (which of the records on disk take part)."""
+    """Numbered training samples of one data set; a sub-class and its entry in `config.FAMILIES` are all that it takes.
+
+    Sub-classes set `name` and call `choose`. What else is special about a set are these attributes and methods, which
+    have defaults:
+
+    cap:          samples that one pass over the set takes at most; each pass draws its own (see `mixture`)
+    segmentation: its samples carry masks
+    redrawn:      the mixture "published" draws its samples with replacement
+    rated:        the rate of its family multiplies it; otherwise it counts once
+    mark:         the path by which check-data knows that the set is there
+    everything, annotations, faults, remarks: what check-data looks at
+    """
 
     name: str
     items: np.ndarray  # int32 (n,), record numbers
-    cap: int | None = None  # published limit of the set's size
+    cap: int | None = None
+    segmentation = True
+    redrawn = False
+    rated = True
+
+    @abstractmethod
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False, **options: Any):
+        """Open the set.
+
+        rows:          conversations per sample, at most
+        allow_outside: photos may lie outside the folders of the set (see `paths.inside`)
+        """
 
     @classmethod
     @abstractmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
         """Files and folders that must exist before training starts."""
+
+    @classmethod
+    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
+        """The path whose presence says that a user has the set; by default the first that it needs."""
+        return cls.paths(dataset_dir, data_dir)[0]
+
+    @classmethod
+    def everything(cls, dataset_dir: Path, data_dir: Path) -> dict[str, Any]:
+        """The further arguments with which check-data opens the set, so that it reads all files that are there."""
+        return {}
 
     @abstractmethod
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:
@@ -114,26 +203,43 @@ class TrainingSet(ABC):
     def keys(self) -> np.ndarray:
         """`image_key` of every record on disk (not only of `items`), int64."""
 
-    def choose(self, records: int, seed: int) -> None:
-        """Takes all records, or a random `cap` of them that depends on `seed` alone."""
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
+        """The segmentations of one record, where they are polygons or RLE."""
+        return iter(())
+
+    def faults(self) -> list[str]:
+        """What is wrong with the files of the set as a whole, such as ids that occur twice."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """What is odd in the files of the set but has a settled meaning; said once when training starts."""
+        return []
+
+    def choose(self, records: int) -> None:
+        """Take all records on disk. Raises ValueError when there are none."""
         if not records:
-            raise ValueError(f"{self.name}: no training samples found (see {README})")
+            raise ValueError(f"{self.name}: no training samples found (see {DATASETS})")
         self.items = np.arange(records, dtype=np.int32)
-        if self.cap is not None and records > self.cap:
-            self.items = np.sort(np.random.default_rng([seed, self.cap]).choice(self.items, self.cap, replace=False))
 
     def exclude(self, keys: np.ndarray) -> None:
-        """Drops every sample whose photo is among `keys`."""
+        """Drop every sample whose photo is among `keys`."""
         self.items = self.items[~np.isin(self.keys()[self.items], keys)]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Sample `index` in [0, len); one without usable labels is served by the next that has some, cyclically."""
+        """Sample `index` in [0, len); one without usable labels is served by the next that has some, cyclically.
+
+        Raises SampleError when it is broken, which includes a text that holds a control token.
+        """
         for step in range(len(self)):
             sample = self.read(int(self.items[(index + step) % len(self)]), rng)
             if sample is not None:
+                for turns, masks in zip(sample.conversations, sample.masks):
+                    fault = forged(own_texts(turns, len(masks)))
+                    if fault:
+                        raise SampleError(sample.id, fault)
                 return sample
         raise SampleError(self.name, "no image of this set has a usable label")
 
@@ -167,12 +273,13 @@ class EvalImage:
 
 
 class EvalSplit(ABC, Sequence[EvalImage]):
-    """The photos of an evaluation split in a fixed order, by name."""
+    """The photos of an evaluation split in a fixed order; a sub-class is the `reader` of an entry of SPLITS."""
 
     name: str
 
     @abstractmethod
-    def __init__(self, name: str, dataset_dir: Path): ...
+    def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
+        """Open the split; `allow_outside`: photos may lie outside its folders (see `paths.inside`)."""
 
     @staticmethod
     @abstractmethod
@@ -180,5 +287,31 @@ class EvalSplit(ABC, Sequence[EvalImage]):
         """Files and folders that must exist before the split is read."""
 
     @abstractmethod
+    def read(self, item: int) -> EvalImage:
+        """One photo. Raises SampleError when its annotation is broken."""
+
+    @abstractmethod
     def keys(self) -> np.ndarray:
         """`image_key` of each photo, int64 (n,)."""
+
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
+        """The segmentations of one photo, where they are polygons or RLE."""
+        return iter(())
+
+    def faults(self) -> list[str]:
+        """What is wrong with the files of the split as a whole."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """What is odd in the files of the split but has a settled meaning."""
+        return []
+
+    def __getitem__(self, item: int) -> EvalImage:  # type: ignore[override]  # a split is never sliced
+        """One photo. Raises SampleError when it is broken, which includes a text that holds a control token."""
+        if not 0 <= item < len(self):
+            raise IndexError(item)
+        photo = self.read(item)
+        fault = forged(prompt.removeprefix(IMAGE_TAG) for prompt in photo.prompts)
+        if fault:
+            raise SampleError(f"{self.name}/{photo.image_id}", fault)
+        return photo

@@ -10,12 +10,12 @@ mixture, `SEG-2B` and `SEG-8B` on the segmentation mixture. They are cIoU except
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from self1e.data.paths import require_paths
-from self1e.data.sample import EvalSplit
+from self1e.data.sample import EvalSplit, say_once
 from self1e.data.sets.custom import CustomSplit
 from self1e.data.sets.reasoning import ReasoningSplit
 from self1e.data.sets.referring import ReferringSplit
@@ -37,7 +37,7 @@ class SplitEntry:
     reader: type[EvalSplit]
     protocol: str = "lisa"
     headline: tuple[str, ...] = ("ciou",)
-    published: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    published: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     default: bool = True
 
 
@@ -103,14 +103,19 @@ def split_paths(names: Iterable[str], dataset_dir: str | Path) -> list[tuple[str
     ]
 
 
-def load_split(name: str, dataset_dir: str | Path) -> EvalSplit:
+def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = False) -> EvalSplit:
     """The photos of an evaluation split, sorted.
+
+    allow_outside: photos may lie outside the folders of the split (see `paths.inside`)
 
     Raises ValueError for an unknown name or faulty own data, and FileNotFoundError naming every missing path.
     """
     entry = get_splits([name])[name]
     require_paths(split_paths([name], dataset_dir))
-    return entry.reader(name, Path(dataset_dir))
+    split = entry.reader(name, Path(dataset_dir), allow_outside=allow_outside)
+    for remark in split.remarks():
+        say_once(remark)
+    return split
 
 
 def file_stem(split: str) -> str:

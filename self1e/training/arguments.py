@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from self1e.data.loading import REASON_SEG, REFER_SEG, SEM_SEG, VQA
+from self1e.data.config import DEFAULT_FAMILIES, FAMILIES
 from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
 from self1e.model.attention import PATHWAYS
@@ -20,7 +20,6 @@ from self1e.model.head import MASK_FEATURES
 from self1e.training.adaptation import LLM_LINEARS
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = "sem_seg||refer_seg||reason_seg||vqa"
 
 # Flags of the published program that had no effect there, or that have no meaning here.
 REFUSED = {
@@ -132,16 +131,18 @@ def make_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_dir", type=Path, default=Path("./dataset"), help="segmentation sets and LLaVA")
     data.add_argument("--data_dir", type=Path, default=Path("./data"), help="VQA sets")
-    data.add_argument("--dataset", metavar="FAMILIES", default=FAMILIES, help="families, joined by ||; also: custom")
+    data.add_argument(
+        "--dataset", metavar="FAMILIES", default=DEFAULT_FAMILIES, help="families, joined by ||; also: custom"
+    )
     data.add_argument("--sample_rates", metavar="RATES", help="one a family, joined by commas; unset: 1 each")
-    data.add_argument("--sem_seg_data", metavar="SETS", default=SEM_SEG, help="semantic segmentation, joined by ||")
-    data.add_argument("--refer_seg_data", metavar="SETS", default=REFER_SEG, help="referring, joined by ||")
-    data.add_argument("--reason_seg_data", metavar="SETS", default=REASON_SEG, help="reasoning, with its split")
-    data.add_argument("--vqa_data", metavar="SETS", default=VQA, help="conversation and VQA, joined by ||")
-    data.add_argument("--custom_data", metavar="PATHS", help="own data of the family custom: paths, joined by ||")
+    for name, family in FAMILIES.items():
+        data.add_argument(f"--{name}_data", metavar="SETS", default=family.default, help=family.help)
     data.add_argument("--explanatory", type=float, default=-1.0, help="text-only share of explained samples; -1: off")
     data.add_argument("--num_classes_per_sample", type=count, default=3, help="rows a photo, at most")
     data.add_argument("--exclude_val", action=switch, default=False, help="drop photos that evaluation splits use")
+    data.add_argument(
+        "--allow_outside", action=switch, default=False, help="take photos that annotations name outside their folder"
+    )
     data.add_argument("--mixture", choices=MODES, default="published", help="some samples drawn anew, or each once")
     data.add_argument("--workers", type=natural, default=4, help="decoding processes a rank")
     data.add_argument("--seed", type=natural, default=42, help="of the stream, a fresh head and dropout")

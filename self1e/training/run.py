@@ -14,8 +14,10 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
-from self1e.data.loading import SampleError, build_mixture, missing_paths
-from self1e.data.paths import missing, require_paths
+from self1e.data.config import DataConfig
+from self1e.data.loading import build_mixture
+from self1e.data.paths import require_paths
+from self1e.data.sample import SampleError
 from self1e.data.splits import DEFAULT_SPLITS, load_split, split_paths
 from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
@@ -100,27 +102,23 @@ def check_length(args: Namespace, processor: Self1EProcessor) -> None:
 def train(args: Namespace) -> None:
     """Train and write `<run_dir>/ckpt_model`."""
     splits = [] if args.no_eval else args.splits
-    names = ("sem_seg_data", "refer_seg_data", "reason_seg_data", "vqa_data", "custom_data")
-    sets = {name: getattr(args, name) for name in (*names, "dataset", "dataset_dir", "data_dir", "explanatory")}
-    require_paths(missing_paths(**sets) + missing(split_paths(splits, args.dataset_dir)))
+    data = DataConfig.parse(
+        dataset_dir=args.dataset_dir,
+        data_dir=args.data_dir,
+        **{name: getattr(args, name) for name in DataConfig.flags()},
+    )
+    require_paths(data.paths() + split_paths(splits, args.dataset_dir))
     checkpoint = resume_path(args)
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor)
     settings = training_arguments(args)  # starts the process group; before it, no rank may wait for another
     encode = Encode(processor, max_length=args.model_max_length, max_tiles=HIGH_RES_TILES if args.high_res else 1)
     with settings.main_process_first(local=True, desc="index of the data"):
-        mixture = build_mixture(
-            **sets,
-            sample_rates=args.sample_rates or ",".join("1" for _ in args.dataset.split("||")),
-            batch_size=args.batch_size,
-            seed=args.seed,
-            num_classes_per_sample=args.num_classes_per_sample,
-            exclude_val=args.exclude_val,
-            mode=args.mixture,
-            transform=encode,
-        )
+        mixture = build_mixture(data, batch_size=args.batch_size, seed=args.seed, mode=args.mixture, transform=encode)
         for split in splits:
-            load_split(split, args.dataset_dir)  # a faulty one fails here and not hours later
+            load_split(
+                split, args.dataset_dir, allow_outside=args.allow_outside
+            )  # a faulty one fails here and not hours later
     per_epoch = -(-mixture.epoch_size // (args.batch_size * settings.world_size))
     limit = args.steps_per_epoch and args.steps_per_epoch * args.grad_accumulation_steps
     if limit and limit > per_epoch:
@@ -276,7 +274,7 @@ def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> No
 
 
 def evaluation_options(args: Namespace) -> dict:
-    names = ("dataset_dir", "workers", "model_max_length", "high_res")
+    names = ("dataset_dir", "allow_outside", "workers", "model_max_length", "high_res")
     return {name: getattr(args, name) for name in names}
 
 

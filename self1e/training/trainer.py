@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import ProgressCallback, Trainer
 
-from self1e.data.loading import Mixture, Sample, SampleError
-from self1e.data.mixture import AllBroken
+from self1e.data.mixture import AllBroken, Mixture
+from self1e.data.sample import Sample, SampleError
 from self1e.training.adaptation import optimizer_groups
 
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on
@@ -57,7 +57,7 @@ class Collate:
 
 
 class Stream(Dataset):
-    """`Mixture` as the map from tokens to samples that a DataLoader reads."""
+    """`Mixture` as the map from places to samples that a DataLoader reads."""
 
     def __init__(self, mixture: Mixture):
         self.mixture = mixture
@@ -65,9 +65,9 @@ class Stream(Dataset):
     def __len__(self) -> int:
         return self.mixture.epoch_size
 
-    def __getitem__(self, token: int) -> dict | TooManyBroken:
+    def __getitem__(self, place: int) -> dict | TooManyBroken:
         try:
-            return self.mixture[token]
+            return self.mixture[place]
         except AllBroken as error:  # raised by the main process: from a worker it would come inside a traceback
             return TooManyBroken(str(error))
 
@@ -101,7 +101,7 @@ class MicroBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         plan = self.mixture.micro_batches(self.first_epoch + self.epoch, rank=self.rank, world_size=self.world_size)
-        yield from (tokens.tolist() for tokens in plan[: self.limit])
+        yield from (places.tolist() for places in plan[: self.limit])
 
 
 class Progress(ProgressCallback):

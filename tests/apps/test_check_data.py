@@ -22,7 +22,7 @@ from trees import (
 )
 
 from self1e.apps.check_data import main
-from self1e.data.loading import TRAINING_SETS
+from self1e.data.config import FAMILIES
 from self1e.data.splits import SPLITS
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
@@ -58,7 +58,7 @@ def test_every_set_of_a_sound_tree(tmp_path, run):
     copy_shapes(tmp_path)
     code, rows, text = run(tmp_path / "dataset", "--samples", 1, "--limit", 3, "--output", "sheet.jpg")
     assert code == 0 and problems(text) == [] and "not there" not in text
-    training = [name for sets in TRAINING_SETS.values() for name in sets]
+    training = [name for family in FAMILIES.values() for name in family.sets]
     splits = [name.replace("|", " ") for name in SPLITS]
     assert list(rows) == training + splits + [f"{name} (evaluation)" for name in VQA_BENCHMARKS]
     assert rows["grefcoco"] == ["3 of 4", "4", "12", "12", "3", "0"]

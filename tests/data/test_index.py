@@ -1,5 +1,6 @@
 """self1e/data/index.py: streaming parser, cache, schemas, pickles that are not what they should be."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,7 +12,9 @@ import pytest
 from trees import SQUARE, instances, reference, write_json
 
 from self1e.data import index
-from self1e.data.index import CocoIndex, open_index, read_coco, read_instructions, read_questions, read_refs
+from self1e.data.coco import CocoIndex
+from self1e.data.index import open_index
+from self1e.data.readers import read_coco, read_instructions, read_questions, read_refs, stream_json
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +37,7 @@ def test_streaming_equals_json_loads(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_text(text, encoding="utf-8")
     rebuilt = {}
-    for key, value, source in index.stream_json(path):
+    for key, value, source in stream_json(path):
         assert json.loads(source) == value
         rebuilt.setdefault(key, []).append(value)
     expected = json.loads(text)
@@ -48,7 +51,7 @@ def test_streaming_equals_json_loads(tmp_path, text):
 def test_broken_json_names_the_file(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="x.json.*download it again"):
-        list(index.stream_json(tmp_path / "x.json"))
+        list(stream_json(tmp_path / "x.json"))
 
 
 def test_coco_look_ups_do_not_depend_on_the_order_of_ids(tmp_path):
@@ -95,6 +98,21 @@ def test_several_processes_may_build_at_once(tmp_path, cache):
     for process in processes:
         process.join()
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EEXIST])
+def test_another_machine_may_finish_the_same_index_first(tmp_path, cache, monkeypatch, code):
+    source = tmp_path / "q.jsonl"
+    source.write_text('{"image": "a", "question": "b"}\n')
+    rename = os.rename
+
+    def second(built, final):
+        rename(built, final)  # the other machine's
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(index.os, "rename", second)
+    assert len(open_index(source, read_questions).table("items")) == 1
+    assert [path.name[:2] for path in cache.iterdir() if path.is_dir()] == ["q-"]
 
 
 def test_full_disk_names_the_variable_and_leaves_nothing(tmp_path, cache, monkeypatch):

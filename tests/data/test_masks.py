@@ -44,6 +44,58 @@ def test_run_lengths_of_every_kind_agree():
         assert (decode_segmentation(kind, H, W) == mask).all()
 
 
+@pytest.mark.parametrize("short", [[], [1, 2], [1, 2, 3, 4], SQUARE[:-1], [3.5] * 5])
+def test_a_part_that_is_no_area_counts_as_empty_beside_a_good_one(short):
+    for parts in [SQUARE, short], [short, SQUARE], [short, SQUARE, short]:
+        assert (decode_segmentation(parts, H, W) == rectangle(2, 8)).all()
+    with pytest.raises(ValueError, match="at least three"):
+        decode_segmentation([short, short], H, W)
+
+
+def compress(numbers):
+    """COCO's compressed RLE of runs, written independently: differences of every second number, 5 bits a character."""
+    text = ""
+    for k, number in enumerate(numbers):
+        number -= numbers[k - 2] if k > 2 else 0
+        more = True
+        while more:
+            digit, number = number & 31, number >> 5
+            more = number != (-1 if digit & 16 else 0)
+            text += chr(48 + digit + 32 * more)
+    return text
+
+
+def test_runs_are_checked_before_they_are_decoded():
+    assert (
+        compress([5, 30, 205]) == coco.frPyObjects({"size": [H, W], "counts": [5, 30, 205]}, H, W)["counts"].decode()
+    )
+    good = compress([5, 30, 7, 100, 98])
+    assert decode_segmentation({"size": [H, W], "counts": good}, H, W).sum() == 130
+    cut = [good[:k] for k in range(len(good))]
+    wrong = [[5, 30, 206], [5, 30, 204], [5, -30, 265], [1 << 40, 240 - (1 << 40)], [0], []]
+    trailing = [good + "o", good + "P", good[:-1] + chr(ord(good[-1]) + 32), good + "0 ", "é" + good, good + "\x7f"]
+    for counts in [*cut, *map(compress, wrong), *trailing, good.encode() + b"\xff", "o" * 50, "P" * 50]:
+        with pytest.raises(ValueError, match="counts|runs"):
+            decode_segmentation({"size": [H, W], "counts": counts}, H, W)
+    for counts in [5.0, 235.0], [True, 239], ["5", "235"], [[240]], [1 << 70], [None], None, {}, 240, [240, -1, 1]:
+        with pytest.raises(ValueError, match="integers|runs"):
+            decode_segmentation({"size": [H, W], "counts": counts}, H, W)
+
+
+def test_runs_of_random_masks_pass():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = rng.integers(1, 60, 2).tolist()
+        mask = (rng.random((height, width)) < rng.random()).astype(np.uint8)
+        assert (decode_segmentation(coco.encode(np.asfortranarray(mask)), height, width) == mask).all()
+
+
+@pytest.mark.parametrize("points", [[0, 0, 9e5, 9e5, 0, 9e5] * 20, [True] * 6, ["1"] * 6, [[1, 2]] * 6, [1 << 70] * 6])
+def test_polygons_without_end_and_of_other_types_are_refused(points):
+    with pytest.raises(ValueError):
+        decode_segmentation([points], H, W)
+
+
 def test_empty_segmentation_is_an_empty_mask():
     mask = decode_segmentation([], H, W)
     assert mask.shape == (H, W) and mask.sum() == 0

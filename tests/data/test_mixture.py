@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 from helpers import SHARED, needs_shared
+from streams import Numbers, epoch_batches, ids
 from torch.utils.data import DataLoader
 from trees import (
     SQUARE,
@@ -20,30 +21,17 @@ from trees import (
     write_json,
 )
 
-from self1e.data.loading import TRAINING_SETS, Sample, SampleError, build_mixture, missing_paths
+from self1e.data.config import FAMILIES, DataConfig
+from self1e.data.loading import build_mixture
 from self1e.data.mixture import Group, Mixture, pack, unpack
 from self1e.data.paths import missing
+from self1e.data.sample import SampleError
 from self1e.data.splits import split_paths
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
-
-
-class Numbers:
-    """A set whose sample k has the id "<name>/<k>" and one random number as its conversation."""
-
-    def __init__(self, name, size, broken=()):
-        self.name, self.size, self.broken = name, size, set(broken)
-
-    def __len__(self):
-        return self.size
-
-    def sample(self, index, rng):
-        if index in self.broken:
-            raise SampleError(f"{self.name}/{index}", "torn")
-        return Sample(f"{self.name}/{index}", None, [[str(rng.integers(1 << 40))]], [])
 
 
 def toy(mode="exact", batch_size=4, seg=30, text=50, rates=(1, 1), broken=(), seed=0, transform=None, redraw=False):
@@ -54,18 +42,8 @@ def toy(mode="exact", batch_size=4, seg=30, text=50, rates=(1, 1), broken=(), se
     return Mixture(groups, batch_size=batch_size, seed=seed, mode=mode, transform=transform)
 
 
-def ids(mixture, tokens):
-    return [f"{mixture.sets[unpack(t)[1]].name}/{unpack(t)[2]}" for t in tokens]
-
-
-def epoch_batches(mixture, world=1, epoch=0):
-    ranks = [mixture.micro_batches(epoch, rank=rank, world_size=world) for rank in range(world)]
-    assert len({len(batches) for batches in ranks}) == 1
-    return [batch for step in zip(*ranks) for batch in step]
-
-
-def is_seg(mixture, token):
-    return mixture.segmentation[unpack(token)[1]]
+def is_seg(mixture, place):
+    return mixture.segmentation[unpack(place)[1]]
 
 
 def test_tokens_round_trip():
@@ -89,8 +67,8 @@ def test_plans_are_even_over_ranks(world, batch_size, mode):
 def test_exact_holds_every_place_once_and_spreads_segmentation():
     mixture = toy("exact", 4, seg=10, text=70, rates=(1, 1))  # 15 of 85 places, 22 micro-batches
     batches = epoch_batches(mixture)
-    tokens = np.concatenate(batches)
-    assert len(set(tokens.tolist())) == 85 and len(set(ids(mixture, tokens))) == 85
+    places = np.concatenate(batches)
+    assert len(set(places.tolist())) == 85 and len(set(ids(mixture, places))) == 85
     assert sum(any(is_seg(mixture, t) for t in batch) for batch in batches) == 15
     mixture = toy("exact", 4, seg=30, text=50)  # 35 places: every micro-batch has one
     assert all(any(is_seg(mixture, t) for t in batch) for batch in epoch_batches(mixture))
@@ -104,14 +82,14 @@ def test_published_gives_the_last_place_to_segmentation():
     assert len(set(others)) == len(others)  # a shuffle: nothing twice but the last places
     lasts = Counter(ids(mixture, [batch[-1] for batch in batches]))
     assert len(lasts) > 25 and max(lasts.values()) < len(batches) / 4
-    tokens = [int(t) for batch in batches for t in batch]
-    assert len(set(tokens)) == len(tokens)  # an item met twice is drawn anew
+    places = [int(t) for batch in batches for t in batch]
+    assert len(set(places)) == len(places)  # an item met twice is drawn anew
 
 
 def test_no_constraint_at_batch_size_one_or_without_segmentation():
     mixture = toy("published", 1)
-    tokens = np.concatenate(epoch_batches(mixture))
-    assert len(set(ids(mixture, tokens))) == 85
+    places = np.concatenate(epoch_batches(mixture))
+    assert len(set(ids(mixture, places))) == 85
     mixture = Mixture([Group([Numbers("text", 9)], 1, False, False)], batch_size=4, seed=0)
     assert sorted(ids(mixture, np.concatenate(epoch_batches(mixture)))) == [f"text/{k}" for k in range(9)]
 
@@ -136,38 +114,38 @@ def test_rates_multiply_and_take_shares():
 
 
 def test_samples_are_a_function_of_seed_and_token():
-    tokens = np.concatenate(epoch_batches(toy()))
+    places = np.concatenate(epoch_batches(toy()))
     again = np.concatenate(epoch_batches(toy()))
-    assert (tokens == again).all()
+    assert (places == again).all()
 
     def first(mixture):
-        return [mixture[t].conversations for t in tokens[:10]]
+        return [mixture[t].conversations for t in places[:10]]
 
     assert first(toy()) == first(toy()) != first(toy(seed=1))
-    assert toy()[tokens[3]].conversations == toy()[int(tokens[3])].conversations
+    assert toy()[places[3]].conversations == toy()[int(places[3])].conversations
     next_epoch = np.concatenate(epoch_batches(toy(), epoch=1))
-    assert ids(toy(), tokens) != ids(toy(), next_epoch)
+    assert ids(toy(), places) != ids(toy(), next_epoch)
     assert toy()[pack(0, 0, 3, 0)].conversations != toy()[pack(0, 0, 3, 1)].conversations
     assert toy()[pack(0, 0, 3, 0)].conversations != toy()[pack(1, 0, 3, 0)].conversations
 
 
 def test_the_items_of_an_epoch_do_not_depend_on_the_number_of_ranks():
-    def places(world):
+    def all_places(world):
         return sorted(np.concatenate(epoch_batches(toy("exact", 4), world)).tolist())
 
-    assert places(1) == places(2) == places(5)
+    assert all_places(1) == all_places(2) == all_places(5)
 
 
 def test_broken_samples_are_replaced_logged_once_and_listed(caplog):
     mixture = toy(broken=range(1, 30))  # seg: only item 0 is whole
-    token = pack(0, 0, 7, 0)
+    place = pack(0, 0, 7, 0)
     with caplog.at_level(logging.WARNING):
-        sample = mixture[token]
-        assert mixture[token].id == sample.id
+        sample = mixture[place]
+        assert mixture[place].id == sample.id
     assert sample.id == "seg/0" or sample.id.startswith("seg2/")
     assert sample.replaced[0] == ("seg/7", "torn") and len(sample.replaced) <= 20
     logged = [record.getMessage() for record in caplog.records]
-    assert toy(broken=range(1, 30))[token].replaced == sample.replaced
+    assert toy(broken=range(1, 30))[place].replaced == sample.replaced
     assert len(logged) == len(set(logged)) == len({id for id, _ in sample.replaced})
 
 
@@ -216,7 +194,7 @@ def tree(root):
     write_json(paco, instances([(7, f"train2017/{7:012d}.jpg")], [square]))
     write_json(root / "vlpart/pascal_part/train.json", instances([(7, "x.jpg")], [square]))
     photo(root / "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages/x.jpg")
-    for name in TRAINING_SETS["refer_seg"]:
+    for name in FAMILIES["refer_seg"].sets:
         refs = [reference(1, 7, 1, "train", "a"), reference(2, 9, 1, "train", "b")]
         refs += [reference(3, 7, 1, "val", "c")] if name in ("refcoco", "refclef") else []
         referring_set(root, name, refs, [square])
@@ -225,14 +203,15 @@ def tree(root):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
     conversations = [{"id": str(n), "image": f"{n:012d}.jpg", "conversations": turns} for n in (7, 8)]
     write_json(root / "llava_dataset/llava_instruct_150k.json", conversations)
-    for name, data in TRAINING_SETS["vqa"].items():
+    for name, data in FAMILIES["vqa"].sets.items():
         if name != "llava_instruct_150k":
             questions(root / "data", data.file, 2, folder=f"{name}/photos")
     return root
 
 
-def build(root, **arguments):
-    return build_mixture(**{"dataset_dir": root, "data_dir": root / "data", "batch_size": 3, "seed": 0, **arguments})
+def build(root, *, seed=0, mode="published", transform=None, **flags):
+    config = DataConfig.parse(dataset_dir=root, data_dir=root / "data", **flags)
+    return build_mixture(config, batch_size=3, seed=seed, mode=mode, transform=transform)
 
 
 ALL = {
@@ -262,7 +241,7 @@ def test_every_set_is_mixed_and_workers_and_resuming_change_nothing(tmp_path):
     mixture = build(tree(tmp_path), transform=describe)
     assert mixture.sizes == ALL and mixture.epoch_size == sum(ALL.values())
     batches = mixture.micro_batches(3, rank=0, world_size=1)
-    here = [[mixture[token] for token in batch] for batch in batches]
+    here = [[mixture[place] for place in batch] for batch in batches]
     load = partial(DataLoader, collate_fn=list)
     for workers in 0, 2:
         assert list(load(mixture, batch_sampler=batches, num_workers=workers)) == here
@@ -340,7 +319,7 @@ def test_missing_data_is_one_error(tmp_path):
     assert "pascal_part" not in message and "grefcoco" not in message
     absent = missing(split_paths(["ReasonSeg|val", "refcoco|unc|val"], tmp_path))
     assert {name for name, _ in absent} == {"ReasonSeg|val", "refcoco|unc|val"}
-    assert not missing_paths(dataset_dir=tree(tmp_path), data_dir=tmp_path / "data", dataset="vqa")
+    assert not missing(DataConfig.parse(dataset_dir=tree(tmp_path), data_dir=tmp_path / "data", dataset="vqa").paths())
 
 
 def test_excluded_photos_are_matched_across_sets(tmp_path):
@@ -351,24 +330,22 @@ def test_excluded_photos_are_matched_across_sets(tmp_path):
     dropped = {name: plain[name] - strict.sizes[name] for name in plain if plain[name] != strict.sizes[name]}
     coco = ("cocostuff", "paco_lvis", "refcoco", "refcoco+", "refcocog", "llava_instruct_150k", "refclef", "ReasonSeg")
     assert dropped == dict.fromkeys(coco, 1)
-    tokens = np.concatenate(strict.micro_batches(0, rank=0, world_size=1))
-    assert not [id for id in (strict[t].id for t in tokens) if f"{7:012d}" in id or id.endswith(("/7.jpg", "val.jpg"))]
+    places = np.concatenate(strict.micro_batches(0, rank=0, world_size=1))
+    assert not [id for id in (strict[t].id for t in places) if f"{7:012d}" in id or id.endswith(("/7.jpg", "val.jpg"))]
 
 
 @needs_shared
 @pytest.mark.parametrize("mode", ["published", "exact"])
 def test_the_miniature_sets_mix(mode):
-    mixture = build_mixture(
+    config = DataConfig.parse(
         dataset_dir=SHARED / "minidata/dataset",
         data_dir=SHARED / "minidata/data",
-        batch_size=5,
-        seed=1,
-        mode=mode,
         sample_rates="2,1,3,0.5",
         explanatory=0.3,
         refer_seg_data="refclef||refcoco||refcoco+||refcocog||grefcoco",
         sem_seg_data="ade20k||cocostuff||pascal_part||paco_lvis||mapillary",
     )
+    mixture = build_mixture(config, batch_size=5, seed=1, mode=mode)
     for batch in epoch_batches(mixture, world=2, epoch=2):
         for sample in map(mixture.__getitem__, batch):
             assert not sample.replaced and len(sample.conversations) == len(sample.masks) <= 3

@@ -8,7 +8,7 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import H, W, photo, reasoning_photo, write_json
 
-from self1e.data.loading import SampleError
+from self1e.data.sample import SampleError
 from self1e.data.sets.reasoning import ReasonSeg
 from self1e.data.splits import load_split
 
@@ -16,7 +16,7 @@ AREA = 8 * 7
 
 
 def train(root, **arguments):
-    return ReasonSeg(root, root, **{"rows": 3, "seed": 0, **arguments})
+    return ReasonSeg(root, root, **{"rows": 3, **arguments})
 
 
 def explain(root, **outputs):
@@ -24,11 +24,11 @@ def explain(root, **outputs):
     write_json(root / "reason_seg/ReasonSeg/explanatory/train.json", records)
 
 
-def test_texts_stay_as_written_in_either_encoding(tmp_path):
+def test_phrases_are_lower_cased_and_sentences_kept_in_either_encoding(tmp_path):
     reasoning_photo(tmp_path, "train", "a", ["Une Soirée à Café"], encoding="cp1252")
     reasoning_photo(tmp_path, "train", "b", ["Whose Café?"], is_sentence=True)
     (short,), (long,) = (train(tmp_path).sample(i, np.random.default_rng(0)).conversations for i in (0, 1))
-    assert "Une Soirée à Café in this image" in short[0] or "the Une Soirée à Café" in short[0]
+    assert "une soirée à café in this image" in short[0] or "the une soirée à café" in short[0]
     assert long[0].startswith("<image>\nWhose Café? Please ")
 
 

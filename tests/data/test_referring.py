@@ -7,7 +7,8 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import SQUARE, H, W, photo, reference, referring_set
 
-from self1e.data.loading import TRAINING_SETS, SampleError
+from self1e.data.config import FAMILIES
+from self1e.data.sample import SampleError
 from self1e.data.splits import SPLITS, load_split
 
 OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]
@@ -24,7 +25,7 @@ def annotation(id, image_id, *polygons):
 
 
 def train(root, name, rows=3):
-    return TRAINING_SETS["refer_seg"][name](root, root, rows=rows, seed=0)
+    return FAMILIES["refer_seg"].sets[name](root, root, rows=rows)
 
 
 def units(split):
@@ -165,7 +166,7 @@ def test_units_and_masks_equal_the_published_loaders(name):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", TRAINING_SETS["refer_seg"])
+@pytest.mark.parametrize("name", FAMILIES["refer_seg"].sets)
 def test_training_counts_equal_the_published_loaders(name):
     counts = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"][f"ReferSegDatasetSeq|{name}"]
     data = train(SHARED / "minidata" / "dataset", name)

@@ -7,10 +7,11 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import H, W, photo, questions, write_json
 
-from self1e.data.loading import TRAINING_SETS, SampleError
+from self1e.data.config import FAMILIES
+from self1e.data.sample import SampleError
 from self1e.data.sets.vqa import GQA, instruction_turns
 
-SETS = TRAINING_SETS["vqa"]
+SETS = FAMILIES["vqa"].sets
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +19,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
 
 
-def make(root, name, seed=0):
-    return SETS[name](root, root, rows=3, seed=seed)
+def make(root, name):
+    return SETS[name](root, root, rows=3)
 
 
 def test_turns():
@@ -31,15 +32,15 @@ def test_turns():
             instruction_turns(broken, "x")
 
 
-def test_instructions_of_all_files(tmp_path):
+def test_instructions_come_from_one_file_alone(tmp_path):
     photo(tmp_path / "coco/train2017/a.jpg")
-    for number in 1, 2:
-        turns = [{"from": "human", "value": f"<image>\n{number}?"}, {"from": "gpt", "value": "Yes."}]
-        write_json(tmp_path / f"llava_dataset/{number}.json", [{"id": "r", "image": "a.jpg", "conversations": turns}])
+    for name in "llava_instruct_150k", "conversation_58k":  # the second is a part of the first
+        turns = [{"from": "human", "value": f"<image>\n{name}?"}, {"from": "gpt", "value": "Yes."}]
+        write_json(tmp_path / f"llava_dataset/{name}.json", [{"id": "r", "image": "a.jpg", "conversations": turns}])
     data = make(tmp_path, "llava_instruct_150k")
-    samples = [data.sample(i, np.random.default_rng(0)) for i in range(2)]
-    assert [sample.conversations for sample in samples] == [[[f"<image>\n{n}?", "Yes."]] for n in (1, 2)]
-    assert samples[0].masks[0].shape == (0, H, W) and samples[0].id == "llava_instruct_150k/r"
+    sample = data.sample(0, np.random.default_rng(0))
+    assert len(data) == 1 and sample.conversations == [["<image>\nllava_instruct_150k?", "Yes."]]
+    assert sample.masks[0].shape == (0, H, W) and sample.id == "llava_instruct_150k/r"
 
 
 @pytest.mark.parametrize("name", [name for name in SETS if name != "llava_instruct_150k"])
@@ -52,13 +53,6 @@ def test_question_sets(tmp_path, name):
     assert sample.conversations == [[f"<image>\nWhat 1?{instruction}", "1"]]
     assert sample.masks[0].shape == (0, H, W) and len(data) == 2
     assert {path.name for path in SETS[name].paths(tmp_path, tmp_path)} >= {"photos"}
-
-
-def test_questions_are_capped_by_the_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(GQA, "cap", 4)
-    questions(tmp_path, GQA.file, 12)
-    chosen = [make(tmp_path, "gqa", seed).items.tolist() for seed in (1, 1, 2)]
-    assert chosen[0] == chosen[1] != chosen[2] and len(set(chosen[0])) == 4
 
 
 def test_a_broken_line_and_an_empty_file_name_the_source(tmp_path):
@@ -75,11 +69,11 @@ def test_a_broken_line_and_an_empty_file_name_the_source(tmp_path):
 def test_counts_equal_the_published_loaders():
     golden = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"]
     counts = golden["VQADataset|llava_instruct_150k"]
-    data = SETS["llava_instruct_150k"](SHARED / "minidata/dataset", SHARED / "minidata/data", rows=3, seed=0)
+    data = SETS["llava_instruct_150k"](SHARED / "minidata/dataset", SHARED / "minidata/data", rows=3)
     rows = [data.sample(i, np.random.default_rng(0)).conversations[0] for i in range(len(data))]
     assert len(data) == counts["items"]
     assert sum(len(row) // 2 for row in rows) == counts["assistant_turns"]
-    raw = [turns for table in data._tables for _, _, turns in table]
+    raw = [turns for _, _, turns in data._items]
     assert sum(any("!" in text for _, text in turns) for turns in raw) == counts["with_exclamation"]
     assert sum(turns[0][0] == "gpt" for turns in raw) == counts["gpt_first"]
     assert all(row[0].startswith("<image>\n") and "<image>" not in "".join(row)[1:] for row in rows)

@@ -14,7 +14,7 @@ from helpers import ROOT, files, read_json
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from self1e.data.loading import TRAINING_SETS
+from self1e.data.config import FAMILIES
 from self1e.data.splits import SPLITS, load_split
 from self1e.evaluation.vqa.base import Answer
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
@@ -302,15 +302,15 @@ def test_pope_mme_mmbench(tree):
 def test_every_training_set_and_split_reads_the_tree(tree, tmp_path, monkeypatch):
     monkeypatch.setenv("SELF1E_CACHE", str(tmp_path))
     dataset, photos = tree / "dataset", tree / "data"
-    for family, sets in TRAINING_SETS.items():
-        for training_set in sets.values():
-            options = {"splits": "train", "explanatory": 0.5} if family == "reason_seg" else {}
-            data = training_set(dataset, photos, rows=3, seed=0, **options)
+    for name, family in FAMILIES.items():
+        for training_set in family.sets.values():
+            options = {"splits": "train", "explanatory": 0.5} if name == "reason_seg" else {}
+            data = training_set(dataset, photos, rows=3, **options)
             for i in range(len(data)):
                 sample = data.sample(i, np.random.default_rng(i))
                 for row, masks in zip(sample.conversations, sample.masks, strict=True):
                     assert len(masks) == sum(text.count("[SEG]") for text in row), sample.id
-                    assert family == "vqa" or masks.shape[1:] == sample.image.size[::-1]
+                    assert not data.segmentation or masks.shape[1:] == sample.image.size[::-1]
     for name in SPLITS:
         split = load_split(name, dataset)
         assert len(split) >= 2

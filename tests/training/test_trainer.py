@@ -5,8 +5,8 @@ import pytest
 import torch
 from helpers import noise
 
-from self1e.data.loading import Mixture, Sample, SampleError
-from self1e.data.mixture import Group
+from self1e.data.mixture import Group, Mixture
+from self1e.data.sample import Sample, SampleError
 from self1e.training.trainer import (
     Collate,
     Encode,
@@ -23,7 +23,7 @@ class Numbers:
     """A training set of `size` numbered samples; those in `broken` cannot be read."""
 
     def __init__(self, name: str, size: int, broken=()):
-        self.name, self.size, self.broken = name, size, broken
+        self.name, self.size, self.broken, self.cap = name, size, broken, None
 
     def __len__(self):
         return self.size

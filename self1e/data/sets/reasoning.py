@@ -5,15 +5,27 @@ reason_seg/ReasonSeg/explanatory/train.json
 """
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from self1e.data.masks import paint_shapes
-from self1e.data.paths import README
-from self1e.data.sample import EvalImage, EvalSplit, Sample, SampleError, TrainingSet, image_keys, load_image
+from self1e.data.paths import DATASETS
+from self1e.data.readers import take
+from self1e.data.sample import (
+    Annotation,
+    EvalImage,
+    EvalSplit,
+    Sample,
+    SampleError,
+    TrainingSet,
+    image_keys,
+    load_image,
+)
 from self1e.model import prompts
 
 SPLITS = ("train", "val", "test")
@@ -36,11 +48,15 @@ def read_record(photo: Path, id: str) -> dict:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError:
             text = raw.decode("cp1252")
-        record = json.loads(text)
-        return {key: record[key] for key in ("text", "is_sentence", "shapes")}
+        record: dict[str, Any] = json.loads(text)
+        kinds = {"text": (list,), "is_sentence": (bool, int), "shapes": (list,)}
+        record = {key: take(record, key, *kinds[key]) for key in kinds}
+        if not all(isinstance(text, str) for text in record["text"]):
+            raise TypeError(f"text is {record['text']!r:.80}, not a list of strings")
+        return record
     except KeyError as error:
         raise SampleError(id, f"{path}: key {error} is missing") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SampleError(id, f"cannot read {path}: {error}") from error
 
 
@@ -54,13 +70,15 @@ def load_mask(photo: Path, shapes: list[dict], id: str) -> tuple[Image.Image, np
 
 
 class ReasonSeg(TrainingSet):
-    """Training photos of one or several splits ("train", "train_val").
+    """Training photos of one or several splits.
 
+    splits:      names joined by "_", such as "train_val"
     explanatory: -1 = off. Else, for a photo with an explanation, the share of samples that are text alone; the rest is
                  half [SEG] alone, half [SEG] followed by the explanation.
     """
 
     name = "ReasonSeg"
+    redrawn = True
 
     def __init__(
         self,
@@ -68,7 +86,7 @@ class ReasonSeg(TrainingSet):
         data_dir: Path,
         *,
         rows: int,
-        seed: int,
+        allow_outside: bool = False,
         splits: str = "train",
         explanatory: float = -1,
     ):
@@ -78,13 +96,20 @@ class ReasonSeg(TrainingSet):
         self.rows = rows
         self.explanatory = explanatory
         self.explanations = _explanations(dataset_dir) if explanatory != -1 else {}
-        self.choose(len(self.photos), seed)
+        self.choose(len(self.photos))
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path, splits: str = "train", explanatory: float = -1) -> list[Path]:
-        root = _root(dataset_dir)
-        explained = [root / "explanatory" / "train.json"] if explanatory != -1 else []
-        return [root / split for split in split_names(splits)] + explained
+        explained = [_explanation_file(dataset_dir)] if explanatory != -1 else []
+        return [_root(dataset_dir) / split for split in split_names(splits)] + explained
+
+    @classmethod
+    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
+        return _root(dataset_dir) / "train"
+
+    @classmethod
+    def everything(cls, dataset_dir: Path, data_dir: Path) -> dict[str, Any]:
+        return {"explanatory": 0.0} if _explanation_file(dataset_dir).exists() else {}
 
     @property
     def explained(self) -> int:
@@ -93,6 +118,9 @@ class ReasonSeg(TrainingSet):
 
     def keys(self) -> np.ndarray:
         return image_keys(photo.name for photo in self.photos)
+
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
+        return _polygons(self.photos[item], image)
 
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:
         photo = self.photos[item]
@@ -103,9 +131,9 @@ class ReasonSeg(TrainingSet):
             return None
         image, mask = load_mask(photo, record["shapes"], id)
         target = (mask == 1).astype(np.uint8)[None]
-        explanation = self.explanations.get(photo.name)
+        explanation = self.explanations.get(photo.name, "")
         kind = "mask"
-        if explanation is not None:
+        if photo.name in self.explanations:
             kind = "text" if rng.random() < self.explanatory else ("mask", "both")[rng.integers(2)]
         conversations, masks = [], []
         for i in rng.choice(len(texts), min(self.rows, len(texts)), replace=False):
@@ -114,23 +142,28 @@ class ReasonSeg(TrainingSet):
         return Sample(id, image, conversations, masks)
 
 
-def _turns(text: str, is_sentence: bool, kind: str, explanation: str | None, rng: np.random.Generator) -> list[str]:
+def _turns(text: str, is_sentence: bool, kind: str, explanation: str, rng: np.random.Generator) -> list[str]:
     if kind == "text":
         return [f"{prompts.IMAGE_TAG}\n{text}", explanation]
     if kind == "both":
         return [prompts.explanatory_question(text, rng), f"{prompts.answer(rng)} {explanation}"]
-    question = prompts.long_question if is_sentence else prompts.short_question
-    return [question(text, rng), prompts.answer(rng)]
+    question = prompts.long_question(text, rng) if is_sentence else prompts.short_question(text.lower(), rng)
+    return [question, prompts.answer(rng)]
+
+
+def _explanation_file(dataset_dir: Path) -> Path:
+    return _root(dataset_dir) / "explanatory" / "train.json"
 
 
 def _explanations(dataset_dir: Path) -> dict[str, str]:
-    path = _root(dataset_dir) / "explanatory" / "train.json"
+    path = _explanation_file(dataset_dir)
     try:
-        return {record["image"]: record["outputs"] for record in json.loads(path.read_text(encoding="utf-8"))}
+        records = json.loads(path.read_text(encoding="utf-8"))
+        return {take(record, "image", str): take(record, "outputs", str) for record in records}
     except KeyError as error:
-        raise ValueError(f"{path}: key {error} is missing; is this the right file? See {README}") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no list of explanations ({error}); see {README}") from error
+        raise ValueError(f"{path}: key {error} is missing; is this the right file? See {DATASETS}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no list of explanations ({error}); see {DATASETS}") from error
 
 
 def split_names(splits: str) -> list[str]:
@@ -143,25 +176,26 @@ def split_names(splits: str) -> list[str]:
 
 
 class ReasoningSplit(EvalSplit):
-    """An evaluation split, a sequence of `EvalImage` with one unit each, the first text; name "ReasonSeg|<split>"."""
+    """An evaluation split with one unit per photo, the first text; `name` is "ReasonSeg|<split>"."""
 
-    def __init__(self, name: str, dataset_dir: Path):
+    def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
         self.name = name
         self.photos = _photos(dataset_dir, split_names(name.split("|")[1]))
 
     @staticmethod
     def paths(name: str, dataset_dir: Path) -> list[Path]:
-        """What must exist to evaluate it."""
         return [_root(dataset_dir) / split for split in split_names(name.split("|")[1])]
 
     def __len__(self) -> int:
         return len(self.photos)
 
     def keys(self) -> np.ndarray:
-        """`image_key` of each photo."""
         return image_keys(photo.name for photo in self.photos)
 
-    def __getitem__(self, item: int) -> EvalImage:
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
+        return _polygons(self.photos[item], image)
+
+    def read(self, item: int) -> EvalImage:
         photo = self.photos[item]
         id = f"ReasonSeg/{photo.name}"
         record = read_record(photo, id)
@@ -176,6 +210,13 @@ class ReasoningSplit(EvalSplit):
             lower=False,
             load=partial(_load_unit, photo, record["shapes"], id),
         )
+
+
+def _polygons(photo: Path, image: Image.Image) -> Iterator[Annotation]:
+    for number, shape in enumerate(read_record(photo, photo.name)["shapes"]):
+        if shape["points"]:
+            points = [number for point in shape["points"] for number in point]
+            yield Annotation(f"shapes[{number}]", [points], image.height, image.width)
 
 
 def _load_unit(photo: Path, shapes: list[dict], id: str) -> tuple[Image.Image, np.ndarray]:

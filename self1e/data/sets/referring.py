@@ -5,15 +5,18 @@ refer_seg/<set>/instances.json                                masks, COCO style
 refer_seg/images/{mscoco/images/train2014, saiapr_tc-12}      photos
 """
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from self1e.data.index import CocoIndex, open_index, read_refs
+from self1e.data.coco import CocoIndex
+from self1e.data.index import open_index
 from self1e.data.masks import annotation_mask, orient
-from self1e.data.sample import EvalImage, EvalSplit, Sample, SampleError, TrainingSet, load_oriented
+from self1e.data.readers import read_refs
+from self1e.data.sample import Annotation, EvalImage, EvalSplit, PhotoFolder, Sample, SampleError, TrainingSet
 from self1e.model import prompts
 
 
@@ -27,14 +30,15 @@ class ReferringData:
                  whose name holds "test" (the REFER toolbox's rule); all by equality in grefcoco
     """
 
-    def __init__(self, dataset_dir: Path, name: str, partition: str, split: str):
+    def __init__(self, dataset_dir: Path, name: str, partition: str, split: str, *, allow_outside: bool = False):
         self.name = name
-        refs, instances, self.photos = self.paths(dataset_dir, name, partition)
+        refs, instances, photos = self.paths(dataset_dir, name, partition)
+        self.photos = PhotoFolder(photos, allow_outside)
         index = open_index(refs, read_refs)
         self.coco = CocoIndex(instances)
         self._groups = index.table("groups")
-        rows = [np.arange(start, stop) for known, start, stop in index.meta["splits"] if _in_split(known, split, name)]
-        rows = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        parts = [np.arange(a, b) for known, a, b in index.meta["splits"] if _in_split(known, split, name)]
+        rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
         # An image can belong to several raw splits (testA and testB make up test): one entry, its groups together.
         images = index.array("group_images")[rows]
         order = np.argsort(images, kind="stable")
@@ -79,11 +83,17 @@ class ReferringData:
         except KeyError as error:
             raise SampleError(f"{self.name}/{self.image_ids[item]}", f"{self.coco.path} has no {error}") from error
 
+    def annotations(self, item: int) -> Iterator[Annotation]:
+        """The annotations that an image's expressions name."""
+        wanted = sorted({id for _, ids, _ in self.expressions(item) for id in ids} - {-1})
+        row = int(self.coco.image_rows(self.image_ids[item : item + 1])[0])
+        return self.coco.placed(row, map(self.coco.annotation, wanted))
+
     def load(self, item: int, targets: list[list[int]]) -> tuple[Image.Image, np.ndarray]:
         """Photo, and for each list of annotation ids the union of their masks (n, H, W); -1 adds nothing."""
         file_name, height, width = self._image(item)
         id = f"{self.name}/{file_name}"
-        image, orientation = load_oriented(self.photos / file_name, id)
+        image, orientation = self.photos.load(file_name, id)
         decoded = {}
         for annotation_id in {a for ids in targets for a in ids} - {-1}:
             try:
@@ -112,10 +122,14 @@ class ReferringTrain(TrainingSet):
 
     partition = "unc"
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, seed: int):
-        self.data = ReferringData(dataset_dir, self.name, self.partition, "train")
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
+        self.data = ReferringData(dataset_dir, self.name, self.partition, "train", allow_outside=allow_outside)
         self.rows = rows
-        self.choose(len(self.data), seed)
+        self.choose(len(self.data))
+
+    @classmethod
+    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
+        return Path(dataset_dir) / "refer_seg" / cls.name
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -123,6 +137,15 @@ class ReferringTrain(TrainingSet):
 
     def keys(self) -> np.ndarray:
         return self.data.keys()
+
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
+        return self.data.annotations(item)
+
+    def faults(self) -> list[str]:
+        return self.data.coco.faults()
+
+    def remarks(self) -> list[str]:
+        return self.data.coco.remarks(empty="are empty masks")
 
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:
         expressions = self.data.expressions(item)
@@ -159,27 +182,29 @@ class GRefCOCO(ReferringTrain):
 
 
 class ReferringSplit(EvalSplit):
-    """An evaluation split, a sequence of `EvalImage`; `name` is "<set>|<partition>|<split>"."""
+    """An evaluation split; `name` is "<set>|<partition>|<split>"."""
 
-    def __init__(self, name: str, dataset_dir: Path):
+    def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
         self.name = name
-        self.data = ReferringData(dataset_dir, *name.split("|"))
+        self.data = ReferringData(dataset_dir, *name.split("|"), allow_outside=allow_outside)
 
     @staticmethod
     def paths(name: str, dataset_dir: Path) -> list[Path]:
-        """What must exist to evaluate it."""
         return list(ReferringData.paths(dataset_dir, *name.split("|")[:2]))
 
     def __len__(self) -> int:
         return len(self.data)
 
     def keys(self) -> np.ndarray:
-        """`image_key` of each photo."""
         return self.data.keys()
 
-    def __getitem__(self, item: int) -> EvalImage:
-        if not 0 <= item < len(self):
-            raise IndexError(item)
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
+        return self.data.annotations(item)
+
+    def remarks(self) -> list[str]:
+        return self.data.coco.remarks(empty="are empty masks")
+
+    def read(self, item: int) -> EvalImage:
         expressions = self.data.expressions(item)
         n = len(expressions)
         file_name = self.data.file_name(item)

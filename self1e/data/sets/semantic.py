@@ -1,18 +1,21 @@
 """Semantic and part segmentation: ade20k, cocostuff, mapillary (label maps), paco_lvis, pascal_part (annotations).
 
-Folders: design section 7 and dataset/README.md. A row asks for one class, or for one part annotation.
+dataset/README.md shows the folders. A row asks for one class, or for one part annotation.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from self1e.data.index import CocoIndex, expected_schema
+from self1e.data.coco import CocoIndex
 from self1e.data.masks import annotation_mask, load_label_map, orient
-from self1e.data.sample import Sample, SampleError, TrainingSet, image_keys, load_oriented
+from self1e.data.readers import expected_schema, take
+from self1e.data.sample import Annotation, PhotoFolder, Sample, SampleError, TrainingSet, image_keys, load_oriented
 from self1e.model import prompts
 
 IGNORED = 255
@@ -38,13 +41,13 @@ class LabelMapSet(TrainingSet):
     listed = "labels"
     first_label = 0  # label of the first class; smaller ones are ignored
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, seed: int):
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
         self.photos, self.labels = self.paths(dataset_dir, data_dir)[:2]
         self.rows = rows
         self.names = [name.strip().lower() for name in self.read_names(Path(dataset_dir))]
         folder, suffix = (self.photos, ".jpg") if self.listed == "photos" else (self.labels, ".png")
         self.stems = _file_names(folder, suffix)
-        self.choose(len(self.stems), seed)
+        self.choose(len(self.stems))
 
     def read_names(self, dataset_dir: Path) -> list[str]:
         """Class names in label order."""
@@ -83,14 +86,22 @@ class ADE20K(LabelMapSet):
     first_label = 1  # 0 = other
 
     @classmethod
+    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
+        return Path(dataset_dir) / "ade20k"
+
+    @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        root = Path(dataset_dir) / "ade20k"
+        root = cls.mark(dataset_dir, data_dir)
         return [root / "images" / "training", root / "annotations" / "training"]
 
 
 class COCOStuff(LabelMapSet):
     name = "cocostuff"
     cap = 30_000
+
+    @classmethod
+    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
+        return Path(dataset_dir) / "cocostuff"
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -104,33 +115,48 @@ class Mapillary(LabelMapSet):
     name = "mapillary"
 
     @classmethod
+    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
+        return Path(dataset_dir) / "mapillary"
+
+    @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        root = Path(dataset_dir) / "mapillary"
+        root = cls.mark(dataset_dir, data_dir)
         return [root / "training" / "images", root / "training" / "v2.0" / "labels", root / "config_v2.0.json"]
 
     def read_names(self, dataset_dir: Path) -> list[str]:
         path = self.paths(dataset_dir, dataset_dir)[2]
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no JSON ({error}); download it again") from error
         with expected_schema(path):
-            return [label["readable"] for label in config["labels"]]
+            return [take(label, "readable", str) for label in take(config, "labels", list)]
 
 
 class PartSet(TrainingSet):
     """Photos with COCO-style part annotations; a row is one annotation with its own mask."""
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, seed: int):
-        annotations, self.photos = self.paths(dataset_dir, data_dir)[:2]
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
+        annotations, photos = self.paths(dataset_dir, data_dir)[:2]
+        self.photos = PhotoFolder(photos, allow_outside)
         self.rows = rows
         self.coco = CocoIndex(annotations)
         self.names = {id: self.split_name(name) for id, name in self.coco.categories.items()}
         self.image_ids = self.coco.image_ids
-        self.choose(len(self.image_ids), seed)
+        self.choose(len(self.image_ids))
 
     def keys(self) -> np.ndarray:
         return self.coco.image_keys
+
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
+        rows = self.coco.annotation_rows(int(self.image_ids[item]))
+        return self.coco.placed(item, map(self.coco.annotation_at, rows))
+
+    def faults(self) -> list[str]:
+        return self.coco.faults()
+
+    def remarks(self) -> list[str]:
+        return self.coco.remarks(empty="are skipped")
 
     @staticmethod
     def split_name(name: str) -> tuple[str, ...]:
@@ -138,22 +164,22 @@ class PartSet(TrainingSet):
         return tuple(piece.strip().lower() for piece in name.split(":", 1))
 
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:
-        rows = self.coco.annotation_rows(int(self.image_ids[item]))
-        if not len(rows):
+        found = map(self.coco.annotation_at, self.coco.annotation_rows(int(self.image_ids[item])))
+        usable = [annotation for annotation in found if annotation["segmentation"]]
+        if not usable:
             return None
         file_name, height, width = self.coco.image(item)
         id = f"{self.name}/{file_name}"
-        image, orientation = load_oriented(self.photos / file_name, id)
+        image, orientation = self.photos.load(file_name, id)
         conversations, masks = [], []
-        for row in rng.choice(rows, min(self.rows, len(rows)), replace=False):
-            annotation = self.coco.annotation_at(row)
+        for k in rng.choice(len(usable), min(self.rows, len(usable)), replace=False):
+            annotation = usable[k]
             try:
                 names = self.names[annotation["category_id"]]
             except KeyError as error:
                 raise SampleError(id, f"annotation {annotation['id']}: unknown category {error}") from error
-            if len(names) == 2:
-                names = (" ".join(names), f"the {names[1]} of the {names[0]}")
-            name = names[rng.integers(len(names))]
+            phrases = (" ".join(names), f"the {names[1]} of the {names[0]}") if len(names) == 2 else names
+            name = phrases[rng.integers(len(phrases))]
             mask = orient(annotation_mask(annotation, height, width, id), image, orientation)
             conversations.append([prompts.short_question(name, rng), prompts.answer(rng)])
             masks.append(mask[None])
@@ -163,6 +189,10 @@ class PartSet(TrainingSet):
 class PACO(PartSet):
     name = "paco_lvis"
     cap = 30_000
+
+    @classmethod
+    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
+        return Path(dataset_dir) / "vlpart" / "paco"
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -180,6 +210,10 @@ class PascalPart(PartSet):
     name = "pascal_part"
 
     @classmethod
+    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
+        return Path(dataset_dir) / "vlpart" / "pascal_part"
+
+    @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        root = Path(dataset_dir) / "vlpart" / "pascal_part"
+        root = cls.mark(dataset_dir, data_dir)
         return [root / "train.json", root / "VOCdevkit" / "VOC2010" / "JPEGImages"]

@@ -5,45 +5,52 @@ from pathlib import Path
 
 import numpy as np
 
-from self1e.data.index import open_index, read_instructions, read_questions
-from self1e.data.sample import Sample, SampleError, TrainingSet, load_image
+from self1e.data.index import open_index
+from self1e.data.readers import read_instructions, read_questions, take
+from self1e.data.sample import PhotoFolder, Sample, SampleError, TrainingSet
 from self1e.model import prompts
 
 SPEAKERS = {"human": 0, "gpt": 1}
 
 
-def _text_sample(id: str, photo: Path, turns: list[str]) -> Sample:
-    image = load_image(photo, id)
+def _text_sample(id: str, photos: PhotoFolder, name: str, turns: list[str]) -> Sample:
+    image, _ = photos.load(name, id)
     return Sample(id, image, [turns], [np.zeros((0, image.height, image.width), np.uint8)])
 
 
 class LLaVAInstruct(TrainingSet):
-    """Conversations of `llava_dataset/*.json` about `coco/train2017`; several turns, one row."""
+    """Conversations of `llava_dataset/llava_instruct_150k.json` about `coco/train2017`; several turns, one row.
+
+    Other files of the folder, such as the parts that this one was merged from, are not read.
+    """
 
     name = "llava_instruct_150k"
+    segmentation = False
+    redrawn = True
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, seed: int):
-        sources = sorted((Path(dataset_dir) / "llava_dataset").glob("*.json"))
-        if not sources:
-            raise FileNotFoundError(f"no *.json in {Path(dataset_dir) / 'llava_dataset'} ({self.name})")
-        self.photos = Path(dataset_dir) / "coco" / "train2017"
-        self._indexes = [open_index(source, read_instructions) for source in sources]
-        self._tables = [index.table("items") for index in self._indexes]
-        self._starts = np.cumsum([0, *map(len, self._tables)])
-        self.choose(int(self._starts[-1]), seed)
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
+        source, photos = self.paths(dataset_dir, data_dir)
+        self.photos = PhotoFolder(photos, allow_outside)
+        self._index = open_index(source, read_instructions)
+        self._items = self._index.table("items")
+        self.choose(len(self._items))
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        return [Path(dataset_dir) / "llava_dataset", Path(dataset_dir) / "coco" / "train2017"]
+        root = Path(dataset_dir)
+        return [root / "llava_dataset" / "llava_instruct_150k.json", root / "coco" / "train2017"]
+
+    @classmethod
+    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
+        return Path(dataset_dir) / "llava_dataset"
 
     def keys(self) -> np.ndarray:
-        return np.concatenate([index.array("image_keys") for index in self._indexes])
+        return self._index.array("image_keys")
 
     def read(self, item: int, rng: np.random.Generator) -> Sample:
-        source = int(np.searchsorted(self._starts, item, side="right")) - 1
-        record, image, turns = self._tables[source][int(item - self._starts[source])]
+        record, image, turns = self._items[item]
         id = f"{self.name}/{record}"
-        return _text_sample(id, self.photos / image, instruction_turns(turns, id))
+        return _text_sample(id, self.photos, image, instruction_turns(turns, id))
 
 
 def instruction_turns(turns: list[list[str]], id: str) -> list[str]:
@@ -60,22 +67,20 @@ def instruction_turns(turns: list[list[str]], id: str) -> list[str]:
     return [f"{prompts.IMAGE_TAG}\n{texts[0]}", *texts[1:]]
 
 
-def _photo(data_dir: Path, image: str) -> Path:
-    return Path(data_dir) / image.removeprefix("data/")
-
-
 class QuestionSet(TrainingSet):
-    """Questions with a short answer, one a line; a leading `data/` of an image path stands for `data_dir`."""
+    """Questions with a short answer, one per line; a leading `data/` of an image path stands for `data_dir`."""
 
     cap = 100_000
+    segmentation = False
+    rated = False
     instruction = prompts.VQA_INSTRUCTION
     file: str
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, seed: int):
-        self.data_dir = Path(data_dir)
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
+        self.photos = PhotoFolder(Path(data_dir), allow_outside)
         self._index = open_index(self.paths(dataset_dir, data_dir)[0], read_questions)
         self._items = self._index.table("items")
-        self.choose(len(self._items), seed)
+        self.choose(len(self._items))
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -83,9 +88,14 @@ class QuestionSet(TrainingSet):
         path = Path(data_dir) / cls.file
         try:
             with open(path, encoding="utf-8") as lines:
-                return [path, _photo(data_dir, json.loads(next(lines))["image"]).parent]
-        except (FileNotFoundError, ValueError, KeyError, TypeError, StopIteration):
+                image = take(json.loads(next(lines)), "image", str)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError, StopIteration):
             return [path]  # missing or another schema: the index says so, with the line
+        return [path, (Path(data_dir) / image.removeprefix("data/")).parent]
+
+    @classmethod
+    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
+        return Path(data_dir) / cls.file
 
     def keys(self) -> np.ndarray:
         return self._index.array("image_keys")
@@ -93,7 +103,7 @@ class QuestionSet(TrainingSet):
     def read(self, item: int, rng: np.random.Generator) -> Sample:
         image, question, answer = self._items[item]
         turns = [f"{prompts.IMAGE_TAG}\n{question}{self.instruction}"] + ([] if answer is None else [answer])
-        return _text_sample(f"{self.name}/{item}", _photo(self.data_dir, image), turns)
+        return _text_sample(f"{self.name}/{item}", self.photos, image.removeprefix("data/"), turns)
 
 
 class VQAv2(QuestionSet):

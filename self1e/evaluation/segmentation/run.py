@@ -234,6 +234,7 @@ def evaluate_splits(
     splits: Iterable[str],
     *,
     dataset_dir: str | Path,
+    allow_outside: bool = False,
     output_dir: str | Path,
     workers: int = 4,
     rows_per_forward: int = 16,
@@ -250,6 +251,7 @@ def evaluate_splits(
         model: `Self1EForSegmentation` on its device; put into evaluation mode, and back afterwards.
         splits: names of `SPLITS`, or with one of `PREFIXES`.
         dataset_dir: root of the segmentation data. output_dir: made when absent; rank 0 writes.
+        allow_outside: photos may lie outside the folders of their split (see `data.paths.inside`).
         workers: decoding processes per rank. rows_per_forward: sentences of a photo in one pass.
         model_max_length: tokens a row may have. high_res: up to 4 tiles per photo.
         visualize: pictures of the worst sentences in `<output_dir>/<split>/`, and an overview.
@@ -272,7 +274,9 @@ def evaluate_splits(
     elif absent:
         names, path = ", ".join(name for name in entries if name in absent), next(reversed(absent.values()))
         say(f"skipped for want of their data ({path} is missing, for one): {names}")
-    available = {name: load_split(name, dataset_dir) for name in entries if name not in absent}
+    available = {
+        name: load_split(name, dataset_dir, allow_outside=allow_outside) for name in entries if name not in absent
+    }
     distributed.on_main(partial(output_dir.mkdir, parents=True, exist_ok=True))
     options: dict[str, Any] = {"high_res": high_res, "rows_per_forward": rows_per_forward}
     settings = describe({**(checkpoint or {}), **model_settings(model), **options}, model.device)

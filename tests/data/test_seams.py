@@ -1,0 +1,152 @@
+"""Seams: a set, a family or a split is one class and one entry, and everything works on it."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+from trees import label_map, photo
+
+from self1e.apps import check_data
+from self1e.data.config import FAMILIES, DataConfig, Family
+from self1e.data.loading import build_mixture
+from self1e.data.splits import SPLITS, SplitEntry, load_split
+from self1e.evaluation.segmentation.run import evaluate_splits
+from self1e.training.arguments import parse
+
+MODULE = '''
+from pathlib import Path
+
+import numpy as np
+
+from self1e.data.sample import EvalImage, EvalSplit, Sample, TrainingSet, image_keys, load_image
+from self1e.data.sets.semantic import LabelMapSet
+from self1e.model import prompts
+
+
+class Toys(LabelMapSet):
+    """A semantic set: two folders and two names."""
+
+    name = "toys"
+
+    @classmethod
+    def paths(cls, dataset_dir, data_dir):
+        return [Path(dataset_dir) / "toys/photos", Path(dataset_dir) / "toys/labels"]
+
+    def read_names(self, dataset_dir):
+        return ["Bear", "Ball"]
+
+
+class Frames(TrainingSet):
+    """A set of another kind: its questions name no class, its masks are the left half."""
+
+    name = "frames"
+    redrawn = True
+
+    def __init__(self, dataset_dir, data_dir, *, rows, allow_outside=False):
+        (folder,) = self.paths(dataset_dir, data_dir)
+        self.photos = sorted(folder.glob("*.jpg"))
+        self.choose(len(self.photos))
+
+    @classmethod
+    def paths(cls, dataset_dir, data_dir):
+        return [Path(dataset_dir) / "frames"]
+
+    def keys(self):
+        return image_keys(photo.name for photo in self.photos)
+
+    def read(self, item, rng):
+        image = load_image(self.photos[item])
+        mask = np.zeros((1, image.height, image.width), np.uint8)
+        mask[:, :, : image.width // 2] = 1
+        question = prompts.short_question("left half", rng)
+        return Sample(f"frames/{self.photos[item].name}", image, [[question, prompts.answer(rng)]], [mask])
+
+
+class FrameSplit(EvalSplit):
+    def __init__(self, name, dataset_dir, *, allow_outside=False):
+        self.name, self.data = name, Frames(dataset_dir, dataset_dir, rows=1)
+
+    @staticmethod
+    def paths(name, dataset_dir):
+        return Frames.paths(dataset_dir, dataset_dir)
+
+    def __len__(self):
+        return len(self.data)
+
+    def keys(self):
+        return self.data.keys()
+
+    def read(self, item):
+        sample = self.data.read(item, np.random.default_rng(0))
+        name = self.data.photos[item].name
+        return EvalImage(name, ["left half"], [False], [name], [False], True, lambda: (sample.image, sample.masks[0]))
+'''
+
+
+@pytest.fixture
+def extension(tmp_path, monkeypatch):
+    """The module above, its two sets, a family and a split registered."""
+    (tmp_path / "extension.py").write_text(MODULE)
+    spec = importlib.util.spec_from_file_location("extension", tmp_path / "extension.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "extension", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(FAMILIES["sem_seg"].sets, "toys", module.Toys)
+    monkeypatch.setitem(FAMILIES, "video_seg", Family({"frames": module.Frames}, "frames", "sets of video frames"))
+    monkeypatch.setitem(SPLITS, "frames|val", SplitEntry(reader=module.FrameSplit, default=False))
+    return module
+
+
+@pytest.fixture
+def root(tmp_path):
+    for number in range(3):
+        photo(tmp_path / f"dataset/frames/{number}.jpg", shade=number)
+        photo(tmp_path / f"dataset/toys/photos/{number}.jpg", shade=9 * number)
+        label_map(tmp_path / f"dataset/toys/labels/{number}.png", [0, 1])
+    return tmp_path / "dataset"
+
+
+def test_a_new_set_and_a_new_family_are_mixed(extension, root):
+    flags = {"dataset": "sem_seg||video_seg", "sem_seg_data": "toys", "sample_rates": "1,2"}
+    config = DataConfig.parse(dataset_dir=root, data_dir=root, **flags)
+    mixture = build_mixture(config, batch_size=2, seed=0)
+    assert mixture.sizes == {"toys": 3, "frames": 3} and mixture.epoch_size == 9
+    samples = [mixture[place] for batch in mixture.micro_batches(0, rank=0, world_size=1) for place in batch]
+    assert {sample.id.split("/")[0] for sample in samples} == {"toys", "frames"}
+    assert all(sample.masks[0].sum() == 120 for sample in samples)
+
+
+def test_a_new_family_has_its_flag(extension):
+    needed = ["--version", "v", "--exp_name", "e"]
+    assert parse(needed).video_seg_data == "frames"
+    args = parse([*needed, "--dataset", "video_seg", "--video_seg_data", "frames||frames"])
+    flags = {name: getattr(args, name) for name in DataConfig.flags()}
+    (family,) = DataConfig.parse(dataset_dir=".", data_dir=".", **flags).families
+    assert family.name == "video_seg" and [choice.training_set for choice in family.sets] == [extension.Frames] * 2
+
+
+def test_a_new_split_is_evaluated(extension, root, tmp_path, load_tiny, tiny_processor):
+    photo, masks = load_split("frames|val", root)[0].load()
+    assert masks.shape == (1, photo.height, photo.width)
+    results = evaluate_splits(
+        load_tiny(), tiny_processor, ["frames|val"], dataset_dir=root, output_dir=tmp_path / "eval", workers=0
+    )
+    assert results["frames|val"]["n"] == 3 and (tmp_path / "eval/frames_val.json").is_file()
+
+
+def test_check_data_knows_the_new_ones(extension, root, tmp_path, capsys):
+    assert check_data.main([str(root), "--kind", "tree", "--output", str(tmp_path / "sheet.png")]) == 0
+    rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line[:2] == "| "}
+    for name in "toys", "frames", "frames val":
+        assert rows[name].split("|")[2].strip() == "3", rows
+
+
+def test_the_order_and_the_number_of_sets_do_not_change_what_a_family_is(root, extension):
+    config = DataConfig.parse(dataset_dir=root, data_dir=root, dataset="vqa", vqa_data="gqa||llava_instruct_150k")
+    (family,) = config.families
+    kinds = [(choice.training_set.rated, choice.training_set.segmentation) for choice in family.sets]
+    assert kinds == [(False, False), (True, False)]
+    with pytest.raises(TypeError, match="takes no colour"):
+        DataConfig.parse(dataset_dir=root, data_dir=root, colour="red")
+    assert np.isclose(config.families[0].rate, 1)
