@@ -18,7 +18,8 @@ from self1e.apps import check_data, data_get
 from self1e.apps import download as download_module
 from self1e.apps.catalogue import Catalogue, File, load_catalogue
 from self1e.apps.download import Address
-from self1e.data.loading import TRAINING_SETS, build_mixture, missing_paths
+from self1e.data.config import FAMILIES, DataConfig
+from self1e.data.loading import build_mixture
 from self1e.data.splits import DEFAULT_SPLITS, load_split, split_paths
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
@@ -77,6 +78,12 @@ def get(root: Path, *arguments: str) -> int:
     return cli.main(["data", "get", *arguments, "--to", str(root / "dataset")])
 
 
+def every_set(dataset_dir, data_dir):
+    """The configuration of a training on all sets."""
+    sets = {f"{name}_data": "||".join(family.sets) for name, family in FAMILIES.items() if family.sets}
+    return DataConfig.parse(dataset_dir=dataset_dir, data_dir=data_dir, explanatory=0.5, **sets)
+
+
 def test_every_set_arrives_and_is_read(site: Site, source, tmp_path, capsys):
     assert get(tmp_path, "all") == 1  # three sets wait for a person
     out, err = capsys.readouterr()
@@ -92,11 +99,8 @@ def test_every_set_arrives_and_is_read(site: Site, source, tmp_path, capsys):
     assert get(tmp_path, "all") == 0
     assert site.requests == []  # nothing is fetched twice
 
-    roots = {"dataset_dir": tmp_path / "dataset", "data_dir": tmp_path / "data"}
-    sets = {f"{family}_data": "||".join(names) for family, names in TRAINING_SETS.items()} | {
-        "reason_seg_data": "ReasonSeg"
-    }
-    mixture = build_mixture(**roots, batch_size=2, seed=0, explanatory=0.5, **sets)
+    config = every_set(tmp_path / "dataset", tmp_path / "data")
+    mixture = build_mixture(config, batch_size=2, seed=0)
     batch = next(iter(mixture.micro_batches(0, rank=0, world_size=1)))
     assert all(mixture[place].conversations for place in batch)
     for name in DEFAULT_SPLITS:
@@ -273,16 +277,10 @@ def test_two_at_once(site: Site, tmp_path, capsys):
 
 def test_catalogue_covers_what_the_project_reads(tmp_path):
     catalogue = load_catalogue()
-    assert {name for sets in TRAINING_SETS.values() for name in sets} | set(VQA_BENCHMARKS) <= set(catalogue.sets)
+    assert {name for family in FAMILIES.values() for name in family.sets} | set(VQA_BENCHMARKS) <= set(catalogue.sets)
     places = {place for each in catalogue.sets.values() for file in each.files.values() for place in file.places}
     places |= {place for each in catalogue.sets.values() for paths in each.photos.values() for place in paths}
-    roots = {"dataset_dir": "dataset", "data_dir": "data"}
-    sets = {f"{family}_data": "||".join(names) for family, names in TRAINING_SETS.items()} | {
-        "reason_seg_data": "ReasonSeg"
-    }
-    wanted = missing_paths(**roots, dataset="||".join(TRAINING_SETS), explanatory=0.5, **sets) + split_paths(
-        DEFAULT_SPLITS, "dataset"
-    )
+    wanted = every_set("dataset", "data").paths() + split_paths(DEFAULT_SPLITS, "dataset")
     for name, path in wanted:
         assert any(f"{path}/".startswith(f"{place}/") or place.startswith(f"{path}/") for place in places), (
             name,
