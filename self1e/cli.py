@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str, list[str]]] = {
     "convert": ("self1e.apps.convert", "checkpoints from one layout to another, verified", []),
     "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files", []),
     "card": ("self1e.training.model_card", "the model card of a checkpoint, with its scores", []),
+    "ablate": ("self1e.apps.ablation.run", "variants of the method compared on synthetic scenes", []),
     "make-shapes": ("self1e.synthetic.shapes_dataset", "a synthetic data tree in every format", []),
     "make-tiny": ("self1e.synthetic.tiny_internvl", "a tiny InternVL3 checkpoint with random weights", []),
 }

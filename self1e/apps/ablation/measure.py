@@ -1,13 +1,9 @@
-"""Measure a trained model on the splits of the shapes benchmark: one line per sentence in a JSONL.
-
-    python -m self1e.apps.ablation.measure --model FOLDER --benchmark FOLDER --output units.jsonl
+"""Measure a model on the splits of the shapes benchmark.
 
 Beside the evaluation's counts a unit holds those of the boundary IoU (Cheng et al. 2021): of both masks only the
 pixels that lie within a distance of their contour, 2% of the photo's diagonal, are compared.
 """
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,12 +12,10 @@ from typing import Any, cast
 
 import cv2
 import numpy as np
-import torch
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.data.loading import load_split
 from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, rela
-from self1e.files import write_text
 from self1e.model.inference import Segmentation
 from self1e.synthetic.benchmark import FAMILIES
 
@@ -71,21 +65,3 @@ def figures(units: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         **{name: scores[name] for name in ("ciou", "giou", "n_acc")},
         "boundary_iou": math.fsum(edges) / len(edges) if edges else None,
     }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--benchmark", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # the same digits on any machine of one kind, however many processes run
-    processor = Self1EProcessor.from_pretrained(args.model)
-    model = Self1EForSegmentation.from_pretrained(args.model, dtype=torch.float32)
-    lines = (json.dumps(unit) for unit in measure(model, processor, args.benchmark))
-    write_text(args.output, "\n".join(lines) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -60,20 +60,20 @@ def compare(better: Scores, worse: Scores, measure: str, at_least: bool) -> dict
     }
 
 
-def write_report(output: Path, suites: Sequence[str], warmups: dict[str, str], seeds: int) -> str:
+def write_report(output: Path, suites: Sequence[str], seeds: int) -> str:
     """Write OUTPUT/report (ablation.md, ablation.json, bars.png, curves.png) and return the Markdown."""
     report = output / "report"
     scores: dict[str, dict[str, Scores]] = {}
     curves: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
-    seconds = []
+    seconds: dict[Path, int] = {}  # the full method is a row of every suite
     for suite in suites:
         scores[suite], curves[suite] = {}, {}
         for row in SUITES[suite]:
-            folders = {seed: output / f"{warmups[suite]}_{row}_{seed}" for seed in range(seeds)}
+            folders = {seed: output / f"{row}_{seed}" for seed in range(seeds)}
             done = {seed: folder for seed, folder in folders.items() if folder.is_dir()}
             scores[suite][row] = {seed: read_scores(folder) for seed, folder in done.items()}
             curves[suite][row] = [json.loads((folder / "curve.json").read_text()) for folder in done.values()]
-            seconds += [json.loads((folder / "row.json").read_text())["seconds"] for folder in done.values()]
+            seconds |= {path: json.loads((path / "row.json").read_text())["seconds"] for path in done.values()}
     claims = [
         {
             "suite": claim.suite,
@@ -89,12 +89,11 @@ def write_report(output: Path, suites: Sequence[str], warmups: dict[str, str], s
     settings = json.loads((output / "settings.json").read_text())
     content = {
         "settings": settings,
-        "warmups": warmups,
-        "seconds_per_row": seconds,
+        "seconds_per_row": list(seconds.values()),
         "scores": scores,
         "claims": claims,
     }
-    text = markdown(scores, claims, seconds)
+    text = markdown(scores, claims, list(seconds.values()))
     write_json(report / "ablation.json", content)
     write_text(report / "ablation.md", text)
     draw_bars(scores, report / "bars.png")

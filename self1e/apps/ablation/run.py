@@ -1,28 +1,29 @@
 """Train and compare variants of the method on the shapes benchmark, over seeds, with the ordinary training program.
 
-    self1e ablate --suite method attention replication auxiliary --seeds 3      # about 1.5 h on 2 CPU cores
+    self1e ablate --suite method attention replication auxiliary --seeds 3      # about 1 h on 2 free CPU cores
     self1e ablate --suite method --seeds 1 --budget 10                          # for a look
 
-Suites (the last row is the full method):
+Suites (the last row is the full method, trained once for all of them):
     method        baseline, replication, RFR, RFA
     attention     causal, image, image+seg
     replication   window, interpolate, tile
     auxiliary     without, with the auxiliary loss
 
-A model of a million parameters first learns "all shapes" and stays there for hundreds of steps. Every row of a suite
-therefore starts from one shared checkpoint that has left this plateau on simpler scenes. The warm-up of the suite
-`method` is the row `baseline` (causal attention, no head), so that no row starts with a part of the method; the other
-suites start from the full method with causal attention. A row then trains on the benchmark, and only the switches of
-its `configs/ablation_*.yaml` and the seed (order of the data, a fresh head) differ.
+A model of a million parameters first learns "all shapes" and stays there for hundreds of steps. Every row therefore
+starts from one shared checkpoint that has left this plateau on simpler scenes: the full method with causal attention.
+Rows without RFA drop its head and keep the rest, so that the suite `method` favours the full method; the other suites
+differ from the checkpoint by the switch alone. A row then trains on the benchmark, and only the switches of its
+`configs/ablation_*.yaml` and the seed (order of the data, a fresh head) differ.
 
-OUTPUT/<warm-up>_<row>_<seed> holds the units of a finished row (JSONL) and its loss curve. The command can be stopped
-and started again: finished rows are kept. OUTPUT/report holds tables (Markdown and JSON) and pictures. A machine with
-two cores trains two rows at a time, each on one thread; a row's digits do not depend on that.
+OUTPUT/<row>_<seed> holds the units of a finished row (JSONL) and its loss curve. The command can be stopped and
+started again: finished rows are kept. OUTPUT/report holds tables (Markdown and JSON) and pictures. A machine with two
+cores trains two rows at a time, each on one thread; a row's digits do not depend on that.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,8 +31,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from self1e.apps.ablation.report import write_report
@@ -42,107 +43,50 @@ from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
 
 ROOT = Path(__file__).resolve().parents[3]
-WARMUP_FLAGS = {  # what the starting checkpoint of a suite is trained with
-    "plain": ["--mask_features", "baseline", "--attention_pathway", "causal"],
-    "causal": ["--attention_pathway", "causal"],
-}
-LOSSES = ("ce", "mask_bce", "mask_dice")
-
-
-def warmup_of(suite: str) -> str:
-    return "plain" if suite == "method" else "causal"
+HEADLESS = ("baseline", "replication", "rfr")
+SURROUNDINGS = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows of an OUTPUT folder have in common. Sizes are scenes, pixels, optimizer steps."""
+    """What all rows of an OUTPUT folder have in common.
+
+    Training scenes, held-out scenes per family, pixels, optimizer steps and peak rates of warm-up and rows, photos per
+    step.
+    """
 
     train: int = 2000
-    val: int = 60
+    val: int = 50
     size: int = 112
-    warmup_steps: int = 700
-    steps: int = 400
+    warmup_steps: int = 900
+    warmup_lr: float = 1.5e-3
+    steps: int = 300
     lr: float = 1e-3
     batch_size: int = 8
 
 
-def train(
-    version: Path, data: list[str], flags: list[str], folder: Path, *, settings: Settings, steps: int, seed: int
-):
-    """Run the training program in `folder`; its output goes to `folder`/train.log. Raises RuntimeError naming it."""
+def train(folder: Path, version: Path, flags: list[str], settings: Settings, *, steps: int, lr: float, measure: str):
+    """Train in `folder`, measuring on the benchmark folder `measure` if any. Raises RuntimeError naming the log."""
     command = [
-        sys.executable, str(ROOT / "train_hf_ivl_seq.py"), "--version", str(version), *data, *flags,
+        sys.executable, "-m", "self1e.apps.ablation.row", str(folder), measure, "--version", str(version), *flags,
         "--dataset", "refer_seg", "--epochs", "1000", "--batch_size", str(settings.batch_size),
-        "--grad_accumulation_steps", "1", "--optimize_vision", "--precision", "fp32", "--lr", str(settings.lr),
-        "--vision_lr", str(settings.lr), "--max_steps", str(steps), "--warmup_steps", str(min(50, steps // 8)),
+        "--grad_accumulation_steps", "1", "--optimize_vision", "--precision", "fp32", "--lr", str(lr),
+        "--vision_lr", str(lr), "--max_steps", str(steps), "--warmup_steps", str(min(50, steps // 6)),
         "--print_freq", str(max(1, min(20, steps // 2))), "--save_steps", str(steps), "--workers", "0", "--no_eval",
-        "--seed", str(seed), "--report_to", "none", "--exp_name", "run", "--log_base_dir", str(folder),
+        "--report_to", "none",
     ]  # fmt: skip
-    call(command, folder / "train.log")
-
-
-def call(command: list[str], log: Path) -> None:
-    """Run a program on one thread of a CPU. Raises RuntimeError with the last lines of its log when it fails."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    surroundings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("w", encoding="utf-8") as output:
-        ended = subprocess.run(
-            command, stdout=output, stderr=output, env={**os.environ, **surroundings, "PYTHONPATH": path}, check=False
-        )
+        surroundings = {**os.environ, **SURROUNDINGS, "PYTHONPATH": path}
+        ended = subprocess.run(command, stdout=output, stderr=output, env=surroundings, check=False)
     if ended.returncode:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
-        raise RuntimeError(f"{' '.join(command[:2])} ended with code {ended.returncode}; see {log}:\n{tail}")
-
-
-def curve(run: Path) -> list[dict[str, Any]]:
-    """Step and loss terms at every logged step of a run, from the Trainer's own record."""
-    (state,) = run.glob("checkpoints/checkpoint-*/trainer_state.json")
-    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    return [{name: entry[name] for name in ("step", *LOSSES)} for entry in history if "mask_dice" in entry]
-
-
-def warm_up(name: str, output: Path, settings: Settings) -> Path:
-    """The checkpoint that the rows of a suite start from; trained unless it is there."""
-    folder = output / f"warmup_{name}"
-    if not folder.is_dir():
-        shapes = output / "shapes"
-        data = ["--dataset_dir", str(shapes / "dataset"), "--refer_seg_data", "refcoco"]
-        with replacing_folder(folder) as partial:
-            train(
-                output / "base",
-                data,
-                WARMUP_FLAGS[name],
-                partial,
-                settings=settings,
-                steps=settings.warmup_steps,
-                seed=0,
-            )
-            write_json(partial / "curve.json", curve(partial / "run"))
-    return folder / "run" / "ckpt_model"
-
-
-def train_row(warmup: str, row: str, seed: int, output: Path, settings: Settings) -> None:
-    """Train and measure one row; the folder appears when all is done."""
-    flags = [] if row == FULL else ["--config", str(ROOT / "configs" / f"ablation_{row}.yaml")]
-    if row not in SUITES["attention"] or row == FULL:
-        flags += ["--attention_pathway", "image+seg"]  # the warm-up is causal; a row without the switch is not
-    if row not in SUITES["method"] or row == FULL:
-        flags += ["--mask_features", "rfa"]
-    started = time.monotonic()
-    with replacing_folder(output / f"{warmup}_{row}_{seed}") as partial:
-        data = ["--dataset_dir", str(output / "benchmark/train"), "--refer_seg_data", "grefcoco"]
-        version = output / f"warmup_{warmup}/run/ckpt_model"
-        train(version, data, flags, partial, settings=settings, steps=settings.steps, seed=seed)
-        units = ["--benchmark", str(output / "benchmark"), "--output", str(partial / "units.jsonl")]
-        model = ["--model", str(partial / "run/ckpt_model")]
-        call([sys.executable, "-m", "self1e.apps.ablation.measure", *model, *units], partial / "measure.log")
-        write_json(partial / "curve.json", curve(partial / "run"))
-        write_json(partial / "row.json", {"row": row, "seed": seed, "seconds": round(time.monotonic() - started)})
+        raise RuntimeError(f"training ended with code {ended.returncode}:\n{tail}")
 
 
 def prepare(output: Path, settings: Settings) -> None:
-    """The base model and both trees. Raises ValueError where `output` belongs to other settings."""
+    """The base model, both trees and the shared checkpoint. Raises ValueError where `output` has other settings."""
     record = output / "settings.json"
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != asdict(settings):
         raise ValueError(f"{record} differs from the flags given: give another --output, or the same flags")
@@ -151,6 +95,37 @@ def prepare(output: Path, settings: Settings) -> None:
         make_shapes_dataset(output / "shapes", train=settings.train, val=2, size=settings.size, simple=True)
         make_benchmark(output / "benchmark", train=settings.train, val=settings.val, size=settings.size, progress=True)
         write_json(record, asdict(settings))
+    if not (output / "warmup").is_dir():
+        flags = ["--dataset_dir", str(output / "shapes/dataset"), "--refer_seg_data", "refcoco"]
+        flags += ["--attention_pathway", "causal"]
+        steps, lr = settings.warmup_steps, settings.warmup_lr
+        with replacing_folder(output / "warmup") as partial:
+            train(partial, output / "base", flags, settings, steps=steps, lr=lr, measure="")
+            drop_head(partial / "run/ckpt_model", partial / "headless")
+
+
+def drop_head(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint of the full method without its head, as a model of the row `baseline`."""
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(checkpoint / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("segmentation_head.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | {"mask_features": "baseline"})
+
+
+def train_row(row: str, seed: int, output: Path, settings: Settings) -> None:
+    """Train and measure one row; its folder appears when all is done."""
+    flags = ["--dataset_dir", str(output / "benchmark/train"), "--refer_seg_data", "grefcoco", "--seed", str(seed)]
+    flags += [] if row == FULL else ["--config", str(ROOT / "configs" / f"ablation_{row}.yaml")]
+    if row not in SUITES["attention"] or row == FULL:
+        flags += ["--attention_pathway", "image+seg"]  # the shared checkpoint is causal
+    started = time.monotonic()
+    with replacing_folder(output / f"{row}_{seed}") as partial:
+        warmup = output / "warmup" / ("headless" if row in HEADLESS else "run/ckpt_model")
+        benchmark = str(output / "benchmark")
+        train(partial, warmup, flags, settings, steps=settings.steps, lr=settings.lr, measure=benchmark)
+        write_json(partial / "row.json", {"row": row, "seed": seed, "seconds": round(time.monotonic() - started)})
 
 
 def run(
@@ -159,30 +134,27 @@ def run(
     """Train what is missing, as far as the budget (minutes) reaches, and write the report; True when all is there."""
     started = time.monotonic()
     prepare(output, settings)
+    wanted = list(dict.fromkeys((row, seed) for seed in range(seeds) for suite in suites for row in SUITES[suite]))
+
+    def missing() -> list[tuple[str, int]]:
+        return [(row, seed) for row, seed in wanted if not (output / f"{row}_{seed}").is_dir()]
+
+    def work(row: str, seed: int) -> None:
+        if budget is None or time.monotonic() - started < 60 * budget:
+            train_row(row, seed, output, settings)
+
     with ThreadPoolExecutor(jobs) as pool:
-        warmups = dict.fromkeys(warmup_of(suite) for suite in suites)
-        list(pool.map(lambda name: warm_up(name, output, settings), warmups))
-        wanted = dict.fromkeys(
-            (warmup_of(suite), row, seed) for seed in range(seeds) for suite in suites for row in SUITES[suite]
-        )
-        missing = [key for key in wanted if not (output / "{}_{}_{}".format(*key)).is_dir()]
-
-        def work(key: tuple[str, str, int]) -> None:
-            if budget is None or time.monotonic() - started < 60 * budget:
-                train_row(*key, output, settings)
-
-        futures = [pool.submit(work, key) for key in missing]
+        futures = [pool.submit(work, *key) for key in missing()]
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc="rows"):
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    finished = [key for key in wanted if (output / "{}_{}_{}".format(*key)).is_dir()]
-    print(write_report(output, suites, {suite: warmup_of(suite) for suite in suites}, seeds))
-    if len(finished) < len(wanted):
-        print(f"{len(finished)} of {len(wanted)} rows are trained; the same command continues", file=sys.stderr)
-    return len(finished) == len(wanted)
+    print(write_report(output, suites, seeds))
+    if left := missing():
+        print(f"{len(left)} of {len(wanted)} rows are not trained yet; the same command continues", file=sys.stderr)
+    return not missing()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--jobs", type=int, default=os.cpu_count() or 1, help="rows trained at a time, one thread each"
     )
     parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps of a row")
-    parser.add_argument("--warmup_steps", type=int, default=Settings.warmup_steps, help="of the shared checkpoints")
+    parser.add_argument("--warmup_steps", type=int, default=Settings.warmup_steps, help="of the shared checkpoint")
     parser.add_argument("--train", type=int, default=Settings.train, help="training scenes")
     parser.add_argument("--val", type=int, default=Settings.val, help="held-out scenes per family")
     args = parser.parse_args(argv)

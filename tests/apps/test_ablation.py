@@ -1,0 +1,91 @@
+"""The ablation from one command to its report, at the smallest size; its measures on masks made by hand."""
+
+import numpy as np
+import pytest
+from helpers import read_json
+
+from self1e.apps.ablation import report, run
+from self1e.apps.ablation.measure import boundary, figures
+from self1e.apps.ablation.suites import CLAIMS, MEASURES, SUITES
+
+FEW = ["--seeds", "1", "--jobs", "2", "--steps", "2", "--warmup_steps", "2", "--train", "12", "--val", "2"]
+
+
+def test_one_command_trains_measures_and_reports_and_continues(tmp_path, capsys):
+    command = ["--suite", "method", *FEW, "--output", str(tmp_path)]
+    assert run.main([*command, "--budget", "0"]) == 1  # warmed up, no row started
+    assert "4 of 4 rows are not trained yet" in capsys.readouterr().err
+    assert run.main(command) == 0, capsys.readouterr().err
+    found = read_json(tmp_path / "report/ablation.json")
+    assert {row: len(seeds) for row, seeds in found["scores"]["method"].items()} == dict.fromkeys(SUITES["method"], 1)
+    assert all(set(scores["0"]) == set(MEASURES) for scores in found["scores"]["method"].values())
+    assert "not decidable (one seed)" in (tmp_path / "report/ablation.md").read_text()
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"bars.png", "curves.png"}
+
+    first = (tmp_path / "full_0/units.jsonl").read_bytes()
+    (tmp_path / "full_0").rename(tmp_path / "moved")
+    stamp = (tmp_path / "rfr_0/units.jsonl").stat().st_mtime_ns
+    assert run.main(command) == 0
+    assert (tmp_path / "full_0/units.jsonl").read_bytes() == first  # a second run of a row gives the same digits
+    assert (tmp_path / "rfr_0/units.jsonl").stat().st_mtime_ns == stamp
+    assert run.main([*command, "--steps", "3"]) == 1 and "settings.json" in capsys.readouterr().err
+
+
+def test_every_claim_is_about_rows_of_its_suite():
+    for claim in CLAIMS:
+        assert {claim.better, claim.worse} <= set(SUITES[claim.suite]) and set(claim.measures) <= set(MEASURES)
+
+
+def test_boundary_is_a_band_along_the_contour_and_the_edge_of_the_photo():
+    mask = np.zeros((100, 100), bool)
+    mask[20:60, 20:60] = True  # the diagonal is 141 pixels: a band of 3
+    expected = mask.copy()
+    expected[23:57, 23:57] = False
+    assert np.array_equal(boundary(mask), expected)
+    whole = boundary(np.ones((100, 100), bool))
+    assert whole[:3].all() and whole[:, -3:].all() and not whole[3:97, 3:97].any()
+    thin = np.zeros((100, 100), bool)
+    thin[40:44] = True
+    assert np.array_equal(boundary(thin), thin)
+
+
+def unit(**counts) -> dict:
+    base = {"id": "0", "image": "a", "text": "b", "no_target": False, "is_sentence": None}
+    return (
+        base | {"split": "thin", "target_pixels": 0, "predicted_pixels": 0, "boundary_I": 0, "boundary_U": 0} | counts
+    )
+
+
+def test_figures_by_hand():
+    found = figures(
+        [
+            unit(I=1, U=2, boundary_I=1, boundary_U=4),
+            unit(I=3, U=3, boundary_I=2, boundary_U=2),
+            unit(I=0, U=0, no_target=True),
+            unit(I=0, U=5, predicted_pixels=5, no_target=True),
+        ]
+    )
+    assert found == {
+        "ciou": pytest.approx(4 / 10),
+        "giou": pytest.approx((0.5 + 1 + 1 + 0) / 4),
+        "n_acc": 0.5,
+        "boundary_iou": pytest.approx((0.25 + 1) / 2),
+    }
+
+
+def test_verdicts_follow_from_the_interval():
+    low, high = report.interval([0.1, 0.2, 0.3])
+    assert (low, high) == pytest.approx((0.2 - 4.303 * 0.1 / 3**0.5, 0.2 + 4.303 * 0.1 / 3**0.5))
+    assert report.interval([0.1]) is None
+    assert report.verdict((0.01, 0.2), False) == report.verdict((0.01, 0.2), True) == "holds"
+    assert report.verdict((-0.2, -0.01), True) == "does not hold"
+    assert report.verdict((-0.1, 0.1), False) == "not decidable at this scale"
+    assert report.verdict((-0.1, 0.1), True) == "not contradicted"
+
+
+def test_a_failing_row_is_one_message(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run.Settings, "lr", -1.0)
+    monkeypatch.setattr(run, "prepare", lambda output, settings: None)
+    assert run.main([*FEW, "--suite", "auxiliary", "--output", str(tmp_path)]) == 1
+    assert "training ended with code" in capsys.readouterr().err
+    assert not list(tmp_path.glob("full_0"))
