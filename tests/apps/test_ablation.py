@@ -11,14 +11,18 @@ from self1e.apps.ablation.suites import CLAIMS, MEASURES, SUITES
 FEW = ["--seeds", "1", "--jobs", "2", "--steps", "2", "--warmup_steps", "2", "--train", "12", "--val", "2"]
 
 
-def test_one_command_trains_measures_and_reports_and_continues(tmp_path, capsys):
+def test_one_command_trains_measures_reports_and_continues(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(run.SUITES, "method", ("rfr", "full"))  # one with the checkpoint's head, one without
+    monkeypatch.setattr(
+        report, "CLAIMS", [claim for claim in CLAIMS if (claim.better, claim.worse) == ("full", "rfr")]
+    )
     command = ["--suite", "method", *FEW, "--output", str(tmp_path)]
     assert run.main([*command, "--budget", "0"]) == 1  # warmed up, no row started
-    assert "4 of 4 rows are not trained yet" in capsys.readouterr().err
+    assert "2 of 2 rows are not trained yet" in capsys.readouterr().err
     assert run.main(command) == 0, capsys.readouterr().err
     found = read_json(tmp_path / "report/ablation.json")
-    assert {row: len(seeds) for row, seeds in found["scores"]["method"].items()} == dict.fromkeys(SUITES["method"], 1)
-    assert all(set(scores["0"]) == set(MEASURES) for scores in found["scores"]["method"].values())
+    assert {row: list(seeds) for row, seeds in found["scores"]["method"].items()} == {"rfr": ["0"], "full": ["0"]}
+    assert all(set(seeds["0"]) == set(MEASURES) for seeds in found["scores"]["method"].values())
     assert "not decidable (one seed)" in (tmp_path / "report/ablation.md").read_text()
     assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"bars.png", "curves.png"}
 

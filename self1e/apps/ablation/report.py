@@ -163,7 +163,7 @@ def draw_bars(scores: dict[str, dict[str, Scores]], path: Path) -> None:
 
 
 def draw_curves(curves: dict[str, dict[str, list[list[dict[str, Any]]]]], path: Path) -> None:
-    """One panel per suite: cross-entropy excepted, the mask losses over steps, mean and range over seeds."""
+    """One panel per suite: the Dice loss over steps, mean and range over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(curves), 3.2), layout="constrained")
@@ -181,7 +181,8 @@ def draw_curves(curves: dict[str, dict[str, list[list[dict[str, Any]]]]], path: 
         axes.set_title(suite)
         axes.set_xlabel("step")
         axes.set_ylabel("Dice loss (masks + auxiliary)")
-        axes.legend(fontsize=7)
+        if any(rows.values()):
+            axes.legend(fontsize=7)
     _save(figure, path)
 
 
