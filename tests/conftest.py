@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import SHARED, TINY, needs_shared
 
 from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
 
 
@@ -17,6 +18,18 @@ def index_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SELF1E_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def shapes_tree(tmp_path_factory) -> Path:
+    """Every set in its real format, on synthetic scenes: `dataset` and `data` below it. Not to be written to."""
+    return make_shapes_dataset(tmp_path_factory.mktemp("shapes"), train=16, val=4, size=64)
+
+
+@pytest.fixture(scope="session", params=["shapes", pytest.param("photos", marks=needs_shared)])
+def miniature(request, shapes_tree) -> Path:
+    """A miniature of every set: of synthetic scenes, and of real photos where those are. Not to be written to."""
+    return shapes_tree if request.param == "shapes" else SHARED / "minidata"
 
 
 @pytest.fixture(scope="session")

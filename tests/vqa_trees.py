@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from helpers import SHARED, noise
+from helpers import GOLDEN, noise
 from PIL import Image
 
 from self1e import Self1EForSegmentation, Self1EProcessor
@@ -101,7 +101,7 @@ def write_gqa(data: Path) -> None:
 
 
 def golden(name: str) -> dict:
-    return json.loads((SHARED / "golden" / "vqa_metrics" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((GOLDEN / "vqa_metrics" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def load(path: Path) -> dict:

@@ -1,11 +1,9 @@
 """Scores against cases worked out by hand, and against the published evaluation's figures."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, needs_shared
+from helpers import GOLDEN, read_json
 
 from self1e.evaluation.journal import to_jsonl
 from self1e.evaluation.segmentation.metrics import Unit, bootstrap, count_pixels, read_units, score
@@ -121,13 +119,9 @@ def test_a_broken_line_is_named(tmp_path, line):
         read_units(path)
 
 
-@needs_shared
 def test_published_scores_follow_from_their_counts():
-    for split, golden in json.loads((SHARED / "golden/eval_scores.json").read_text(encoding="utf-8")).items():
-        units = [
-            Unit(id=str(i), image=u["image"], text=u["text"], I=u["I"], U=u["U"], target_pixels=0, predicted_pixels=0)
-            for i, u in enumerate(golden["units"])
-        ]
+    for split, golden in read_json(GOLDEN / "segmentation_counts.json").items():
+        units = [unit(I, predicted=U, target=I) for I, U in zip(golden["I"], golden["U"], strict=True)]  # union: U
         figures = score(units)
         assert figures["n"] == golden["n"], split
         # the published meters add 1e-10 to the union and average in float

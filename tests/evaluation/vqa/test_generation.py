@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import SHARED, needs_shared
+from helpers import each_pack
 from vqa_trees import load_model, write_vqav2
 
 from self1e.evaluation.vqa import generation
@@ -30,10 +30,10 @@ def test_a_batch_answers_what_single_questions_answer(tiny, tmp_path, max_tiles)
     assert replies(model, processor, questions, batch_size=3, workers=1, **options) == single
 
 
-@needs_shared
-def test_a_batch_answers_what_single_questions_answer_with_the_real_tokenizer():
-    questions = VQA_BENCHMARKS["vqa-vqav2-val"].questions(SHARED / "minidata" / "data")[:4]
-    model, processor = load_model(SHARED / "golden" / "model" / "base_internvl_chat")
+@each_pack
+def test_a_batch_answers_what_single_questions_answer_with_other_tokenizers(pack, miniature):
+    questions = VQA_BENCHMARKS["vqa-vqav2-val"].questions(miniature / "data")[:4]
+    model, processor = load_model(pack / "base_internvl_chat")
     single = replies(model, processor, questions, batch_size=1, max_new_tokens=4)
     assert len(set(single)) > 1
     assert replies(model, processor, questions, batch_size=4, max_new_tokens=4) == single

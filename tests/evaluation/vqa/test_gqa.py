@@ -1,13 +1,11 @@
 """GQA: every golden of the official evaluator, and facts that need no file."""
 
 import pytest
-from helpers import needs_shared
 from vqa_trees import golden
 
 from self1e.evaluation.vqa import gqa
 
 
-@needs_shared
 def test_gqa_matches_official():
     facts = golden("gqa")
     predictions = {item["questionId"]: gqa.read_prediction(item["prediction"]) for item in facts["items"]}

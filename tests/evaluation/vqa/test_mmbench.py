@@ -2,13 +2,11 @@
 
 import pandas as pd
 import pytest
-from helpers import needs_shared
 from vqa_trees import EXACT, golden
 
 from self1e.evaluation.vqa import mmbench
 
 
-@needs_shared
 @pytest.mark.parametrize("column, suffix", [("post_processed", "post_processed"), ("raw_prediction", "raw")])
 def test_mmbench_matches_official(column, suffix):
     facts = golden("mmbench_dev")
@@ -29,7 +27,6 @@ def test_mmbench_matches_official(column, suffix):
         assert mmbench.accuracy(rotations)["circular"]["dev"]["Overall"] == item[f"hit_circular_{suffix}"]
 
 
-@needs_shared
 def test_mmbench_empty_replies_stay_empty():
     for case in golden("mmbench_dev")["post_process_edge_cases"]:  # the reference stops with IndexError
         assert mmbench.read_prediction(case["raw_prediction"], {"A": "a", "B": "b"}) == ""

@@ -1,13 +1,11 @@
 """MME: every golden of the official scorer, the two layouts of its files, and facts that need no file."""
 
 import pytest
-from helpers import needs_shared
 from vqa_trees import ASK, EXACT, golden, write_mme_release
 
 from self1e.evaluation.vqa import mme
 
 
-@needs_shared
 def test_mme_matches_official():
     facts = golden("mme")
     for item in facts["items"]:

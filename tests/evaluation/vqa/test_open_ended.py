@@ -1,7 +1,6 @@
 """VQAv2, OK-VQA, TextVQA, VizWiz: the goldens of both official evaluators, and facts that need no file."""
 
 import pytest
-from helpers import needs_shared
 from vqa_trees import EXACT, golden
 
 from self1e.evaluation.vqa import open_ended
@@ -9,7 +8,6 @@ from self1e.evaluation.vqa import open_ended
 TEN_YES = ["yes"] * 10
 
 
-@needs_shared
 def test_normalisers_match_official():
     items = golden("normaliser")["items"]
     wrong = [i for i in items if open_ended.normalise_answer(i["input"]) != i["eval_script"]]
@@ -17,7 +15,6 @@ def test_normalisers_match_official():
     assert len(items) > 0 and wrong == []
 
 
-@needs_shared
 @pytest.mark.parametrize("name", ["vqav2", "okvqa", "textvqa", "vizwiz"])
 def test_vqa_accuracy_matches_official(name):
     facts = golden(name)

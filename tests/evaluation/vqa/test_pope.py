@@ -1,14 +1,12 @@
 """POPE: every golden of the official evaluator, and facts that need no file."""
 
 import pytest
-from helpers import needs_shared
 from vqa_trees import EXACT, golden
 
 from self1e.evaluation.vqa import pope
 from self1e.evaluation.vqa.base import mean
 
 
-@needs_shared
 def test_pope_matches_official():
     facts = golden("pope")
     f1 = []

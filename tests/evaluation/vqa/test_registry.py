@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import SHARED, needs_shared
 from vqa_trees import (
     ASK,
     PHOTO_SIZES,
@@ -69,10 +68,9 @@ def test_prompts_and_photos(tmp_path):
     assert chinese.prompt == "Which?\nA. down\nB. up\n请直接回答选项字母。"
 
 
-@needs_shared
-def test_right_replies_score_full_marks():
+def test_right_replies_score_full_marks(miniature):
     """Every benchmark in its real format, answered from its own references."""
-    data = SHARED / "minidata" / "data"
+    data = miniature / "data"
     for name in ("vqa-vqav2-val", "vqa-textvqa-val", "vqa-vizwiz-val", "vqa-okvqa-val"):
         entry = VQA_BENCHMARKS[name]
         annotations = load(data / entry.metric.keywords["annotations"])["annotations"]
