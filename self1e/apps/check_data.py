@@ -33,7 +33,7 @@ from self1e.data.sample import Annotation, EvalSplit, SampleError, TrainingSet, 
 from self1e.data.sets.custom import CustomData, CustomSplit
 from self1e.data.splits import SPLITS, load_split, split_paths
 from self1e.evaluation.tables import markdown_table
-from self1e.evaluation.vqa.base import Question
+from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.model import prompts
 from self1e.visualize import grid, overlay, panel
@@ -118,13 +118,24 @@ def evaluation_source(name: str, data: EvalSplit) -> Source:
     return Source(name, len(data), len(np.unique(data.keys())), read, data.faults(), data.remarks())
 
 
-def question_source(name: str, questions: list[Question]) -> Source:
+def question_source(name: str, questions: list[Question], problems: list[str]) -> Source:
     def read(item: int) -> Seen:
         question = questions[item]
         image = question.open_image()
         return Seen(f"{name}/{question.id}", image, [([question.prompt], np.zeros((0, *image.size[::-1]), np.uint8))])
 
-    return Source(name, len(questions), len({question.image for question in questions}), read)
+    return Source(name, len(questions), len({question.image for question in questions}), read, problems)
+
+
+def reference_problems(benchmark: VQABenchmark, questions: list[Question], data_dir: Path) -> list[str]:
+    """What is wrong with the files that a benchmark is scored with: blank replies are scored, which reads them."""
+    if benchmark.metric is None:
+        return []
+    try:
+        benchmark.metric([Answer(question, "") for question in questions], data_dir)
+    except (FileNotFoundError, ValueError) as error:
+        return [str(error)]
+    return []
 
 
 # -------------------------------------------------------------------------------------------------------- polygons
@@ -161,8 +172,9 @@ def training_sets() -> Iterator[tuple[str, type[TrainingSet]]]:
 
 
 def is_tree(path: Path) -> bool:
-    """Whether a folder holds one of the folders of the sets."""
-    marks = (training_set.mark(path, path / "data") for _, training_set in training_sets())
+    """Whether a folder holds one of the folders of the sets; those of question sets are another folder's."""
+    elsewhere = Path(os.devnull)
+    marks = (training_set.mark(path, elsewhere) for _, training_set in training_sets())
     return any((path / mark.relative_to(path).parts[0]).is_dir() for mark in marks if mark.is_relative_to(path))
 
 
@@ -183,12 +195,15 @@ def tree_sources(dataset_dir: Path, data_dir: Path, *, allow_outside: bool) -> I
             load_one = partial(load_split, name, dataset_dir, allow_outside=allow_outside)
             yield open_source(name, load_one, evaluation_source)
     for name, benchmark in VQA_BENCHMARKS.items():
+        title = f"{name} (evaluation)"
         try:
             questions = benchmark.questions(data_dir)
         except FileNotFoundError:
             yield name
+        except ValueError as error:
+            yield Source(title, problems=[str(error)])
         else:
-            yield question_source(f"{name} (evaluation)", questions)
+            yield question_source(title, questions, reference_problems(benchmark, questions, data_dir))
 
 
 def open_source(name: str, load: Callable, source: Callable, paths: Iterable[Path] = ()) -> Source:
@@ -341,7 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"look at {args.output}")
     problems = sum(len(report.problems) for report in reports)
     if not reports or not any(report.records for report in reports):
-        print(f"nothing to check in {args.path}", file=sys.stderr)
+        near = next((path for path in (args.path / "dataset", args.path.absolute().parent) if is_tree(path)), None)
+        hint = f"; did you mean {near}?" if near is not None and args.kind == "custom" else ""
+        print(f"nothing to check in {args.path}{hint}", file=sys.stderr)
         return 1
-    print(f"{problems:,} problems" if problems else "no problems found")
+    print(f"{problems:,} problem{'' if problems == 1 else 's'}" if problems else "no problems found")
     return 1 if problems else 0

@@ -180,6 +180,8 @@ def load_label_map(path: Path, id: str) -> np.ndarray:
     """One-channel label image -> integers (H, W), as stored. Raises SampleError under `id`."""
     try:
         with Image.open(path) as image:
+            if image.format == "JPEG":
+                raise SampleError(id, f"{path} is a JPEG, which blurs the labels at every edge; store it as a PNG")
             labels = np.asarray(image)
     except UNREADABLE as error:
         raise SampleError(id, f"cannot read {path}: {error}") from error

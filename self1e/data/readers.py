@@ -11,7 +11,7 @@ import pickle
 import pickletools
 import re
 from array import array
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,16 @@ def _object(text: str, position: int) -> Iterator[Element]:
 
 
 @contextlib.contextmanager
-def expected_schema(path: Path) -> Iterator[None]:
-    """Turns a missing key or a value of another type into a ValueError that names the file."""
+def expected_schema(path: Path, place: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turns a missing key or a value of another type into a ValueError that names the file, and the place in it."""
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{path}: key {error} is missing; is this the right file? See {DATASETS}") from error
+        message = f"{path}{place()}: key {error} is missing; is this the right file? See {DATASETS}"
+        raise ValueError(message) from error
     except (TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: unexpected structure ({error}); is this the right file? See {DATASETS}") from error
+        message = f"{path}{place()}: unexpected structure ({error}); is this the right file? See {DATASETS}"
+        raise ValueError(message) from error
 
 
 def take(record: Any, key: str, *kinds: type) -> Any:
@@ -279,7 +281,7 @@ def read_instructions(path: Path, out: Writer) -> None:
     """LLaVA conversations: table `items` [id, image, [[from, value], ...]], array `image_keys`."""
     keys = array("q")
     out.declare("items")
-    with expected_schema(path):
+    with expected_schema(path, lambda: f", record {len(keys)} counted from 0"):
         for key, value, _ in stream_json(path):
             if key is not None:
                 raise TypeError("an object, not a list of conversations")
@@ -295,8 +297,9 @@ def read_questions(path: Path, out: Writer) -> None:
     """Question lines (.jsonl): table `items` [image, question, answer or null], array `image_keys`."""
     keys = array("q")
     out.declare("items")
+    number = 0
     try:
-        with open(path, encoding="utf-8") as lines, expected_schema(path):
+        with open(path, encoding="utf-8") as lines, expected_schema(path, lambda: f", line {number}"):
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue

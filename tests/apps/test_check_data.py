@@ -122,7 +122,7 @@ def test_faults_of_a_tree(tmp_path, run):
         "ReasonSeg/one.jpg: shapes[0]: a polygon reaches (-9 to 5, 0 to 5), outside 20 x 12 pixels",
         "ReasonSeg/two.jpg: its JSON holds no text",
         "vqav2/2: a phrase is empty", "vqav2/2: '<image>' holds the reserved token <image>", "vqav2/3: cannot read",
-        "okvqa_train.jsonl: key 'question' is missing",
+        "okvqa_train.jsonl, line 1: key 'question' is missing",
     ):  # fmt: skip
         assert fault in found, (fault, found)
     assert code == 1 and rows["ade20k"] == ["3", "3", "3", "3", "0", "2"]
@@ -222,3 +222,50 @@ def test_a_missing_vqa_photo_does_not_hide_the_rest(tmp_path, run):
     code, rows, text = run(tmp_path / "dataset", "--limit", 1, "--samples", 0)
     assert code == 1 and "ReasonSeg" in text.split("not there:")[1]
     assert rows["refcoco"][-1] == "0" and rows["gqa"][-1] != "0"
+
+
+def test_faulty_benchmarks_and_strays_do_not_hide_the_rest(tmp_path, run):
+    copy_shapes(tmp_path)
+    data, reasoning = tmp_path / "data", tmp_path / "dataset/reason_seg/ReasonSeg/test"
+    (data / "okvqa/okvqa_val.jsonl").write_text("[]\n")
+    (data / "mmbench/mmbench_dev_20230712.tsv").write_text("a\tb\n1\t2\n")
+    (data / "pope/coco/coco_pope_random.json").write_text("no JSON")
+    (data / "textvqa/textvqa_val_annotations.json").unlink()
+    lines = (data / "vqav2/vqav2_train.jsonl").read_text().splitlines()
+    lines[1] = lines[1].replace('"question"', '"text"')
+    (data / "vqav2/vqav2_train.jsonl").write_text("\n".join(lines))
+    stray = sorted(reasoning.glob("*.jpg"))[0]
+    stray.rename(stray.with_suffix(".JPG"))
+    code, rows, text = run(tmp_path / "dataset", "--samples", 0)
+    found = "\n".join(problems(text))
+    assert code == 1 and "6 problems" in text
+    for part in (
+        "okvqa_val.jsonl is malformed",
+        "mmbench_dev_20230712.tsv is malformed",
+        "coco_pope_random.json is malformed",
+        "textvqa_val_annotations.json is missing",
+        "vqav2_train.jsonl, line 2: key 'question' is missing",
+        f"{stray.stem}.json is not read: no {stray.stem}.jpg is beside it",
+    ):
+        assert part in found, part
+    assert rows["pope (evaluation)"][0] != "0" and rows["mmbench-test-cn (evaluation)"][-1] == "0"
+
+
+def test_jpeg_masks_are_refused(tmp_path, run):
+    photo(tmp_path / "own/a.jpg")
+    Image.new("L", (W, H), 255).save(tmp_path / "own/mask.jpg")
+    (tmp_path / "own/train.csv").write_text("image,mask,prompt\na.jpg,mask.jpg,the cup\n")
+    (tmp_path / "own/data").mkdir()  # makes no tree of a folder of own data
+    code, _, text = run(tmp_path / "own")
+    assert code == 1 and "own/mask.jpg is a JPEG, which blurs the labels at every edge; store it as a PNG" in text
+    assert "1 problem\n" in text
+
+
+@pytest.mark.parametrize("given", [".", "dataset/refer_seg"])
+def test_a_folder_beside_the_tree(tmp_path, run, capsys, given):
+    copy_shapes(tmp_path)
+    assert main([given, "--workers", "2"]) == 1
+    assert (
+        f"did you mean {(tmp_path / 'dataset').relative_to(tmp_path) if given == '.' else tmp_path / 'dataset'}?"
+        in (capsys.readouterr().err)
+    )

@@ -39,6 +39,18 @@ def _photos(dataset_dir: Path, splits: list[str]) -> list[Path]:
     return [path for split in splits for path in sorted((_root(dataset_dir) / split).glob("*.jpg"))]
 
 
+def _unread(photos: list[Path]) -> list[str]:
+    """The JSON files beside the photos that belong to none of them, for example because a photo ends with .JPG."""
+    known = set(photos)
+    folders = sorted({photo.parent for photo in photos})
+    files = [path for folder in folders for path in sorted(folder.glob("*.json"))]
+    return [
+        f"{path} is not read: no {path.stem}.jpg is beside it"
+        for path in files
+        if path.with_suffix(".jpg") not in known
+    ]
+
+
 def read_record(photo: Path, id: str) -> dict:
     """{text, is_sentence, shapes} of the JSON beside a photo, UTF-8 or cp1252. Raises SampleError under `id`."""
     path = photo.with_suffix(".json")
@@ -122,6 +134,9 @@ class ReasonSeg(TrainingSet):
     def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
         return _polygons(self.photos[item], image)
 
+    def faults(self) -> list[str]:
+        return _unread(self.photos)
+
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:
         photo = self.photos[item]
         id = f"{self.name}/{photo.name}"
@@ -194,6 +209,9 @@ class ReasoningSplit(EvalSplit):
 
     def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
         return _polygons(self.photos[item], image)
+
+    def faults(self) -> list[str]:
+        return _unread(self.photos)
 
     def read(self, item: int) -> EvalImage:
         photo = self.photos[item]
