@@ -273,9 +273,13 @@ class EvalImage:
 
 
 class EvalSplit(ABC, Sequence[EvalImage]):
-    """The photos of an evaluation split in a fixed order; a sub-class is the `reader` of an entry of SPLITS."""
+    """The photos of an evaluation split in a fixed order; a sub-class is the `reader` of an entry of SPLITS.
+
+    note: what a reader of its figures must know besides the protocol
+    """
 
     name: str
+    note: str = ""
 
     @abstractmethod
     def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):

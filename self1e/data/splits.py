@@ -3,7 +3,7 @@
     for image in load_split("refcoco|unc|val", "dataset"): photo, masks = image.load()
 
 To add a split, add one entry to SPLITS. Own data needs none: PREFIXES holds the kinds of splits whose name goes on
-with a path, such as "custom|own/val.csv".
+with a path, such as "custom|own/val.csv" or "parquet|own/shards|val".
 
 Published figures are percentages of the SELF1E paper (arXiv 2603.19026): `2B` and `8B` were trained on the base
 mixture, `SEG-2B` and `SEG-8B` on the segmentation mixture. They are cIoU except where an entry says otherwise.
@@ -17,6 +17,7 @@ from pathlib import Path
 from self1e.data.paths import require_paths
 from self1e.data.sample import EvalSplit, say_once
 from self1e.data.sets.custom import CustomSplit
+from self1e.data.sets.parquet import ParquetSplit
 from self1e.data.sets.reasoning import ReasoningSplit
 from self1e.data.sets.referring import ReferringSplit
 
@@ -71,6 +72,7 @@ SPLITS: dict[str, SplitEntry] = {
 
 PREFIXES: dict[str, SplitEntry] = {
     "custom|": SplitEntry(reader=CustomSplit, default=False),
+    "parquet|": SplitEntry(reader=ParquetSplit, default=False),
 }
 
 ALL = SPLITS.keys()

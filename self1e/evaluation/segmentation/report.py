@@ -125,4 +125,5 @@ def summary_table(results: dict[str, dict]) -> str:
             rows.append([title[name], *intervals, *parts])
         header = ["reasoning", "gIoU, 95% interval", "cIoU, 95% interval", "short gIoU / cIoU", "long gIoU / cIoU"]
         text += "\n" + markdown_table(header, rows)
-    return text
+    notes = [f"- {title[name]}: {figures['note']}\n" for name, figures in results.items() if "note" in figures]
+    return text + ("\n" + "".join(notes) if notes else "")

@@ -292,7 +292,7 @@ def evaluate_splits(
                 model, processor, split, entries[name], kept=kept, journal=files.journal, workers=workers,
                 model_max_length=model_max_length, title=name, **options,
             )  # fmt: skip
-            results[name] = {"split": name, **score(units)}
+            results[name] = {"split": name, **({"note": split.note} if split.note else {}), **score(units)}
             distributed.on_main(partial(files.save, units, results))
             if visualize:
                 distributed.on_main(
