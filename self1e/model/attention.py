@@ -31,7 +31,13 @@ PATHWAYS = {"causal": None, "image": image_to_image, "image+seg": image_to_image
 
 
 def perception_mask(
-    pathway: str, *, config: PreTrainedConfig, embeds: Tensor, padding_mask: Tensor, is_image: Tensor, is_seg: Tensor
+    pathway: str,
+    *,
+    config: PreTrainedConfig,
+    embeds: Tensor,
+    padding_mask: Tensor | None,
+    is_image: Tensor,
+    is_seg: Tensor,
 ):
     """The LLM's attention mask in its backend's format, for `attention_mask={"full_attention": mask}`.
 
@@ -39,14 +45,20 @@ def perception_mask(
         pathway: a key of `PATHWAYS`.
         config: the LLM's configuration; its attention implementation decides the mask's format.
         embeds: (rows, N, C), for size, dtype and device.
-        padding_mask: (rows, N), 1 at tokens.
+        padding_mask: (rows, N), 1 at tokens; None without padding, which spares a look at the device.
         is_image, is_seg: (rows, N) bool, image tokens and `[SEG]` tokens.
     """
     overlay = PATHWAYS[pathway]
     if overlay is not None and "flash" in config._attn_implementation:
         raise ValueError(
             f"--attn_implementation {config._attn_implementation} knows causal masks only, the pathway {pathway!r} is "
-            "not causal: use sdpa, flex_attention or eager"
+            "not causal: use sdpa or eager"
         )
-    predicate = overlay(is_image, is_seg) if overlay is not None and bool(is_seg.any()) else None
-    return create_causal_mask(config, embeds, padding_mask, past_key_values=None, or_mask_function=predicate)
+    return create_causal_mask(
+        config,
+        embeds,
+        padding_mask,
+        past_key_values=None,
+        or_mask_function=None if overlay is None else overlay(is_image, is_seg),
+        allow_is_causal_skip=padding_mask is None,
+    )

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
-from self1e.model.head import MASK_FEATURES
+from self1e.model.head import HEADS
 
 SWITCHES = (
     "mask_features",
@@ -62,7 +62,7 @@ class Self1EConfig(InternVLConfig):
     def check_switches(self):
         """Raise ValueError for a switch outside its values."""
         for name, known in (
-            ("mask_features", MASK_FEATURES),
+            ("mask_features", HEADS),
             ("replication", REPLICATIONS),
             ("attention_pathway", PATHWAYS),
         ):

@@ -3,7 +3,6 @@
 Legend: b batch, h w grid, p q neighbourhood (r x r, row-major), c channels, R C tiles per column and row of an image.
 """
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
@@ -47,8 +46,3 @@ def replicate_interpolate(x: Tensor, ratio: int = 2) -> Tensor:
 
 
 REPLICATIONS = {"tile": replicate_tile, "window": replicate_window, "interpolate": replicate_interpolate}
-
-
-def tile_offsets(tile_grids: Tensor) -> list[int]:
-    """Where each image's tiles start in the flat tile axis: (images, 2) -> images + 1 offsets."""
-    return [0, *torch.cumsum(tile_grids.prod(-1), 0).tolist()]

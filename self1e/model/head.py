@@ -1,7 +1,7 @@
-"""The segmentation head (paper, section 3.2): from the LLM's hidden states to mask logits. No token ids here.
+"""The segmentation heads (paper, section 3.2): from the LLM's hidden states to mask logits. No token ids here.
 
-Shape legend: n rows, i images, m masks (queries), h w image-token grid (L per tile side), H W = 2h 2w patch grid,
-C LLM width. `e` is `grids.expand`.
+Shape legend: n rows, k masks (queries) per row, h w image-token grid (L per tile side), H W = 2h 2w patch grid,
+C LLM width, r = 2 the ratio. `e` is `grids.expand`, `up` is `grids.resize`.
 
 | `mask_features` | image side F                                                        | mask    |
 |-----------------|---------------------------------------------------------------------|---------|
@@ -10,27 +10,36 @@ C LLM width. `e` is `grids.expand`.
 | rfr             | VHQ + up(IMG - V1)                                                  | H  W    |
 | rfa             | f_out( e(f_vit(VHQ)) + up( e(f_llm(IMG)) - e(f_vit(V1)) ) )         | 2H 2W   |
 
-The query is the `[SEG]` state itself, under `rfa` `f_out(mean of the r*r groups of f_llm(SEG))`. All logits are
+The query s is the `[SEG]` state itself, under `rfa` `f_out(mean of the r*r groups of f_llm(SEG))`. All logits are
 `F . s / sqrt(C)`. The auxiliary mask uses `e(f_llm(IMG))` (`rfa`, with `f_out` on request) or IMG as image side.
+
+F is never made where it would be large, because `up` and dot products are linear. The first layer of `f_out` is
+applied before `up` and, where it sees the photo alone, once per photo; its second layer moves to the query:
+`(W h + b) . s = h . (W^T s) + b . s`. Of (rows, 2H, 2W, C) there is the hidden layer alone, a few rows at a time.
+
+To add a feature variant, write a class with `upsampling`, `image_side` and `forward`, and one entry in `HEADS`.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
-from einops import einsum, reduce
+import torch
+from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
 from self1e.model.grids import expand, resize
 
-MASK_FEATURES = ("baseline", "replication", "rfr", "rfa")
 INITIAL_STD = 0.02
+ROWS_AT_ONCE = 4  # rows whose hidden layer is in memory together
 
 
 @dataclass(frozen=True)
 class ImageSide:
-    """What the head keeps of images alone, so that the rows of an image share it.
+    """What the head keeps of one photo, so that all its rows share it.
 
-    `refill`: (i, ...) features on the mask's grid; `origin`: (i, ...) what the LLM's image features are compared with.
+    `refill`: (1, ...) features on the mask's grid; `origin`: (1, ...) what the LLM's image features are compared with.
     """
 
     refill: Tensor
@@ -38,73 +47,154 @@ class ImageSide:
 
 
 class SegmentationHead(nn.Module):
-    """RFR and RFA (paper, eq. 3-6). `upsampling`: cells of the mask a side of an image token.
+    """The head without features of its own (`baseline`), and what all heads share.
 
     Args:
         hidden_size: C.
-        mask_features: one of `MASK_FEATURES`.
+        ratio: r, side of the neighbourhood that one image token stands for.
         auxiliary_projection: send the auxiliary image side through `f_out` too.
-        ratio: side of the neighbourhood that one image token stands for.
     """
 
-    def __init__(self, hidden_size: int, *, mask_features: str, auxiliary_projection: bool, ratio: int):
+    def __init__(self, hidden_size: int, *, ratio: int, auxiliary_projection: bool = False):
         super().__init__()
-        self.mask_features, self.auxiliary_projection, self.ratio = mask_features, auxiliary_projection, ratio
+        self.ratio, self.auxiliary_projection = ratio, auxiliary_projection
         self.scale = 1 / math.sqrt(hidden_size)
-        self.upsampling = {"baseline": 1, "replication": ratio, "rfr": ratio, "rfa": ratio**2}[mask_features]
-        if mask_features == "rfa":
-            self.f_llm = two_layers(hidden_size, hidden_size * ratio**2)
-            self.f_vit = two_layers(hidden_size, hidden_size * ratio**2)
-            self.f_out = two_layers(hidden_size, hidden_size)
+        self.gradient_checkpointing = False  # the library sets it, and the function beside it
 
-    def image_side(self, low: Tensor, high: Tensor) -> ImageSide:
-        """Features that depend on the photo alone.
+    @property
+    def upsampling(self) -> int:
+        """Cells of the mask per side of an image token."""
+        return 1
+
+    def image_side(self, low: Tensor, high: Tensor) -> list[ImageSide]:
+        """What depends on photos alone, photos of one grid together.
 
         Args:
             low: V1 (i, h, w, C), what the LLM was given.
             high: VHQ (i, H, W, C), the self-replicated features.
         """
-        if self.mask_features == "baseline":
-            high = low
-        if self.mask_features == "rfa":
-            low, high = (expand(self.f_vit(x), self.ratio) for x in (low, high))
-        return ImageSide(refill=high, origin=low)
+        return [ImageSide(refill=x, origin=x) for x in low.split(1)]
 
-    def forward(self, image: Tensor, seg: Tensor, side: ImageSide, seg_row: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
         """Masks of rows that share one grid size.
 
         Args:
             image: IMG (n, h, w, C), the LLM's normalised states at image tokens.
-            seg: SEG (m, C), the LLM's normalised states one position before each `[SEG]`.
-            side: `image_side` indexed by row, (n, ...).
-            seg_row: (m,) the row of each query.
+            seg: SEG (n, k, C), the LLM's normalised states one position before each `[SEG]`.
+            sides: per row the image side of its photo; rows of a photo are neighbours and share the object.
 
         Returns:
-            Mask logits (m, ., .) and auxiliary logits (m, ., .); the latter are None under `baseline`, whose mask
-            already is the LLM's own.
+            Mask logits (n, k, ., .) and auxiliary logits (n, k, ., .); the latter are None under `baseline`, whose
+            mask already is the LLM's own.
         """
-        if self.mask_features == "baseline":
-            return self.logits(image, seg, seg_row), None
-        if self.mask_features == "replication":
-            return self.logits(side.refill, seg, seg_row), self.logits(image, seg, seg_row)
-        if self.mask_features == "rfr":
-            features = side.refill + resize(image - side.origin, side.refill.shape[1:3])
-            return self.logits(features, seg, seg_row), self.logits(image, seg, seg_row)
-        query = self.f_out(reduce(self.f_llm(seg), "m (n c) -> m c", "mean", n=self.ratio**2))
-        image = expand(self.f_llm(image), self.ratio)
-        features = self.f_out(side.refill + resize(image - side.origin, side.refill.shape[1:3]))
-        auxiliary = self.f_out(image) if self.auxiliary_projection else image
-        return self.logits(features, query, seg_row), self.logits(auxiliary, query, seg_row)
+        return self.logits(image, seg), None
 
-    def logits(self, features: Tensor, query: Tensor, seg_row: Tensor) -> Tensor:
-        """Scaled dot products: (n, h, w, C), (m, C), (m,) -> (m, h, w)."""
-        return einsum(features[seg_row], query, "m h w c, m c -> m h w") * self.scale
+    def logits(self, features: Tensor, query: Tensor) -> Tensor:
+        """Scaled dot products: (n or 1, h, w, C), (n, k, C) -> (n, k, h, w)."""
+        return einsum(features, query, "n h w c, n k c -> n k h w") * self.scale
+
+
+class ReplicationHead(SegmentationHead):
+    """The self-replicated features alone: the LLM answers, the ViT draws."""
+
+    @property
+    def upsampling(self) -> int:
+        return self.ratio
+
+    def image_side(self, low: Tensor, high: Tensor) -> list[ImageSide]:
+        return [ImageSide(*pair) for pair in zip(high.split(1), low.split(1))]
+
+    def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
+        mask = torch.cat([self.logits(side.refill, seg[rows]) for side, rows in by_photo(sides)])
+        return mask, self.logits(image, seg)
+
+
+class ResidualHead(ReplicationHead):
+    """RFR (eq. 3, 4): what the LLM changed, refilled into the self-replicated features."""
+
+    def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
+        masks = []
+        for side, rows in by_photo(sides):
+            change = rearrange(self.logits(image[rows] - side.origin, seg[rows]), "n k h w -> n h w k")
+            change = rearrange(resize(change, side.refill.shape[1:3]), "n h w k -> n k h w")
+            masks.append(self.logits(side.refill, seg[rows]) + change)
+        return torch.cat(masks), self.logits(image, seg)
+
+
+class AmplifiedHead(SegmentationHead):
+    """RFR with RFA (eq. 3 to 6): residual and refill are expanded to four times the cells, the full method."""
+
+    def __init__(self, hidden_size: int, **kwargs):
+        super().__init__(hidden_size, **kwargs)
+        self.f_llm = two_layers(hidden_size, hidden_size * self.ratio**2)
+        self.f_vit = two_layers(hidden_size, hidden_size * self.ratio**2)
+        self.f_out = two_layers(hidden_size, hidden_size)
+
+    @property
+    def upsampling(self) -> int:
+        return self.ratio**2
+
+    def image_side(self, low: Tensor, high: Tensor) -> list[ImageSide]:
+        first = self.f_out[0]
+        refill, origin = (first(expand(self.f_vit(x), self.ratio)) for x in (high, low))
+        return [ImageSide(*pair) for pair in zip(refill.split(1), origin.split(1))]
+
+    def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
+        first, activation, last = self.f_out
+        query = self.f_out(reduce(self.f_llm(seg), "n k (g c) -> n k c", "mean", g=self.ratio**2))
+        folded, offset = last(query, adjoint=True)
+        expanded = expand(self.f_llm(image), self.ratio)
+        projected = first(expanded)
+        masks = []
+        for side, rows in by_photo(sides, ROWS_AT_ONCE):
+            change = projected[rows] - side.origin  # the layer's bias cancels here and stays in `refill`
+            given = side.refill, change, folded[rows], offset[rows]
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                masks.append(self._gradient_checkpointing_func(self.refine, *given))
+            else:
+                masks.append(self.refine(*given))
+        if self.auxiliary_projection:
+            auxiliary = self.logits(activation(projected), folded) + offset[..., None, None] * self.scale
+        else:
+            auxiliary = self.logits(expanded, query)
+        return torch.cat(masks), auxiliary
+
+    def refine(self, refill: Tensor, change: Tensor, query: Tensor, offset: Tensor) -> Tensor:
+        """The hidden layer of `f_out` and its product with folded queries; no parameters, so ranks may differ."""
+        hidden = self.f_out[1](resize(change, refill.shape[1:3]) + refill)
+        return self.logits(hidden, query) + offset[..., None, None] * self.scale
+
+
+HEADS: dict[str, type[SegmentationHead]] = {
+    "baseline": SegmentationHead,
+    "replication": ReplicationHead,
+    "rfr": ResidualHead,
+    "rfa": AmplifiedHead,
+}
+
+
+class AdjointLinear(nn.Linear):
+    """A linear layer that a dot product can send to its other side: `y(h) . s = h . a + c` with `a, c` of s."""
+
+    def forward(self, x: Tensor, *, adjoint: bool = False):
+        """(..., in) -> (..., out), or as adjoint (..., out) -> (..., in) and (...,)."""
+        return (x @ self.weight, (x * self.bias).sum(-1)) if adjoint else super().forward(x)
 
 
 def two_layers(width: int, out: int) -> nn.Sequential:
     """Linear, exact GELU, Linear; the weights start at N(0, 0.02), the biases at 0."""
-    layers = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))
+    layers = nn.Sequential(nn.Linear(width, width), nn.GELU(), AdjointLinear(width, out))
     for layer in (layers[0], layers[2]):
         nn.init.normal_(layer.weight, std=INITIAL_STD)
         nn.init.zeros_(layer.bias)
     return layers
+
+
+def by_photo(sides: Sequence[ImageSide], limit: int | None = None) -> Iterator[tuple[ImageSide, slice]]:
+    """Neighbouring rows of one photo, at most `limit` at a time."""
+    start = 0
+    for _, rows in groupby(sides, key=id):
+        count = len(list(rows))
+        for first in range(start, start + count, limit or count):
+            yield sides[start], slice(first, min(first + (limit or count), start + count))
+        start += count

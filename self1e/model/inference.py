@@ -8,7 +8,7 @@ Legend: H W pixels of the upright photo, h w mask grid of the model, n masks of 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -117,7 +117,7 @@ class InferenceMixin:
         logits = []
         with _evaluating(self):
             for features, batch in self._batches(processor, photos, rows, max_tiles, rows_per_forward):
-                logits += self._mask_logits(features, batch)
+                logits += self._finite(self._masks(features, batch))
         found, results = iter(logits), []
         for photo, texts in zip(photos, asked):
             results.append([])
@@ -209,24 +209,38 @@ class InferenceMixin:
     def _batches(
         self, processor, photos, rows, max_tiles: int, rows_per_forward: int, padding_side: str = "right"
     ) -> Iterator[tuple]:
-        """Encoded photos with at most `rows_per_forward` of their rows at a time: (features, text inputs)."""
+        """Encoded photos, at most `rows_per_forward` of their rows at a time: (features, texts in host memory)."""
         for group in _groups([len(texts) for texts in rows], rows_per_forward):
             batch = processor(
                 images=photos[group], conversations=rows[group], max_tiles=max_tiles, padding_side=padding_side
-            ).to(self.device)
-            features = self.encode_images(batch["pixel_values"], batch["tile_grids"])
+            )
+            pixels = batch["pixel_values"].to(self.device, non_blocking=True)
+            features = self.encode_images(pixels, batch["tile_grids"])
             for start in range(0, len(batch["input_ids"]), rows_per_forward):
                 part = slice(start, start + rows_per_forward)
                 used = batch["attention_mask"][part].any(0)
                 inputs = {name: batch[name][part][:, used] for name in ("input_ids", "attention_mask")}
                 yield features, inputs | {"row_image": batch["row_image"][part]}
 
-    def _mask_logits(self, features, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Per row (n_seg, h, w). Raises FloatingPointError where they are not finite."""
-        logits = [row.float() for row in self(**inputs, image_features=features).mask_logits]
-        if not all(bool(row.isfinite().all()) for row in logits):
+    def _masks(self, features, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Mask logits per row (n_seg, h, w) of a batch in host memory, which is read there: the GPU is not waited for.
+
+        features: of `encode_images`. inputs: `input_ids`, `attention_mask` and `row_image`.
+        """
+        inputs = {name: value.cpu() for name, value in inputs.items()}
+        layout = self.read(None, **inputs, labels=None, grids=features.grids, whole=False)
+        ids = inputs.pop("input_ids").to(self.device, non_blocking=True)
+        return self(input_ids=ids, layout=layout, **inputs, image_features=features).mask_logits
+
+    def _finite(self, logits: list[Tensor]) -> list[Tensor]:
+        """The logits in float32. Raises FloatingPointError where they are not finite."""
+        logits = [row.float() for row in logits]
+        if logits and not bool(torch.stack([row.isfinite().all() for row in logits]).all()):
             raise FloatingPointError(
-                f"the mask logits are not finite in {self.dtype}: load the model in bfloat16 or float32"
+                "the mask logits are not finite: float16 overflows, load the model in bfloat16 or float32"
+                if self.dtype == torch.float16
+                else f"the mask logits are not finite in {self.dtype}, whose range is wide enough: the weights or the "
+                "picture hold NaN or infinity; check the checkpoint"
             )
         return logits
 
@@ -234,8 +248,9 @@ class InferenceMixin:
         """Generate the rows of a left-padded batch: each one's text and the mask logits (n, h, w) of its `[SEG]`s."""
         tokenizer = processor.tokenizer
         end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        moved = {name: value.to(self.device) for name, value in inputs.items()}
         generated = self.generate(
-            **inputs,
+            **moved,
             image_features=features,
             eos_token_id=end,
             pad_token_id=tokenizer.pad_token_id,
@@ -244,9 +259,10 @@ class InferenceMixin:
         )
         texts, answers, whole = [], [], []
         length = inputs["input_ids"].shape[1]
-        for prompt, used, new in zip(inputs["input_ids"], inputs["attention_mask"].bool(), generated[:, length:]):
-            answer = new.tolist()
-            answer = answer[: answer.index(end)] if end in answer else answer
+        for prompt, used, new in zip(
+            inputs["input_ids"], inputs["attention_mask"].bool(), generated[:, length:].tolist()
+        ):
+            answer = new[: new.index(end)] if end in new else new
             texts.append(tokenizer.decode(answer, skip_special_tokens=False))
             answers.append(answer.count(self.config.seg_token_id))
             whole.append(prompt[used].tolist() + answer)
@@ -254,11 +270,37 @@ class InferenceMixin:
         chosen = [row for row, count in enumerate(answers) if count]
         if chosen:
             ids = {"input_ids": [whole[row] for row in chosen]}
-            again = tokenizer.pad(ids, padding_side="right", return_tensors="pt").to(self.device)
-            photos = inputs["row_image"][torch.tensor(chosen, device=self.device)]
-            for row, masks in zip(chosen, self._mask_logits(features, {**again, "row_image": photos})):
+            again = tokenizer.pad(ids, padding_side="right", return_tensors="pt")
+            photos = inputs["row_image"][chosen]
+            found = self._masks(features, {**again, "row_image": photos})
+            for row, masks in zip(chosen, self._finite(found)):
                 logits[row] = masks[-answers[row] :]  # those of earlier turns come first
         return list(zip(texts, logits))
+
+
+def predict_photo(
+    model, batch: Mapping[str, Tensor], size: tuple[int, int], *, rows_per_forward: int, forwards: int
+) -> Tensor:
+    """Foreground of all rows of one photo: bool (rows, H, W) on the model's device.
+
+    Args:
+        batch: the processor's output for the photo, in host memory.
+        size: (H, W) of the masks.
+        forwards: passes to run; those beyond the photo's rows repeat the last one, and their result is dropped.
+    """
+    pixels = batch["pixel_values"].to(model.device, non_blocking=True)
+    features = model.encode_images(pixels, batch["tile_grids"])
+    masks: list[Tensor] = []
+    starts = range(0, len(batch["input_ids"]), rows_per_forward)
+    for step in range(forwards):
+        start = starts[min(step, len(starts) - 1)]
+        names = ("input_ids", "attention_mask", "row_image")
+        rows = {name: batch[name][start : start + rows_per_forward] for name in names}
+        logits = [row[-1] for row in model._masks(features, rows)]  # the answer's [SEG] is the last of its row
+        if step < len(starts):
+            full = (interpolate(x.float()[None, None], size, mode="bilinear", align_corners=False) for x in logits)
+            masks += [x[0, 0] > 0 for x in full]
+    return torch.stack(masks)
 
 
 @contextmanager

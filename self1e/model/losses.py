@@ -1,6 +1,7 @@
 """Mask losses (paper, section 4.1; formulas of LISA's protocol): BCE and Dice on masks of short side at most 128."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,8 @@ def shrink_target(target: Tensor) -> Tensor:
 def mask_losses(predictions: Sequence[tuple[Tensor, ...]], targets: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """BCE and Dice of a micro-batch: summed over a row's masks and predictions, divided by the number of all rows.
 
+    Masks of one size are resized and compared together, so that a micro-batch costs few kernels.
+
     Args:
         predictions: per row the logits to train, each (n_seg, h, w): the mask and, if used, the auxiliary mask.
         targets: per row (n_seg, H, W) in {0, 1}, or None for a row without supervision of its masks.
@@ -45,13 +48,57 @@ def mask_losses(predictions: Sequence[tuple[Tensor, ...]], targets: Sequence[Ten
         `{"mask_bce", "mask_dice"}`, scalars; 0 where no row has a mask.
     """
     device = predictions[0][0].device
-    total = {"mask_bce": torch.zeros((), device=device), "mask_dice": torch.zeros((), device=device)}
+    alike: dict[tuple, list[tuple[tuple[Tensor, ...], Tensor]]] = {}  # sizes -> rows
     for row, target in zip(predictions, targets):
-        if target is None or len(target) == 0:
-            continue
-        target = shrink_target(target.to(device))
-        for logits in row:
-            logits = F.interpolate(logits.float()[None], size=target.shape[-2:], mode="bilinear")[0]
-            total["mask_bce"] = total["mask_bce"] + bce(logits, target).sum()
-            total["mask_dice"] = total["mask_dice"] + dice(logits, target).sum()
+        if target is not None and len(target):
+            sizes = tuple(target.shape[1:]), *(tuple(logits.shape[1:]) for logits in row)
+            alike.setdefault(sizes, []).append((row, target.to(device, non_blocking=True)))
+    total = {"mask_bce": torch.zeros((), device=device), "mask_dice": torch.zeros((), device=device)}
+    for rows in alike.values():
+        target = shrink_target(torch.cat([target for _, target in rows]))
+        kinds = [torch.cat(logits).float()[None] for logits in zip(*(row for row, _ in rows))]
+        size = target.shape[-2:]
+        logits = torch.cat([F.interpolate(x, size=size, mode="bilinear")[0] for x in kinds])
+        target = target.repeat(len(kinds), 1, 1)
+        total["mask_bce"] = total["mask_bce"] + bce(logits, target).sum()
+        total["mask_dice"] = total["mask_dice"] + dice(logits, target).sum()
     return {name: value / len(predictions) for name, value in total.items()}
+
+
+class PackedMasks(Sequence):
+    """Masks of all rows of a batch in one tensor, so that one copy brings them to the GPU; reads like their list.
+
+    Item `row` is uint8 (n_seg, H, W), or None for a row without supervision.
+    """
+
+    def __init__(self, masks: Sequence[Tensor | None]):
+        self.shapes = [None if x is None else tuple(x.shape) for x in masks]
+        given = [x.flatten() for x in masks if x is not None]
+        wrong = [x.dtype for x in given if x.is_floating_point()]
+        if wrong:
+            raise ValueError(f"masks are {wrong[0]}; expected uint8 of 0 and 1")
+        self.flat = torch.cat([x.to(torch.uint8) for x in given]) if given else torch.zeros(0, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, row):
+        sizes = [0 if shape is None else math.prod(shape) for shape in self.shapes]
+        masks = [None if s is None else x.view(s) for x, s in zip(self.flat.split(sizes), self.shapes)]
+        return masks[row]
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter(self[:])
+
+    def to(self, device, *args, non_blocking: bool = True, **kwargs) -> "PackedMasks":
+        """The masks on `device`."""
+        return self._with(self.flat.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedMasks":
+        """As a DataLoader asks for, so that the copy to the GPU does not block."""
+        return self._with(self.flat.pin_memory())
+
+    def _with(self, flat: Tensor) -> "PackedMasks":
+        moved = PackedMasks([])
+        moved.shapes, moved.flat = self.shapes, flat
+        return moved

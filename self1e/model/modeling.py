@@ -4,26 +4,29 @@ Shape legend: T tiles of all images, I images, R rows (conversations), N tokens 
 tokens a tile side, h w an image's stitched grid of image tokens, Cv and C widths of ViT and LLM, m `[SEG]`s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 from transformers.cache_utils import Cache
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 from transformers.utils import ModelOutput
 
 from self1e.model import checkpoints
 from self1e.model.attention import perception_mask
 from self1e.model.configuration import Self1EConfig
-from self1e.model.grids import REPLICATIONS, compress, stitch_tiles, tile_offsets
-from self1e.model.head import INITIAL_STD, ImageSide, SegmentationHead
+from self1e.model.grids import REPLICATIONS, compress, stitch_tiles
+from self1e.model.head import HEADS, INITIAL_STD, ImageSide, SegmentationHead
 from self1e.model.inference import InferenceMixin
-from self1e.model.losses import IGNORE_INDEX, mask_losses
+from self1e.model.layout import Grid, Group, HeadGroup, Layout, read_layout
+from self1e.model.losses import PackedMasks, mask_losses
 
 
 @dataclass
@@ -45,12 +48,12 @@ class Self1EOutput(ModelOutput):
 class ImageFeatures:
     """Photos, encoded once for all their rows.
 
-    `tokens`: (T, L*L, C) image tokens (V1); `tile_grids`: (I, 2) as (rows, cols); `sides`: per image what the head
-    shares among rows, None when no mask was asked for.
+    `tokens`: (T, L*L, C) image tokens (V1); `grids`: per image (rows, columns) of tiles; `sides`: per image what the
+    head shares among rows, None when no mask was asked for.
     """
 
     tokens: Tensor
-    tile_grids: Tensor
+    grids: list[Grid]
     sides: list[ImageSide] | None
 
 
@@ -81,11 +84,10 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
             self.model.vision_tower.encoder.layer = nn.ModuleList(
                 StochasticDepthLayer(vision, step * i) for i in range(vision.num_hidden_layers)
             )
-        self.segmentation_head = SegmentationHead(
+        self.segmentation_head = HEADS[config.mask_features](
             config.text_config.hidden_size,
-            mask_features=config.mask_features,
-            auxiliary_projection=config.auxiliary_projection,
             ratio=config.ratio,
+            auxiliary_projection=config.auxiliary_projection,
         )
         self.trained_head = False
         self.post_init()
@@ -125,7 +127,9 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def encode_images(self, pixel_values: Tensor, tile_grids: Tensor, *, for_masks: bool = True) -> ImageFeatures:
+    def encode_images(
+        self, pixel_values: Tensor, tile_grids: Tensor | Sequence[Grid], *, for_masks: bool = True
+    ) -> ImageFeatures:
         """Encode photos once; pass the result to `forward(image_features=...)` for any number of rows.
 
         Args:
@@ -133,23 +137,22 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
             tile_grids: (I, 2), rows and columns of each image's tiles.
             for_masks: also compute the head's image side.
         """
+        grids = as_grids(tile_grids)
         patches = self.model.vision_tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state[:, 1:]
         patches = rearrange(patches, "t (h w) c -> t h w c", h=int(patches.shape[1] ** 0.5))
         low = self.model.multi_modal_projector(compress(patches, self.config.ratio))  # V1: T L L C
         tokens = rearrange(low, "t h w c -> t (h w) c")
         if not for_masks:
-            return ImageFeatures(tokens, tile_grids, None)
+            return ImageFeatures(tokens, grids, None)
         high = self.model.multi_modal_projector(REPLICATIONS[self.config.replication](patches, self.config.ratio))
-        sides, offsets = [None] * len(tile_grids), tile_offsets(tile_grids)
-        same_grid: dict[tuple[int, int], list[int]] = {}
-        for image, grid in enumerate(tile_grids.tolist()):
-            same_grid.setdefault(tuple(grid), []).append(image)
-        for grid, images in same_grid.items():  # together, so that ranks run the head equally often (ZeRO-3)
-            tiles = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in images]).to(low.device)
-            side = self.segmentation_head.image_side(stitch_tiles(low[tiles], grid), stitch_tiles(high[tiles], grid))
-            for place, image in enumerate(images):
-                sides[image] = ImageSide(side.refill[place : place + 1], side.origin[place : place + 1])
-        return ImageFeatures(tokens, tile_grids, sides)
+        tiles = [rows * cols for rows, cols in grids]
+        lows, highs = low.split(tiles), high.split(tiles)
+        sides: dict[int, ImageSide] = {}
+        for grid in dict.fromkeys(grids):  # together, so that ranks run the head equally often (ZeRO-3)
+            images = [image for image, other in enumerate(grids) if other == grid]
+            pair = (stitch_tiles(torch.cat([x[image] for image in images]), grid) for x in (lows, highs))
+            sides |= zip(images, self.segmentation_head.image_side(*pair))
+        return ImageFeatures(tokens, grids, [sides[image] for image in range(len(grids))])
 
     def forward(
         self,
@@ -160,6 +163,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         tile_grids: Tensor | None = None,
         row_image: Tensor | None = None,
         mask_targets: Sequence[Tensor | None] | None = None,
+        layout: Layout | None = None,
         image_features: ImageFeatures | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -170,12 +174,14 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         """One pass over rows; masks come from every `[SEG]` in them.
 
         Args:
-            input_ids: (R, N), with `L*L` image tokens a tile of the row's image.
+            input_ids: (R, N), with `L*L` image tokens per tile of the row's image.
             attention_mask: (R, N), 1 at tokens, 0 at padding (either side).
             labels: (R, N), -100 where unsupervised; asks for the CE loss.
             pixel_values, tile_grids: as for `encode_images`; or give `image_features`.
             row_image: (R,), the image of each row.
             mask_targets: per row uint8 (n_seg, H, W) of any size, or None; asks for the mask losses.
+            layout: where things stand in this very batch, as the processor read it on the host. Without one, or when
+                ids are on the CPU, it is read here; on a GPU that waits for the device.
             logits_to_keep: vocabulary logits of that many last positions (generation); 0: none.
             past_key_values: a cache makes the pass plain causal and without masks (generation).
             position_ids, inputs_embeds, kwargs: the library's.
@@ -184,134 +190,198 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
             ValueError: image tokens and tiles do not match, or masks and `[SEG]`s of a row do not.
         """
         generating = past_key_values is not None
-        is_seg = input_ids == self.config.seg_token_id if input_ids is not None else None
         pictured = image_features is not None or pixel_values is not None
-        with_masks = pictured and not generating and (self.training or bool(is_seg.any()))
+        if not pictured and labels is None:
+            embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            out = self.run_llm(embeds, attention_mask, position_ids, past_key_values, **kwargs)
+            logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:]) if logits_to_keep else None
+            return Self1EOutput(logits=logits, past_key_values=out.past_key_values)
+        assert input_ids is not None, "photos and labels need input_ids"
+        whole = generating or bool(logits_to_keep) or position_ids is not None or inputs_embeds is not None
+        grids = tile_grids if image_features is None else image_features.grids
+        layout = self.read(layout, input_ids, attention_mask, labels, grids, row_image, whole=whole)
+        layout = layout.to(input_ids.device)
+        with_masks = pictured and not generating and (self.training or bool(layout.heads))
         if image_features is None and pixel_values is not None:
-            image_features = self.encode_images(pixel_values, tile_grids, for_masks=with_masks)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            image_features = self.encode_images(pixel_values, layout.grids, for_masks=with_masks)
+        ids = take(input_ids.flatten(), layout.part("source"))  # P
+        embeds = (self.get_input_embeddings()(ids[None]) if inputs_embeds is None else inputs_embeds).flatten(0, 1)
         if image_features is not None:
-            is_image = input_ids == self.config.image_token_id
-            inputs_embeds = place_image_tokens(inputs_embeds, is_image, image_features, row_image)
-        mask = attention_mask
-        if with_masks:
-            mask = perception_mask(
-                self.config.attention_pathway,
-                config=self.config.text_config,
-                embeds=inputs_embeds,
-                padding_mask=attention_mask,
-                is_image=is_image,
-                is_seg=is_seg,
-            )
-            mask = dict.fromkeys(set(self.config.text_config.layer_types), mask)
-        outputs = self.model.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=generating,
-            **{key: value for key, value in kwargs.items() if key not in ("use_cache", "return_dict")},
-        )
-        states = outputs.last_hidden_state  # R N C, normalised
-        result = Self1EOutput(past_key_values=outputs.past_key_values)
+            embeds = place_image_tokens(embeds, layout, image_features.tokens)
+        outputs = []
+        for group, part in layout.split():
+            rows = rearrange(embeds[part], "(r n) c -> r n c", r=len(group.rows))
+            mask = attention_mask if generating else self.mask(rows, ids[part], layout.part("used")[part], group)
+            outputs.append(self.run_llm(rows, mask, position_ids, past_key_values, **kwargs))
+        states = torch.cat([out.last_hidden_state.flatten(0, 1) for out in outputs])  # P C, normalised
+        result = Self1EOutput(past_key_values=outputs[-1].past_key_values)
         if logits_to_keep:
-            result.logits = self.lm_head(states[:, -logits_to_keep:])
-        losses = {}
-        if labels is not None:
-            losses["ce"] = self.text_loss(states, labels)
-        if with_masks:
-            predictions = self.predict_masks(states, is_image, is_seg, image_features, row_image)
+            result.logits = self.lm_head(outputs[-1].last_hidden_state[:, -logits_to_keep:])
+        losses = {} if labels is None else {"ce": self.text_loss(states, labels, layout)}
+        if pictured and not generating:
+            predictions = self.predict_masks(states, image_features, layout)
             result.mask_logits = [row[0] for row in predictions]
-            if mask_targets is not None:
+            if mask_targets is not None and with_masks:
                 check_targets(predictions, mask_targets)
                 used = slice(0, 2 if self.config.auxiliary_loss else 1)
-                losses |= mask_losses([[x for x in row[used] if x is not None] for row in predictions], mask_targets)
-        elif pictured and not generating:
-            grids = image_features.tile_grids[row_image].tolist()
-            result.mask_logits = [self.no_masks(states, grid) for grid in grids]
+                kept = [tuple(x for x in row[used] if x is not None) for row in predictions]
+                losses |= mask_losses(kept, move(mask_targets, states.device))
         if losses:
             result.losses = losses
             weights = {"ce": self.config.ce_loss_weight, "mask_bce": self.config.bce_loss_weight}
             weights["mask_dice"] = self.config.dice_loss_weight
-            result.loss = sum(weights[name] * value for name, value in losses.items())
-            masks_train = "mask_bce" in losses and losses["mask_bce"].requires_grad
-            if self.training and with_masks and not masks_train:
-                result.loss = result.loss + self.touch_head(states, is_image, image_features, row_image)
+            terms = [weights[name] * value.to(states.device) for name, value in losses.items()]
+            if self.training and with_masks:
+                terms.append(self.touch_head(states, image_features, layout, predictions))
+            result.loss = torch.stack(terms).sum()
         return result
 
-    def text_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Next-token cross-entropy, mean over supervised tokens, 0 without any: (R, N, C), (R, N) -> scalar.
+    def read(
+        self,
+        layout: Layout | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        grids: Tensor | Sequence[Grid] | None,
+        row_image: Tensor | Sequence[int] | None,
+        *,
+        whole: bool,
+    ) -> Layout:
+        """The batch's layout: the given one, unless it does not fit this pass or reading the ids costs nothing."""
+        split = not is_deepspeed_zero3_enabled()  # ranks must run the LLM equally often there
+        fits = layout is not None and (layout.whole or not whole) and (split or len(layout.groups) == 1)
+        if fits and input_ids.device.type != "cpu":
+            return layout
+        return read_layout(
+            input_ids,
+            attention_mask,
+            labels,
+            grids=() if grids is None else as_grids(grids),
+            row_image=row_image.tolist() if isinstance(row_image, Tensor) else row_image or (),
+            tile_tokens=self.config.tile_tokens,
+            image_token_id=self.config.image_token_id,
+            seg_token_id=self.config.seg_token_id,
+            split=split,
+            whole=whole,
+        )
+
+    def mask(self, embeds: Tensor, ids: Tensor, used: Tensor, group: Group) -> dict[str, Tensor | None]:
+        """The LLM's attention mask for a group: (r, n, C), (r n,), (r n,) 1 at tokens."""
+        ids, used = (rearrange(x.to(embeds.device), "(r n) -> r n", r=len(group.rows)) for x in (ids, used))
+        mask = perception_mask(
+            self.config.attention_pathway if group.segments else "causal",
+            config=self.config.text_config,
+            embeds=embeds,
+            padding_mask=used if group.padded else None,
+            is_image=ids == self.config.image_token_id,
+            is_seg=ids == self.config.seg_token_id,
+        )
+        return dict.fromkeys(set(self.config.text_config.layer_types), mask)
+
+    def run_llm(self, embeds: Tensor, mask, position_ids: Tensor | None, past_key_values: Cache | None, **kwargs):
+        """The LLM alone, over embeddings (R, N, C)."""
+        llm = self.model.language_model
+        options = {name: value for name, value in kwargs.items() if name not in ("use_cache", "return_dict")}
+        known = past_key_values is None and position_ids is None
+        with steady_rope(llm.rotary_emb, embeds.shape[1]) if known else nullcontext():
+            return llm(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+                **options,
+            )
+
+    def text_loss(self, states: Tensor, labels: Tensor, layout: Layout) -> Tensor:
+        """Next-token cross-entropy, mean over supervised tokens, 0 without any: (P, C), (R, N) -> scalar.
 
         Vocabulary logits are computed at supervised positions only.
         """
-        states, labels = states[:, :-1], labels[:, 1:]
-        supervised = labels != IGNORE_INDEX
-        if not bool(supervised.any()):
-            return self.lm_head(states[:1, :1]).float().mean() * 0.0  # keeps lm_head in every backward pass
-        return F.cross_entropy(self.lm_head(states[supervised]).float(), labels[supervised])
+        if not layout.size("text"):
+            return self.lm_head(states[:1]).float().mean() * 0.0  # keeps lm_head in every backward pass
+        logits = self.lm_head(take(states, layout.part("text"))).float()
+        return F.cross_entropy(logits, take(labels.flatten(), layout.part("labels")).to(logits.device))
 
     def predict_masks(
-        self, states: Tensor, is_image: Tensor, is_seg: Tensor, features: ImageFeatures, row_image: Tensor
+        self, states: Tensor, features: ImageFeatures, layout: Layout
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Mask and auxiliary logits, per row (n_seg, ., .); rows of one grid are computed together.
 
         Args:
-            states: (R, N, C) final states.
-            is_image, is_seg: (R, N) bool.
+            states: (P, C) final states.
         """
-        is_image, is_seg = is_image.to(states.device), is_seg.to(states.device)  # a device_map may split the LLM
-        results: list = [None] * len(states)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, image in enumerate(row_image.tolist()):
-            groups.setdefault(tuple(features.tile_grids[image].tolist()), []).append(row)
-        predicts = is_seg.roll(-1, 1)  # the position that predicts each [SEG]; a row never starts with one
-        for grid, rows in groups.items():
-            chosen = [row for row in rows if bool(is_seg[row].any())]
-            for row in set(rows) - set(chosen):
-                results[row] = (self.no_masks(states, grid), None)
-            if not chosen:
-                continue
-            side = self.config.tile_side
-            image = torch.stack([states[row, is_image[row]] for row in chosen])
-            image = stitch_tiles(rearrange(image, "n (t h w) c -> (n t) h w c", h=side, w=side), grid)
-            seg = torch.cat([states[row, predicts[row]] for row in chosen])
-            counts = is_seg[chosen].sum(1).tolist()
-            seg_row = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=seg.device)
-            sides = [features.sides[row_image[row]] for row in chosen]
-            shared = ImageSide(torch.cat([x.refill for x in sides]), torch.cat([x.origin for x in sides]))
-            mask, auxiliary = self.segmentation_head(image, seg, shared, seg_row)
-            auxiliary = auxiliary.split(counts) if auxiliary is not None else [None] * len(chosen)
-            for row, *pair in zip(chosen, mask.split(counts), auxiliary):
-                results[row] = tuple(pair)
+        side = self.config.tile_side * self.segmentation_head.upsampling
+        grids = [layout.grids[image] for image in layout.row_image]
+        results: list[tuple[Tensor, Tensor | None]] = [
+            (states.new_zeros(0, rows * side, cols * side), None) for rows, cols in grids
+        ]
+        for group in layout.heads:
+            places = layout.part(f"image {group.name}"), layout.part(f"seg {group.name}")
+            mask, auxiliary = self.run_head(states, features, layout, group, *places)
+            for place, row in enumerate(group.rows):
+                count = slice(0, layout.n_seg[row])
+                results[row] = mask[place, count], None if auxiliary is None else auxiliary[place, count]
         return results
 
-    def no_masks(self, states: Tensor, grid: Sequence[int]) -> Tensor:
-        """(0, height, width) for a row without `[SEG]` about an image of `grid` = (rows, columns) tiles."""
-        side = self.config.tile_side * self.segmentation_head.upsampling
-        return states.new_zeros(0, grid[0] * side, grid[1] * side)
+    def run_head(
+        self, states: Tensor, features: ImageFeatures, layout: Layout, group: HeadGroup, image: Tensor, seg: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The head over rows of one grid; `image`, `seg`: packed positions as `HeadGroup` says."""
+        assert features.sides is not None, "the photos were encoded without masks in mind"
+        sides = [features.sides[layout.row_image[row]] for row in group.rows]
+        length = self.config.tile_side
+        tiles = rearrange(take(states, image), "(t h w) c -> t h w c", h=length, w=length)
+        queries = rearrange(take(states, seg), "(n k) c -> n k c", k=group.masks)
+        device = sides[0].refill.device  # with a device_map, the head's
+        return self.segmentation_head(stitch_tiles(tiles, group.grid).to(device), queries.to(device), sides)
 
-    def touch_head(self, states: Tensor, is_image: Tensor, features: ImageFeatures, row_image: Tensor) -> Tensor:
+    def touch_head(self, states: Tensor, features: ImageFeatures, layout: Layout, predictions: list) -> Tensor:
         """0, but through every parameter of the head, so that ranks with and without masks stay in step."""
-        is_seg = torch.zeros_like(is_image[:1])
-        is_seg[:, -1] = True
-        ((mask, auxiliary),) = self.predict_masks(states[:1], is_image[:1], is_seg, features, row_image[:1])
-        total = mask.float().mean() + (0 if auxiliary is None else auxiliary.float().mean())
-        return total * 0.0
+        if not layout.heads:
+            group = HeadGroup(layout.grids[layout.row_image[0]], rows=(0,), masks=1)
+            tokens = self.config.tile_tokens * group.grid[0] * group.grid[1]
+            image, first = layout.part("image")[:tokens], layout.part("image")[:1]
+            predictions = [self.run_head(states, features, layout, group, image, first)]
+        reached = [x.sum() for row in predictions for x in row if x is not None]
+        return torch.stack(reached).sum().float().to(states.device) * 0.0
 
 
-def place_image_tokens(embeds: Tensor, is_image: Tensor, features: ImageFeatures, row_image: Tensor) -> Tensor:
-    """Put each row's image tokens where `is_image`: (R, N, C), (R, N) -> (R, N, C). ValueError on a mismatch."""
-    offsets = tile_offsets(features.tile_grids)
-    rows = [features.tokens[offsets[image] : offsets[image + 1]] for image in row_image.tolist()]
-    tokens = torch.cat([rearrange(row, "t n c -> (t n) c") for row in rows])
-    expected, found = [len(row) * row.shape[1] for row in rows], is_image.sum(1).tolist()
-    if expected != found:
-        raise ValueError(f"rows hold {found} image tokens, their images fill {expected}: was the text cut or edited?")
-    return embeds.masked_scatter(repeat(is_image, "r n -> r n c", c=embeds.shape[-1]), tokens.to(embeds))
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Entries of the first axis, the index moved to where they are."""
+    return x.index_select(0, index.to(x.device))
 
 
-def check_targets(predictions: Sequence[tuple[Tensor, ...]], targets: Sequence[Tensor | None]) -> None:
+def move(targets: Sequence[Tensor | None], device: torch.device) -> Sequence[Tensor | None]:
+    """All masks of a packed batch in one copy; those of a plain list move where they are used."""
+    return targets.to(device) if isinstance(targets, PackedMasks) else targets
+
+
+def as_grids(tile_grids: Tensor | Sequence[Sequence[int]]) -> list[Grid]:
+    """(I, 2) -> per image (rows, columns)."""
+    pairs = tile_grids.tolist() if isinstance(tile_grids, Tensor) else tile_grids
+    return [(rows, cols) for rows, cols in pairs]
+
+
+def place_image_tokens(embeds: Tensor, layout: Layout, tokens: Tensor) -> Tensor:
+    """Put each row's image tokens in their places: (P, C), (T, L*L, C) -> (P, C)."""
+    tokens = take(tokens, layout.part("tiles")).flatten(0, 1).to(embeds)
+    return embeds.index_copy(0, layout.part("image").to(embeds.device), tokens)
+
+
+@contextmanager
+def steady_rope(rotary: nn.Module, length: int) -> Iterator[None]:
+    """RoPE that stretches for long texts reads the longest position back from the device; here the host knows it."""
+    kind = rotary.rope_type
+    if kind == "dynamic" and length <= rotary.original_max_seq_len == rotary.max_seq_len_cached:
+        rotary.rope_type = "default"
+    try:
+        yield
+    finally:
+        rotary.rope_type = kind
+
+
+def check_targets(predictions: Sequence[tuple[Tensor, Tensor | None]], targets: Sequence[Tensor | None]) -> None:
     """Raise ValueError unless every row has a mask for each `[SEG]` (or None)."""
     found = [len(row[0]) for row in predictions]
     given = [count if target is None else len(target) for count, target in zip(found, targets)]

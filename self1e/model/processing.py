@@ -16,7 +16,8 @@ from transformers import BatchFeature, ProcessorMixin, Qwen2Tokenizer
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from self1e.model.configuration import Self1EConfig
-from self1e.model.losses import IGNORE_INDEX
+from self1e.model.layout import read_layout
+from self1e.model.losses import IGNORE_INDEX, PackedMasks
 from self1e.model.prompts import (
     END_OF_TURN,
     IMAGE_TAG,
@@ -154,7 +155,7 @@ class Self1EProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask` and `labels` (rows, N), `pixel_values` (tiles, 3, size, size), `tile_grids`
-            (images, 2), `row_image` (rows,), and with targets `mask_targets`, one entry a row.
+            (images, 2), `row_image` (rows,), and with targets `mask_targets`, one entry per row.
 
         Raises:
             RowTooLong: `max_length` would cut image tokens or a `[SEG]`.
@@ -165,7 +166,11 @@ class Self1EProcessor(ProcessorMixin):
             raise ValueError("images, conversations and mask_targets must have one entry a photo each")
         options = {"max_tiles": max_tiles, "thumbnail": thumbnail, "max_length": max_length}
         encoded = [self.encode(*entry, **options) for entry in zip(images, conversations, targets)]
-        return self.collate(encoded, padding_side=padding_side)
+        batch = self.collate(encoded, padding_side=padding_side)
+        del batch["layout"]  # ids may be changed by hand now; the model reads the batch itself
+        if "mask_targets" in batch:
+            batch["mask_targets"] = list(batch["mask_targets"])
+        return batch
 
     def encode(
         self, image, rows, targets=None, *, max_tiles: int = 1, thumbnail: bool = False, max_length: int | None = None
@@ -224,7 +229,11 @@ class Self1EProcessor(ProcessorMixin):
         return ids, labels
 
     def collate(self, encoded: Sequence[dict], *, padding_side: str = "right") -> BatchFeature:
-        """Pad rows of several `encode` results to one batch; see `__call__`."""
+        """Pad rows of several `encode` results to one batch; see `__call__`.
+
+        Besides, for training on a GPU: `layout`, what the model would otherwise read back from these very tensors, and
+        the masks of all rows in one tensor (`PackedMasks`).
+        """
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side={padding_side!r}; expected left or right")
         texts = [text for entry in encoded for text in entry["texts"]]
@@ -235,17 +244,30 @@ class Self1EProcessor(ProcessorMixin):
             pairs = zip(rows, filler) if padding_side == "right" else zip(filler, rows)
             return torch.tensor([[*first, *second] for first, second in pairs])
 
+        grids = [entry["tile_grid"] for entry in encoded]
+        row_image = [i for i, entry in enumerate(encoded) for _ in entry["texts"]]
         batch = {
             "input_ids": pad([ids for ids, _ in texts], self.tokenizer.pad_token_id),
             "attention_mask": pad([[1] * len(ids) for ids, _ in texts], 0),
             "labels": pad([labels for _, labels in texts], IGNORE_INDEX),
             "pixel_values": torch.cat([entry["pixel_values"] for entry in encoded]),
-            "tile_grids": torch.tensor([entry["tile_grid"] for entry in encoded]),
-            "row_image": torch.tensor([i for i, entry in enumerate(encoded) for _ in entry["texts"]]),
+            "tile_grids": torch.tensor(grids),
+            "row_image": torch.tensor(row_image),
         }
+        batch["layout"] = read_layout(
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["labels"],
+            grids=grids,
+            row_image=row_image,
+            tile_tokens=self.tile_tokens,
+            image_token_id=self.image_token_id,
+            seg_token_id=self.seg_token_id,
+            whole=padding_side == "left",
+        )
         targets = [target for entry in encoded for target in entry["mask_targets"]]
         if any(target is not None for target in targets):
-            batch["mask_targets"] = targets
+            batch["mask_targets"] = PackedMasks(targets)
         return BatchFeature(batch)
 
 

@@ -16,7 +16,7 @@ from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
 from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
-from self1e.model.head import MASK_FEATURES
+from self1e.model.head import HEADS
 from self1e.training.adaptation import LLM_LINEARS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--attn_implementation", choices=("sdpa", "eager", "flex_attention"), default="sdpa", help="of LLM and ViT"
     )
-    model.add_argument("--mask_features", choices=MASK_FEATURES, help="ablation; unset: the checkpoint's, or rfa")
+    model.add_argument("--mask_features", choices=tuple(HEADS), help="ablation; unset: the checkpoint's, or rfa")
     model.add_argument("--replication", choices=tuple(REPLICATIONS), help="ablation; unset: the checkpoint's, or tile")
     model.add_argument(
         "--attention_pathway", choices=tuple(PATHWAYS), help="ablation; unset: the checkpoint's, or image+seg"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from self1e.model.grids import REPLICATIONS, compress, expand, resize, stitch_tiles, tile_offsets
+from self1e.model.grids import REPLICATIONS, compress, expand, resize, stitch_tiles
 
 
 def grid(*shape: int) -> torch.Tensor:
@@ -30,10 +30,6 @@ def test_stitched_tiles_stand_row_by_row():
     assert image.shape == (2, 4, 6, 1)
     assert image[0, ::2, ::2, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert image[1, 1::2, 1::2, 0].tolist() == [[6, 7, 8], [9, 10, 11]]
-
-
-def test_tile_offsets():
-    assert tile_offsets(torch.tensor([[1, 2], [2, 2], [1, 1]])) == [0, 2, 6, 7]
 
 
 @pytest.mark.parametrize("name", REPLICATIONS)

@@ -202,7 +202,7 @@ def test_reserved_tokens_are_refused(tiny, token):
             call(processor, photo(20, 20), f"the {token} star")
 
 
-def test_other_refusals(tiny):
+def test_other_refusals(tiny, monkeypatch):
     model, processor = tiny
     image = photo(20, 20)
     cases = [
@@ -230,8 +230,11 @@ def test_other_refusals(tiny):
     kept = bias.detach().clone()
     try:
         bias.data.fill_(float("nan"))
-        with pytest.raises(FloatingPointError, match="bfloat16"):
+        with pytest.raises(FloatingPointError, match="float32.* the weights or the picture hold NaN"):
             model.segment(processor, image, "it")
+        monkeypatch.setattr(type(model), "dtype", torch.float16)
+        with pytest.raises(FloatingPointError, match="float16 overflows, load the model in bfloat16"):
+            model._finite([torch.full((1, 2, 2), torch.inf)])
     finally:
         bias.data.copy_(kept)
 

@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 
 from self1e.model.grids import REPLICATIONS
-from self1e.model.head import MASK_FEATURES
+from self1e.model.head import HEADS
+from self1e.model.layout import read_layout
 from self1e.model.losses import mask_losses
 from self1e.model.modeling import StochasticDepthLayer, place_image_tokens
 
@@ -44,7 +45,7 @@ def without_gradient(model) -> list[str]:
 
 
 AUXILIARY = {"off": (False, False), "on": (True, False), "projected": (True, True)}
-SWITCHES = [x for x in product(MASK_FEATURES, REPLICATIONS, AUXILIARY) if x[0] == "rfa" or x[2] != "projected"]
+SWITCHES = [x for x in product(HEADS, REPLICATIONS, AUXILIARY) if x[0] == "rfa" or x[2] != "projected"]
 
 
 @pytest.mark.parametrize(("features", "replication", "auxiliary"), SWITCHES)
@@ -62,7 +63,7 @@ def test_every_combination_runs_with_its_shapes(tiny_processor, load_tiny, featu
     assert not without_gradient(model)
 
 
-@pytest.mark.parametrize("features", MASK_FEATURES)
+@pytest.mark.parametrize("features", HEADS)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_batch_without_seg_has_empty_masks_of_the_masks_size(tiny_processor, load_tiny, features, training):
     rows = [[["<image>\nhow many?", "two"]], [["<image>\nwhat is it?", "a thing"]]]
@@ -103,10 +104,14 @@ def test_several_seg_are_answered_in_order(tiny_processor, load_tiny):
     rows = [["<image>\nboth", "[SEG] and [SEG]."], ["<image>\none", "It is [SEG]."]]
     batch = tiny_processor([noise(56, 56)], [rows])
     model(**batch)
-    _, seg, _, seg_row = given[0]
-    rows, positions = (batch["input_ids"] == model.config.seg_token_id).nonzero(as_tuple=True)
-    assert seg_row.tolist() == rows.tolist() == [0, 0, 1]
-    assert torch.equal(seg, states[0][rows, positions - 1])
+    _, seg, _ = given[0]
+    states = torch.cat([group[:, : batch["input_ids"].shape[1]].flatten(0, 1) for group in states])
+    positions = [(ids == model.config.seg_token_id).nonzero()[:, 0] for ids in batch["input_ids"]]
+    assert list(map(len, positions)) == [2, 1] and torch.equal(seg[1, 0], seg[1, 1])  # the second is a filler
+    length = len(states) // 2
+    assert torch.equal(seg[0], states[positions[0] - 1]) and torch.equal(
+        seg[1, 0], states[length + positions[1][0] - 1]
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -178,7 +183,7 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("mask_features", MASK_FEATURES)
+@pytest.mark.parametrize("mask_features", HEADS)
 @pytest.mark.parametrize("name", EMPTY)
 def test_every_micro_batch_reaches_every_parameter(tiny_processor, load_tiny, name, mask_features, checkpointing):
     """A rank that skipped a parameter would leave the others waiting for its gradient."""
@@ -289,14 +294,12 @@ def test_masks_must_match_the_seg_tokens(tiny_processor, load_tiny, change):
 
 
 def test_image_tokens_are_placed_in_order():
-    from self1e.model.modeling import ImageFeatures
-
     tokens = torch.arange(3 * 2.0).reshape(3, 2, 1)  # three tiles of two tokens, width 1
-    features = ImageFeatures(tokens, torch.tensor([[1, 2], [1, 1]]), None)
-    is_image = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 1, 1]]).bool()
-    embeds = torch.full((3, 5, 1), -1.0)
-    found = place_image_tokens(embeds, is_image, features, torch.tensor([1, 0, 1]))
-    assert found[..., 0].tolist() == [[-1, 4, 5, -1, -1], [0, 1, 2, 3, -1], [-1, -1, -1, 4, 5]]
+    ids = torch.tensor([[0, 9, 9, 0, 0], [9, 9, 9, 9, 0], [0, 0, 0, 9, 9]])
+    places = {"tile_tokens": 2, "image_token_id": 9, "seg_token_id": None, "split": False}
+    layout = read_layout(ids, grids=[(1, 2), (1, 1)], row_image=[1, 0, 1], **places)
+    found = place_image_tokens(torch.full((15, 1), -1.0), layout, tokens)
+    assert found.view(3, 5).tolist() == [[-1, 4, 5, -1, -1], [0, 1, 2, 3, -1], [-1, -1, -1, 4, 5]]
 
 
 def test_fresh_heads_follow_the_seed(tiny_version, tiny_processor):

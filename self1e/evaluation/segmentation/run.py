@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from pycocotools import mask as rle_codec
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from self1e.evaluation.loading import read_ahead
 from self1e.evaluation.provenance import describe
 from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score
 from self1e.evaluation.segmentation.report import SplitResults, summary_table, unit_text
+from self1e.model.inference import predict_photo
 from self1e.model.processing import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER
 
@@ -82,35 +82,6 @@ class _Photos(Dataset):
             return ValueError(f"{photo.image_id}: {error}")
         del batch["labels"]
         return batch, torch.from_numpy(np.ascontiguousarray(masks))
-
-
-def _forward(model, batch: dict[str, Tensor], features, start: int, stop: int) -> list[Tensor]:
-    """Mask logits (h, w) of rows start..stop, their common padding trimmed."""
-    length = int(batch["attention_mask"][start:stop].sum(1).max())
-    rows = {name: batch[name][start:stop, :length] for name in ("input_ids", "attention_mask")}
-    out = model(**rows, row_image=batch["row_image"][start:stop], image_features=features)
-    return [logits[-1] for logits in out.mask_logits]  # the answer's [SEG] is the last of its row
-
-
-def predict_photo(
-    model, batch: dict[str, Tensor], size: tuple[int, int], *, rows_per_forward: int, forwards: int
-) -> Tensor:
-    """Foreground of all rows of one photo: bool (rows, H, W) on the model's device.
-
-    batch: the processor's output for the photo, without labels. size: (H, W) of the masks. forwards: passes to run;
-    those beyond the photo's rows repeat the last one, and its result is dropped.
-    """
-    batch = {name: value.to(model.device) for name, value in batch.items()}
-    features = model.encode_images(batch["pixel_values"], batch["tile_grids"])
-    rows, masks = len(batch["input_ids"]), []
-    starts = range(0, rows, rows_per_forward)
-    for step in range(forwards):
-        start = starts[min(step, len(starts) - 1)]
-        logits = _forward(model, batch, features, start, min(start + rows_per_forward, rows))
-        if step < len(starts):
-            full = (interpolate(x.float()[None, None], size, mode="bilinear", align_corners=False) for x in logits)
-            masks += [x[0, 0] > 0 for x in full]
-    return torch.stack(masks)
 
 
 def encode_mask(mask: np.ndarray) -> dict:
