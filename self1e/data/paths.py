@@ -22,7 +22,9 @@ def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
             users[path].append(name)
     if users:
         lines = "\n".join(f"  {path}   ({', '.join(names)})" for path, names in users.items())
-        raise FileNotFoundError(f"missing data; {DATASETS}, says what goes where:\n{lines}")
+        raise FileNotFoundError(
+            f"missing data; {DATASETS}, says what goes where, and `self1e data get` brings most sets:\n{lines}"
+        )
 
 
 def inside(folder: Path, name: str, *, allow_outside: bool = False) -> Path:
