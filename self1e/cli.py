@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str, list[str]]] = {
     "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files", []),
     "card": ("self1e.training.model_card", "the model card of a checkpoint, with its scores", []),
     "ablate": ("self1e.apps.ablation.run", "variants of the method compared on synthetic scenes", []),
+    "pictures": ("self1e.apps.method_pictures", "what each part of the method does to a photo", []),
     "make-shapes": ("self1e.synthetic.shapes_dataset", "a synthetic data tree in every format", []),
     "make-tiny": ("self1e.synthetic.tiny_internvl", "a tiny InternVL3 checkpoint with random weights", []),
 }

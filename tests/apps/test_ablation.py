@@ -54,7 +54,7 @@ def test_boundary_is_a_band_along_the_contour_and_the_edge_of_the_photo():
 
 
 def unit(**counts) -> dict:
-    base = {"id": "0", "image": "a", "text": "b", "no_target": False, "is_sentence": None}
+    base = {"id": "0", "image": "a", "text": "b", "no_target": False}
     return (
         base | {"split": "thin", "target_pixels": 0, "predicted_pixels": 0, "boundary_I": 0, "boundary_U": 0} | counts
     )

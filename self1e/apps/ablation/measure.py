@@ -6,7 +6,6 @@ pixels that lie within a distance of their contour, 2% of the photo's diagonal, 
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from self1e.model.inference import Segmentation
 from self1e.synthetic.benchmark import FAMILIES
 
 BOUNDARY = 0.02  # of the diagonal
-COUNTS = tuple(Unit.__dataclass_fields__)
+COUNTS = ("id", "image", "text", "I", "U", "target_pixels", "predicted_pixels", "no_target")
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
@@ -53,7 +52,7 @@ def measure(model: Self1EForSegmentation, processor: Self1EProcessor, benchmark:
                 )
                 found, wanted = boundary(masks[i]), boundary(targets[i] == 1)
                 edges = {"boundary_I": int((found & wanted).sum()), "boundary_U": int((found | wanted).sum())}
-                units.append({"split": family, **asdict(unit), **edges})
+                units.append({"split": family, **{name: getattr(unit, name) for name in COUNTS}, **edges})
     return units
 
 

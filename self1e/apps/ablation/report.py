@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from self1e.apps.ablation.measure import figures
-from self1e.apps.ablation.suites import CLAIMS, FULL, LABELS, MEASURES, SUITES
+from self1e.apps.ablation.suites import CLAIMS, MEASURES, SUITES, label
 from self1e.files import write_json, write_text
 
 # Student's t at 97.5%, by degrees of freedom: half the width of a 95% interval of a mean, in standard errors.
@@ -101,10 +101,6 @@ def write_report(output: Path, suites: Sequence[str], seeds: int) -> str:
     return text
 
 
-def label(suite: str, row: str) -> str:
-    return LABELS[suite] if row == FULL else row
-
-
 def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -148,7 +144,7 @@ def draw_bars(scores: dict[str, dict[str, Scores]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = ("ciou", "fine", "reasoning", "several")
-    figure = Figure(figsize=(4 * len(scores), 3.6), layout="constrained")
+    figure = Figure(figsize=(4 * len(scores), 4), layout="constrained")
     for axes, (suite, rows) in zip(figure.subplots(1, len(scores), sharey=True, squeeze=False)[0], scores.items()):
         width = 0.8 / len(rows)
         for i, (row, found) in enumerate(rows.items()):
@@ -156,7 +152,11 @@ def draw_bars(scores: dict[str, dict[str, Scores]], path: Path) -> None:
             heights = [statistics.mean(x) if x else 0.0 for x in values]
             places = [x + (i - (len(rows) - 1) / 2) * width for x in range(len(shown))]
             axes.bar(places, heights, width, yerr=[spread(x) for x in values], capsize=2, label=label(suite, row))
-        axes.set_xticks(range(len(shown)), [MEASURES[name].label.replace(", ", "\n", 1) for name in shown], fontsize=6)
+        axes.set_xticks(
+            range(len(shown)),
+            [MEASURES[name].label.replace(", ", "\n").replace(" + ", "\n") for name in shown],
+            fontsize=7,
+        )
         axes.set_title(suite)
         axes.legend(fontsize=7)
     _save(figure, path)

@@ -20,6 +20,11 @@ LABELS = {  # of the full method, by suite
 }
 
 
+def label(suite: str, row: str) -> str:
+    """How a row is called in the tables and pictures of a suite."""
+    return LABELS[suite] if row == FULL else row.replace("_", " ")
+
+
 @dataclass(frozen=True)
 class Measure:
     """A figure over the units of some splits; no splits: over all of them."""
@@ -54,7 +59,7 @@ class Claim:
 
     @property
     def text(self) -> str:
-        better, worse = (LABELS[self.suite] if row == FULL else row for row in (self.better, self.worse))
+        better, worse = (label(self.suite, row) for row in (self.better, self.worse))
         return f"{better} at least as good as {worse}" if self.at_least else f"{worse} < {better}"
 
 
