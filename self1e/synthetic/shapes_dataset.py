@@ -4,6 +4,7 @@ For the quickstart and tests: everything that reads COCO, RefCOCO, ReasonSeg, AD
 
     self1e make-shapes runs/shapes                        # 2,000 + 300 scenes, 120 MB, 25 s
     self1e make-shapes runs/few --train 8 --val 3         # for a look, 1 s
+    self1e make-shapes runs/shapes --benchmark            # scenes of eight difficulties (self1e.synthetic.benchmark)
 
 OUTPUT/dataset holds the segmentation and conversation sets, OUTPUT/data the VQA sets (README, "Datasets"). A scene is
 one photo with two to four shapes, no two alike in colour and kind, which may overlap: an annotation is what is
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from self1e.synthetic.benchmark import make_benchmark
 from self1e.synthetic.conversations import write_conversations
 from self1e.synthetic.reasoning import write_reasoning
 from self1e.synthetic.referring import write_referring
@@ -77,10 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--val", type=int, default=100, help="scenes in each of the three held-out groups")
     parser.add_argument("--size", type=int, default=224, help="pixels of a photo's longer side")
     parser.add_argument("--simple", action="store_true", help="three colours a scene, one expression a shape")
+    parser.add_argument("--benchmark", action="store_true", help="only OUTPUT/benchmark, --val scenes per family")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    sizes = {"train": args.train, "val": args.val, "size": args.size, "seed": args.seed}
+    if args.benchmark and args.simple:
+        parser.error("--simple and --benchmark are two kinds of scenes: give one of them")
     try:
-        print(make_shapes_dataset(**vars(args), progress=True))
+        if args.benchmark:
+            print(make_benchmark(Path(args.path) / "benchmark", **sizes, progress=True))
+        else:
+            print(make_shapes_dataset(args.path, **sizes, simple=args.simple, progress=True))
     except ValueError as error:
         parser.error(str(error))
     return 0
