@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from helpers import SHARED, needs_shared
 from streams import Numbers, epoch_batches, ids
 from torch.utils.data import DataLoader
 from trees import (
@@ -334,12 +333,11 @@ def test_excluded_photos_are_matched_across_sets(tmp_path):
     assert not [id for id in (strict[t].id for t in places) if f"{7:012d}" in id or id.endswith(("/7.jpg", "val.jpg"))]
 
 
-@needs_shared
 @pytest.mark.parametrize("mode", ["published", "exact"])
-def test_the_miniature_sets_mix(mode):
+def test_the_miniature_sets_mix(miniature, mode):
     config = DataConfig.parse(
-        dataset_dir=SHARED / "minidata/dataset",
-        data_dir=SHARED / "minidata/data",
+        dataset_dir=miniature / "dataset",
+        data_dir=miniature / "data",
         sample_rates="2,1,3,0.5",
         explanatory=0.3,
         refer_seg_data="refclef||refcoco||refcoco+||refcocog||grefcoco",
