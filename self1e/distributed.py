@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 PATIENCE = 5  # seconds that a launcher has to end this rank because the first one failed alike
 
 
@@ -102,7 +103,13 @@ def raise_together(error: Exception | None) -> None:
         return
     where = "cuda" if dist.get_backend() == "nccl" else "cpu"
     if total(torch.tensor(int(error is not None), device=where)):
-        raise next(found for found in gather(error) if found is not None)
+        raise alike(next(found for found in gather(error) if found is not None))
+
+
+def alike(error: E) -> E:
+    """Mark an error that all ranks raise together: the first rank alone tells it."""
+    vars(error)["alike"] = True
+    return error
 
 
 def everywhere(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
@@ -132,27 +139,33 @@ def run_program(program: Callable[[], int], *, expected: tuple[type[BaseExceptio
     """Run a program's body and return its exit code; see the failure rule above.
 
     A clean end closes the process group (without it, torch can abort at exit and the launcher reports a failure). An
-    error of `expected` is one line and exit code 1, any other a traceback. The first rank speaks at once; another one
-    only when it is still alive after `PATIENCE`, because then the first did not meet the same.
+    error of `expected` is one line and exit code 1, any other a traceback. Under a launcher the first rank speaks at
+    once; another one only when it is still alive after `PATIENCE`, because then the first did not meet the same.
     """
     try:
         code = program()
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit) or world_size() == 1:
-            if not isinstance(error, expected):
+        known = isinstance(error, expected)
+        if not launched():
+            if not known:
                 raise
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
             return 1
         if not is_main():
             time.sleep(PATIENCE)
-        who = "" if is_main() else f" (rank {rank()})"
-        if isinstance(error, expected):
-            print(f"\nerror{who}: {error}", file=sys.stderr, flush=True)
-        else:
-            sys.excepthook(type(error), error, error.__traceback__)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        if is_main() or not vars(error).get("alike"):
+            if known:
+                print(f"\nerror{'' if is_main() else f' (rank {rank()})'}: {error}", file=sys.stderr)
+            else:
+                sys.excepthook(type(error), error, error.__traceback__)
+        leave(1)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: what it printed is out, and no clean-up waits for another rank."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

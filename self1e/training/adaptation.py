@@ -1,10 +1,12 @@
 """What is trained, frozen and adapted (paper, section 4.1): LoRA on LLM and ViT, the rest whole or not at all."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
+from transformers import PreTrainedModel
 
 LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2")
@@ -22,7 +24,7 @@ PARTS = {
 
 
 def adapt(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     llm_lora: bool,
     vision_lora: bool,
@@ -81,7 +83,7 @@ def optimizer_groups(model: nn.Module, *, lr: float, vision_lr: float) -> list[d
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     llm = [name for name in trained if name.startswith((LLM, "lm_head."))]
     rest = [name for name in trained if name not in set(llm)]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"name": name, "params": [trained[key] for key in keys], "lr": rate}
         for name, keys, rate in (("llm", llm, lr), ("vision_and_head", rest, vision_lr))
         if keys

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import math
 import os
 import shlex
 from pathlib import Path
@@ -18,70 +17,9 @@ from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
 from self1e.training.adaptation import LLM_LINEARS
+from self1e.training.flags import REFUSED, Help, Parser, Refuse, at_least, fraction, rate
 
 ROOT = Path(__file__).resolve().parents[2]
-
-# Flags of the published program that had no effect there, or that have no meaning here.
-REFUSED = {
-    "vis_save_path": "pictures go to <log_base_dir>/<exp_name>/eval with --eval_visualize",
-    "image_size": "the tile size is read from the checkpoint's configuration",
-    "load_in_8bit": "quantised weights cannot be trained; for inference see self1e.apps.predict",
-    "load_in_4bit": "quantised weights cannot be trained; for inference see self1e.apps.predict",
-    "vision_pretrained": "the ViT comes with --version; there is no second vision encoder",
-    "out_dim": "the head's width is the LLM's, read from the checkpoint",
-    "train_mask_decoder": "there is no mask decoder; the head always trains",
-    "use_mm_start_end": "<img> and </img> are part of InternVL's chat format, always",
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, once: a usage of 70 flags would bury it, and so would every rank's echo."""
-
-    def error(self, message: str):
-        first = int(os.environ.get("RANK", 0)) == 0
-        self.exit(2, f"{self.prog}: error: {message}\nall flags: {self.prog} --help\n" if first else None)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults where there are some; the help texts say what an unset flag means."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32, width=119)
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Refuse(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f"{option_string} is refused: {REFUSED[self.dest]}")
-
-
-def at_least(least: int, kind: type = int):
-    """The type of a flag whose value is `least` or more."""
-
-    def convert(text: str):
-        value = kind(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse: invalid int value
-    return convert
-
-
-def rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be in [0, 1)")
-    return value
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,12 +39,17 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("--version", required=True, help="checkpoint: folder or hub id (InternVL3, -hf, or Self1E)")
     model.add_argument("--model_weights", help="folder whose weights replace those of --version")
     model.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), help="unset: bf16, but fp32 to evaluate on a CPU"
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        help="precision of the computation; unset: bf16, but fp32 when evaluating on a CPU",
     )
-    model.add_argument("--model_max_length", type=count, default=512, help="tokens a row")
-    model.add_argument("--high_res", action=switch, default=False, help="up to 4 tiles a photo")
+    model.add_argument("--model_max_length", type=count, default=512, help="the most tokens of a row")
+    model.add_argument("--high_res", action=switch, default=False, help="cut a photo into up to 4 tiles")
     model.add_argument(
-        "--attn_implementation", choices=("sdpa", "eager", "flex_attention"), default="sdpa", help="of LLM and ViT"
+        "--attn_implementation",
+        choices=("sdpa", "eager", "flex_attention"),
+        default="sdpa",
+        help="attention kernel of LLM and ViT",
     )
     model.add_argument("--mask_features", choices=tuple(HEADS), help="ablation; unset: the checkpoint's, or rfa")
     model.add_argument("--replication", choices=tuple(REPLICATIONS), help="ablation; unset: the checkpoint's, or tile")
@@ -117,94 +60,175 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("--auxiliary_projection", action=switch, help="f_out there too; unset: as above, or off")
 
     trained = parser.add_argument_group("what is trained")
-    trained.add_argument("--use_llm_lora", action=switch, default=False, help="adapters; off: the whole LLM trains")
-    trained.add_argument("--optimize_vision", action=switch, default=False, help="off: ViT and projector are frozen")
-    trained.add_argument("--use_vision_lora", action=switch, default=False, help="adapters; off: the whole ViT trains")
+    trained.add_argument(
+        "--use_llm_lora",
+        action=switch,
+        default=False,
+        help="train adapters in the LLM; without it, the whole LLM trains",
+    )
+    trained.add_argument(
+        "--optimize_vision", action=switch, default=False, help="train ViT and projector; without it, both are frozen"
+    )
+    trained.add_argument(
+        "--use_vision_lora",
+        action=switch,
+        default=False,
+        help="train adapters in the ViT; without it, the whole ViT trains",
+    )
     trained.add_argument("--lora_r", type=count, default=128, help="rank of the adapters")
     trained.add_argument("--lora_alpha", type=count, help="scale of the adapters; unset: twice --lora_r")
-    trained.add_argument("--lora_dropout", type=fraction, default=0.05, help="share of an adapter's inputs")
     trained.add_argument(
-        "--lora_target_modules", metavar="NAMES", help="the LLM's, joined by commas; unset: " + ", ".join(LLM_LINEARS)
+        "--lora_dropout", type=fraction, default=0.05, help="share of its inputs that an adapter drops"
     )
-    trained.add_argument("--lora_from_layer", type=natural, default=0, help="first LLM layer with adapters")
+    trained.add_argument(
+        "--lora_target_modules",
+        metavar="NAMES",
+        help="linears of the LLM with adapters, joined by commas; unset: " + ", ".join(LLM_LINEARS),
+    )
+    trained.add_argument(
+        "--trainable_embeddings",
+        choices=("all", "new"),
+        default="all",
+        help="rows of the token embeddings and of lm_head that train: all, or those of the added tokens only",
+    )
+    trained.add_argument("--lora_from_layer", type=natural, default=0, help="the first LLM layer with adapters")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_dir", type=Path, default=Path("./dataset"), help="segmentation sets and LLaVA")
-    data.add_argument("--data_dir", type=Path, default=Path("./data"), help="VQA sets")
     data.add_argument(
-        "--dataset", metavar="FAMILIES", default=DEFAULT_FAMILIES, help="families, joined by ||; also: custom"
+        "--dataset_dir",
+        type=Path,
+        default=Path("./dataset"),
+        help="folder of the segmentation sets and LLaVA-Instruct",
     )
-    data.add_argument("--sample_rates", metavar="RATES", help="one a family, joined by commas; unset: 1 each")
+    data.add_argument("--data_dir", type=Path, default=Path("./data"), help="folder of the VQA sets")
+    data.add_argument(
+        "--dataset",
+        metavar="FAMILIES",
+        default=DEFAULT_FAMILIES,
+        help="families of training sets, joined by ||; the family custom is own data",
+    )
+    data.add_argument(
+        "--sample_rates", metavar="RATES", help="one rate per family, joined by commas; unset: 1 for each"
+    )
     for name, family in FAMILIES.items():
         data.add_argument(f"--{name}_data", metavar="SETS", default=family.default, help=family.help)
-    data.add_argument("--explanatory", type=float, default=-1.0, help="text-only share of explained samples; -1: off")
-    data.add_argument("--num_classes_per_sample", type=count, default=3, help="rows a photo, at most")
-    data.add_argument("--exclude_val", action=switch, default=False, help="drop photos that evaluation splits use")
+    data.add_argument(
+        "--explanatory",
+        type=float,
+        default=-1.0,
+        help="share of the explained samples that are text only; -1 turns explanations off",
+    )
+    data.add_argument("--num_classes_per_sample", type=count, default=3, help="the most rows per photo")
+    data.add_argument(
+        "--exclude_val", action=switch, default=False, help="leave out training photos that an evaluation split uses"
+    )
     data.add_argument(
         "--allow_outside", action=switch, default=False, help="take photos that annotations name outside their folder"
     )
-    data.add_argument("--mixture", choices=MODES, default="published", help="some samples drawn anew, or each once")
-    data.add_argument("--workers", type=natural, default=4, help="decoding processes a rank")
-    data.add_argument("--seed", type=natural, default=42, help="of the stream, a fresh head and dropout")
+    data.add_argument(
+        "--mixture",
+        choices=MODES,
+        default="published",
+        help="published draws some samples anew; exact reads each sample once per epoch",
+    )
+    data.add_argument("--workers", type=natural, default=4, help="data-loading processes per rank")
+    data.add_argument(
+        "--seed", type=natural, default=42, help="seed of the stream of samples, of a fresh head and of dropout"
+    )
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--epochs", type=count, default=1, help="passes over the mixture")
-    optimisation.add_argument("--start_epoch", type=natural, default=0, help="epochs of the stream to pass over")
-    optimisation.add_argument("--steps_per_epoch", type=count, help="optimizer steps; unset: the whole epoch")
-    optimisation.add_argument("--max_steps", type=count, help="optimizer steps in all; unset: by --epochs")
-    optimisation.add_argument("--batch_size", type=count, default=5, help="photos a device and micro-batch")
-    optimisation.add_argument("--grad_accumulation_steps", type=count, default=8, help="micro-batches a step")
     optimisation.add_argument(
-        "--grad_accumulation_reduction", choices=("sum", "mean"), default="sum", help="of gradients, before clipping"
+        "--start_epoch", type=natural, default=0, help="epochs of the stream that are passed over"
+    )
+    optimisation.add_argument(
+        "--steps_per_epoch", type=count, help="optimizer steps per epoch; unset: the whole epoch"
+    )
+    optimisation.add_argument("--max_steps", type=count, help="optimizer steps in all; unset: as many as --epochs has")
+    optimisation.add_argument("--batch_size", type=count, default=5, help="photos per device in a micro-batch")
+    optimisation.add_argument(
+        "--grad_accumulation_steps", type=count, default=8, help="micro-batches per optimizer step"
+    )
+    optimisation.add_argument(
+        "--grad_accumulation_reduction",
+        choices=("sum", "mean"),
+        default="sum",
+        help="how the gradients of a step's micro-batches are joined before clipping",
     )
     optimisation.add_argument("--lr", type=rate, default=1e-4, help="peak rate of the LLM, its embeddings and lm_head")
     optimisation.add_argument("--vision_lr", type=rate, default=1e-4, help="peak rate of ViT, projector and head")
-    optimisation.add_argument("--beta1", type=fraction, default=0.9, help="of AdamW")
-    optimisation.add_argument("--beta2", type=fraction, default=0.95, help="of AdamW")
+    optimisation.add_argument("--beta1", type=fraction, default=0.9, help="first beta of AdamW")
+    optimisation.add_argument("--beta2", type=fraction, default=0.95, help="second beta of AdamW")
     optimisation.add_argument(
-        "--warmup_steps", type=natural, default=100, help="steps of linear rise; then decay to 0"
+        "--warmup_steps", type=natural, default=100, help="steps in which the rate rises; it falls to 0 after them"
     )
-    optimisation.add_argument("--ce_loss_weight", type=weight, default=1.0, help="cross-entropy of the text")
-    optimisation.add_argument("--bce_loss_weight", type=weight, default=2.0, help="binary cross-entropy of masks")
-    optimisation.add_argument("--dice_loss_weight", type=weight, default=0.5, help="Dice loss of masks")
-    optimisation.add_argument("--gradient_checkpointing", action=switch, default=False, help="less memory, slower")
+    optimisation.add_argument("--ce_loss_weight", type=weight, default=1.0, help="weight of the text's cross-entropy")
     optimisation.add_argument(
-        "--deepspeed", type=Path, help="DeepSpeed JSON; unset: configs/zero2.json under a launcher, none without"
+        "--bce_loss_weight", type=weight, default=2.0, help="weight of the masks' binary cross-entropy"
     )
-    optimisation.add_argument("--local_rank", type=int, help="set by launchers")
+    optimisation.add_argument("--dice_loss_weight", type=weight, default=0.5, help="weight of the masks' Dice loss")
+    optimisation.add_argument(
+        "--gradient_checkpointing", action=switch, default=False, help="recompute activations to save memory"
+    )
+    optimisation.add_argument(
+        "--deepspeed", type=Path, help="DeepSpeed JSON; unset: configs/zero2.json under a launcher"
+    )
+    optimisation.add_argument("--local_rank", type=int, help="launchers set it")
 
     log = parser.add_argument_group("logging and checkpoints")
-    log.add_argument("--exp_name", required=True, help="files go to LOG_BASE_DIR/EXP_NAME")
-    log.add_argument("--log_base_dir", type=Path, default=Path("./runs"), help="of all experiments")
-    log.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"), help="curves")
+    log.add_argument("--exp_name", required=True, help="name of the run: its files go to LOG_BASE_DIR/EXP_NAME")
+    log.add_argument("--log_base_dir", type=Path, default=Path("./runs"), help="folder of all runs")
+    log.add_argument(
+        "--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"), help="where the curves go"
+    )
     log.add_argument("--print_freq", type=count, default=10, help="steps between log lines")
-    log.add_argument("--save_steps", type=count, default=200, help="steps between checkpoints; one is kept")
-    log.add_argument("--resume", type=Path, help="a checkpoint-N folder to continue from")
+    log.add_argument("--save_steps", type=count, default=200, help="steps between checkpoints")
+    log.add_argument("--save_total_limit", type=count, default=1, help="how many of the latest checkpoints are kept")
+    log.add_argument(
+        "--keep_best", metavar="SPLIT", help="also keep the best checkpoint by this split's headline figure"
+    )
+    log.add_argument("--resume", type=Path, help="the checkpoint-N folder to continue from")
     log.add_argument("--auto_resume", action=switch, default=False, help="continue from the last checkpoint, if any")
+    log.add_argument("--resume_anyway", action="store_true", help="continue although settings of the run differ")
+    log.add_argument("--overwrite", action="store_true", help="remove an earlier run of this name and train anew")
     log.add_argument("--save_published_layout", action=switch, default=False, help="also write ckpt_model_published")
+    log.add_argument(
+        "--timeout", type=at_least(1, float), default=1800.0, help="seconds without progress that end the run"
+    )
 
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument(
         "--val_dataset",
         metavar="SPLITS",
         default="ReasonSeg|val",
-        help="validated while training, joined by ||; also: custom|PATH",
+        help="splits to validate on while training, joined by ||; custom|PATH is own data",
     )
     evaluation.add_argument("--eval_steps", type=count, default=200, help="steps between validations")
-    evaluation.add_argument("--val_batch_size", type=int, default=1, choices=(1,), help="photos go one by one")
-    evaluation.add_argument("--no_eval", action="store_true", help="neither validate nor evaluate after training")
-    evaluation.add_argument("--eval_only", action="store_true", help="do not train; evaluate --val_dataset")
     evaluation.add_argument(
-        "--eval_all_datasets", action="store_true", help=f"all {len(DEFAULT_SPLITS)} splits in place of --val_dataset"
+        "--val_batch_size", type=int, default=1, choices=(1,), help="photos per forward pass: each goes by itself"
     )
-    evaluation.add_argument("--eval_all_only", action="store_true", help="--eval_only --eval_all_datasets")
-    evaluation.add_argument("--eval_visualize", action="store_true", help="write pictures, worst first")
+    evaluation.add_argument(
+        "--no_eval", action="store_true", help="do not validate while training, nor evaluate after it"
+    )
+    evaluation.add_argument("--eval_only", action="store_true", help="evaluate --val_dataset without training")
+    evaluation.add_argument(
+        "--eval_all_datasets",
+        action="store_true",
+        help=f"all {len(DEFAULT_SPLITS)} splits, whatever --val_dataset says",
+    )
+    evaluation.add_argument("--eval_all_only", action="store_true", help="short for --eval_only --eval_all_datasets")
+    evaluation.add_argument(
+        "--eval_visualize", action="store_true", help="write pictures of the predictions, the worst first"
+    )
     evaluation.add_argument(
         "--overwrite_eval", action="store_true", help="evaluate anew what the results folder already holds"
     )
 
     parser.add_argument(
-        "--config", type=Path, nargs="+", help="YAML files of flags; later ones and the command line override"
+        "--config",
+        type=Path,
+        nargs="+",
+        help="YAML files of flags; a later file overrides an earlier one, the command line overrides all",
     )
     for name in REFUSED:
         parser.add_argument(f"--{name}", nargs="?", action=Refuse, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
@@ -252,6 +276,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.splits = list(DEFAULT_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")
     if args.eval_only and args.no_eval:
         parser.error("--eval_only and --no_eval leave nothing to do")
+    if args.overwrite and (args.resume or args.auto_resume):
+        parser.error("--overwrite starts anew, --resume and --auto_resume continue: give one of them")
+    if args.keep_best and (args.no_eval or args.keep_best not in args.splits):
+        parser.error(f"--keep_best {args.keep_best}: the split must be one of --val_dataset, which is validated")
     if args.resume and args.auto_resume:
         parser.error("--resume names a checkpoint, --auto_resume looks for one: give one of them")
     if args.start_epoch and (args.resume or args.auto_resume):
@@ -285,7 +313,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--local_rank is for launchers: start with deepspeed or torchrun")
     if launched and args.deepspeed is None:
         args.deepspeed = ROOT / "configs" / "zero2.json"
-    if args.deepspeed and zero_stage(args.deepspeed, parser) == 3 and args.high_res:
+    args.zero_stage = zero_stage(args.deepspeed, parser) if args.deepspeed else 0
+    if args.zero_stage == 3 and args.high_res:
         parser.error("--high_res: ZeRO-3 needs the same grid of tiles on every rank; use configs/zero2.json")
     args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     args.precision = args.precision or "bf16"

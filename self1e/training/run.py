@@ -7,18 +7,20 @@ import os
 import sys
 import warnings
 from argparse import Namespace
+from datetime import timedelta
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
+from self1e import distributed
 from self1e.data.config import DataConfig
 from self1e.data.loading import build_mixture
 from self1e.data.paths import require_paths
 from self1e.data.sample import SampleError
-from self1e.data.splits import DEFAULT_SPLITS, load_split, split_paths
+from self1e.data.splits import DEFAULT_SPLITS, get_splits, load_split, split_paths
 from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.model import checkpoints
@@ -27,56 +29,67 @@ from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import HIGH_RES_TILES, Self1EProcessor
 from self1e.training.adaptation import LLM_LINEARS, adapt, training_table
 from self1e.training.arguments import parse
-from self1e.training.model_card import write_model_card
-from self1e.training.trainer import (
-    Encode,
-    NotSaved,
-    Self1ETrainer,
-    TooManyBroken,
-    broken_list,
+from self1e.training.checkpoint import (
+    check_resumable,
+    check_unused,
     checkpoints_in,
+    choose,
+    defining_settings,
+    faults,
+    say_on_main,
 )
+from self1e.training.model_card import write_model_card
+from self1e.training.stream import Encode, TooManyBroken, broken_list
+from self1e.training.trainer import NotSaved, Self1ETrainer
+from self1e.training.watch import REQUEUE, StopRequest, Watchdog
 
 CHAT_TOKENS = 30  # system text, role headers and a few words: the least a row needs beside its image
 
 
 def main(argv: list[str]) -> int:
-    """Run the program; 0 on success, 1 with one message for a known failure, 130 after Ctrl-C."""
+    """Run the program and return its exit code.
+
+    It is 0 on success, 1 with one message for a known failure, 2 for wrong flags, 75 when the run was asked to stop
+    and can be continued (torchrun makes 1 of it), 130 after Ctrl-C.
+    """
     args = parse(argv)
     quiet_libraries()
+    expected = (ValueError, OSError, SampleError, NotSaved, TooManyBroken, FloatingPointError, torch.OutOfMemoryError)
     try:
-        if args.eval_only:
-            evaluate(args)
-        else:
-            train(args)
-            if not args.no_eval:
-                args.splits, args.model_weights = list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits])), None
-                args.version = str(args.run_dir / "ckpt_model")
-                evaluate(args, skip_missing=True)
-    except (NotSaved, TooManyBroken, FloatingPointError) as error:  # met by one rank
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        return 1
-    except (ValueError, OSError, SampleError) as error:  # met by every rank alike
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        return 1
+        return distributed.run_program(lambda: run(args), expected=expected)
     except KeyboardInterrupt as interruption:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and str(interruption):  # evaluation says what is done
-            print(f"\n{interruption}", file=sys.stderr, flush=True)
-        elif int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if distributed.local_rank() == 0:
             kept = checkpoints_in(args.run_dir / "checkpoints")
             where = f"continue from {kept[-1]} with --auto_resume" if kept else "no checkpoint was written yet"
-            print(f"\ninterrupted; {where}", file=sys.stderr, flush=True)
+            # An evaluation says itself which splits are done.
+            print(f"\n{str(interruption) or f'interrupted; {where}'}", file=sys.stderr, flush=True)
+        if distributed.world_size() > 1:
+            distributed.leave(130)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()  # without it, torch can abort at exit and the launcher reports a failure
+
+
+def run(args: Namespace) -> int:
+    """Train and evaluate, or evaluate alone; returns the exit code."""
+    if args.eval_only:
+        evaluate(args)
+        return 0
+    stopped = train(args)
+    gc.collect()  # the trained model goes before the evaluation loads its own
+    if stopped:
+        if distributed.is_main():
+            kept = checkpoints_in(args.run_dir / "checkpoints")[-1]
+            print(f"\nstopped by {stopped}; {kept} is saved, continue with --auto_resume", file=sys.stderr, flush=True)
+        return REQUEUE
+    if not args.no_eval:
+        args.splits, args.model_weights = list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits])), None
+        args.version = str(args.run_dir / "ckpt_model")
+        evaluate(args, skip_missing=True)
     return 0
 
 
 def quiet_libraries() -> None:
     """Leave one rank's voice, and drop warnings that a user can do nothing about."""
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = distributed.is_main()
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
     logging.getLogger("self1e").setLevel(logging.INFO if first else logging.WARNING)  # broken samples of any rank
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -99,8 +112,8 @@ def check_length(args: Namespace, processor: Self1EProcessor) -> None:
         )
 
 
-def train(args: Namespace) -> None:
-    """Train and write `<run_dir>/ckpt_model`."""
+def train(args: Namespace) -> str | None:
+    """Train and write `<run_dir>/ckpt_model`; returns what stopped the run before its end, or None."""
     splits = [] if args.no_eval else args.splits
     data = DataConfig.parse(
         dataset_dir=args.dataset_dir,
@@ -108,23 +121,31 @@ def train(args: Namespace) -> None:
         **{name: getattr(args, name) for name in DataConfig.flags()},
     )
     require_paths(data.paths() + split_paths(splits, args.dataset_dir))
-    checkpoint = resume_path(args)
+    if distributed.is_main() and not (args.resume or args.auto_resume):
+        check_unused(args.run_dir, overwrite=args.overwrite)
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor)
     settings = training_arguments(args)  # starts the process group; before it, no rank may wait for another
+    stop = StopRequest()
     encode = Encode(processor, max_length=args.model_max_length, max_tiles=HIGH_RES_TILES if args.high_res else 1)
     with settings.main_process_first(local=True, desc="index of the data"):
         mixture = build_mixture(data, batch_size=args.batch_size, seed=args.seed, mode=args.mixture, transform=encode)
-        for split in splits:
-            load_split(
-                split, args.dataset_dir, allow_outside=args.allow_outside
-            )  # a faulty one fails here and not hours later
+        for split in splits:  # a faulty one fails here and not hours later
+            load_split(split, args.dataset_dir, allow_outside=args.allow_outside)
     per_epoch = -(-mixture.epoch_size // (args.batch_size * settings.world_size))
     limit = args.steps_per_epoch and args.steps_per_epoch * args.grad_accumulation_steps
     if limit and limit > per_epoch:
         steps = -(-per_epoch // args.grad_accumulation_steps)
         raise ValueError(f"--steps_per_epoch {args.steps_per_epoch}: an epoch has {steps} steps; lower or unset it")
 
+    defining = defining_settings(
+        vars(args),
+        ranks=settings.world_size,
+        zero_stage=args.zero_stage,
+        base=checkpoint_settings(args.version, args.model_weights),
+        samples=mixture.sizes,
+    )
+    checkpoint = find_checkpoint(args, defining)
     set_seed(args.seed)  # the fresh head is the same on every rank
     model = load_model(args, training=True)
     tuner = adapt(
@@ -138,12 +159,12 @@ def train(args: Namespace) -> None:
         llm_targets=args.lora_target_modules.split(",") if args.lora_target_modules else LLM_LINEARS,
         from_layer=args.lora_from_layer,
     )
-    if settings.process_index == 0:
+    if distributed.is_main():
         sizes = ", ".join(f"{name} {size:,}" for name, size in mixture.sizes.items())
         steps = -(-(limit or per_epoch) // args.grad_accumulation_steps)
         size = f"{args.batch_size} photos x {args.grad_accumulation_steps} micro-batches x {settings.world_size} ranks"
         print(
-            f"{training_table(model)}\n\nsamples on disk: {sizes}\n"
+            f"{training_table(model)}\n\n{short_run(args, limit or per_epoch)}samples on disk: {sizes}\n"
             f"an epoch: {mixture.epoch_size:,} samples, {steps:,} steps of {size}\n"
             f"{'starting anew' if checkpoint is None else f'continuing from {checkpoint}'}",
             flush=True,
@@ -154,34 +175,68 @@ def train(args: Namespace) -> None:
         results = evaluate_splits(model, processor, splits, output_dir=folder, **evaluation_options(args))
         return {f"{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
 
-    trainer = Self1ETrainer(
-        model=model,
-        args=settings,
-        eval_dataset=splits or None,
-        mixture=mixture,
-        processor=processor,
-        lr=args.lr,
-        vision_lr=args.vision_lr,
-        reduction=args.grad_accumulation_reduction,
-        epoch_limit=limit,
-        first_epoch=args.start_epoch,
-        validate=validate,
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    broken = trainer.gather(trainer.broken)
-    if broken and settings.process_index == 0:
+    with Watchdog(args.run_dir / ".ranks", args.timeout) as watchdog:
+        trainer = Self1ETrainer(
+            model=model,
+            args=settings,
+            eval_dataset=splits or None,
+            mixture=mixture,
+            processor=processor,
+            lr=args.lr,
+            vision_lr=args.vision_lr,
+            reduction=args.grad_accumulation_reduction,
+            epoch_limit=limit,
+            first_epoch=args.start_epoch,
+            validate=validate,
+            settings=defining,
+            keep=args.save_total_limit,
+            best=args.keep_best and f"{args.keep_best}_{get_splits([args.keep_best])[args.keep_best].headline[0]}",
+            stop=stop,
+            watchdog=watchdog,
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    broken = [pair for part in distributed.gather(trainer.broken) for pair in part]
+    if broken and distributed.is_main():
         print(f"{len(broken)} broken samples were replaced:\n{broken_list(broken)}", flush=True)
-    save(args, trainer, model, tuner, processor)
+    causes = [cause for cause in distributed.gather(stop.cause) if cause is not None]
+    if not trainer.stopped:
+        save(args, trainer, model, tuner, processor)
+    return causes[0] if trainer.stopped else None
 
 
-def resume_path(args: Namespace) -> str | None:
-    """The checkpoint to continue from, if any."""
+def short_run(args: Namespace, micro_batches: int) -> str:
+    """A warning for a run that ends before its learning rate has risen, else nothing."""
+    steps = args.max_steps or -(-micro_batches // args.grad_accumulation_steps) * (args.epochs - args.start_epoch)
+    if steps >= args.warmup_steps:
+        return ""
+    return (
+        f"warning: the run has {steps} steps, fewer than --warmup_steps {args.warmup_steps}: the learning rate never "
+        "reaches its peak. For little data see configs/small.yaml: more --epochs, a smaller "
+        "--grad_accumulation_steps, a shorter warm-up\n\n"
+    )
+
+
+def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
+    """The checkpoint to continue from, if any: whole, and of a run with the same settings. All ranks call it together.
+
+    Raises ValueError that says what is wrong with it.
+    """
     if args.resume:
         if not (args.resume / "trainer_state.json").is_file():
             raise ValueError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
-        return str(args.resume)
-    found = checkpoints_in(args.run_dir / "checkpoints") if args.auto_resume else []
-    return str(found[-1]) if found else None
+        problems = faults(args.resume)
+        if problems:
+            others = [path for path in checkpoints_in(args.resume.parent) if path.name != args.resume.name]
+            advice = f"; {others[-1]} is there, too" if others else ""
+            raise ValueError(f"--resume {args.resume} is not whole{advice}:\n  " + "\n  ".join(problems))
+        found = args.resume
+    elif args.auto_resume:
+        found = choose(checkpoints_in(args.run_dir / "checkpoints"), say_on_main)
+    else:
+        return None
+    if found is not None:
+        check_resumable(found, settings, max_steps=args.max_steps, anyway=args.resume_anyway)
+    return found
 
 
 def training_arguments(args: Namespace) -> TrainingArguments:
@@ -207,7 +262,10 @@ def training_arguments(args: Namespace) -> TrainingArguments:
         activation_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
         deepspeed=str(args.deepspeed) if args.deepspeed else None,
         use_cpu=not gpu,
-        ddp_backend="gloo" if "LOCAL_RANK" in os.environ and not gpu else None,
+        ddp_backend="gloo" if distributed.launched() and not gpu else None,
+        ddp_timeout=int(args.timeout) + 60,  # the watchdog names the rank at fault before a collective gives up
+        accelerator_config={"non_blocking": gpu},
+        dataloader_pin_memory=gpu,
         dataloader_num_workers=args.workers,
         remove_unused_columns=False,
         logging_steps=args.print_freq,
@@ -225,7 +283,12 @@ def training_arguments(args: Namespace) -> TrainingArguments:
 
         # Shared-memory collectives of inference on CPUs: training uses none, yet every rank would compile them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=args.timeout + 60),
+        )
     if settings.n_gpu > 1:  # plain python on a machine with several GPUs: DataParallel cannot split our batches
         raise ValueError("several GPUs: start with deepspeed or torchrun, or set CUDA_VISIBLE_DEVICES to one")
     return settings
@@ -253,24 +316,24 @@ def load_model(args: Namespace, *, training: bool) -> Self1EForSegmentation:
 
 def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> None:
     """Merge the adapters on every rank and write the model once."""
-    gathered = contextlib.nullcontext()
-    if trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == 3:
+    gathered: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if args.zero_stage == 3:
         import deepspeed
 
         trainer.model_wrapped.empty_partition_cache()  # validation leaves prefetched parameters in flight
         gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
+
+    def write() -> None:
+        checkpoints.save(merged, processor, args.run_dir / "ckpt_model")
+        write_model_card(args.run_dir / "ckpt_model", base=args.version, command=args.command)
+        if args.save_published_layout:
+            checkpoints.save(merged, processor, args.run_dir / "ckpt_model_published", published=True)
+        print(f"saved {args.run_dir / 'ckpt_model'}", flush=True)
+
     with gathered:
         merged = tuner.merge_and_unload() if tuner else model
-        if trainer.args.process_index == 0:
-            checkpoints.save(merged, processor, args.run_dir / "ckpt_model")
-            write_model_card(args.run_dir / "ckpt_model", base=args.version, command=args.command)
-            if args.save_published_layout:
-                checkpoints.save(merged, processor, args.run_dir / "ckpt_model_published", published=True)
-            print(f"saved {args.run_dir / 'ckpt_model'}", flush=True)
-    trainer.accelerator.wait_for_everyone()
+        distributed.on_main(write)
     trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = None
-    gc.collect()
 
 
 def evaluation_options(args: Namespace) -> dict:
@@ -288,14 +351,10 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
         args.version = str(trained)
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor)
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)  # collectives of objects use the current device
-    else:
+    device = distributed.device()
+    if device.type == "cpu":
         torch.set_num_threads(1)  # figures to the pixel on any number of processes; those are what uses more cores
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo")
+    distributed.start()
     model = load_model(args, training=False).to(device)
     if not model.trained_head:
         raise ValueError(
@@ -313,5 +372,5 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
         overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
         **evaluation_options(args),
     )
-    if args.version == str(trained) and int(os.environ.get("RANK", 0)) == 0:
+    if args.version == str(trained) and distributed.is_main():
         write_model_card(trained)  # with the table

@@ -7,16 +7,16 @@ from helpers import noise
 
 from self1e.data.mixture import Group, Mixture
 from self1e.data.sample import Sample, SampleError
-from self1e.training.trainer import (
+from self1e.training.checkpoint import checkpoints_in
+from self1e.training.stream import (
     Collate,
     Encode,
     MicroBatches,
     Stream,
     TooManyBroken,
     broken_list,
-    checkpoints_in,
-    log_line,
 )
+from self1e.training.trainer import log_line
 
 
 class Numbers:
@@ -46,9 +46,9 @@ def test_ranks_share_the_plan_and_nothing_twice(size):
     plan = mixture(Numbers("a", size))
     ranks = [MicroBatches(plan, rank=rank, world_size=2) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == -(-size // 4)
-    read = [[token for batch in rank for token in batch] for rank in ranks]
+    read = [[place for batch in rank for place in batch] for rank in ranks]
     assert not set(read[0]) & set(read[1])
-    alone = [token for batch in MicroBatches(plan, rank=0, world_size=1) for token in batch]
+    alone = [place for batch in MicroBatches(plan, rank=0, world_size=1) for place in batch]
     assert sorted(read[0] + read[1]) == sorted(alone) and len(set(alone)) == size
 
 
@@ -68,7 +68,7 @@ def test_epochs_differ_repeat_and_can_be_shortened_or_passed_over():
 def test_batches_name_their_samples_and_the_broken_ones_they_replace(tiny_processor):
     encode = Encode(tiny_processor, max_length=512, max_tiles=1)
     stream = Stream(mixture(Numbers("a", 12, broken=(3,)), transform=encode))
-    items = [stream[token] for batch in MicroBatches(stream.mixture, rank=0, world_size=1) for token in batch]
+    items = [stream[place] for batch in MicroBatches(stream.mixture, rank=0, world_size=1) for place in batch]
     batch = Collate(tiny_processor)(items)
     assert len(batch["ids"]) == 12 and "a/3" not in batch["ids"]
     assert batch["replaced"] == [("a/3", "torn")]

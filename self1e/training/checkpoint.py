@@ -1,0 +1,171 @@
+"""Checkpoints of a run: each is whole or absent, and only the run that wrote it continues from it.
+
+Beside the Trainer's files a `checkpoint-N` holds `settings.json`, the settings that define its run, and, written last,
+`manifest.json` with the size and SHA-256 of every file.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from self1e.distributed import everywhere, gather, is_main, on_main, share
+from self1e.files import read_json, sync_folder, write_json
+
+MANIFEST, SETTINGS, BEST = "manifest.json", "settings.json", "best.json"
+# Flags that a continued run may change; every other flag defines the run.
+FREE = frozenset(
+    "version model_weights dataset_dir data_dir workers max_steps save_steps save_total_limit keep_best print_freq "
+    "report_to exp_name log_base_dir resume auto_resume resume_anyway overwrite timeout config local_rank deepspeed "
+    "attn_implementation gradient_checkpointing save_published_layout val_dataset eval_steps val_batch_size no_eval "
+    "eval_only eval_all_datasets eval_all_only eval_visualize overwrite_eval allow_outside "
+    "splits command run_dir eval_precision".split()
+)
+# What the tensors of a checkpoint depend on: a difference here cannot be waived.
+STRUCTURE = frozenset(
+    "ranks zero_stage use_llm_lora optimize_vision use_vision_lora lora_r lora_target_modules lora_from_layer "
+    "trainable_embeddings mask_features precision".split()
+)
+# Classes, besides tensors and plain containers, that DeepSpeed's own checkpoint files hold.
+TRUSTED = ("deepspeed.", "torch.", "collections.", "argparse.Namespace", "numpy.")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The `checkpoint-N` folders, the latest last."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def defining_settings(flags: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What must be the same when a run is continued: all flags but `FREE` ones, and `more`."""
+    plain = {name: value for name, value in flags.items() if name not in FREE} | more
+    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(plain.items())}
+
+
+def seal(folder: Path, settings: dict[str, Any]) -> None:
+    """Add settings and manifest to a checkpoint and put all of it on the disk. All ranks call it together."""
+    on_main(lambda: write_json(folder / SETTINGS, settings))
+    files = on_main(lambda: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
+    parts = gather(everywhere(lambda: {name: _digest(folder / name) for name in share(files)}))
+    on_main(lambda: write_json(folder / MANIFEST, {name: entry for part in parts for name, entry in part.items()}))
+    on_main(lambda: sync_folder(folder))
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def faults(folder: Path) -> list[str]:
+    """What keeps a checkpoint from being whole, one line each. All ranks call it together."""
+    try:
+        manifest = on_main(lambda: read_json(folder / MANIFEST, dict))
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST} cannot be read ({error})"]
+    found = gather(everywhere(lambda: {name: _fault(folder / name, manifest[name]) for name in share(list(manifest))}))
+    return [f"{name} {fault}" for part in found for name, fault in part.items() if fault]
+
+
+def _fault(path: Path, expected: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+    return None if _digest(path) == expected else "holds other bytes than those that were written"
+
+
+def code_in(folder: Path) -> list[str]:
+    """What loading the checkpoint's pickles would call, beyond the classes that the libraries write."""
+    found = []
+    for path in sorted(folder.rglob("*.p[th]*")):
+        try:
+            names = get_unsafe_globals_in_checkpoint(path)
+        except Exception as error:  # a pickle that is no checkpoint of torch may raise almost anything
+            return [f"{path.name} is no file of torch ({error})"]
+        found += [f"{path.name} asks for {name}" for name in names if not name.startswith(TRUSTED)]
+    return found
+
+
+def choose(checkpoints: list[Path], say: Callable[[str], None]) -> Path | None:
+    """The latest whole checkpoint; what is passed over is said. All ranks call it together.
+
+    Raises ValueError when there are checkpoints but none is whole.
+    """
+    broken: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        problems = faults(checkpoint)
+        if not problems:
+            if broken:
+                say("\n".join(["a later checkpoint is damaged and passed over:", *broken]))
+            return checkpoint
+        broken += [f"  {checkpoint.name}: {problem}" for problem in problems]
+    if broken:
+        lines = "\n".join(broken)
+        raise ValueError(f"{checkpoints[0].parent}: no checkpoint is whole; start anew with --overwrite:\n{lines}")
+    return None
+
+
+def check_resumable(checkpoint: Path, settings: dict[str, Any], *, max_steps: int | None, anyway: bool) -> None:
+    """Refuse to continue from a checkpoint that another run wrote.
+
+    Raises ValueError that names every difference, code that loading would run, or a checkpoint beyond `--max_steps`.
+    """
+    code = code_in(checkpoint)
+    if code:
+        raise ValueError(f"{checkpoint} would run code when it is loaded, and is refused:\n  " + "\n  ".join(code))
+    if max_steps is not None and step_of(checkpoint) > max_steps:
+        raise ValueError(
+            f"{checkpoint} is beyond --max_steps {max_steps}: raise --max_steps, or start anew with --overwrite"
+        )
+    then = read_json(checkpoint / SETTINGS, dict)
+    differing = {name: (then.get(name), settings[name]) for name in settings if then.get(name) != settings[name]}
+    fatal = STRUCTURE & differing.keys()
+    if fatal or (differing and not anyway):
+        shown = fatal if anyway else differing
+        lines = "\n".join(f"  {name}: {differing[name][0]!r} then, {differing[name][1]!r} now" for name in shown)
+        ways = "" if fatal else ", or --resume_anyway to continue as another run"
+        raise ValueError(f"{checkpoint} has other settings; give the same ones, another --exp_name{ways}:\n{lines}")
+
+
+def check_unused(run_dir: Path, *, overwrite: bool) -> None:
+    """Refuse to train anew over an earlier run, or remove what it left. The first rank alone calls it.
+
+    Raises ValueError that names both ways out.
+    """
+    left = [*checkpoints_in(run_dir / "checkpoints"), *run_dir.glob("ckpt_model*")]
+    if left and not overwrite:
+        raise ValueError(
+            f"{run_dir} holds an earlier run ({left[0].name}): continue it with --auto_resume, replace it with "
+            "--overwrite, or give another --exp_name"
+        )
+    for name in ("checkpoints", "ckpt_model", "ckpt_model_published", "tensorboard", "validation", "eval"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+
+
+def remember_best(folder: Path, step: int, value: float) -> bool:
+    """Note the step of the best validation so far; returns whether this one is it."""
+    earlier = read_json(folder / BEST, dict)["value"] if (folder / BEST).is_file() else None
+    if earlier is not None and value <= earlier:
+        return False
+    write_json(folder / BEST, {"step": step, "value": value})
+    return True
+
+
+def prune(folder: Path, limit: int) -> None:
+    """Keep the latest `limit` checkpoints and the best one. A folder that cannot be removed is left."""
+    best = read_json(folder / BEST, dict)["step"] if (folder / BEST).is_file() else None
+    for old in checkpoints_in(folder)[:-limit]:
+        if step_of(old) != best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def say_on_main(text: str) -> None:
+    if is_main():
+        print(text, flush=True)

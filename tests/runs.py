@@ -1,0 +1,108 @@
+"""Training runs for tests: their command line, in this process or as two under the deepspeed launcher, their logs."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from helpers import ROOT
+
+from self1e.training import run as program
+from self1e.training.checkpoint import checkpoints_in
+from self1e.training.trainer import Self1ETrainer
+
+LAUNCHER = Path(sys.executable).with_name("deepspeed")
+BOUND = ["--batch_size", "2", "--grad_accumulation_steps", "2", "--lora_r", "4", "--use_llm_lora", "--optimize_vision"]
+BOUND += ["--use_vision_lora", "--precision", "fp32", "--print_freq", "1", "--warmup_steps", "2", "--workers", "0"]
+
+
+def command(version: Path, shapes: Path, runs: Path, name: str, *flags: str) -> list[str]:
+    paths = {"version": version, "dataset_dir": shapes / "dataset", "data_dir": shapes / "data", "log_base_dir": runs}
+    sets = ["--refer_seg_data", "refclef||refcoco", "--sem_seg_data", "ade20k||cocostuff"]
+    return [*(f"--{key}={value}" for key, value in paths.items()), *BOUND, *sets, "--exp_name", name, *flags]
+
+
+def train(*args: str, code: int = 0) -> None:
+    os.environ.pop("TENSORBOARD_LOGGING_DIR", None)
+    assert program.main(command(*args)) == code
+
+
+EVENTS = (Self1ETrainer, "compute_loss"), (torch, "save"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree")
+
+
+def train_in_a_child(*args: Path | str, kill_at: int | None = None) -> int:
+    """As `train`, in a forked process: its exit code, negative when a signal ended it.
+
+    kill_at: the number of the event (a loss, a file renamed or written) at which the child kills itself.
+    """
+    child = os.fork()
+    if child == 0:
+        if kill_at is not None:
+            count_events(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == kill_at else None)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        os._exit(program.main(command(*args)))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def count_events(happen: Callable[[int], None]) -> None:
+    """Call `happen` with 0, 1, ... before each loss and each step of writing, in this process and from now on."""
+    numbers = itertools.count()
+
+    def announced(function):
+        def call(*args, **kwargs):
+            happen(next(numbers))
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in EVENTS:
+        setattr(owner, name, announced(getattr(owner, name)))
+
+
+def history(folder: Path) -> list[dict]:
+    """The log of the last checkpoint, training lines only."""
+    state = json.loads((checkpoints_in(folder / "checkpoints")[-1] / "trainer_state.json").read_text())
+    return [line for line in state["log_history"] if "loss" in line]
+
+
+def curves(folder: Path) -> dict[str, list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def launch(*args: Path | str) -> subprocess.Popen:
+    """Two CPU processes under the deepspeed launcher, in a process group of their own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = [str(LAUNCHER), "--num_accelerators", "2", f"--master_port={port}", str(ROOT / "train_hf_ivl_seq.py")]
+    return subprocess.Popen(
+        [*program, *command(*args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def steps(printed: str) -> dict[str, str]:
+    """Number of each step -> its loss, terms, gradient norm and learning rates, as printed."""
+    return dict(re.findall(r"step (\d+)  epoch \S+  (loss .*?)  [\d.]+ samples/s", printed))
+
+
+def loss(line: str) -> float:
+    return float(line.split()[1])

@@ -1,0 +1,75 @@
+"""Fixtures of the training tests: scenes to train on, and two runs that several tests look at."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from runs import command, train
+
+from self1e.synthetic.shapes_dataset import make_shapes_dataset
+from self1e.training.checkpoint import checkpoints_in
+from self1e.training.trainer import Self1ETrainer
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    root = make_shapes_dataset(tmp_path_factory.mktemp("shapes"), train=8, val=2, size=64)
+    for split in ("refcoco+", "refcocog", "grefcoco"):  # not selected below; final evaluation is to skip them
+        shutil.rmtree(root / "dataset" / "refer_seg" / split)
+    return root
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def damaged(shapes, tmp_path) -> Path:
+    return Path(shutil.copytree(shapes, tmp_path / "damaged"))
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_version, shapes, runs):
+    """An uninterrupted run of four steps through the final evaluation; its folder and what it printed."""
+    flags = ["--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--save_published_layout"]
+    script = [sys.executable, str(ROOT / "train_hf_ivl_seq.py")]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [*script, *command(tiny_version, shapes, runs, "reference", *flags)],
+        capture_output=True,
+        text=True,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs / "reference", done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def interrupted(reference, tiny_version, shapes, runs):
+    """The same run, stopped by Ctrl-C within its third step, then continued."""
+    compute_loss, calls = Self1ETrainer.compute_loss, []
+
+    def stop(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    flags = ("--max_steps", "4", "--save_steps", "2", "--no_eval")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Self1ETrainer, "compute_loss", stop)
+        train(tiny_version, shapes, runs, "interrupted", *flags, code=130)
+    assert [path.name for path in checkpoints_in(runs / "interrupted" / "checkpoints")] == ["checkpoint-2"]
+    train(tiny_version, shapes, runs, "interrupted", *flags, "--auto_resume")
+    return runs / "interrupted"

@@ -1,0 +1,139 @@
+"""A checkpoint is whole or refused, and only its own run continues from it."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import train
+
+from self1e.training import checkpoint as module
+from self1e.training.checkpoint import checkpoints_in, choose, faults, prune, remember_best
+
+FLAGS = ("--max_steps", "4", "--save_steps", "2", "--no_eval", "--report_to", "none")
+
+
+@pytest.fixture
+def run(interrupted, tmp_path) -> Path:
+    """A copy of a run with one whole checkpoint, 4."""
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 7)
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGE = {"cut": (cut, "bytes instead of"), "zeroed": (zero, "other bytes"), "missing": (Path.unlink, "is missing")}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("name", ["rng_state.pth", "optimizer.pt", "trainer_state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_told(run, kind, name):
+    spoil, says = DAMAGE[kind]
+    folder = run / "checkpoints" / "checkpoint-4"
+    assert faults(folder) == []
+    spoil(folder / name)
+    (problem,) = faults(folder)
+    assert problem.startswith(name) and (says in problem or name == "manifest.json")
+
+
+def test_an_older_whole_checkpoint_is_taken(run, tmp_path):
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-6")
+    zero(folder / "checkpoint-6" / "rng_state.pth")
+    said: list[str] = []
+    assert choose(checkpoints_in(folder), said.append) == folder / "checkpoint-4"
+    assert "checkpoint-6: rng_state.pth holds other bytes" in said[0]
+    cut(folder / "checkpoint-4" / "optimizer.pt")
+    with pytest.raises(ValueError, match="no checkpoint is whole.*--overwrite"):
+        choose(checkpoints_in(folder), said.append)
+
+
+OTHER = {
+    "seed": ["--seed", "7"],
+    "batch_size": ["--batch_size", "3"],
+    "lr": ["--lr", "3e-4"],
+    "samples": ["--refer_seg_data", "refcoco"],
+    "lora_r": ["--lora_r", "8"],
+    "mask_features": ["--mask_features", "rfr"],
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_settings_are_refused_by_name(run, tiny_version, shapes, capsys, name):
+    train(tiny_version, shapes, run.parent, "run", *FLAGS, *OTHER[name], "--auto_resume", code=1)
+    message = capsys.readouterr().err
+    assert "has other settings" in message and f"  {name}: " in message and "Traceback" not in message
+    if name in ("lora_r", "mask_features"):
+        train(
+            tiny_version, shapes, run.parent, "run", *FLAGS, *OTHER[name], "--auto_resume", "--resume_anyway", code=1
+        )
+        assert f"  {name}: " in capsys.readouterr().err
+
+
+def test_what_may_change_is_taken(run, tiny_version, shapes, capsys):
+    flags = ("--max_steps", "5", "--save_steps", "5", "--workers", "1", "--no_eval", "--report_to", "none")
+    train(tiny_version, shapes, run.parent, "run", *flags, "--print_freq", "2", "--auto_resume")
+    assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["checkpoint-5"]
+    train(tiny_version, shapes, run.parent, "run", "--max_steps", "3", "--no_eval", "--auto_resume", code=1)
+    assert "checkpoint-5 is beyond --max_steps 3" in capsys.readouterr().err
+
+
+def test_another_run_goes_on_when_told_to(run, tiny_version, shapes, capsys):
+    flags = ("--max_steps", "5", "--seed", "7", "--no_eval", "--report_to", "none", "--auto_resume", "--resume_anyway")
+    train(tiny_version, shapes, run.parent, "run", *flags)
+    assert "continuing from" in capsys.readouterr().out
+
+
+def test_an_earlier_run_is_not_trained_over(run, tiny_version, shapes, capsys):
+    train(tiny_version, shapes, run.parent, "run", *FLAGS, code=1)
+    message = capsys.readouterr().err
+    assert "--auto_resume" in message and "--overwrite" in message
+    assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["checkpoint-4"]
+    train(tiny_version, shapes, run.parent, "run", "--max_steps", "1", "--no_eval", "--overwrite")
+    assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["checkpoint-1"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_a_strangers_checkpoint_runs_no_code(run, tiny_version, shapes, capsys, monkeypatch):
+    """Even one whose manifest fits."""
+    monkeypatch.chdir(run)
+    folder = run / "checkpoints" / "checkpoint-4"
+    torch.save({"state": Evil()}, folder / "optimizer.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["optimizer.pt"] = module._digest(folder / "optimizer.pt")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    train(tiny_version, shapes, run.parent, "run", *FLAGS, "--auto_resume", code=1)
+    message = capsys.readouterr().err
+    assert "would run code" in message and "optimizer.pt asks for posix.mkdir" in message
+    assert not (run / "pwned").exists()
+    (folder / "optimizer.pt").write_bytes(pickle.dumps(Evil()))
+    assert module.code_in(folder) and not (run / "pwned").exists()
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert remember_best(tmp_path, 1, 0.4) and remember_best(tmp_path, 2, 0.6) and not remember_best(tmp_path, 3, 0.5)
+    prune(tmp_path, 1)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_run_keeps_what_it_is_told(tiny_version, shapes, tmp_path):
+    flags = ("--max_steps", "3", "--save_steps", "1", "--eval_steps", "2", "--report_to", "none")
+    flags += ("--save_total_limit", "2", "--val_dataset", "refcoco|unc|val", "--keep_best", "refcoco|unc|val")
+    train(tiny_version, shapes, tmp_path, "run", *flags)
+    names = [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")]
+    assert names == ["checkpoint-2", "checkpoint-3"]
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] == 2

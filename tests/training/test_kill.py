@@ -1,0 +1,67 @@
+"""A run that is killed anywhere and continued gives the digits of an uninterrupted one.
+
+SELF1E_KILL_POINTS chooses how many points are tried (`scripts/kill_test.py`).
+"""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from runs import EVENTS, count_events, history, train, train_in_a_child
+
+from self1e import Self1EForSegmentation
+from self1e.training.trainer import Self1ETrainer
+
+POINTS = int(os.environ.get("SELF1E_KILL_POINTS", 6))
+FLAGS = ("--max_steps", "3", "--save_steps", "1", "--no_eval", "--report_to", "none")
+
+
+@pytest.fixture(scope="module")
+def whole(reference, tiny_version, shapes, tmp_path_factory):
+    """An uninterrupted run and the number of its events; `reference` has built the index of the data."""
+    folder, events = tmp_path_factory.mktemp("whole"), []
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in EVENTS:
+            patch.setattr(owner, name, getattr(owner, name))  # so that it is put back
+        count_events(events.append)
+        train(tiny_version, shapes, folder, "run", *FLAGS)
+    return folder / "run", len(events)
+
+
+@pytest.mark.parametrize("seed", range(POINTS))
+def test_a_kill_anywhere_changes_nothing(whole, tiny_version, shapes, tmp_path, seed):
+    expected, events = whole
+    point = int(np.random.default_rng(seed).integers(events))
+    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *FLAGS, kill_at=point) == -signal.SIGKILL
+    left = "--auto_resume" if (tmp_path / "run" / "checkpoints").is_dir() else "--overwrite"
+    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *FLAGS, left) == 0
+    for one, other in zip(history(expected), history(tmp_path / "run"), strict=True):
+        assert {name: one[name] for name in ("loss", "grad_norm")} == {
+            name: other[name] for name in ("loss", "grad_norm")
+        }
+    models = [Self1EForSegmentation.from_pretrained(run / "ckpt_model") for run in (expected, tmp_path / "run")]
+    weights = [model.state_dict() for model in models]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_after_the_step_and_saves(whole, tiny_version, shapes, tmp_path, number, monkeypatch):
+    """The child sends itself the signal in its second micro-batch, so within the first step."""
+
+    compute_loss, calls = Self1ETrainer.compute_loss, []
+
+    def note(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(Self1ETrainer, "compute_loss", note)
+    flags = ("--max_steps", "3", "--no_eval", "--report_to", "none")
+    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *flags) == 75
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
+    monkeypatch.setattr(Self1ETrainer, "compute_loss", compute_loss)
+    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *flags, "--auto_resume") == 0
+    found, expected = history(tmp_path / "run"), history(whole[0])
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]

@@ -1,0 +1,100 @@
+"""Two CPU processes under the deepspeed launcher: kills, ZeRO-3, requests to stop, ranks that hang."""
+
+import json
+import os
+import re
+import signal
+
+import psutil
+import pytest
+from helpers import ROOT
+from runs import LAUNCHER, launch, loss, steps
+
+from self1e import Self1EForSegmentation
+from self1e.training.checkpoint import checkpoints_in
+
+pytestmark = pytest.mark.skipif(not LAUNCHER.is_file(), reason="deepspeed is not installed beside this python")
+FLAGS = ("--max_steps", "6", "--save_steps", "2", "--no_eval", "--batch_size", "1", "--gradient_checkpointing")
+FLAGS += ("--dataset", "reason_seg||vqa", "--vqa_data", "llava_instruct_150k||vqav2")  # a rank may hold text alone
+
+
+def until(process, step: str) -> str:
+    """What is printed up to the line of a step."""
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if step in steps(printed):
+            return printed
+    raise AssertionError(printed)
+
+
+def ranks(process) -> list[psutil.Process]:
+    """The processes that train, in the order of their ranks."""
+    found = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "--local_rank" in str(child.cmdline())
+    ]
+    return sorted(found, key=lambda child: next(flag for flag in child.cmdline() if "--local_rank" in flag))
+
+
+def finish(process, code: int = 0) -> str:
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == code, printed
+    return printed
+
+
+def names(folder) -> list[str]:
+    return [path.name for path in checkpoints_in(folder / "checkpoints")]
+
+
+def losses(*printed: str) -> list[float]:
+    return [loss(line) for step, line in sorted({k: v for text in printed for k, v in steps(text).items()}.items())]
+
+
+def test_kills_stops_and_zero3_give_the_same_run(tiny_version, shapes, runs):
+    """Killed after step 3, continued, its launcher ended by SIGTERM after step 4, continued to the end."""
+    folder = runs / "killed"
+    killed = launch(tiny_version, shapes, runs, "killed", *FLAGS)
+    first = until(killed, "3")
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert names(folder) == ["checkpoint-2"], first
+
+    stopped = launch(tiny_version, shapes, runs, "killed", *FLAGS, "--auto_resume")
+    second, trained = until(stopped, "3"), ranks(stopped)
+    os.kill(stopped.pid, signal.SIGTERM)
+    psutil.wait_procs(trained, timeout=60)
+    second += stopped.communicate(timeout=60)[0]
+    assert "stopped by" in second and "continue with --auto_resume" in second, second
+    assert f"continuing from {folder / 'checkpoints' / 'checkpoint-2'}" in second
+    assert names(folder)[-1] in ("checkpoint-3", "checkpoint-4", "checkpoint-5")
+
+    third = finish(launch(tiny_version, shapes, runs, "killed", *FLAGS, "--auto_resume"))
+    assert steps(second)["3"] == steps(first)["3"] and names(folder) == ["checkpoint-6"]
+    assert Self1EForSegmentation.from_pretrained(folder / "ckpt_model").trained_head
+
+    partitioned = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    partitioned["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or tiny tensors would stay whole
+    config = runs / "zero3.json"
+    config.write_text(json.dumps(partitioned))
+    sharded = launch(tiny_version, shapes, runs, "zero3", *FLAGS, "--deepspeed", str(config))
+    fourth = until(sharded, "2")
+    ranks(sharded)[1].send_signal(signal.SIGUSR1)
+    fourth += finish(sharded, code=75)
+    assert "stopped by SIGUSR1" in fourth
+    fifth = finish(launch(tiny_version, shapes, runs, "zero3", *FLAGS, "--deepspeed", str(config), "--auto_resume"))
+    # sharded sums run in another order
+    assert losses(fourth, fifth) == pytest.approx(losses(first, second, third), rel=1e-3)
+    assert Self1EForSegmentation.from_pretrained(runs / "zero3" / "ckpt_model").trained_head
+
+
+def test_a_rank_that_hangs_is_named(tiny_version, shapes, runs):
+    flags = ("--timeout", "8", "--max_steps", "500", "--save_steps", "500")
+    process = launch(tiny_version, shapes, runs, "hangs", *FLAGS, *flags)
+    until(process, "2")
+    ranks(process)[1].suspend()
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "nothing has moved for 8 seconds (--timeout)" in printed
+    assert re.search(r"rank 1 (computes|reads) .*/.* and has given no sign of life", printed), printed
