@@ -32,7 +32,16 @@ from filelock import FileLock, Timeout
 
 from self1e.apps import converters
 from self1e.apps.catalogue import Catalogue, DataSet, File, Roots, load_catalogue
-from self1e.apps.download import DownloadError, Unavailable, download, human, open_session, require_space
+from self1e.apps.download import (
+    DownloadError,
+    Unavailable,
+    download,
+    human,
+    open_session,
+    part_path,
+    require_space,
+    size,
+)
 from self1e.apps.unpack import check_format, is_archive, unpack
 
 UNCHECKED = "The addresses are unchecked: they come from the sets' documentation and one may be dead by now."
@@ -74,13 +83,19 @@ class Plan:
         """What is not in place yet."""
         return [(each, f) for each in self.chosen for f in each.files.values() if not self.is_there(each, f)]
 
+    def remaining(self, each: DataSet, file: File) -> int | None:
+        """Bytes of a file that have not arrived yet; None where its size is unknown."""
+        target = self.roots.downloads / each.name / file.name
+        arrived = max(size(path) for path in (target, *(part_path(address, target) for address in file.addresses)))
+        return None if file.size is None else 0 if target.exists() else max(0, file.size - arrived)
+
     def check(self, *, remove: bool) -> None:
         """Find before the work what would stop it. Raises DownloadError with the fix.
 
         Looked at are links to nothing, rights, scipy where it is needed, and room on the disks as far as sizes are
         known. Photos hardly shrink in archives, so the contents take about as much as the archive.
         """
-        archives = [file.size or 0 for _, file in self.missing() if is_archive(file.name)]
+        archives = [self.remaining(each, file) or 0 for each, file in self.missing() if is_archive(file.name)]
         needs = {self.roots.downloads: max(archives, default=0) if remove else sum(archives)}
         for each, file in self.missing():
             first, *others = [target for target in self.targets(each, file).values() if not target.exists()]
@@ -108,12 +123,12 @@ class Plan:
         lines = [f"{each.name}: {each.title}", f"  licence: {each.licence}", f"  account: {each.account or 'none'}"]
         lines += [f"  {key}: {text}" for key, text in (("note", each.note), ("unconfirmed", each.unconfirmed)) if text]
         for file in each.files.values():
-            size = human(file.size) if file.size else "size unknown"
+            amount = human(file.size) if file.size else "size unknown"
             known = any(address.sha256 or address.md5 for address in file.addresses)
             if self.is_there(each, file):
                 step = "in place, left as it is"
             elif file.addresses:
-                step = f"{size}, {'sum known' if known else 'no sum known'}, from {file.addresses[0].url}"
+                step = f"{amount}, {'sum known' if known else 'no sum known'}, from {file.addresses[0].url}"
             elif file.make:
                 step = f"made here from {' and '.join(Path(name).name for name in file.of)}"
             else:
@@ -123,11 +138,10 @@ class Plan:
 
     def total(self) -> str:
         """The size of what is missing."""
-        files = [file for _, file in self.missing() if file.addresses]
-        known = sum(file.size or 0 for file in files)
-        unknown = sum(file.size is None for file in files)
-        more = f", and {unknown} files of unknown size" if unknown else ""
-        return f"to download: {human(known)}{more}; about as much again for the contents of archives"
+        sizes = [self.remaining(each, file) for each, file in self.missing() if file.addresses]
+        unknown = f", and {sizes.count(None)} of unknown size" if None in sizes else ""
+        known = human(sum(size for size in sizes if size is not None))
+        return f"files to download: {len(sizes)}, {known}{unknown}; the contents of archives take about as much again"
 
 
 class Getter:
@@ -250,10 +264,10 @@ def table(catalogue: Catalogue, roots: Roots) -> str:
         there = [plan.is_there(each, file) for file in each.files.values()] + photos
         state = "yes" if all(there) else "partly" if any(there) else "no"
         sizes = [file.size for file in each.files.values()]
-        size = human(sum(filter(None, sizes))) if any(sizes) else "unknown"
+        amount = human(sum(filter(None, sizes))) if any(sizes) else "unknown"
         by_hand = any(not file.addresses and not file.make for file in each.files.values())
         more = " + ?" if any(sizes) and not all(sizes) else ""
-        rows.append((each.name, state, size + more, each.licence + (" [by hand]" if by_hand else "")))
+        rows.append((each.name, state, amount + more, each.licence + (" [by hand]" if by_hand else "")))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     text = "\n".join("  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows)
     groups = "\n".join(f"  {name}: {' '.join(members)}" for name, members in catalogue.groups.items())

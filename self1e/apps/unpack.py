@@ -57,6 +57,8 @@ def check_format(path: Path, name: str) -> None:
     """Raises ValueError where the file at `path` is not what `name` promises: an archive, JSON, or a table."""
     with open(path, "rb") as file:
         start = file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t")
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 512))
+        end = file.read().rstrip()
     if name.endswith(".zip"):
         fits = zipfile.is_zipfile(path)
     elif name.endswith((".tar", ".tar.gz")):
@@ -65,7 +67,7 @@ def check_format(path: Path, name: str) -> None:
         except DAMAGED:  # only TarError counts as no tar there
             fits = False
     elif name.endswith((".json", ".jsonl")):
-        fits = start[:1] in (b"{", b"[")
+        fits = start[:1] in (b"{", b"[") and end[-1:] in (b"}", b"]")
     else:
         fits = b"\t" in start
     if not fits:

@@ -159,6 +159,7 @@ def test_missing_and_ambiguous_members(tmp_path):
         ("x.tsv", b"<html>", "a web page"),
         ("x.tar.gz", b"\x1f\x8b cut", "something else"),
         ("x.json", b"", "cut"),
+        ("x.jsonl", b'{"a": 1}\n{"a": ', "cut"),
     ],
 )
 def test_file_of_another_format(tmp_path, name, content, message):
