@@ -1,42 +1,57 @@
 """The command line for everything that is no recipe: `self1e COMMAND ...`, or `python -m self1e COMMAND ...`.
 
-A command is one entry of `COMMANDS`. Its module is imported only when it is called, and has `main(argv) -> exit code`.
+A command is one entry of `COMMANDS`. Its module is imported only when it is called, reads its flags before it imports
+anything heavy, and has `main(argv) -> exit code`.
 """
 
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
-# name: (module, what it is for, arguments in front of the user's)
-COMMANDS: dict[str, tuple[str, str, list[str]]] = {
-    "segment": ("self1e.apps.predict", "masks for pictures and prompts", []),
-    "chat": ("self1e.apps.predict", "answers about pictures, with the masks that they contain", ["--mode", "chat"]),
-    "demo": ("self1e.apps.demo", "a page in the browser that segments and chats", []),
-    "data": ("self1e.apps.data_get", "data get SET...: data sets brought into the tree", []),
-    "check-data": ("self1e.apps.check_data", "counts and faults of the data trees or of own data", []),
-    "convert": ("self1e.apps.convert", "checkpoints from one layout to another, verified", []),
-    "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files", []),
-    "card": ("self1e.training.model_card", "the model card of a checkpoint, with its scores", []),
-    "ablate": ("self1e.apps.ablation.run", "variants of the method compared on synthetic scenes", []),
-    "pictures": ("self1e.apps.method_pictures", "what each part of the method does to a photo", []),
-    "make-shapes": ("self1e.synthetic.shapes_dataset", "a synthetic data tree in every format", []),
-    "make-tiny": ("self1e.synthetic.tiny_internvl", "a tiny InternVL3 checkpoint with random weights", []),
+from self1e.flags import did_you_mean, guarded
+
+
+class Command(NamedTuple):
+    """module: has `main`. purpose: in the list of commands. preset: arguments in front of the user's."""
+
+    module: str
+    purpose: str
+    preset: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "segment": Command("self1e.apps.predict", "masks for pictures and prompts"),
+    "chat": Command("self1e.apps.predict", "answers about pictures, with the masks in them", ("--mode", "chat")),
+    "demo": Command("self1e.apps.demo", "a page in the browser that segments and chats"),
+    "export": Command("self1e.apps.export", "predictions as a COCO data set or for Label Studio"),
+    "data": Command("self1e.apps.data_get", "data get SET...: data sets brought into the tree"),
+    "check-data": Command("self1e.apps.check_data", "counts and faults of the data trees or of own data"),
+    "convert": Command("self1e.apps.convert", "checkpoints from one layout to another, verified"),
+    "score": Command("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),
+    "card": Command("self1e.training.model_card", "the model card of a checkpoint, with its scores"),
+    "ablate": Command("self1e.apps.ablation.run", "variants of the method compared on synthetic scenes"),
+    "pictures": Command("self1e.apps.method_pictures", "what each part of the method does to a photo"),
+    "make-shapes": Command("self1e.synthetic.shapes_dataset", "a synthetic data tree in every format"),
+    "make-tiny": Command("self1e.synthetic.tiny_internvl", "a tiny InternVL3 checkpoint with random weights"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<12}{purpose}" for name, (_, purpose, _) in COMMANDS.items()]
+    lines = [f"  {name:<12}{command.purpose}" for name, command in COMMANDS.items()]
     return "usage: self1e COMMAND ...\n\ncommands:\n" + "\n".join(lines) + "\n\nself1e COMMAND --help tells more.\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code, 2 when there is no such command."""
-    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name in ("", "-h", "--help"):
         print(usage(), end="", file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
     if name not in COMMANDS:
-        print(f"self1e: there is no command {name!r}\n\n{usage()}", end="", file=sys.stderr)
+        print(
+            f"self1e: there is no command {name!r}{did_you_mean(name, COMMANDS)}\n\n{usage()}", end="", file=sys.stderr
+        )
         return 2
-    module, _, first = COMMANDS[name]
-    return importlib.import_module(module).main([*first, *rest[:-1]])
+    command = COMMANDS[name]
+    return guarded(lambda: importlib.import_module(command.module).main([*command.preset, *rest]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from self1e.apps.demo import main
+from self1e.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["demo", *sys.argv[1:]]))

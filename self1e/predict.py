@@ -2,7 +2,7 @@
 
 import sys
 
-from self1e.apps.predict import main
+from self1e.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["segment", *sys.argv[1:]]))

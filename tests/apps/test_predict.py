@@ -10,9 +10,13 @@ import torch
 from helpers import ROOT, make_base, make_trained
 from PIL import Image
 from pycocotools import mask as coco
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.apps import predict
+from self1e import Self1EForSegmentation, Self1EProcessor, distributed
+from self1e.apps import loading
+from self1e.apps.results import Names
+from self1e.cli import main
 from self1e.model.inference import Reply
 
 
@@ -38,7 +42,7 @@ def pictures(tmp_path):
 
 
 def run(version, *arguments) -> int:
-    return predict.main(["--version", str(version), "--device", "cpu", *map(str, arguments)])
+    return main(["segment", "--version", str(version), "--device", "cpu", *map(str, arguments)])
 
 
 def records(output) -> list[dict]:
@@ -112,18 +116,20 @@ def test_chat_records(version, pictures, tmp_path, monkeypatch):
     arguments = ["--image", pictures / "cat.png", "--prompt", *replies, "--output", tmp_path / "out", "--mode", "chat"]
     assert run(version, *arguments) == 0
     found = records(tmp_path / "out")
-    assert [r["text"] for r in found] == ["Here: [SEG].", "[SEG] and [SEG].", "[SEG] and [SEG].", "No."]
-    assert [r["area"] for r in found] == [600, 600, 0, None]
-    assert [r["score"] for r in found] == [0.75, 0.75, None, None]
+    assert [r["text"] for r in found] == ["Here: [SEG].", "[SEG] and [SEG].", "[SEG] and [SEG]."]
+    assert [(r["area"], r["score"], r["category_id"]) for r in found] == [(600, 0.75, 1), (600, 0.75, 2), (0, 0.0, 2)]
     assert found[1]["mask"] != found[2]["mask"] and found[1]["overlay"] == found[2]["overlay"]
-    assert found[3]["mask"] is found[3]["segmentation"] is found[3]["overlay"] is None
+    answers = json.loads((tmp_path / "out/answers.json").read_text())
+    assert [r["text"] for r in answers] == ["Here: [SEG].", "[SEG] and [SEG].", "No."]
+    assert [r["masks"] for r in answers] == [[r["mask"] for r in found[:1]], [r["mask"] for r in found[1:]], []]
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
 def test_chat_generates(version, pictures, tmp_path):
     arguments = ["--image", pictures / "cat.png", "--prompt", "Where is it?", "What is it?", "--max_new_tokens", 5]
     assert run(version, *arguments, "--mode", "chat", "--output", tmp_path / "out") == 0
-    assert {r["prompt"] for r in records(tmp_path / "out")} == {"Where is it?", "What is it?"}
+    answers = json.loads((tmp_path / "out/answers.json").read_text())
+    assert {r["prompt"] for r in answers} == {"Where is it?", "What is it?"}
 
 
 def test_an_error_half_way_keeps_what_was_done(version, pictures, tmp_path, monkeypatch, capsys):
@@ -147,19 +153,29 @@ def test_an_error_half_way_keeps_what_was_done(version, pictures, tmp_path, monk
 def test_base_model_is_refused(tmp_path, pictures, capsys):
     base = make_base(tmp_path / "base")
     assert run(base, "--image", pictures / "cat.png", "--prompt", "it", "--output", tmp_path / "out") == 1
-    assert "--model_weights" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "--model_weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--image", "{empty}", "--prompt", "it"], "no pictures"),
-        (["--image", "a.jpg"], "no prompt"),
-        (["--image", "a.jpg", "--prompt", "the [SEG]"], "reserved token"),
-        (["--image", "a.jpg", "--prompt", ""], "empty"),
-        (["--image", "a.jpg", "--prompts_file", "{empty}/nothing.txt"], "nothing.txt"),
-        (["--image", "a.jpg", "--prompt", "it", "--threshold", "1.5"], "--threshold"),
-        (["--image", "a.jpg", "--prompt", "it", "--batch_size", "0"], "--batch_size"),
+        (["--image", "{photo}"], "no prompt"),
+        (["--image", "{photo}", "--prompt", "the [SEG]"], "reserved token"),
+        (["--image", "{photo}", "--prompt", ""], "empty"),
+        (["--image", "{photo}", "--prompts_file", "{empty}/nothing.txt"], "nothing.txt"),
+        (["--image", "{photo}", "--prompt", "it", "--threshold", "1.5"], "--threshold"),
+        (["--image", "{photo}", "--prompt", "it", "--threshold", "nan"], "--threshold"),
+        (["--image", "{photo}", "--prompt", "it", "--batch_size", "0"], "--batch_size"),
+        (["--image", "{photo}", "--prompt", "it", "--batch_size", "many"], "whole number"),
+        (["--image", "{photo}", "absent.jpg", "gone.png", "--prompt", "it"], "absent.jpg, gone.png"),
+        (["--image", "https://example.org/a.jpg", "--prompt", "it"], "URLs are not fetched"),
+        (["--image", "{photo}", "{heic}", "--prompt", "it"], "pip install pillow-heif"),
+        (["--image", "{photo}", "--prompts", "it"], "did you mean --prompt?"),
+        (["--image", "{photo}", "--prompt", "it", "--device", "gpu", "--mode", "segmnt"], "did you mean"),
+        (["--image", "{photo}", "--prompt", "it", "--max_new_tokens", "9"], "does nothing with --mode segment"),
+        (["--image", "{photo}", "--prompt", "it", "--mode", "chat", "--prompt_kind", "auto"], "does nothing"),
+        (["--image", "{photo}", "--prompt", "it", "--output", "{photo}"], "cannot be written to"),
         (["--image", "{out}", "--prompt", "it"], "holds the pictures"),
     ],
 )
@@ -167,22 +183,25 @@ def test_wrong_arguments_exit_with_2(tmp_path, capsys, arguments, message):
     folders = {"empty": tmp_path / "empty", "out": tmp_path / "out"}
     for folder in folders.values():
         folder.mkdir()
+    folders |= {name: tmp_path / f"photo.{name}" for name in ("photo", "heic")}
+    Image.new("RGB", (8, 8)).save(folders["photo"], format="PNG")
+    folders["heic"].write_bytes(b"")
     with pytest.raises(SystemExit) as stop:
-        run("none", *(a.format(**folders) for a in arguments), "--output", folders["out"])
+        run("none", "--output", folders["out"], *(a.format(**folders) for a in arguments))
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_missing_accelerators_and_libraries_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device cuda"):
-        predict.pick_device("cuda")
-    monkeypatch.setattr(predict, "find_spec", lambda name: None)
+        distributed.device("cuda")
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
-        predict.quantization(4, torch.float32)
+        loading.quantization(4, torch.float32)
 
 
 def test_names_never_collide():
-    names = predict.Names()
+    names = Names()
     wanted = (["a", "1"], ["A_1"], ["a_1"], ["ä/ö", ".."], ["x" * 400], ["x" * 400])
     claimed = [names.claim(*parts) for parts in wanted]
     assert claimed[:4] == ["a_1", "A_1-2", "a_1-3", "ä_ö"]
@@ -195,3 +214,45 @@ def test_as_a_program(version, pictures, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "self1e" / "predict.py"), run_name="__main__")
     assert end.value.code == 0 and "1 masks of 1 pictures" in capsys.readouterr().out
+
+
+def test_predictions_load_as_coco_results(version, pictures, tmp_path, capsys):
+    images = [pictures / "cat.png", pictures / "deeper/CAT.jpg"]
+    assert run(version, "--image", *images, "--prompt", "the cat", "Which one?", "--output", tmp_path / "out") == 0
+    found = records(tmp_path / "out")
+    assert all((tmp_path / "out" / r[kind]).is_file() for r in found for kind in ("mask", "overlay"))
+    assert [(r["image_id"], r["category_id"]) for r in found] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert main(["export", str(tmp_path / "out"), "--to", "coco"]) == 0
+    data = COCO(str(tmp_path / "out/coco.json"))
+    results = data.loadRes(str(tmp_path / "out/predictions.json"))
+    assert [image["file_name"] for image in data.loadImgs([1, 2])] == list(map(str, images))
+    assert [category["name"] for category in data.loadCats([1, 2])] == ["the cat", "Which one?"]
+    for record, annotation in zip(found, results.loadAnns(results.getAnnIds())):
+        mask = np.array(Image.open(tmp_path / "out" / record["mask"])) > 0
+        assert (results.annToMask(annotation) > 0).tolist() == mask.tolist()
+    scorer = COCOeval(data, results, "segm")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    assert scorer.stats[0] == pytest.approx(1)
+
+
+def test_ctrl_c_says_what_is_done(version, pictures, tmp_path, monkeypatch, capsys):
+    segment, calls = Self1EForSegmentation.segment, []
+
+    def interrupt(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return segment(self, *args, **kwargs)
+
+    monkeypatch.setattr(Self1EForSegmentation, "segment", interrupt)
+    images = [pictures / "cat.png", pictures / "deeper/CAT.jpg"]
+    assert run(version, "--image", *images, "--prompt", "it", "--output", tmp_path / "out", "--batch_size", 1) == 130
+    assert "1 of 2 pictures are done" in capsys.readouterr().err and len(records(tmp_path / "out")) == 1
+
+
+def test_a_run_folder_stands_for_its_model(version, pictures, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/ckpt_model").symlink_to(version)
+    assert run(tmp_path / "run", "--image", pictures / "cat.png", "--prompt", "it", "--output", tmp_path / "out") == 0

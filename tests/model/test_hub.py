@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
-from self1e.apps.predict import load
+from self1e.apps.loading import load
 from self1e.training.model_card import main as model_card
 from self1e.training.model_card import write_model_card
 

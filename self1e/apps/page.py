@@ -1,0 +1,243 @@
+"""The page of the demo and the work behind it. Import it when the environment of Gradio is set; see `demo.main`."""
+
+import html
+import json
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from self1e.apps.results import Results
+from self1e.apps.segmenting import ask
+from self1e.data.sample import UNREADABLE, SampleError, load_image
+from self1e.model.inference import Reply
+from self1e.model.processing import HIGH_RES_TILES
+from self1e.model.prompts import SEG
+from self1e.visualize import PALETTE, overlay
+
+Image.MAX_IMAGE_PIXELS = None  # `Demo.read` looks at the size before it decodes, with a message for the page
+MODES = {"Segment: one mask per prompt": "segment", "Chat: the model answers": "chat"}
+KEEP = 3600  # seconds that a request's files stay
+TOGETHER = 8  # prompts between two looks at Cancel; only their masks are in memory at a time
+SHOWN = 1600  # pixels of the longer side of the overlay on the page
+LISTED = 12  # masks that are offered one by one, beside the ZIP that holds all
+CSS = """
+#overlay img, #picture img {width: 100%; height: 100%; object-fit: contain}
+#answer {max-height: 24em; overflow-y: auto}
+.answer p {margin: 0.35em 0; line-height: 1.6; overflow-wrap: anywhere}
+.answer .prompt, .answer .note {opacity: 0.75}
+.answer .seg {border-radius: 4px; padding: 1px 6px; font-weight: 600}
+#downloads .filename, #downloads td, #downloads a {white-space: normal; overflow: visible; overflow-wrap: anywhere}
+footer {display: none !important}
+"""
+# On a phone the result lies below the fold; bring it into view when Run is pressed.
+SHOW_RESULT = "() => { if (window.innerWidth < 768) document.querySelector('#overlay').scrollIntoView() }"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most of one request: megapixels of its picture, prompts, characters per prompt, tokens per answer."""
+
+    megapixels: float = 40.0
+    prompts: int = 200
+    characters: int = 1000
+    tokens: int = 1024
+
+
+def refuse(message: str, title: str = "Not possible") -> NoReturn:
+    """Raise the error that the page shows; it is shown as HTML, so the text is escaped."""
+    raise gr.Error(html.escape(message), duration=None, title=title, print_exception=False)
+
+
+def uploaded(payload: Any) -> str | None:
+    """The file of an upload as it is: the library would decode it before anyone asks for its size."""
+    return None if payload is None else payload.path
+
+
+def answer_html(prompts: Sequence[str], replies: Sequence[Reply], *, first: int = 0) -> str:
+    """Prompts and answers, each `[SEG]` in the colour of its mask, with its area and score. first: mask's number."""
+    lines, number = [], first
+    for prompt, reply in zip(prompts, replies):
+        pieces = html.escape(reply.text).split(SEG)
+        text, notes = pieces[0], []
+        for mask, score, piece in zip(reply.masks, reply.scores, pieces[1:]):
+            red, green, blue = PALETTE[number % len(PALETTE)]
+            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else "white"
+            text += (
+                f'<span class="seg" style="background: rgb({red}, {green}, {blue}); color: {ink}">{SEG}</span>{piece}'
+            )
+            notes.append("empty mask" if score is None else f"score {score:.2f}, {mask.mean():.1%} of the picture")
+            number += 1
+        note = "; ".join(notes) or "no mask"
+        lines.append(
+            f'<p><span class="prompt">{html.escape(prompt)}</span> <span class="note">({note})</span><br>{text}</p>'
+        )
+    return "".join(lines)
+
+
+def paint(folder: str | None, opacity: float) -> Image.Image | None:
+    """The overlay of a request's masks at an opacity of 0..1, from its files; None when there is none any more."""
+    picture = Path(folder or "", "picture.png")
+    if folder is None or not picture.is_file():
+        return None
+    with Image.open(picture) as opened:
+        image = opened.convert("RGB")
+    for number, file in enumerate(json.loads(Path(folder, "shown.json").read_text(encoding="utf-8"))):
+        with Image.open(Path(folder, file)) as mask:
+            small = np.asarray(mask.resize(image.size, Image.Resampling.NEAREST)) > 0
+        image = overlay(image, small, [PALETTE[number % len(PALETTE)]], opacity)
+    return image
+
+
+class Demo:
+    """The page's work on one loaded model. folder: where requests write; each one's files go after `KEEP` seconds."""
+
+    def __init__(self, model: Any, processor: Any, folder: Path, limits: Limits | None = None):
+        self.model, self.processor, self.folder, self.limits = model, processor, folder, limits or Limits()
+
+    def read(self, path: str | None) -> Image.Image:
+        """The picture, upright RGB. Its size is checked before it is decoded. Raises gr.Error."""
+        if path is None:
+            refuse("Choose a picture first.", "No picture")
+        unreadable = "This file is no picture that can be read: choose a JPEG, PNG or WebP."
+        try:
+            with Image.open(path) as opened:
+                size = opened.width * opened.height / 1e6
+        except UNREADABLE:
+            refuse(unreadable, "Not a picture")
+        if size > self.limits.megapixels:
+            message = f"The picture has {size:.1f} megapixels; this server takes {self.limits.megapixels:g} at most."
+            refuse(message, "Picture too large")
+        try:
+            return load_image(path)
+        except SampleError:
+            refuse(unreadable, "Not a picture")
+
+    def check(self, text: str | None) -> list[str]:
+        """The prompts, one per line. Raises gr.Error."""
+        prompts = [line.strip() for line in (text or "").splitlines() if line.strip()]
+        if not prompts:
+            refuse("Write at least one prompt, one per line.", "No prompt")
+        if len(prompts) > self.limits.prompts:
+            refuse(f"{len(prompts)} prompts are too many: this server takes {self.limits.prompts} at a time.")
+        longest = max(map(len, prompts))
+        if longest > self.limits.characters:
+            refuse(f"A prompt of {longest} characters is too long: this server takes {self.limits.characters}.")
+        return prompts
+
+    def answer(
+        self, path: str | None, text: str, mode: str, threshold: float, high_res: bool, length: float, opacity: float
+    ) -> Iterator[tuple]:
+        """After every few prompts: overlay, answer, downloads, and the folder that `paint` needs. Raises gr.Error."""
+        image, prompts = self.read(path), self.check(text)
+        if (
+            mode not in MODES
+            or not 0 < threshold < 1
+            or not 1 <= length <= self.limits.tokens
+            or not 0 <= opacity <= 1
+        ):
+            refuse("A setting is outside its range.")
+        for old in self.folder.iterdir():
+            if time.time() - old.stat().st_mtime > KEEP:
+                shutil.rmtree(old, ignore_errors=True)
+        chat = MODES[mode] == "chat"
+        results = Results(Path(tempfile.mkdtemp(dir=self.folder)), answers=chat)
+        shown = image.copy()
+        shown.thumbnail((SHOWN, SHOWN))
+        shown.save(results.folder / "picture.png", compress_level=1)
+        lines = ""
+        for start in range(0, len(prompts), TOGETHER):
+            some = prompts[start : start + TOGETHER]
+            begin = time.perf_counter()
+            try:
+                (replies,) = ask(
+                    self.model, self.processor, [image], some, mode=MODES[mode], threshold=threshold,
+                    batch_size=TOGETHER, max_tiles=HIGH_RES_TILES if high_res else 1, max_new_tokens=int(length),
+                )  # fmt: skip
+            except torch.OutOfMemoryError:
+                refuse("Out of GPU memory: switch high resolution off.")
+            except (ValueError, FloatingPointError) as error:
+                refuse(str(error))
+            seconds = (time.perf_counter() - begin) / len(some)
+            lines += answer_html(some, replies, first=len(results.records))
+            for turn, (prompt, reply) in enumerate(zip(some, replies), start):
+                results.add(
+                    Path("picture.png"), "mask", image, place=(0, turn), prompt=prompt, reply=reply, seconds=seconds
+                )
+            masks = [record["mask"] for record in results.records]
+            (results.folder / "shown.json").write_text(json.dumps(masks), encoding="utf-8")
+            last = start + TOGETHER >= len(prompts)
+            waiting = "" if last else f"<p>{start + len(some)} of {len(prompts)} prompts are done.</p>"
+            downloads = self.pack(results) if last else None
+            folder = str(results.folder)
+            yield paint(folder, opacity), f'<div class="answer">{lines}{waiting}</div>', downloads, folder
+
+    def pack(self, results: Results) -> list[str]:
+        """Write the records and a ZIP of everything that they name; the paths of what is offered."""
+        results.write(now=True)
+        masks = [record["mask"] for record in results.records]
+        overlays = list(dict.fromkeys(record["overlay"] for record in results.records))
+        records = [name for name in ("predictions.json", "answers.json") if (results.folder / name).is_file()]
+        with zipfile.ZipFile(results.folder / "masks.zip", "w", zipfile.ZIP_STORED) as archive:
+            for name in ["picture.png", *records, *masks, *overlays]:
+                archive.write(results.folder / name, name)
+        listed = [*masks, *overlays] if len(masks) <= LISTED else []
+        return [str(results.folder / name) for name in ["masks.zip", *records, *listed]]
+
+
+def examples() -> list[list[str]]:
+    """The pictures that ship with the package, with prompts, one per line."""
+    folder = files("self1e.apps") / "demo_examples"
+    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    return [[str(folder / name), "\n".join(lines)] for name, lines in prompts.items()]
+
+
+def build(demo: Demo, name: str, *, queue: int, high_res: bool = False) -> gr.Blocks:
+    """The page. name: of the model, shown in its head. queue: requests that may wait. high_res: ticked at first."""
+    with gr.Blocks(title="Self1E", analytics_enabled=False, delete_cache=(KEEP, KEEP)) as page:
+        gr.Markdown(f"## Self1E\nA multimodal LLM that segments by itself. Model: {html.escape(name)}")
+        shown = gr.State(None, time_to_live=KEEP)
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(label="Picture", type="filepath", sources=["upload", "webcam", "clipboard"],
+                                 height=380, elem_id="picture")  # fmt: skip
+                image.preprocess = uploaded  # type: ignore[method-assign]
+                prompts = gr.Textbox(label="Prompts, one per line, each in its own colour", lines=3, elem_id="prompts",
+                                     max_lines=10, placeholder="the red car\nWhich of these can fly?")  # fmt: skip
+                mode = gr.Radio(list(MODES), value=next(iter(MODES)), label="Mode", elem_id="mode")
+                with gr.Row():
+                    run = gr.Button("Run", variant="primary", elem_id="run")
+                    cancel = gr.Button("Cancel", elem_id="cancel")
+                with gr.Accordion("More", open=False):
+                    threshold = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Foreground probability threshold")
+                    tiles = gr.Checkbox(high_res, label=f"High resolution (up to {HIGH_RES_TILES} tiles)")
+                    length = gr.Slider(8, demo.limits.tokens, min(256, demo.limits.tokens), step=8,
+                                       label="Longest answer in chat, tokens")  # fmt: skip
+            with gr.Column():
+                result = gr.Image(label="Masks", type="pil", format="png", interactive=False, height=380,
+                                  buttons=["fullscreen", "download"], elem_id="overlay")  # fmt: skip
+                opacity = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity", elem_id="opacity")
+                answer = gr.HTML(label="Answer", elem_id="answer")
+                downloads = gr.Files(label="Downloads: everything as ZIP, records, masks, overlays",
+                                     interactive=False, elem_id="downloads")  # fmt: skip
+        gr.Examples(examples(), [image, prompts], label="Examples", cache_examples=False)
+        settings = [image, prompts, mode, threshold, tiles, length, opacity]
+        gr.on([run.click, prompts.submit], None, js=SHOW_RESULT, api_visibility="private")
+        work = gr.on(
+            [run.click, prompts.submit], demo.answer, settings, [result, answer, downloads, shown],
+            api_name="answer", concurrency_limit=1,
+        )  # fmt: skip
+        cancel.click(None, cancels=[work], api_visibility="private")
+        opacity.change(paint, [shown, opacity], result, trigger_mode="always_last", show_progress="hidden",
+                       api_visibility="private")  # fmt: skip
+    return page.queue(max_size=queue, default_concurrency_limit=1)

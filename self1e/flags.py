@@ -1,0 +1,115 @@
+"""What the command lines of all programs share: a parser that guesses what was meant, types of flags, the last guard.
+
+It imports nothing heavy, because `--help` and a wrong flag must be answered at once.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# What users can mend, hence one line on the screen; anything else is a fault of the program and shows its traceback.
+EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that suggests the flag or value that was meant, and takes no abbreviated flags."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.split("=")[0]
+            if word.startswith("--") and flag not in known:  # before argparse asks for the flag that was meant
+                self.error(f"there is no flag {flag}{did_you_mean(flag, known)}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message under one line of usage and exit with code 2."""
+        wrong = CHOICE.search(message)
+        if wrong:
+            message += did_you_mean(wrong[1], re.findall(r"[^', ]+", wrong[2]))
+        self.exit(2, f"{self.prog}: error: {message}\n(see {self.prog} --help)\n")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A flag's type: a whole number from `least` to `most`."""
+    expected = f"expected a whole number of at least {least}" + ("" if most is None else f" and at most {most}")
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: {expected}") from None
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text}: {expected}")
+        return value
+
+    return parse
+
+
+def between(low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A flag's type: a number above `low` and below `high`, neither included."""
+    expected = f"expected a number above {low:g}" + ("" if high == math.inf else f" and below {high:g}")
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: {expected}") from None
+        if not low < value < high:
+            raise argparse.ArgumentTypeError(f"{text}: {expected}")
+        return value
+
+    return parse
+
+
+def checkpoint(text: str) -> str:
+    """A flag's type: a checkpoint's folder or hub id; for the folder of a run, the `ckpt_model` in it."""
+    inside = Path(text, "ckpt_model")
+    meant = not Path(text, "config.json").exists() and (inside / "config.json").is_file()
+    return str(inside) if meant else text
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and a file in it, before the work whose results go there. Raises OSError naming the folder."""
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written to ({error.strerror or error}); choose another folder") from error
+
+
+def guarded(program: Callable[[], int]) -> int:
+    """A program's exit code: 1 with one line for an error of `EXPECTED`, 130 with one line after Ctrl-C.
+
+    A program that can say what Ctrl-C left behind raises KeyboardInterrupt with that sentence.
+    """
+    try:
+        return program()
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop if stop.args else 'stopped before anything was written'}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except EXPECTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,14 @@
+"""The public classes, registered with transformers: `AutoConfig`, `AutoModel` and `AutoProcessor` know `self1e`."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from self1e.model.configuration import Self1EConfig
+from self1e.model.modeling import Self1EForSegmentation
+from self1e.model.processing import Self1EProcessor
+
+AutoConfig.register("self1e", Self1EConfig)
+AutoModel.register(Self1EConfig, Self1EForSegmentation)
+AutoModelForImageTextToText.register(Self1EConfig, Self1EForSegmentation)
+AutoProcessor.register(Self1EConfig, Self1EProcessor)
+
+__all__ = ["Self1EConfig", "Self1EForSegmentation", "Self1EProcessor"]

@@ -1,0 +1,257 @@
+"""The demo as it is served: in a headless Chromium, over raw HTTP, to several clients at once, until SIGTERM.
+
+`SELF1E_SCREENSHOT=file.png` keeps the browser test's screenshot, `SELF1E_DEMO_MODEL=folder` shows a trained model in
+it (the picture in the documentation is made that way); without them the tests use a tiny random model.
+`SELF1E_DEMO_CLIENTS=50` asks with that many clients at once.
+"""
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, make_trained, noise
+from PIL import Image
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="Gradio is not installed (pip install 'self1e[demo]')"
+)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+CLIENTS = int(os.environ.get("SELF1E_DEMO_CLIENTS", 8))
+SEGMENT = "Segment: one mask per prompt"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Address, process and temporary folder of `python -m self1e.demo`, with a picture limit of 1 megapixel."""
+    folder = tmp_path_factory.mktemp("server")
+    version = Path(os.environ.get("SELF1E_DEMO_MODEL") or make_trained(folder / "trained"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (folder / "tmp").mkdir()
+    command = [sys.executable, "-m", "self1e.demo", "--version", str(version), "--port", str(port), "--device", "cpu"]
+    command += ["--max_megapixels", "1", "--max_upload", "1mb", "--queue", str(CLIENTS)]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")},
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(480):
+            assert process.poll() is None, (folder / "log").read_text()
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.25)
+        yield url, process, folder
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def peak_memory(pid: int) -> int:
+    """Resident megabytes of a process at its peak."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+
+def status(url: str, **options) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, **options), timeout=30) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_clients_at_once_get_their_own_answers(server, tmp_path):
+    from gradio_client import Client, handle_file
+
+    url, process, _ = server
+
+    def ask(number: int) -> tuple[tuple[int, int], dict]:
+        photo = tmp_path / f"{number}.png"
+        noise(40 + number, 30, seed=number).save(photo)
+        client = Client(url, verbose=False, download_files=str(tmp_path / f"client{number}"))
+        arguments = [handle_file(str(photo)), f"thing {number}", SEGMENT, 0.5, False, 8, 0.5]
+        painted, text, files = client.predict(*arguments, api_name="/answer")
+        (record,) = json.loads(Path(files[1]).read_text())
+        assert f"thing {number}" in text
+        return Image.open(painted).size, record
+
+    before = peak_memory(process.pid)
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        found = list(pool.map(ask, range(CLIENTS)))
+    for number, (size, record) in enumerate(found):
+        assert size == (40 + number, 30) == (record["width"], record["height"])
+        assert record["prompt"] == f"thing {number}"
+    grown = peak_memory(process.pid) - before
+    print(f"{CLIENTS} clients at once: peak of {before + grown} MB, {grown} MB more than before")
+    assert grown < 400
+
+
+def test_raw_requests_reach_nothing_else(server):
+    url, process, folder = server
+    address = url.removeprefix("http://").split(":")
+    for path in (
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=../../../../etc/passwd",
+        "/gradio_api/file=%2e%2e/%2e%2e/etc/passwd",
+        f"/gradio_api/file={folder}/log",
+        f"/gradio_api/file={ROOT}/self1e/cli.py",
+        "/static/../../../../etc/passwd",
+        "/assets/..%2f..%2f..%2fetc/passwd",
+        "/theme.css/../../etc/passwd",
+    ):
+        assert status(url + path) in (400, 403, 404, 405), path
+        with socket.create_connection((address[0], int(address[1])), timeout=30) as raw:
+            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: {address[0]}\r\nConnection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: raw.recv(65536), b""))
+        assert b"root:" not in answer and b"COMMANDS" not in answer, path
+    for garbage in (
+        b"\x00" * 1000,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /gradio_api/queue/join HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    ):
+        with socket.create_connection((address[0], int(address[1])), timeout=30) as raw:
+            raw.sendall(garbage)
+            raw.settimeout(5)
+            try:
+                raw.recv(1000)
+            except OSError:
+                pass
+    forged = [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, "it", SEGMENT, 0.5, False, 8, 0.5]
+    headers = {"Content-Type": "application/json"}
+    call = urllib.request.Request(f"{url}/gradio_api/call/answer", json.dumps({"data": forged}).encode(), headers)
+    with urllib.request.urlopen(call, timeout=30) as response:
+        event = json.load(response)["event_id"]
+    with urllib.request.urlopen(f"{url}/gradio_api/call/answer/{event}", timeout=60) as response:
+        events = response.read().decode()
+    assert "event: error" in events and "root:" not in events
+    boundary = b"--b\r\nContent-Disposition: form-data; name=files; filename=../../x.png\r\n\r\n"
+    large = boundary + b"\0" * 2_000_000 + b"\r\n--b--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert status(f"{url}/gradio_api/upload", data=large, headers=headers) == 413
+    assert status(url) == 200 and process.poll() is None
+    assert not list(folder.rglob("x.png"))
+
+
+@pytest.fixture
+def browser():
+    if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip("needs Chromium (Debian's package `chromium`) and playwright")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+
+
+def test_in_a_browser(server, browser, tmp_path):
+    from playwright.sync_api import expect
+
+    from self1e.apps.page import examples
+
+    url = server[0]
+    photo, prompts = examples()[1]
+    Image.new("RGB", (1500, 1000)).save(tmp_path / "large.png")
+    (tmp_path / "text.png").write_text("no picture")
+    asked = []
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.route(lambda address: not address.startswith((url, "data:", "blob:")),
+               lambda route: (asked.append(route.request.url), route.abort()))  # fmt: skip
+    page.goto(url)
+    run = page.locator("#run")
+    run.click()
+    expect(page.get_by_text("Choose a picture first.")).to_be_visible(timeout=30_000)
+    for name, message in (("large.png", "1.5 megapixels"), ("text.png", "no picture that can be read")):
+        page.locator("#picture input[type=file]").set_input_files(tmp_path / name)
+        page.locator("#prompts textarea").fill("anything")
+        page.locator("#picture img").wait_for(state="attached")
+        run.click()
+        expect(page.get_by_text(message)).to_be_visible(timeout=30_000)
+        page.reload()
+    page.locator("#picture input[type=file]").set_input_files(photo)
+    page.locator("#picture img").wait_for()
+    page.locator("#prompts textarea").fill("<IMG_CONTEXT> <b>cat</b>")
+    run.click()
+    expect(page.get_by_text("'<IMG_CONTEXT> <b>cat</b>' holds the reserved token")).to_be_visible(timeout=30_000)
+    page.reload()
+
+    page.locator("#picture input[type=file]").set_input_files(photo)
+    page.locator("#prompts textarea").fill(prompts)
+    page.locator("#picture img").wait_for()
+    run.click()
+    overlay = page.locator("#overlay img")
+    overlay.wait_for(timeout=60_000)
+    first = overlay.get_attribute("src")
+    marks = page.locator("#answer .seg")
+    expect(marks).to_have_count(len(prompts.splitlines()))
+    assert len(set(marks.evaluate_all("marks => marks.map(m => m.style.backgroundColor)"))) == marks.count()
+    expect(page.locator("#downloads a[href$='masks.zip']")).to_be_visible()
+    expect(page.locator("#downloads a[href$='predictions.json']")).to_be_visible()
+
+    with page.expect_download() as download:
+        page.locator("#downloads a[href$='.png']").first.click()
+    mask = Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
+    mask.load()
+    assert mask.format == "PNG" and mask.size == Image.open(photo).size and set(np.unique(mask)) <= {0, 255}
+
+    with urllib.request.urlopen(first) as response:
+        painted = np.asarray(Image.open(io.BytesIO(response.read())).convert("RGB"), float)
+    original = np.asarray(Image.open(photo).convert("RGB"), float)
+    assert painted.shape == original.shape and np.abs(painted - original)[np.asarray(mask) > 0].mean() > 5
+    if "SELF1E_SCREENSHOT" in os.environ:
+        page.mouse.move(0, 0)
+        page.screenshot(path=os.environ["SELF1E_SCREENSHOT"], full_page=True)
+    page.locator("#opacity input[type=number]").fill("1")
+    page.wait_for_function("first => document.querySelector('#overlay img').src != first", arg=first)
+    assert asked == [], "the page must not contact other machines"
+
+
+def test_on_a_phone(server, browser, tmp_path):
+    from playwright.sync_api import expect
+
+    photo = tmp_path / "small.png"
+    noise(30, 20).save(photo)
+    page = browser.new_page(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    page.goto(server[0])
+    page.locator("#picture input[type=file]").set_input_files(photo)
+    page.locator("#picture img").wait_for()
+    page.locator("#prompts textarea").fill("the thing with a rather long description of what it is and does")
+    page.locator("#run").tap()
+    expect(page.locator("#answer .seg")).to_have_count(1, timeout=60_000)
+    expect(page.locator("#overlay img")).to_be_in_viewport()
+    assert page.locator("#overlay img").bounding_box()["width"] > 300  # a small picture is shown larger
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("#downloads a[href$='masks.zip']").scroll_into_view_if_needed()
+    if "SELF1E_SCREENSHOT" in os.environ:
+        page.screenshot(path=Path(os.environ["SELF1E_SCREENSHOT"]).with_suffix(".phone.png"), full_page=True)
+
+
+def test_sigterm_leaves_nothing_behind(server):
+    """The last test of this file, because it ends the server."""
+    _, process, folder = server
+    assert list((folder / "tmp").glob("self1e_demo_*"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert not list((folder / "tmp").iterdir())
+    log = (folder / "log").read_text()
+    assert "Self1E is at http://127.0.0.1" in log and "public link" not in log
