@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from self1e.visualize import PALETTE, compare, grid, overlay, panel, safe_name, save_worst_first
+from self1e import visualize
+from self1e.visualize import FONTS, PALETTE, compare, grid, overlay, panel, safe_name, save_worst_first
 
 
 def photo(width=120, height=80, color=(40, 40, 40)):
@@ -52,6 +53,23 @@ def test_panel_holds_any_caption(caption):
     assert (picture.height > short.height) == (len(caption) > 50)
     margin = np.array(picture)[:, -5:]  # nothing is written past the margin
     assert (margin == 255).all()
+
+
+@pytest.mark.parametrize("fonts, boxes", [(FONTS, False), (("DejaVuSans.ttf",), True), ((), True)])
+def test_every_script_is_drawn_or_its_boxes_are_explained(monkeypatch, fonts, boxes):
+    """With a font for it, Japanese is drawn; without, a line says what the boxes are; Latin needs no such line."""
+    monkeypatch.setattr(visualize, "FONTS", fonts)
+    visualize._fonts.cache_clear()
+    if fonts == FONTS and not any(visualize._holds(font, "日") for font in visualize._fonts(20)):
+        boxes = True  # no font for it on this machine
+    panels = {text: panel({"photo": photo()}, text, width=600) for text in ("a dog", "日本語")}
+    visualize._fonts.cache_clear()
+    assert (panels["日本語"].height > panels["a dog"].height) == boxes
+
+
+def test_letters_that_a_font_lacks_are_known():
+    font = visualize._fonts(20)[-1]  # Pillow's own
+    assert visualize._holds(font, "a") and not visualize._holds(font, "日")
 
 
 def test_panel_shows_tall_and_wide_photos_whole():

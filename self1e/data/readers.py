@@ -246,7 +246,8 @@ def read_refs(path: Path, out: Writer) -> None:
     """Referring expressions, `refs(*).p` or `grefs(*).json`, grouped by split and image.
 
     Table `groups` [image_id, [[ref_id, [ann ids], [[sent_id, sentence], ...]], ...]], array `group_images`, meta
-    `splits` [[split string, first group, last + 1], ...].
+    `splits` [[split string, first group, last + 1], ...]. Sentences of R-RefCOCO that are marked as meaning nothing
+    (`exist` is false) are a reference of their own, without annotations; Ref-ZOM has its sentences under `raw`.
     """
     refs = [value for _, value, _ in stream_json(path)] if path.suffix == ".json" else load_plain_pickle(path)
     groups: dict[tuple[str, int], list] = {}
@@ -260,15 +261,20 @@ def read_refs(path: Path, out: Writer) -> None:
             ids = [ids] if isinstance(ids, int) else list(ids)
             if not all(type(id) is int for id in ids):
                 raise TypeError(f"ann_id is {ids!r:.80}")
-            sentences = [
-                [take({"sent_id": k} | sentence, "sent_id", int), _text(take(sentence, "sent", str, bytes))]
-                for k, sentence in enumerate(map(_texts, take(ref, "sentences", list, tuple)[:left]))
-            ]
-            left -= len(sentences) + len(ids)
+            sentences: dict[bool, list] = {True: [], False: []}  # by whether something in the photo is meant
+            for k, sentence in enumerate(map(_texts, take(ref, "sentences", list, tuple)[:left])):
+                text = _text(take({"sent": sentence.get("raw")} | sentence, "sent", str, bytes))
+                number = take({"sent_id": k} | sentence, "sent_id", int)
+                sentences[take({"exist": True} | sentence, "exist", bool)].append([number, text])
+            left -= sum(map(len, sentences.values())) + len(ids)
             if left < 0:
                 raise TypeError("more sentences than the file has bytes")
             place = _text(take(ref, "split", str, bytes)), take(ref, "image_id", int)
-            groups.setdefault(place, []).append([take(ref, "ref_id", int), ids, sentences])
+            found = groups.setdefault(place, [])
+            if sentences[True] or not sentences[False]:
+                found.append([take(ref, "ref_id", int), ids, sentences[True]])
+            if sentences[False]:
+                found.append([take(ref, "ref_id", int), [], sentences[False]])
         splits: dict[str, list[int]] = {}
         for row, place in enumerate(sorted(groups)):
             out.add("groups", [place[1], groups[place]])

@@ -68,6 +68,10 @@ SPLITS: dict[str, SplitEntry] = {
     "grefcoco|unc|testB": _referring(protocol="rela"),
     "refclef|unc|val": _referring(default=False),
     "refclef|unc|test": _referring(default=False),
+    "rrefcoco|unc|val": _referring(protocol="rela", default=False),
+    "rrefcoco+|unc|val": _referring(protocol="rela", default=False),
+    "rrefcocog|umd|val": _referring(protocol="rela", default=False),
+    "refzom|final|test": _referring(protocol="rela", default=False),
 }
 
 PREFIXES: dict[str, SplitEntry] = {

@@ -3,6 +3,9 @@
 refer_seg/<set>/{refs(unc).p, refs(umd).p, grefs(unc).json}   expressions
 refer_seg/<set>/instances.json                                masks, COCO style
 refer_seg/images/{mscoco/images/train2014, saiapr_tc-12}      photos
+
+For evaluation also R-RefCOCO (rrefcoco, rrefcoco+, rrefcocog) and Ref-ZOM (refzom, partition "final", photos in
+mscoco/images/trainval2014), where a sentence may mean nothing, as in gRefCOCO.
 """
 
 from collections.abc import Iterator
@@ -19,13 +22,15 @@ from self1e.data.readers import read_refs
 from self1e.data.sample import Annotation, EvalImage, EvalSplit, PhotoFolder, Sample, SampleError, TrainingSet
 from self1e.model import prompts
 
+PHOTOS = {"refclef": "saiapr_tc-12", "refzom": "mscoco/images/trainval2014"}  # below refer_seg/images
+
 
 class ReferringData:
     """The images of one split of one set, sorted by image id.
 
     dataset_dir: holds `refer_seg`
-    name:        refclef, refcoco, refcoco+, refcocog, grefcoco
-    partition:   "unc" or "umd"
+    name:        refclef, refcoco, refcoco+, refcocog, grefcoco, refzom, or one of R-RefCOCO
+    partition:   "unc", "umd", or "final" of Ref-ZOM
     split:       train and val by equality; testA, testB, testC are the splits whose name holds that letter, test those
                  whose name holds "test" (the REFER toolbox's rule); all by equality in grefcoco
     """
@@ -50,7 +55,7 @@ class ReferringData:
         """(expressions, instances, photos)."""
         root = Path(dataset_dir) / "refer_seg"
         refs = f"grefs({partition}).json" if name == "grefcoco" else f"refs({partition}).p"
-        photos = "saiapr_tc-12" if name == "refclef" else "mscoco/images/train2014"
+        photos = PHOTOS.get(name, "mscoco/images/train2014")
         return root / name / refs, root / name / "instances.json", root / "images" / photos
 
     def __len__(self) -> int:

@@ -30,6 +30,7 @@ from self1e.evaluation.loading import read_ahead
 from self1e.evaluation.provenance import describe
 from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score
 from self1e.evaluation.segmentation.report import SplitResults, summary_table, unit_text
+from self1e.model.configuration import SWITCHES
 from self1e.model.inference import predict_photo
 from self1e.model.processing import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER
@@ -68,7 +69,7 @@ class _Photos(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, number: int) -> tuple[dict[str, Tensor], Tensor] | Exception:
+    def __getitem__(self, number: int) -> tuple[dict[str, Tensor], np.ndarray] | Exception:
         photo = self.split[number]
         rows = [[prompt, ANSWER] for prompt in photo.prompts]
         limits = {"max_tiles": self.max_tiles, "max_length": self.model_max_length}
@@ -81,7 +82,7 @@ class _Photos(Dataset):
         except ValueError as error:  # a sentence that does not fit, or holds a reserved token
             return ValueError(f"{photo.image_id}: {error}")
         del batch["labels"]
-        return batch, torch.from_numpy(np.ascontiguousarray(masks))
+        return batch, masks
 
 
 def encode_mask(mask: np.ndarray) -> dict:
@@ -90,9 +91,9 @@ def encode_mask(mask: np.ndarray) -> dict:
     return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
-def make_units(photo: EvalImage, entry: SplitEntry, masks: Tensor, targets: Tensor) -> list[Unit]:
+def make_units(photo: EvalImage, entry: SplitEntry, masks: np.ndarray, targets: np.ndarray) -> list[Unit]:
     """Count one photo: its units from predicted masks, bool (n, H, W), and targets, uint8 (n, H, W)."""
-    counts, arrays = count_pixels(masks, targets), masks.cpu().numpy()
+    counts = count_pixels(masks, targets)
     units = []
     for row, unit_id in enumerate(photo.unit_ids):
         marks: dict[str, bool] = {}
@@ -100,7 +101,7 @@ def make_units(photo: EvalImage, entry: SplitEntry, masks: Tensor, targets: Tens
             marks["no_target"] = photo.no_target[row]
         if entry.protocol == "reasonseg":
             marks["is_sentence"] = photo.is_sentence[row]
-        text, mask = unit_text(photo.prompts[row]), encode_mask(arrays[row])
+        text, mask = unit_text(photo.prompts[row]), encode_mask(masks[row])
         numbers: dict[str, Any] = {name: values[row] for name, values in counts.items()}
         units.append(Unit(id=unit_id, image=photo.image_id, text=text, **numbers, **marks, mask=mask))
     return units
@@ -165,7 +166,8 @@ def evaluate_units(
         try:
             masks = predict_photo(model, batch, size, rows_per_forward=rows_per_forward, forwards=turn.forwards)
             if turn.counts:
-                found[turn.photo] = units = make_units(split[turn.photo], entry, masks, targets.to(masks.device))
+                masks = masks.cpu().numpy()  # the one copy from the device
+                found[turn.photo] = units = make_units(split[turn.photo], entry, masks, targets)
                 failure = _write(journal, units)  # the others learn of it at the next photo
                 I, U = I + sum(unit.I for unit in units), U + sum(unit.U for unit in units)
                 bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
@@ -283,8 +285,9 @@ def evaluate_splits(
 def model_settings(model) -> dict:
     """The settings of a loaded model that decide its masks, for `settings.json`."""
     config = model.config
+    switches = [name for name in SWITCHES if not name.startswith("auxiliary_") and not name.endswith("_loss_weight")]
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": config._attn_implementation,
-        **{name: getattr(config, name) for name in ("mask_features", "replication", "attention_pathway")},
+        **{name: getattr(config, name) for name in switches},
     }
