@@ -44,6 +44,7 @@ LEFT_OUT = {  # a line that starts with one of these is not run
     "self1e demo": "serves until it is stopped; tests/apps/test_demo.py runs it",
     "self1e data get splits     ": "needs the network",
     "self1e data get sem_seg": "needs the network",
+    "self1e ablate": "trains for hours; tests/apps/test_ablation.py trains two rows",
     "hf upload": "needs the hub",
     "python scripts/benchmark.py": "takes a minute",
     "bash eval_vqas.sh --version PATH/InternVL3-2B --exp_name NAME --dynamic --": "tests/evaluation runs these flags",
