@@ -39,6 +39,7 @@ from self1e.training.checkpoint import (
     say_on_main,
 )
 from self1e.training.model_card import write_model_card
+from self1e.training.new_rows import merge_new_rows, train_new_rows
 from self1e.training.stream import Encode, TooManyBroken, broken_list
 from self1e.training.trainer import NotSaved, Self1ETrainer
 from self1e.training.watch import REQUEUE, StopRequest, Watchdog
@@ -159,6 +160,8 @@ def train(args: Namespace) -> str | None:
         llm_targets=args.lora_target_modules.split(",") if args.lora_target_modules else LLM_LINEARS,
         from_layer=args.lora_from_layer,
     )
+    if args.trainable_embeddings == "new":
+        train_new_rows(model, processor.seg_token_id)
     if distributed.is_main():
         sizes = ", ".join(f"{name} {size:,}" for name, size in mixture.sizes.items())
         steps = -(-(limit or per_epoch) // args.grad_accumulation_steps)
@@ -332,6 +335,7 @@ def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> No
 
     with gathered:
         merged = tuner.merge_and_unload() if tuner else model
+        merge_new_rows(merged)
         distributed.on_main(write)
     trainer.accelerator.free_memory()
 
