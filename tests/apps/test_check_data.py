@@ -30,7 +30,6 @@ from self1e.synthetic.shapes_dataset import make_shapes_dataset
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path, monkeypatch):
-    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)  # contact_sheet.png goes here
 
 

@@ -62,7 +62,6 @@ def own_data(photo, tmp_path):
 
 def finetune(monkeypatch, tmp_path, data, *flags):
     """Exit code and output folder of the example with a tiny base."""
-    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(tmp_path)  # without the tree: the other splits are skipped
     tiny = ["--precision", "fp32", "--batch_size", 2, "--grad_accumulation_steps", 1, "--workers", 0, "--lora_r", 4]

@@ -17,11 +17,6 @@ AREA = 6 * 6
 OTHER = [12, 0, 16, 0, 16, 6, 12, 6]  # 4 x 6, apart from SQUARE
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
-
-
 def annotation(id, image_id=1, *polygons, **fields):
     return {"id": id, "image_id": image_id, "segmentation": list(polygons or [SQUARE]), **fields}
 

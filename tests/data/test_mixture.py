@@ -28,11 +28,6 @@ from self1e.data.sample import SampleError
 from self1e.data.splits import split_paths
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
-
-
 def toy(mode="exact", batch_size=4, seg=30, text=50, rates=(1, 1), broken=(), seed=0, transform=None, redraw=False):
     groups = [
         Group([Numbers("seg", seg, broken), Numbers("seg2", 5)], rates[0], True, redraw),

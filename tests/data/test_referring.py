@@ -16,11 +16,6 @@ AREA = 6 * 6
 BEYOND = ("rrefcoco", "refzom")  # sets that the published loaders do not read
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
-
-
 def annotation(id, image_id, *polygons):
     return {"id": id, "image_id": image_id, "segmentation": list(polygons)}
 

@@ -14,11 +14,6 @@ from self1e.data.sets.semantic import class_names
 SETS = FAMILIES["sem_seg"].sets
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
-
-
 def make(root, name, rows=3):
     return SETS[name](root, root, rows=rows)
 

@@ -14,11 +14,6 @@ from self1e.data.sets.vqa import GQA, instruction_turns
 SETS = FAMILIES["vqa"].sets
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path / "cache"))
-
-
 def make(root, name):
     return SETS[name](root, root, rows=3)
 

@@ -37,7 +37,6 @@ def test_evaluation_prompt():
 
 @needs_shared
 def test_evaluation_prompts_are_the_published_ones(tmp_path, monkeypatch):
-    monkeypatch.setenv("SELF1E_CACHE", str(tmp_path))
     scores = json.loads((SHARED / "golden" / "eval_scores.json").read_text())
     for split in set(SPLITS) & set(scores):
         images = load_split(split, SHARED / "minidata" / "dataset")
