@@ -27,7 +27,6 @@ each_pack = pytest.mark.parametrize("pack", PACKS, ids=[pack.name for pack in PA
 
 # Options of `make_tiny_internvl`: 2 x 2 image tokens a tile of 56 pixels, 0.1 M parameters.
 TINY = {"image_size": 56, "width": 32, "layers": 2, "vision_width": 32, "vision_layers": 2, "vocab_size": 400}
-SMALL = dict(width=32, heads=2, kv_heads=1, layers=2, vision_width=32, vision_heads=2, vision_layers=2)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -45,8 +44,8 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def make_base(folder: Path, **options) -> Path:
-    """A base checkpoint in the original layout, in `folder`; options of `make_tiny_internvl`."""
-    return make_tiny_internvl(folder, **(SMALL | options))
+    """A base checkpoint in the original layout, in `folder`: `TINY` with tiles of 112 pixels, and options."""
+    return make_tiny_internvl(folder, **(TINY | {"image_size": 112} | options))
 
 
 def make_trained(folder: Path, base: Path | None = None, **options) -> Path:

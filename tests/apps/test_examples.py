@@ -7,13 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_base, make_trained
+from helpers import ROOT, make_base
 from PIL import Image
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory):
-    return str(make_trained(tmp_path_factory.mktemp("examples") / "trained"))
 
 
 @pytest.fixture

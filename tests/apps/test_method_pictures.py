@@ -1,17 +1,11 @@
 """The pictures of the method show what the model itself computes."""
 
-import pytest
 import torch
-from helpers import make_trained, noise
+from helpers import noise
 from PIL import Image
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.method_pictures import components, compute_parts, main
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory):
-    return make_trained(tmp_path_factory.mktemp("pictures") / "trained", image_size=56)
 
 
 def test_the_parts_are_the_models_own(version):

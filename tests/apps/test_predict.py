@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_base, make_trained
+from helpers import ROOT, make_base
 from PIL import Image
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
@@ -18,11 +18,6 @@ from self1e.apps import loading
 from self1e.apps.results import Names
 from self1e.cli import main
 from self1e.model.inference import Reply
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory):
-    return make_trained(tmp_path_factory.mktemp("predict") / "trained")
 
 
 @pytest.fixture
