@@ -12,6 +12,9 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=48:00:00
 #SBATCH --requeue
+#SBATCH --mem=0                        # all of a node's memory
+#SBATCH --signal=B:USR1@300            # asks for a checkpoint five minutes before the time limit
+#SBATCH --open-mode=append             # a requeued job goes on in the same log
 #SBATCH --output=%x-%j.log
 
 set -euo pipefail
@@ -19,13 +22,28 @@ cd "$SLURM_SUBMIT_DIR"
 source .venv/bin/activate              # <-- your environment
 export NCCL_SOCKET_IFNAME=^lo,docker   # <-- your network
 export OMP_NUM_THREADS=8
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 # Each node builds the data's index once and shares it among its ranks and workers.
 export SELF1E_CACHE=${SELF1E_CACHE:-$HOME/.cache/self1e}
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun torchrun \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:29500" \
     train_hf_ivl_seq.py --config configs/self1e_2b.yaml \
     --version PATH/InternVL3-2B --exp_name self1e_2b \
-    --grad_accumulation_steps 4 --auto_resume
+    --grad_accumulation_steps 4 --auto_resume &
+job=$!
+
+# Slurm signals this script alone; the training saves after its step and ends, and the job is queued again.
+trap 'scancel --signal=USR1 "$SLURM_JOB_ID"; asked=1' USR1 TERM
+asked=0
+code=0
+until wait "$job"; do
+    code=$?
+    kill -0 "$job" 2>/dev/null || break   # else the wait was interrupted by the signal
+done
+if [ "$asked" = 1 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -85,12 +85,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help="linears of the LLM with adapters, joined by commas; unset: " + ", ".join(LLM_LINEARS),
     )
-    trained.add_argument(
-        "--trainable_embeddings",
-        choices=("all", "new"),
-        default="all",
-        help="rows of the token embeddings and of lm_head that train: all, or those of the added tokens only",
-    )
     trained.add_argument("--lora_from_layer", type=natural, default=0, help="the first LLM layer with adapters")
 
     data = parser.add_argument_group("data")
@@ -257,10 +251,18 @@ def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def zero_stage(path: Path, parser: argparse.ArgumentParser) -> int:
-    """The ZeRO stage that a DeepSpeed configuration asks for."""
+    """The ZeRO stage that a DeepSpeed configuration asks for.
+
+    An optimizer or a schedule of its own is refused: the flags set both, for two groups of parameters.
+    """
     try:
-        return json.loads(path.read_text()).get("zero_optimization", {}).get("stage", 0)
-    except (OSError, ValueError, AttributeError) as error:
+        config = json.loads(path.read_text())
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        for block, flags in (("optimizer", "--lr, --vision_lr, --beta1, --beta2"), ("scheduler", "--warmup_steps")):
+            if block in config:
+                parser.error(f"--deepspeed {path}: leave out {block!r}; {flags} set it")
+        return int(stage)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         parser.error(f"--deepspeed {path}: no DeepSpeed configuration ({error})")
 
 
@@ -270,7 +272,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config", type=Path, nargs="+", default=[])
     files = config.parse_known_args(argv)[0].config
-    args = parser.parse_args([flag for file in files for flag in yaml_flags(file, parser)] + argv)
+    configured = [flag for file in files for flag in yaml_flags(file, parser)]
+    from_files = {flag.split("=")[0].removeprefix("--") for flag in configured}
+    args = parser.parse_args(configured + argv)
     if args.eval_all_only:
         args.eval_only = args.eval_all_datasets = True
     args.splits = list(DEFAULT_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")
@@ -304,6 +308,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--report_to wandb: the package is not installed; pip install wandb")
     if args.custom_data and "custom" not in args.dataset.split("||"):
         parser.error('--custom_data is read by the family custom: name it in --dataset, e.g. --dataset "custom||vqa"')
+    families, chosen = args.dataset.split("||"), {*given, *from_files}
+    if families == ["custom"] and not args.no_eval and "val_dataset" not in chosen:
+        parser.error(
+            '--dataset custom: say with --val_dataset "custom|PATH" what to validate on, or --no_eval; the default, '
+            "ReasonSeg, is part of the data tree"
+        )
+    if "custom" in families and "vqa" in families and "vqa_data" not in chosen:
+        missing = [path for path in (args.data_dir, args.dataset_dir) if not path.is_dir()]
+        if missing:
+            parser.error(
+                f"--dataset {args.dataset}: {missing[0]} is not there, and the family vqa reads all of its sets; name "
+                "those that you have with --vqa_data"
+            )
     launched = "LOCAL_RANK" in os.environ
     if args.deepspeed and not launched:
         parser.error("--deepspeed needs a launcher: start with deepspeed or torchrun instead of python")

@@ -135,11 +135,15 @@ class Self1ETrainer(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """AdamW over both groups, without weight decay."""
+        """AdamW over both groups, without weight decay; DeepSpeed's own where its states are offloaded to the CPU."""
         if self.optimizer is None:
-            groups = self.param_groups()
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, weight_decay=0.0)
+            options = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "weight_decay": 0.0}
+            if self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_offload():
+                from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at its first use
+
+                self.optimizer = DeepSpeedCPUAdam(self.param_groups(), lr=self.lr, adamw_mode=True, **options)
+            else:
+                self.optimizer = torch.optim.AdamW(self.param_groups(), lr=self.lr, **options)
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:

@@ -1,11 +1,14 @@
 """The flags: defaults of the recipe, both published commands, refusals in a screenful, YAML files."""
 
+import json
 import shlex
 from pathlib import Path
 
 import pytest
 
-from self1e.training.arguments import REFUSED, ROOT, make_parser, parse
+from self1e.training.arguments import ROOT, make_parser, parse
+from self1e.training.checkpoint import FREE, STRUCTURE
+from self1e.training.flags import REFUSED
 
 RECIPE = """
   --dataset="sem_seg||refer_seg||reason_seg||vqa" --sample_rates="{rates}" --batch_size 5 --grad_accumulation_steps 8
@@ -62,7 +65,12 @@ DEFAULTS = {
     "save_steps": 200,
     "eval_steps": 200,
     "val_batch_size": 1,
+    "save_total_limit": 1,
+    "keep_best": None,
+    "timeout": 1800.0,
+    "overwrite": False,
     "resume": None,
+    "resume_anyway": False,
     "auto_resume": False,
     "no_eval": False,
     "eval_only": False,
@@ -207,3 +215,34 @@ def test_yaml_is_a_command_line_that_comes_first(capsys, tmp_path):
 def test_our_own_recipes_parse(path):
     recipe = [ROOT / "configs" / "self1e_2b.yaml"] if path.stem.startswith("ablation") else []
     parse([*NEEDED, "--config", *map(str, recipe), str(path)])
+
+
+def test_the_flag_or_value_that_was_meant_is_named(capsys):
+    assert "did you mean --batch_size?" in refusal(capsys, "--batchsize", "3")
+    assert "did you mean published?" in refusal(capsys, "--mixture", "publishd")
+
+
+def test_own_data_says_what_else_it_needs(capsys, tmp_path):
+    own = ("--dataset", "custom", "--custom_data", "a.csv")
+    assert "--val_dataset" in refusal(capsys, *own) and parse([*NEEDED, *own, "--no_eval"]).no_eval
+    mixed = ("--dataset", "custom||vqa", "--custom_data", "a.csv", "--data_dir", str(tmp_path / "none"))
+    assert "--vqa_data" in refusal(capsys, *mixed)
+
+
+def test_runs_that_contradict_themselves_are_refused(capsys):
+    assert "give one of them" in refusal(capsys, "--overwrite", "--auto_resume")
+    assert "--keep_best refcoco|unc|val" in refusal(capsys, "--keep_best", "refcoco|unc|val")
+
+
+@pytest.mark.parametrize("block", ["optimizer", "scheduler"])
+def test_a_deepspeed_file_leaves_the_optimizer_to_the_flags(capsys, monkeypatch, tmp_path, block):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    config = tmp_path / "own.json"
+    config.write_text(json.dumps({block: {"type": "Lion"}}))
+    assert f"leave out {block!r}" in refusal(capsys, "--deepspeed", str(config))
+
+
+def test_every_flag_defines_the_run_or_is_known_to_be_free():
+    """A new flag defines the run unless it is named in FREE."""
+    known = vars(parse(NEEDED)).keys() | {"base", "ranks", "samples"}
+    assert FREE <= known and STRUCTURE <= known and not FREE & STRUCTURE
