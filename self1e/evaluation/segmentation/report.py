@@ -26,15 +26,19 @@ class SplitResults:
         self.folder, self.name, self.stem = folder, name, file_stem(name)
         self.journal, self.settings = Journal(folder / f"{self.stem}.jsonl"), SettingsFile(folder)
 
-    def open(self, split: Sequence[EvalImage], settings: Settings, *, overwrite: bool) -> list[Unit]:
-        """The units of an earlier run that can be kept, for one process, before any rank appends.
+    def kept(self, split: Sequence[EvalImage], settings: Settings) -> list[Unit]:
+        """The units of an earlier run; nothing is written.
 
-        Raises ValueError when there are units that were made with other settings, or of other data, unless
-        `overwrite` drops them.
+        Raises ValueError when there are some that were made with other settings, or of other data.
         """
-        units = [] if overwrite else self._read(split)
+        units = self._read(split)
         if units:
             self.settings.check(self.name, settings)
+        return units
+
+    def open(self, split: Sequence[EvalImage], settings: Settings, *, overwrite: bool) -> list[Unit]:
+        """The units of `kept`, or none with `overwrite`. For one process, before any rank appends."""
+        units = [] if overwrite else self.kept(split, settings)
         if len(units) < sum(len(photo.unit_ids) for photo in split):
             self.journal.start(unit.record() for unit in units)
             (self.folder / f"{self.stem}.json").unlink(missing_ok=True)

@@ -8,7 +8,8 @@ Units are written as photos finish, and an interrupted evaluation continues behi
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ from self1e.model.configuration import SWITCHES
 from self1e.model.inference import predict_photo
 from self1e.model.processing import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER
+
+READING = (ValueError, OSError, SampleError)  # what data and results on disk may cause
 
 
 @dataclass(frozen=True)
@@ -159,24 +162,33 @@ def evaluate_units(
     bar = tqdm(turns, total=len(ids) // world, initial=len(found) // world, desc=title, unit="photo", disable=rank > 0)
     failure: Exception | None = None
     for step, turn in enumerate(bar):
-        item = next(items)
-        agree(item if isinstance(item, Exception) else failure, step)
-        batch, targets = item
-        size = tuple(targets.shape[1:])
-        try:
+        with _naming(name(turn.photo)):
+            item = next(items)
+            agree(item if isinstance(item, Exception) else failure, step)
+            batch, targets = item
+            size = tuple(targets.shape[1:])
             masks = predict_photo(model, batch, size, rows_per_forward=rows_per_forward, forwards=turn.forwards)
             if turn.counts:
-                masks = masks.cpu().numpy()  # the one copy from the device
-                found[turn.photo] = units = make_units(split[turn.photo], entry, masks, targets)
+                arrays = masks.cpu().numpy()  # the only copy from the device
+                found[turn.photo] = units = make_units(split[turn.photo], entry, arrays, targets)
                 failure = _write(journal, units)  # the others learn of it at the next photo
                 I, U = I + sum(unit.I for unit in units), U + sum(unit.U for unit in units)
                 bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
-        except Exception as error:
-            raise RuntimeError(f"{name(turn.photo)}: {error}") from error
     agree(failure, len(turns))
     together = {photo: units for part in distributed.gather(found) for photo, units in part.items()}
     assert len(together) == len(split), "a photo is lost"
     return [unit for photo in range(len(split)) for unit in together[photo]]
+
+
+@contextmanager
+def _naming(photo: str) -> Iterator[None]:
+    """Name the photo in an error that one rank meets alone; torch raises that of a dead worker at any moment."""
+    try:
+        yield
+    except READING:  # all ranks raise it together, with its own name
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{photo}: {error}") from error
 
 
 def _write(journal: Journal | None, units: Sequence[Unit]) -> OSError | None:
@@ -253,14 +265,16 @@ def evaluate_splits(
     distributed.on_main(partial(output_dir.mkdir, parents=True, exist_ok=True))
     options: dict[str, Any] = {"high_res": high_res, "rows_per_forward": rows_per_forward}
     settings = describe({**(checkpoint or {}), **model_settings(model), **options}, model.device)
+    fresh = overwrite or checkpoint is None
+    for name, split in available.items() if not fresh else ():  # a refusal comes before the long work
+        distributed.on_main(partial(SplitResults(output_dir, name).kept, split, settings), catch=READING)
     was_training, results = model.training, {}
     model.eval()
     name = ""
     try:
         for name, split in available.items():
             files = SplitResults(output_dir, name)
-            fresh = overwrite or checkpoint is None
-            kept = distributed.on_main(partial(files.open, split, settings, overwrite=fresh))
+            kept = distributed.on_main(partial(files.open, split, settings, overwrite=fresh), catch=READING)
             units = evaluate_units(
                 model, processor, split, entries[name], kept=kept, journal=files.journal, workers=workers,
                 model_max_length=model_max_length, title=name, **options,

@@ -149,6 +149,14 @@ def test_finished_splits_are_kept_only_with_the_same_settings(run, tmp_path, pre
     assert len(predicted) == 11
 
 
+def test_other_settings_are_refused_before_the_work_begins(run, tmp_path, predicted):
+    run(splits=[GREF])
+    assert len(predicted) == 3
+    with pytest.raises(ValueError, match="grefcoco.unc.val.*--overwrite_eval"):
+        run(splits=[REASON, GREF], checkpoint={"version": "other"})
+    assert len(predicted) == 3 and not list((tmp_path / "out").glob("ReasonSeg*"))
+
+
 def test_units_of_other_data_are_refused(run, tmp_path):
     run(splits=[REASON])
     path = tmp_path / "out/ReasonSeg_val.jsonl"
