@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.model.grids import REPLICATIONS, compress, expand, resize
+from self1e.model.head import AmplifiedHead
 from self1e.model.prompts import ANSWER, evaluation_prompt
 
 
@@ -54,7 +56,8 @@ def compute_parts(model: Self1EForSegmentation, processor: Self1EProcessor, imag
 
     The model must be loaded with `attn_implementation="eager"`, which alone tells its attention.
     """
-    head, ratio = model.segmentation_head, model.config.ratio
+    head = cast(AmplifiedHead, model.segmentation_head)
+    ratio = model.config.ratio
     if model.config.mask_features != "rfa":
         raise ValueError(
             f"mask_features is {model.config.mask_features!r}: the pictures are about the full method, rfa"
@@ -89,7 +92,7 @@ def compute_parts(model: Self1EForSegmentation, processor: Self1EProcessor, imag
     own = expand(head.f_llm(img), ratio)
     residual = own - expand(head.f_vit(low), ratio)
     replicated = expand(head.f_vit(high), ratio)
-    refilled = head.f_out(replicated + resize(residual, replicated.shape[1:3]))
+    refilled = head.f_out(replicated + resize(residual, (replicated.shape[1], replicated.shape[2])))
 
     def similarity(features: Tensor) -> Tensor:
         return einsum(features[0], query, "h w c, c -> h w") / query.shape[0] ** 0.5
