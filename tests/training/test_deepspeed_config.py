@@ -1,0 +1,47 @@
+"""DeepSpeed JSONs: ours are read, and one that would train something else than the flags say is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, read_json
+
+from self1e.training.deepspeed_config import offloads, read_deepspeed, zero_stage
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "offloaded"), [("zero2", 2, False), ("zero3", 3, False), ("zero3_offload", 3, True)]
+)
+def test_our_own_files_are_read(name, stage, offloaded):
+    values = read_deepspeed(ROOT / "configs" / f"{name}.json")
+    assert zero_stage(values) == stage
+    assert offloads(values, "offload_optimizer") == offloads(values, "offload_param") == offloaded
+    assert values["data_types"] == {"grad_accum_dtype": "fp32"}  # bf16 sums of many micro-batches lose digits
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optimizer": {"type": "SGD"}}, "remove the section 'optimizer'; it is set by --lr"),
+        ({"scheduler": {"type": "WarmupLR"}}, "remove the section 'scheduler'; it is set by --warmup_steps"),
+        ({"zero_optimization": {"stage": 2, **OFFLOAD}}, "offload_optimizer is for stage 3 here"),
+        ({"zero_optimization": {"stage": 3, **OFFLOAD}, "zero_force_ds_cpu_optimizer": False}, "remove zero_force"),
+        ({"zero_optimization": 3}, "no DeepSpeed configuration"),
+    ],
+)
+def test_what_would_be_honoured_by_half_is_refused(tmp_path: Path, changes, says):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(read_json(ROOT / "configs/zero2.json") | changes))
+    with pytest.raises(ValueError, match=says) as refusal:
+        read_deepspeed(path)
+    assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
+def test_what_is_no_configuration_is_named(tmp_path: Path, text):
+    path = tmp_path / "own.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="own.json is no DeepSpeed configuration"):
+        read_deepspeed(path)
