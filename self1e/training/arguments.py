@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 from pathlib import Path
@@ -17,6 +16,7 @@ from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
 from self1e.training.adaptation import LLM_LINEARS
+from self1e.training.deepspeed_config import read_deepspeed, zero_stage
 from self1e.training.flags import REFUSED, Help, Parser, Refuse, at_least, fraction, rate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--lora_target_modules",
         metavar="NAMES",
         help="linears of the LLM with adapters, joined by commas; unset: " + ", ".join(LLM_LINEARS),
+    )
+    trained.add_argument(
+        "--trainable_embeddings",
+        choices=("all", "new"),
+        default="all",
+        help="rows of the token embeddings and of lm_head that train: all, or those of the added tokens only",
     )
     trained.add_argument("--lora_from_layer", type=natural, default=0, help="the first LLM layer with adapters")
 
@@ -250,22 +256,6 @@ def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     return flags
 
 
-def zero_stage(path: Path, parser: argparse.ArgumentParser) -> int:
-    """The ZeRO stage that a DeepSpeed configuration asks for.
-
-    An optimizer or a schedule of its own is refused: the flags set both, for two groups of parameters.
-    """
-    try:
-        config = json.loads(path.read_text())
-        stage = config.get("zero_optimization", {}).get("stage", 0)
-        for block, flags in (("optimizer", "--lr, --vision_lr, --beta1, --beta2"), ("scheduler", "--warmup_steps")):
-            if block in config:
-                parser.error(f"--deepspeed {path}: leave out {block!r}; {flags} set it")
-        return int(stage)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        parser.error(f"--deepspeed {path}: no DeepSpeed configuration ({error})")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse and check a command line; exits with status 2 and one message when a flag is wrong."""
     parser = make_parser()
@@ -330,7 +320,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--local_rank is for launchers: start with deepspeed or torchrun")
     if launched and args.deepspeed is None:
         args.deepspeed = ROOT / "configs" / "zero2.json"
-    args.zero_stage = zero_stage(args.deepspeed, parser) if args.deepspeed else 0
+    try:
+        args.zero_stage = zero_stage(read_deepspeed(args.deepspeed)) if args.deepspeed else 0
+    except ValueError as error:
+        parser.error(f"--deepspeed: {error}")
     if args.zero_stage == 3 and args.high_res:
         parser.error("--high_res: ZeRO-3 needs the same grid of tiles on every rank; use configs/zero2.json")
     args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")

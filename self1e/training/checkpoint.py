@@ -27,7 +27,7 @@ FREE = frozenset(
 # What the tensors of a checkpoint depend on: a difference here cannot be waived.
 STRUCTURE = frozenset(
     "ranks zero_stage use_llm_lora optimize_vision use_vision_lora lora_r lora_target_modules lora_from_layer "
-    "mask_features precision".split()
+    "trainable_embeddings mask_features precision".split()
 )
 # Classes, besides tensors and plain containers, that DeepSpeed's own checkpoint files hold.
 TRUSTED = ("deepspeed.", "torch.", "collections.", "argparse.Namespace", "numpy.")

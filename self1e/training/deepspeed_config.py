@@ -14,12 +14,12 @@ DECIDED_BY_FLAGS = {
 def read_deepspeed(path: Path) -> dict[str, Any]:
     """Read a DeepSpeed configuration.
 
-    Raises OSError when the file cannot be read, and ValueError that names the file and the fix when it is no
-    configuration or would train something else than the flags say.
+    Raises ValueError that names the file and the fix when it is no configuration, cannot be read, or would train
+    something else than the flags say.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no DeepSpeed configuration ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("zero_optimization", {}), dict):
         raise ValueError(

@@ -239,7 +239,7 @@ def test_a_deepspeed_file_leaves_the_optimizer_to_the_flags(capsys, monkeypatch,
     monkeypatch.setenv("LOCAL_RANK", "0")
     config = tmp_path / "own.json"
     config.write_text(json.dumps({block: {"type": "Lion"}}))
-    assert f"leave out {block!r}" in refusal(capsys, "--deepspeed", str(config))
+    assert f"remove the section {block!r}" in refusal(capsys, "--deepspeed", str(config))
 
 
 def test_every_flag_defines_the_run_or_is_known_to_be_free():
