@@ -164,8 +164,9 @@ def evaluate_units(
     for step, turn in enumerate(bar):
         with _naming(name(turn.photo)):
             item = next(items)
-            agree(item if isinstance(item, Exception) else failure, step)
-            batch, targets = item
+        agree(item if isinstance(item, Exception) else failure, step)
+        batch, targets = item
+        with _naming(name(turn.photo)):
             size = tuple(targets.shape[1:])
             masks = predict_photo(model, batch, size, rows_per_forward=rows_per_forward, forwards=turn.forwards)
             if turn.counts:
@@ -185,8 +186,6 @@ def _naming(photo: str) -> Iterator[None]:
     """Name the photo in an error that one rank meets alone; torch raises that of a dead worker at any moment."""
     try:
         yield
-    except READING:  # all ranks raise it together, with its own name
-        raise
     except Exception as error:
         raise RuntimeError(f"{photo}: {error}") from error
 
