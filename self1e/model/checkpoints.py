@@ -1,8 +1,10 @@
 """Read the four checkpoint layouts, write two of them.
 
-(a) original InternVL (`internvl_chat`); (b) transformers' own (`-hf`); (c) published SELF1E: layout (a) plus the head,
-no tokenizer, given as `weights` over a base; (d) our `save_pretrained`: native names plus processor. Renaming and the
-split of the ViT's fused qkv are the library's conversion mapping, applied while it streams the shards.
+`internvl`: the original one (`internvl_chat`); `hf`: transformers' own; `published`: weights of the published SELF1E,
+`internvl` plus the head and without tokenizer, given as `weights` over a base; `self1e`: our `save_pretrained`, native
+names plus processor. Renaming and the split of the ViT's fused qkv are the library's conversion mapping, applied while
+it streams the shards. No code, pickle or template of a checkpoint is ever run: weights are safetensors, classes are
+named here, and the chat template is the processor's own.
 """
 
 import contextlib
@@ -53,7 +55,7 @@ _HF_PREFIXES = (("^vision_tower", "model.vision_tower"), ("^multi_modal_projecto
 
 
 def published_names() -> list[WeightRenaming | WeightConverter]:
-    """Layouts (a) and (c) -> native names, reversible; the ViT's fused qkv holds the rows of q, k and v in turn."""
+    """`internvl` and `published` -> native names, reversible; the ViT's fused qkv holds rows of q, k, v in turn."""
     renamings = [WeightRenaming(old, new) for old, new in _RENAMINGS]
     split = WeightConverter(r"\.attn\.qkv", [f".attention.{x}_proj" for x in "qkv"], operations=[Chunk(dim=0)])
     return [*renamings, split]
@@ -92,7 +94,7 @@ def load(
     if weights is not None:
         trained = Self1EConfig.from_pretrained(weights, **hub)
         base.dtype = trained.dtype  # what dtype="auto" means
-        if trained.seg_token_id is not None:  # layout (d) knows how its head was built
+        if trained.seg_token_id is not None:  # ours: it knows how its head was built
             base.update({name: getattr(trained, name) for name in SWITCHES})
         base.text_config.vocab_size = vocabulary
     base.update(switches)
@@ -105,6 +107,7 @@ def load(
             )
     except SafetensorError as error:
         raise ValueError(f"{source}: a weight file is damaged ({error}); fetch or save it again") from error
+    model.round_rope()  # loading has computed the frequencies anew
     model.trained_head = _check(model, report, source, trained=weights is not None)
     if vocabulary is not None and not model.trained_head:
         _resize_vocabulary(model, vocabulary, new=[tokens.seg_token_id, tokens.segt_token_id])
@@ -180,7 +183,7 @@ def _quiet():
 
 
 def save(model: PreTrainedModel, processor, folder: str | Path, *, published: bool = False) -> None:
-    """Write model and processor as layout (d), or (c) when `published`; the folder appears complete or not at all.
+    """Write model and processor as layout `self1e`, or `published`; the folder appears complete or not at all.
 
     Raises OSError naming the folder when the disk is full or not writable; what stood there before stays.
     """
@@ -208,9 +211,11 @@ def save(model: PreTrainedModel, processor, folder: str | Path, *, published: bo
 
 
 def _write_published(model: PreTrainedModel, folder: Path) -> None:
-    """Layout (c), as the published code saves and reads it: original tensor names and `config.json`."""
+    """Layout `published`, as the published code saves and reads it: original tensor names and `config.json`."""
     if model.config.mask_features != "rfa":
-        raise ValueError(f"layout (c) holds the full method only, this model has {model.config.mask_features!r}")
+        raise ValueError(
+            f"the layout published holds the full method only, this model has {model.config.mask_features!r}"
+        )
     loaded_with = getattr(model, "_weight_conversions", None)
     model._weight_conversions = published_names()
     try:

@@ -1,6 +1,13 @@
-"""Configuration: InternVL's, plus the `[SEG]` id and the switches of the paper's ablations (one line each)."""
+"""Configuration: InternVL's, plus the `[SEG]` id and the switches of the paper's ablations (one line each).
+
+InternVL with a Qwen2 or Qwen3 LLM is the only backbone. Another family would touch: `native_config` here (its
+config.json), the renamings of `checkpoints`, the parent class and `encode_images` of `modeling` (its ViT and
+projector), and tokens, template and tiling of `prompts` and `processing`.
+"""
 
 import re
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,16 +19,27 @@ from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
 
-SWITCHES = (
-    "mask_features",
-    "replication",
-    "attention_pathway",
-    "auxiliary_loss",
-    "auxiliary_projection",
-    "ce_loss_weight",
-    "bce_loss_weight",
-    "dice_loss_weight",
-)
+
+@dataclass(frozen=True)
+class Switch:
+    """A field of the configuration that a user may set: what it does, and its values if they have names."""
+
+    help: str
+    choices: Collection[str] | None = None
+
+
+# Fields that `from_pretrained` and the training program's flags set; defaults stand in `Self1EConfig`.
+SWITCHES = {
+    "mask_features": Switch("features that the mask is read from", HEADS),
+    "replication": Switch("how patch tokens are replicated for the mask's image side", REPLICATIONS),
+    "attention_pathway": Switch("what image tokens see besides the causal past", PATHWAYS),
+    "auxiliary_loss": Switch("train the LLM's own image features with the mask losses, too"),
+    "auxiliary_projection": Switch("send the auxiliary image side through f_out, too"),
+    "rope_precision": Switch("precision of the LLM's rotary frequencies", ("fp32", "bf16")),
+    "ce_loss_weight": Switch("weight of the text's cross-entropy"),
+    "bce_loss_weight": Switch("weight of the masks' binary cross-entropy"),
+    "dice_loss_weight": Switch("weight of the masks' Dice loss"),
+}
 # Precisions by the names that command lines use.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -37,6 +55,7 @@ class Self1EConfig(InternVLConfig):
         attention_pathway (`str`): `causal`, `image` or `image+seg`; see `self1e.model.attention`.
         auxiliary_loss (`bool`): train the LLM's own image features with the mask losses too.
         auxiliary_projection (`bool`): the auxiliary image side passes `f_out` (`rfa` only).
+        rope_precision (`str`): `fp32`, or `bf16`: the rotary frequencies are rounded as the published engine did.
         ce_loss_weight, bce_loss_weight, dice_loss_weight (`float`): weights of the loss's terms.
         drop_path_rate (`float`): stochastic depth of the ViT, rising linearly from 0 over its layers, training only.
     """
@@ -49,6 +68,7 @@ class Self1EConfig(InternVLConfig):
     attention_pathway: str = "image+seg"
     auxiliary_loss: bool = True
     auxiliary_projection: bool = False
+    rope_precision: str = "fp32"
     ce_loss_weight: float | int = 1.0
     bce_loss_weight: float | int = 2.0
     dice_loss_weight: float | int = 0.5
@@ -61,13 +81,9 @@ class Self1EConfig(InternVLConfig):
 
     def check_switches(self):
         """Raise ValueError for a switch outside its values."""
-        for name, known in (
-            ("mask_features", HEADS),
-            ("replication", REPLICATIONS),
-            ("attention_pathway", PATHWAYS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; one of {', '.join(known)}")
+        for name, switch in SWITCHES.items():
+            if switch.choices is not None and getattr(self, name) not in switch.choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; one of {', '.join(switch.choices)}")
         if self.auxiliary_projection and not (self.auxiliary_loss and self.mask_features == "rfa"):
             raise ValueError("auxiliary_projection needs auxiliary_loss and mask_features='rfa': it reuses f_out")
 
@@ -136,7 +152,7 @@ VISION_KEYS = {
 
 
 def native_config(values: dict, source: str) -> dict:
-    """Translate a `config.json` of layout (a), (b), (c) or (d) to `Self1EConfig`'s keys; ValueError for another."""
+    """Translate a `config.json` of any layout to `Self1EConfig`'s keys; ValueError for another."""
     kind = values.get("model_type")
     if kind in ("internvl", "self1e"):
         text = values.get("text_config") or {}
@@ -166,7 +182,7 @@ def native_config(values: dict, source: str) -> dict:
 
 
 def original_config(config: Self1EConfig) -> dict:
-    """The `config.json` of layout (c) for a `Self1EConfig`: the inverse of `native_config`."""
+    """The `config.json` of layout `published` for a `Self1EConfig`: the inverse of `native_config`."""
     vision = config.vision_config.to_dict()
     vision |= {"image_size": vision["image_size"][0], "patch_size": vision["patch_size"][0]}
     text = config.text_config.to_dict()

@@ -45,6 +45,10 @@ class ImageSide:
     refill: Tensor
     origin: Tensor
 
+    def to(self, device: torch.device) -> "ImageSide":
+        """The same on `device`: with a device map, photos are encoded elsewhere."""
+        return ImageSide(self.refill.to(device), self.origin.to(device))
+
 
 class SegmentationHead(nn.Module):
     """The head without features of its own (`baseline`), and what all heads share.
@@ -73,7 +77,7 @@ class SegmentationHead(nn.Module):
             low: V1 (i, h, w, C), what the LLM was given.
             high: VHQ (i, H, W, C), the self-replicated features.
         """
-        return [ImageSide(refill=x, origin=x) for x in low.split(1)]
+        return sides_of(low, low)
 
     def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
         """Masks of rows that share one grid size.
@@ -102,10 +106,10 @@ class ReplicationHead(SegmentationHead):
         return self.ratio
 
     def image_side(self, low: Tensor, high: Tensor) -> list[ImageSide]:
-        return [ImageSide(*pair) for pair in zip(high.split(1), low.split(1))]
+        return sides_of(high, low)
 
     def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
-        mask = torch.cat([self.logits(side.refill, seg[rows]) for side, rows in by_photo(sides)])
+        mask = torch.cat([self.logits(side.refill, seg[rows]) for side, rows in rows_by_photo(sides, image.device)])
         return mask, self.logits(image, seg)
 
 
@@ -114,7 +118,7 @@ class ResidualHead(ReplicationHead):
 
     def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
         masks = []
-        for side, rows in by_photo(sides):
+        for side, rows in rows_by_photo(sides, image.device):
             change = rearrange(self.logits(image[rows] - side.origin, seg[rows]), "n k h w -> n h w k")
             change = rearrange(resize(change, side.refill.shape[1:3]), "n h w k -> n k h w")
             masks.append(self.logits(side.refill, seg[rows]) + change)
@@ -137,7 +141,7 @@ class AmplifiedHead(SegmentationHead):
     def image_side(self, low: Tensor, high: Tensor) -> list[ImageSide]:
         first = self.f_out[0]
         refill, origin = (first(expand(self.f_vit(x), self.ratio)) for x in (high, low))
-        return [ImageSide(*pair) for pair in zip(refill.split(1), origin.split(1))]
+        return sides_of(refill, origin)
 
     def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
         first, activation, last = self.f_out
@@ -146,7 +150,7 @@ class AmplifiedHead(SegmentationHead):
         expanded = expand(self.f_llm(image), self.ratio)
         projected = first(expanded)
         masks = []
-        for side, rows in by_photo(sides, ROWS_AT_ONCE):
+        for side, rows in rows_by_photo(sides, image.device, ROWS_AT_ONCE):
             change = projected[rows] - side.origin  # the layer's bias cancels here and stays in `refill`
             given = side.refill, change, folded[rows], offset[rows]
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -190,11 +194,18 @@ def two_layers(width: int, out: int) -> nn.Sequential:
     return layers
 
 
-def by_photo(sides: Sequence[ImageSide], limit: int | None = None) -> Iterator[tuple[ImageSide, slice]]:
-    """Neighbouring rows of one photo, at most `limit` at a time."""
+def sides_of(refill: Tensor, origin: Tensor) -> list[ImageSide]:
+    """(i, ...) twice -> one entry per photo."""
+    return [ImageSide(refill[i : i + 1], origin[i : i + 1]) for i in range(len(refill))]
+
+
+def rows_by_photo(
+    sides: Sequence[ImageSide], device: torch.device, limit: int | None = None
+) -> Iterator[tuple[ImageSide, slice]]:
+    """Neighbouring rows of one photo, at most `limit` at a time, with its image side on `device`."""
     start = 0
     for _, rows in groupby(sides, key=id):
-        count = len(list(rows))
+        count, side = len(list(rows)), sides[start].to(device)
         for first in range(start, start + count, limit or count):
-            yield sides[start], slice(first, min(first + (limit or count), start + count))
+            yield side, slice(first, min(first + (limit or count), start + count))
         start += count

@@ -47,6 +47,10 @@ class Segmentation:
     logits: np.ndarray
     score: float | None
 
+    def __repr__(self) -> str:
+        share = f"{self.mask.mean():.1%} of {self.mask.shape[1]} x {self.mask.shape[0]}"
+        return f"Segmentation({self.prompt!r}: {share}, score {_short(self.score)})"
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -60,6 +64,10 @@ class Reply:
     masks: np.ndarray
     logits: np.ndarray
     scores: list[float | None]
+
+    def __repr__(self) -> str:
+        scores = ", ".join(map(_short, self.scores))
+        return f"Reply({self.text!r}, {len(self.masks)} masks{f' with scores {scores}' if scores else ''})"
 
 
 class InferenceMixin:
@@ -372,6 +380,10 @@ def _groups(counts: Sequence[int], limit: int) -> Iterator[slice]:
         yield slice(start, len(counts))
 
 
+def _short(score: float | None) -> str:
+    return "none" if score is None else f"{score:.3f}"
+
+
 def _logit(threshold: float) -> float:
     if not 0 < threshold < 1:
         raise ValueError(f"threshold (--threshold) is {threshold}; expected a probability above 0 and below 1")
@@ -380,10 +392,12 @@ def _logit(threshold: float) -> float:
 
 def _to_masks(logits: Tensor, size: tuple[int, int], cut: float) -> tuple[np.ndarray, list[float | None], np.ndarray]:
     """Logits (n, h, w) -> masks bool (n, H, W), scores, logits as an array; one mask at a time is held in float."""
-    masks, scores = np.zeros((len(logits), *size), bool), []
-    for index, grid in enumerate(logits):
+    if not len(logits):
+        return np.zeros((0, *size), bool), [], logits.cpu().numpy()
+    masks, scores = [], []
+    for grid in logits:
         full = interpolate(grid[None, None], size, mode="bilinear", align_corners=False)[0, 0]
-        chosen = full > cut
-        masks[index] = chosen.cpu().numpy()
-        scores.append(full[chosen].sigmoid().mean().item() if masks[index].any() else None)
-    return masks, scores, logits.cpu().numpy()
+        masks.append(full > cut)
+        scores.append((full.sigmoid() * masks[-1]).sum() / masks[-1].sum())  # NaN for an empty mask
+    numbers = [None if math.isnan(score) else score for score in torch.stack(scores).tolist()]
+    return torch.stack(masks).cpu().numpy(), numbers, logits.cpu().numpy()

@@ -7,6 +7,7 @@ tokens a tile side, h w an image's stitched grid of image tokens, Cv and C width
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,15 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         )
         self.trained_head = False
         self.post_init()
+        self.round_rope()
+
+    @torch.no_grad()
+    def round_rope(self) -> None:
+        """Round the LLM's rotary frequencies if the configuration asks for it; angles are computed in fp32 anyway."""
+        rotary = self.model.language_model.rotary_emb
+        if self.config.rope_precision == "bf16" and not rotary.inv_freq.is_meta:
+            for frequencies in (rotary.inv_freq, rotary.original_inv_freq):
+                frequencies.copy_(frequencies.bfloat16())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -123,7 +133,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Write layout (d): native tensor names. `checkpoints.save(..., published=True)` writes layout (c)."""
+        """Write layout `self1e`, native tensor names; `checkpoints.save(..., published=True)` writes `published`."""
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -145,12 +155,12 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         if not for_masks:
             return ImageFeatures(tokens, grids, None)
         high = self.model.multi_modal_projector(REPLICATIONS[self.config.replication](patches, self.config.ratio))
-        tiles = [rows * cols for rows, cols in grids]
-        lows, highs = low.split(tiles), high.split(tiles)
+        stops = [0, *accumulate(rows * cols for rows, cols in grids)]
         sides: dict[int, ImageSide] = {}
         for grid in dict.fromkeys(grids):  # together, so that ranks run the head equally often (ZeRO-3)
             images = [image for image, other in enumerate(grids) if other == grid]
-            pair = (stitch_tiles(torch.cat([x[image] for image in images]), grid) for x in (lows, highs))
+            tiles = [slice(stops[image], stops[image + 1]) for image in images]
+            pair = (stitch_tiles(torch.cat([x[part] for part in tiles]), grid) for x in (low, high))
             sides |= zip(images, self.segmentation_head.image_side(*pair))
         return ImageFeatures(tokens, grids, [sides[image] for image in range(len(grids))])
 

@@ -12,9 +12,7 @@ import yaml
 from self1e.data.config import DEFAULT_FAMILIES, FAMILIES
 from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
-from self1e.model.attention import PATHWAYS
-from self1e.model.grids import REPLICATIONS
-from self1e.model.head import HEADS
+from self1e.model.configuration import SWITCHES, Self1EConfig
 from self1e.training.adaptation import LLM_LINEARS
 from self1e.training.deepspeed_config import read_deepspeed, zero_stage
 from self1e.training.flags import REFUSED, Help, Parser, Refuse, at_least, fraction, rate
@@ -46,18 +44,18 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("--model_max_length", type=count, default=512, help="the most tokens of a row")
     model.add_argument("--high_res", action=switch, default=False, help="cut a photo into up to 4 tiles")
     model.add_argument(
-        "--attn_implementation",
-        choices=("sdpa", "eager", "flex_attention"),
-        default="sdpa",
-        help="attention kernel of LLM and ViT",
+        "--attn_implementation", choices=("sdpa", "eager"), default="sdpa", help="attention kernel of LLM and ViT"
     )
-    model.add_argument("--mask_features", choices=tuple(HEADS), help="ablation; unset: the checkpoint's, or rfa")
-    model.add_argument("--replication", choices=tuple(REPLICATIONS), help="ablation; unset: the checkpoint's, or tile")
-    model.add_argument(
-        "--attention_pathway", choices=tuple(PATHWAYS), help="ablation; unset: the checkpoint's, or image+seg"
-    )
-    model.add_argument("--auxiliary_loss", action=switch, help="ablation; unset: the checkpoint's, or on")
-    model.add_argument("--auxiliary_projection", action=switch, help="f_out there too; unset: as above, or off")
+    for name, entry in SWITCHES.items():
+        default = getattr(Self1EConfig, name)
+        if isinstance(default, bool):
+            text = f"{entry.help}; unset: the checkpoint's, or {'on' if default else 'off'}"
+            model.add_argument(f"--{name}", action=switch, help=text)
+        elif entry.choices is not None:
+            text = f"{entry.help}; unset: the checkpoint's, or {default}"
+            model.add_argument(f"--{name}", choices=tuple(entry.choices), help=text)
+        else:
+            model.add_argument(f"--{name}", type=weight, default=default, help=entry.help)
 
     trained = parser.add_argument_group("what is trained")
     trained.add_argument(
@@ -162,11 +160,6 @@ def make_parser() -> argparse.ArgumentParser:
     optimisation.add_argument(
         "--warmup_steps", type=natural, default=100, help="steps in which the rate rises; it falls to 0 after them"
     )
-    optimisation.add_argument("--ce_loss_weight", type=weight, default=1.0, help="weight of the text's cross-entropy")
-    optimisation.add_argument(
-        "--bce_loss_weight", type=weight, default=2.0, help="weight of the masks' binary cross-entropy"
-    )
-    optimisation.add_argument("--dice_loss_weight", type=weight, default=0.5, help="weight of the masks' Dice loss")
     optimisation.add_argument(
         "--gradient_checkpointing", action=switch, default=False, help="recompute activations to save memory"
     )
@@ -291,9 +284,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{flag} is about adapters: add --use_llm_lora, or --optimize_vision --use_vision_lora")
     if args.eval_visualize and args.no_eval:
         parser.error("--eval_visualize draws what is evaluated, and --no_eval evaluates nothing: give one of them")
-    for flag, value in (("precision", "fp16"), ("attn_implementation", "flex_attention")):
-        if getattr(args, flag) == value and not args.eval_only and not torch.cuda.is_available():
-            parser.error(f"--{flag} {value} trains on a GPU only, and torch finds none")
+    if args.precision == "fp16" and not args.eval_only and not torch.cuda.is_available():
+        parser.error("--precision fp16 trains on a GPU only, and torch finds none")
     if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         parser.error("--report_to wandb: the package is not installed; pip install wandb")
     if args.custom_data and "custom" not in args.dataset.split("||"):

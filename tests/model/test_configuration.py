@@ -19,7 +19,7 @@ RELEASES = {
 
 
 def release(name: str, **changes) -> dict:
-    """config.json of a release, layout (a), its keys that matter here."""
+    """config.json of a release, layout `internvl`, its keys that matter here."""
     kind, width, layers, heads, kv_heads, mlp, vocabulary = RELEASES[name]
     llm = {
         "model_type": kind, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -135,7 +135,8 @@ def test_switches_are_all_fields_and_their_defaults_are_the_paper():
     config = Self1EConfig()
     assert {name: getattr(config, name) for name in SWITCHES} == {
         "mask_features": "rfa", "replication": "tile", "attention_pathway": "image+seg", "auxiliary_loss": True,
-        "auxiliary_projection": False, "ce_loss_weight": 1.0, "bce_loss_weight": 2.0, "dice_loss_weight": 0.5,
+        "auxiliary_projection": False, "rope_precision": "fp32",
+        "ce_loss_weight": 1.0, "bce_loss_weight": 2.0, "dice_loss_weight": 0.5,
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import each_pack, make_trained
+from helpers import each_pack, make_trained, noise
 from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -266,3 +266,11 @@ def test_golden_masks(pack):
             np.testing.assert_allclose(result.logits, np.squeeze(expected[f"mask_logits_{index}"]), atol=1e-4)
             compared += 1
     assert compared
+
+
+def test_results_print_as_one_line(tiny):
+    (model, processor), image = tiny, noise(40, 30)
+    result = model.segment(processor, image, "the ring\nor star")[0]
+    reply = inference.Reply("It is [SEG].\nYes.", np.ones((1, 4, 5), bool), np.zeros((1, 2, 2), np.float32), [0.75])
+    assert repr(result).startswith("Segmentation('the ring\\nor star': ") and "\n" not in repr(result)
+    assert repr(reply) == "Reply('It is [SEG].\\nYes.', 1 masks with scores 0.750)"

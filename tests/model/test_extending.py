@@ -1,0 +1,85 @@
+"""What the files promise: a variant is one class or function and one entry, tried in a module of this test's own."""
+
+import pytest
+import torch
+from helpers import noise
+
+from self1e.model.attention import PATHWAYS
+from self1e.model.grids import REPLICATIONS, replicate_tile
+from self1e.model.head import HEADS, ImageSide, SegmentationHead
+from self1e.training.arguments import make_parser
+
+
+class GatedHead(SegmentationHead):
+    upsampling = 2
+
+    def __init__(self, hidden_size, **kwargs):
+        super().__init__(hidden_size, **kwargs)
+        self.gate = torch.nn.Linear(hidden_size, hidden_size)
+
+    def image_side(self, low, high):
+        gated = high * self.gate(high).sigmoid()
+        return [ImageSide(gated[i : i + 1], low[i : i + 1]) for i in range(len(low))]
+
+    def forward(self, image, seg, sides):
+        return self.logits(torch.cat([side.refill for side in sides]), seg), self.logits(image, seg)
+
+
+def image_to_seg(is_image, is_seg):
+    return lambda b, head, q, k: is_image[b, q] & is_seg[b, k]
+
+
+def replicate_negative(x, ratio=2):
+    return -replicate_tile(x, ratio)
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    monkeypatch.setitem(HEADS, "gated", GatedHead)
+    monkeypatch.setitem(PATHWAYS, "seg", image_to_seg)
+    monkeypatch.setitem(REPLICATIONS, "negative", replicate_negative)
+
+
+VARIANTS = [{"mask_features": "gated"}, {"attention_pathway": "seg"}, {"replication": "negative"}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda x: next(iter(x)))
+def test_a_new_variant_trains_and_segments(extension, variant, load_tiny, tiny_processor, tmp_path):
+    ((flag, value),) = variant.items()
+    args = make_parser().parse_args(["--version", "x", "--exp_name", "y", f"--{flag}", value])
+    assert getattr(args, flag) == value
+    model, plain = load_tiny(**variant).train(), load_tiny()
+    mask = torch.ones(1, 9, 9, dtype=torch.uint8)
+    batch = tiny_processor([noise(56, 56)], [[["<image>\nthe cat", "[SEG]."]]], [[mask]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = model(**batch).loss
+    before.backward()
+    assert all(x.grad is not None for x in model.parameters())
+    optimizer.step()
+    assert model(**batch).loss < before
+    model.trained_head = plain.trained_head = True
+    found, usual = (x.segment(tiny_processor, noise(56, 56), "the cat")[0].logits for x in (model, plain))
+    assert found.shape != usual.shape or abs(found - usual).max() > 1e-3
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert getattr(again.config, flag) == value and again.trained_head
+
+
+def test_an_unknown_variant_lists_the_known_ones(load_tiny):
+    with pytest.raises(ValueError, match="mask_features='gated' is unknown; one of baseline, replication, rfr, rfa"):
+        load_tiny(mask_features="gated")
+
+
+def test_rotary_frequencies_can_be_rounded_as_published(load_tiny):
+    """At theta 1e6 and head width 128, two tokens 256 apart meet at an angle that differs by up to 0.3 rad."""
+    exact, rounded = (
+        load_tiny(**options).model.language_model.rotary_emb for options in ({}, {"rope_precision": "bf16"})
+    )
+    assert exact.inv_freq.dtype == rounded.inv_freq.dtype == torch.float32
+    assert torch.equal(rounded.inv_freq, exact.inv_freq.bfloat16().float())
+    assert not torch.equal(rounded.inv_freq, exact.inv_freq)
+    frequencies = 1 / 1e6 ** (torch.arange(0, 128, 2) / 128)
+    angles = 256 * (frequencies.bfloat16().float() - frequencies).abs()
+    assert angles.max().item() == pytest.approx(0.30, abs=0.01)
+    with pytest.raises(ValueError, match="rope_precision='fp64' is unknown; one of fp32, bf16"):
+        load_tiny(rope_precision="fp64")
