@@ -3,8 +3,8 @@
 `internvl`: the original one (`internvl_chat`); `hf`: transformers' own; `published`: weights of the published SELF1E,
 `internvl` plus the head and without tokenizer, given as `weights` over a base; `self1e`: our `save_pretrained`, native
 names plus processor. Renaming and the split of the ViT's fused qkv are the library's conversion mapping, applied while
-it streams the shards. No code, pickle or template of a checkpoint is ever run: weights are safetensors, classes are
-named here, and the chat template is the processor's own.
+it streams the shards. Nothing of a checkpoint is ever run: weights are safetensors, or pickles that the library reads
+with `weights_only`; classes are named here, and the chat template is the processor's own.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -22,10 +23,10 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
-from self1e.model.configuration import SWITCHES, Self1EConfig, original_config
+from self1e.model.configuration import DAMAGE, SWITCHES, Self1EConfig, original_config
 from self1e.model.prompts import END_OF_TURN
 
-HEAD = "segmentation_head."
+HEAD, INDEX = "segmentation_head.", "model.safetensors.index.json"
 SCREEN = 40  # lines; longer lists of misfits are joined by layer
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Applied in this order to every key, reversed on writing: (original, native).
@@ -100,12 +101,13 @@ def load(
     base.update(switches)
     base.check_switches()
     source = version if weights is None else weights
+    _check_index(Path(source))
     try:
         with _quiet():
             model, report = from_pretrained(
                 source, config=base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-    except SafetensorError as error:
+    except (*DAMAGE, SafetensorError, UnpicklingError, EOFError) as error:
         raise ValueError(f"{source}: a weight file is damaged ({error}); fetch or save it again") from error
     model.round_rope()  # loading has computed the frequencies anew
     model.trained_head = _check(model, report, source, trained=weights is not None)
@@ -115,6 +117,20 @@ def load(
         end, pad = tokens.tokenizer.convert_tokens_to_ids(END_OF_TURN), tokens.tokenizer.pad_token_id
         model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     return model
+
+
+def _check_index(folder: Path) -> None:
+    """Raise ValueError for an index of shards that is no index, or names files outside its own folder."""
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = [name for name in names if Path(name).name != name]
+    except (*DAMAGE, ValueError) as error:
+        raise ValueError(f"{index}: damaged ({error}); expected weight_map, a file name per weight") from error
+    if outside:
+        raise ValueError(f"{index}: names a file outside its folder: {outside[0]!r}")
 
 
 def _check(model: PreTrainedModel, report: dict, source: str, *, trained: bool) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import InternVLConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -42,6 +43,8 @@ SWITCHES = {
 }
 # Precisions by the names that command lines use.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What the library raises over values of the wrong kind: lists for numbers, missing keys, nesting without end.
+DAMAGE = (StrictDataclassError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -106,6 +109,15 @@ class Self1EConfig(InternVLConfig):
     def tile_tokens(self) -> int:
         """L * L: image tokens per tile."""
         return self.tile_side**2
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As the library's; a `config.json` with values of the wrong kind is a ValueError that names it."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except DAMAGE as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{pretrained_model_name_or_path}: config.json is damaged ({reason})") from error
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

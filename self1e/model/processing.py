@@ -119,7 +119,12 @@ class Self1EProcessor(ProcessorMixin):
         Raises FileNotFoundError without a checkpoint, ValueError without a tokenizer of InternVL3's there.
         """
         own = Path(pretrained_model_name_or_path, "processor_config.json")
-        sizes = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+        try:
+            sizes = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+            known = all(isinstance(sizes[name], int) for name in ("image_size", "tile_tokens") if name in sizes)
+            assert isinstance(sizes, dict) and known
+        except (ValueError, TypeError, RecursionError, AssertionError) as error:
+            raise ValueError(f"{own}: damaged; expected image_size and tile_tokens as numbers") from error
         if "tile_tokens" not in sizes:  # not written by `save_pretrained` below
             config = Self1EConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
             sizes = {"image_size": config.tile_size, "tile_tokens": config.tile_tokens}
