@@ -7,12 +7,9 @@ wrote in one more pass over the whole text, because image tokens look at `[SEG]`
 Legend: H W pixels of the upright photo, h w mask grid of the model, n masks of a reply.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,46 +25,10 @@ from self1e.model.prompts import (
     evaluation_prompt,
     looks_like_sentence,
 )
+from self1e.model.results import Reply, Segmentation, logit_of, to_masks
 
 Message = dict[str, str | list[dict[str, str]]]
 Conversation = str | Sequence[Message]
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """The mask of one prompt.
-
-    prompt: as given. text: the answer. mask: bool (H, W). logits: float32 (h, w), before the resize.
-    score: mean foreground probability over the mask, 0..1; None for an empty mask.
-    """
-
-    prompt: str
-    text: str
-    mask: np.ndarray
-    logits: np.ndarray
-    score: float | None
-
-    def __repr__(self) -> str:
-        share = f"{self.mask.mean():.1%} of {self.mask.shape[1]} x {self.mask.shape[0]}"
-        return f"Segmentation({self.prompt!r}: {share}, score {_short(self.score)})"
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model wrote, with one mask for every `[SEG]` in it, in order.
-
-    text: without the closing token. masks: bool (n, H, W). logits: float32 (n, h, w), before the resize.
-    (0, 0, 0) without any. scores: mean foreground probability over each mask; None for an empty one.
-    """
-
-    text: str
-    masks: np.ndarray
-    logits: np.ndarray
-    scores: list[float | None]
-
-    def __repr__(self) -> str:
-        scores = ", ".join(map(_short, self.scores))
-        return f"Reply({self.text!r}, {len(self.masks)} masks{f' with scores {scores}' if scores else ''})"
 
 
 class InferenceMixin:
@@ -118,7 +79,7 @@ class InferenceMixin:
             FloatingPointError: the model computed no numbers (float16 overflows).
         """
         self._check_head()
-        cut = _logit(threshold)
+        cut = logit_of(threshold)
         photos, single = _photos(images)
         asked = _prompts_per_photo(prompts, len(photos))
         rows = [[[_question(text, is_sentence), ANSWER] for text in texts] for texts in asked]
@@ -130,7 +91,7 @@ class InferenceMixin:
         for photo, texts in zip(photos, asked):
             results.append([])
             for text in texts:
-                masks, scores, grids = _to_masks(next(found), (photo.height, photo.width), cut)
+                masks, scores, grids = to_masks(next(found), (photo.height, photo.width), cut)
                 results[-1].append(Segmentation(text, ANSWER, masks[0], grids[0], scores[0]))
         return results[0] if single else results
 
@@ -176,7 +137,7 @@ class InferenceMixin:
             FloatingPointError: the model computed no numbers (float16 overflows).
         """
         self._check_head()
-        cut = _logit(threshold)
+        cut = logit_of(threshold)
         given, single = _photos(images, keep=True)
         conversations = [messages] if single else list(messages)
         if isinstance(messages, str) > single or len(conversations) != len(given):
@@ -198,7 +159,7 @@ class InferenceMixin:
         for image in given:
             text, logits = found[id(image)].pop(0)
             size = (photos[id(image)].height, photos[id(image)].width)
-            masks, scores, grids = _to_masks(logits, size, cut)
+            masks, scores, grids = to_masks(logits, size, cut)
             results.append(Reply(text, masks, grids, scores))
         return results[0] if single else results
 
@@ -378,26 +339,3 @@ def _groups(counts: Sequence[int], limit: int) -> Iterator[slice]:
         rows += count
     if rows:
         yield slice(start, len(counts))
-
-
-def _short(score: float | None) -> str:
-    return "none" if score is None else f"{score:.3f}"
-
-
-def _logit(threshold: float) -> float:
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold (--threshold) is {threshold}; expected a probability above 0 and below 1")
-    return math.log(threshold / (1 - threshold))
-
-
-def _to_masks(logits: Tensor, size: tuple[int, int], cut: float) -> tuple[np.ndarray, list[float | None], np.ndarray]:
-    """Logits (n, h, w) -> masks bool (n, H, W), scores, logits as an array; one mask at a time is held in float."""
-    if not len(logits):
-        return np.zeros((0, *size), bool), [], logits.cpu().numpy()
-    masks, scores = [], []
-    for grid in logits:
-        full = interpolate(grid[None, None], size, mode="bilinear", align_corners=False)[0, 0]
-        masks.append(full > cut)
-        scores.append((full.sigmoid() * masks[-1]).sum() / masks[-1].sum())  # NaN for an empty mask
-    numbers = [None if math.isnan(score) else score for score in torch.stack(scores).tolist()]
-    return torch.stack(masks).cpu().numpy(), numbers, logits.cpu().numpy()
