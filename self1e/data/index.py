@@ -144,9 +144,11 @@ def _build(source: Path, read: Callable[[Path, Writer], None], final: Path) -> N
     try:
         try:
             read(source, writer)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):  # buffers that no longer fit the disk; the cause is on its way up
                 writer.close(complete=False)
+            if isinstance(error, UnicodeEncodeError):  # JSON can spell half a character
+                raise ValueError(f"{source} holds text that is no Unicode ({error}); download it again") from error
             raise
         writer.close(complete=True)
         folder.chmod(0o755)  # a cache may be shared among users

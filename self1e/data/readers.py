@@ -10,6 +10,7 @@ import json
 import pickle
 import pickletools
 import re
+import reprlib
 from array import array
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -103,12 +104,17 @@ def expected_schema(path: Path, place: Callable[[], str] = lambda: "") -> Iterat
         raise ValueError(message) from error
 
 
+def shown(value: Any) -> str:
+    """A value of a stranger's file for a message; short, also where its containers are shared without end."""
+    return reprlib.repr(value)
+
+
 def take(record: Any, key: str, *kinds: type) -> Any:
     """`record[key]`, of one of `kinds`; a bool is no int. Raises KeyError, or TypeError saying what stands there."""
     value = record[key]
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"{key} is {value!r:.80}, not {expected}")
+        raise TypeError(f"{key} is {shown(value)}, not {expected}")
     return value
 
 
@@ -260,7 +266,7 @@ def read_refs(path: Path, out: Writer) -> None:
             ids = take(ref, "ann_id", int, list, tuple)
             ids = [ids] if isinstance(ids, int) else list(ids)
             if not all(type(id) is int for id in ids):
-                raise TypeError(f"ann_id is {ids!r:.80}")
+                raise TypeError(f"ann_id is {shown(ids)}")
             sentences: dict[bool, list] = {True: [], False: []}  # by whether something in the photo is meant
             for k, sentence in enumerate(map(_texts, take(ref, "sentences", list, tuple)[:left])):
                 text = _text(take({"sent": sentence.get("raw")} | sentence, "sent", str, bytes))

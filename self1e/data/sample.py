@@ -136,9 +136,14 @@ class Annotation(NamedTuple):
 
 
 def forged(texts: Iterable[str]) -> str | None:
-    """What is wrong with texts that hold a control token, such as [SEG] or <|im_end|>; None when nothing is."""
-    found = [(token, text) for text in texts for token in RESERVED if token in text]
-    return f"{found[0][1]!r:.200} holds the reserved token {found[0][0]}" if found else None
+    """What is wrong with texts that hold a control token, such as [SEG] or <|im_end|>, or half a character."""
+    for text in texts:
+        for token in RESERVED:
+            if token in text:
+                return f"{text!r:.200} holds the reserved token {token}"
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            return f"{text!r:.200} is no Unicode text"
+    return None
 
 
 def own_texts(turns: list[str], masks: int) -> list[str]:
@@ -215,10 +220,10 @@ class TrainingSet(ABC):
         """What is odd in the files of the set but has a settled meaning; said once when training starts."""
         return []
 
-    def choose(self, records: int) -> None:
-        """Take all records on disk. Raises ValueError when there are none."""
+    def choose(self, records: int, source: Path) -> None:
+        """Take all records that `source`, a file or folder, holds. Raises ValueError when there are none."""
         if not records:
-            raise ValueError(f"{self.name}: no training samples found (see {DATASETS})")
+            raise ValueError(f"{self.name}: no training samples found in {source} (see {DATASETS})")
         self.items = np.arange(records, dtype=np.int32)
 
     def exclude(self, keys: np.ndarray) -> None:

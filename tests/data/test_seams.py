@@ -46,7 +46,7 @@ class Frames(TrainingSet):
     def __init__(self, dataset_dir, data_dir, *, rows, allow_outside=False):
         (folder,) = self.paths(dataset_dir, data_dir)
         self.photos = sorted(folder.glob("*.jpg"))
-        self.choose(len(self.photos))
+        self.choose(len(self.photos), folder)
 
     @classmethod
     def paths(cls, dataset_dir, data_dir):

@@ -207,7 +207,7 @@ class CustomSet(TrainingSet):
         self.data.check()
         self.name = self.data.name
         self.rows = rows
-        self.choose(len(self.data))
+        self.choose(len(self.data), self.data.source)
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path, source: str | Path | None = None) -> list[Path]:

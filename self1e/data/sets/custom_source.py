@@ -15,7 +15,7 @@ import numpy as np
 
 from self1e.data.index import Writer
 from self1e.data.masks import check_size
-from self1e.data.readers import Oddities, stream_json, take
+from self1e.data.readers import Oddities, shown, stream_json, take
 
 HELP = "docs/data.md, section Own data"
 COLUMNS = ("image", "mask", "prompt")
@@ -61,7 +61,7 @@ class _Tables:
 def _require(record: Any, fields: dict[str, tuple[type, ...]]) -> None:
     """Raise ValueError naming the fields of a JSON record that are absent or of another type."""
     if not isinstance(record, dict):
-        raise ValueError(f"{record!r:.80} is no object")
+        raise ValueError(f"{shown(record)} is no object")
     faults = []
     for name, kinds in fields.items():
         try:
@@ -69,7 +69,7 @@ def _require(record: Any, fields: dict[str, tuple[type, ...]]) -> None:
         except KeyError:
             faults.append(f"it has no {name}")
         except TypeError:
-            faults.append(f"{name} is {record[name]!r:.80}")
+            faults.append(f"{name} is {shown(record[name])}")
     if faults:
         raise ValueError(", ".join(faults))
 
@@ -86,7 +86,7 @@ def _sentences(annotation: dict) -> list[str]:
         value = annotation.get(field) or []
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise ValueError(f"{field} is {value!r:.80}, neither a string nor a list of strings")
+            raise ValueError(f"{field} is {shown(value)}, neither a string nor a list of strings")
         if not all(text.strip() for text in value):
             raise ValueError(f"{field} holds an empty sentence")
         found += [text.strip() for text in value]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from self1e.data.masks import paint_shapes
 from self1e.data.paths import DATASETS
-from self1e.data.readers import take
+from self1e.data.readers import shown, take
 from self1e.data.sample import (
     Annotation,
     EvalImage,
@@ -64,7 +64,7 @@ def read_record(photo: Path, id: str) -> dict:
         kinds = {"text": (list,), "is_sentence": (bool, int), "shapes": (list,)}
         record = {key: take(record, key, *kinds[key]) for key in kinds}
         if not all(isinstance(text, str) for text in record["text"]):
-            raise TypeError(f"text is {record['text']!r:.80}, not a list of strings")
+            raise TypeError(f"text is {shown(record['text'])}, not a list of strings")
         return record
     except KeyError as error:
         raise SampleError(id, f"{path}: key {error} is missing") from error
@@ -108,7 +108,7 @@ class ReasonSeg(TrainingSet):
         self.rows = rows
         self.explanatory = explanatory
         self.explanations = _explanations(dataset_dir) if explanatory != -1 else {}
-        self.choose(len(self.photos))
+        self.choose(len(self.photos), _root(dataset_dir))
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path, splits: str = "train", explanatory: float = -1) -> list[Path]:

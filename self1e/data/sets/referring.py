@@ -130,7 +130,7 @@ class ReferringTrain(TrainingSet):
     def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
         self.data = ReferringData(dataset_dir, self.name, self.partition, "train", allow_outside=allow_outside)
         self.rows = rows
-        self.choose(len(self.data))
+        self.choose(len(self.data), self.paths(dataset_dir, data_dir)[0])
 
     @classmethod
     def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:

@@ -47,7 +47,7 @@ class LabelMapSet(TrainingSet):
         self.names = [name.strip().lower() for name in self.read_names(Path(dataset_dir))]
         folder, suffix = (self.photos, ".jpg") if self.listed == "photos" else (self.labels, ".png")
         self.stems = _file_names(folder, suffix)
-        self.choose(len(self.stems))
+        self.choose(len(self.stems), folder)
 
     def read_names(self, dataset_dir: Path) -> list[str]:
         """Class names in label order."""
@@ -143,7 +143,7 @@ class PartSet(TrainingSet):
         self.coco = CocoIndex(annotations)
         self.names = {id: self.split_name(name) for id, name in self.coco.categories.items()}
         self.image_ids = self.coco.image_ids
-        self.choose(len(self.image_ids))
+        self.choose(len(self.image_ids), annotations)
 
     def keys(self) -> np.ndarray:
         return self.coco.image_keys

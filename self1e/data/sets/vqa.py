@@ -33,7 +33,7 @@ class LLaVAInstruct(TrainingSet):
         self.photos = PhotoFolder(photos, allow_outside)
         self._index = open_index(source, read_instructions)
         self._items = self._index.table("items")
-        self.choose(len(self._items))
+        self.choose(len(self._items), source)
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -78,9 +78,10 @@ class QuestionSet(TrainingSet):
 
     def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
         self.photos = PhotoFolder(Path(data_dir), allow_outside)
-        self._index = open_index(self.paths(dataset_dir, data_dir)[0], read_questions)
+        source = Path(data_dir) / self.file
+        self._index = open_index(source, read_questions)
         self._items = self._index.table("items")
-        self.choose(len(self._items))
+        self.choose(len(self._items), source)
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
