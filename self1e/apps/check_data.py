@@ -5,8 +5,8 @@
     self1e check-data dataset --limit 500     # a first look: 500 records of each set, evenly spread
 
 Cost: every photo is decoded: 1,000 records take about 5 s a core; with --limit 500 the whole tree takes minutes.
-Result: a table (photos, sentences, masks, empty masks, problems), the first problems of each set with their record or
-line, and a contact sheet of what training sees (photo, mask, question). What is found: photos and masks that are
+Result: a table (photos, sentences, masks, empty masks, problems, known totals), the first problems of
+each set with their record or line, and a contact sheet of what training sees (photo, mask, question). What is found: photos and masks that are
 missing or truncated, a mask of another size than its photo, an empty phrase, a polygon outside the photo, an unknown
 category or class, ids that occur twice, and tokens such as [SEG] in a text.
 Exit code: 0; 1 when something is wrong; 2 for wrong arguments.
@@ -32,6 +32,7 @@ from self1e.data.paths import missing
 from self1e.data.sample import Annotation, EvalSplit, SampleError, TrainingSet, own_texts
 from self1e.data.sets.custom import CustomData, CustomSplit
 from self1e.data.splits import SPLITS, load_split, split_paths
+from self1e.data.totals import compare
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
@@ -67,7 +68,8 @@ class Seen:
 class Source:
     """A set, split or benchmark: `read(number)` gives one of its `records` or raises SampleError.
 
-    remarks: what is odd in its files but has a settled meaning, and is no problem
+    remarks:   what is odd in its files but has a settled meaning, and is no problem
+    published: how it compares with the known totals
     """
 
     name: str
@@ -76,6 +78,7 @@ class Source:
     read: Callable[[int], Seen] | None = None
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    published: str = "-"
 
 
 def training_source(name: str, data: TrainingSet) -> Source:
@@ -95,7 +98,9 @@ def training_source(name: str, data: TrainingSet) -> Source:
         return Seen(sample.id, sample.image, rows, problems + polygon_problems(data.annotations(item, sample.image)))
 
     keys = data.keys()
-    return Source(name, len(keys), len(np.unique(keys)), read, data.faults(), data.remarks())
+    return Source(
+        name, len(keys), len(np.unique(keys)), read, data.faults(), data.remarks(), compare(name, data.counts())
+    )
 
 
 class OwnData(CustomSplit):
@@ -115,7 +120,9 @@ def evaluation_source(name: str, data: EvalSplit) -> Source:
         rows = [([text.strip()], mask[None]) for text, mask in zip(unit.sentences, masks)]
         return Seen(unit.image_id, image, rows, problems + polygon_problems(data.annotations(item, image)))
 
-    return Source(name, len(data), len(np.unique(data.keys())), read, data.faults(), data.remarks())
+    return Source(
+        name, len(data), len(np.unique(data.keys())), read, data.faults(), data.remarks(), compare(name, data.counts())
+    )
 
 
 def question_source(name: str, questions: list[Question], problems: list[str]) -> Source:
@@ -296,8 +303,15 @@ def table(reports: list[Report]) -> str:
         some = report.records < report.source.records
         records = f"{report.records:,} of {report.source.records:,}" if some else f"{report.records:,}"
         counts = report.source.photos, report.sentences, report.masks, report.empty, len(report.problems)
-        rows.append([report.source.name.replace("|", " "), records, *(f"{count:,}" for count in counts)])
-    header = ["set", "records read", "photos", "sentences", "masks", "empty masks", "problems"]
+        rows.append(
+            [
+                report.source.name.replace("|", " "),
+                records,
+                *(f"{count:,}" for count in counts),
+                report.source.published,
+            ]
+        )
+    header = ["set", "records read", "photos", "sentences", "masks", "empty masks", "problems", "published"]
     return markdown_table(header, rows)
 
 

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
+from tqdm import tqdm
 
 READER_VERSION = 2
 
@@ -82,9 +83,10 @@ class Index:
 class Writer:
     """Collects tables, arrays and meta data of one index in `folder`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, title: str = ""):
         self.folder = folder
         self.meta: dict[str, Any] = {}
+        self._bar = tqdm(desc=title, unit="B", unit_scale=True, delay=2, leave=False)
         self._tables: dict[str, tuple[BinaryIO, array[int]]] = {}
 
     def declare(self, *tables: str) -> None:
@@ -99,10 +101,16 @@ class Writer:
         file, offsets = self._tables[table]
         offsets.append(offsets[-1] + file.write(record.encode()))
 
+    def progress(self, done: int, total: int) -> None:
+        """Show a bar once reading takes more than a moment; `done` of `total` characters of the source."""
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
     def array(self, name: str, values: Any) -> None:
         np.save(self.folder / f"{name}.npy", np.asarray(values, np.int64))
 
     def close(self, complete: bool) -> None:
+        self._bar.close()
         for name, (file, offsets) in self._tables.items():
             file.close()
             if complete:
@@ -140,7 +148,7 @@ def open_index(source: Path, read: Callable[[Path, Writer], None]) -> Index:
 
 def _build(source: Path, read: Callable[[Path, Writer], None], final: Path) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f"{final.name}.", dir=final.parent))
-    writer = Writer(folder)
+    writer = Writer(folder, f"index of {source.name}")
     try:
         try:
             read(source, writer)

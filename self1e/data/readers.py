@@ -29,17 +29,22 @@ _decode = json.JSONDecoder().raw_decode
 
 
 # ------------------------------------------------------------------------------------------------ JSON
-def stream_json(path: Path) -> Iterator[Element]:
+def stream_json(path: Path, out: Writer | None = None) -> Iterator[Element]:
     """Elements of a JSON file one by one, so that memory holds its text but never its whole tree.
 
     A top-level array gives (None, element, its text); a top-level object gives (key, element, its text) for members
     that are arrays with elements and (key, value, its text) for others, an empty array among them. Raises ValueError
-    naming the file when it is no UTF-8 JSON.
+    naming the file when it is no UTF-8 JSON. `out` is told how far the file is read.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
         start = _after_blanks(text, 0)
-        yield from _array(text, start, None) if text[start] == "[" else _object(text, start)
+        done = start
+        for element in _array(text, start, None) if text[start] == "[" else _object(text, start):
+            done += len(element[2])
+            if out is not None:
+                out.progress(done, len(text))
+            yield element
     except (ValueError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is not a complete UTF-8 JSON file ({error}); download it again") from error
 
@@ -213,7 +218,7 @@ def read_coco(path: Path, out: Writer) -> None:
     seen, oddities = set(), Oddities()
     out.declare("images", "annotations")
     with expected_schema(path):
-        for key, value, text in stream_json(path):
+        for key, value, text in stream_json(path, out):
             seen.add(key)
             if value == []:
                 continue
@@ -255,7 +260,7 @@ def read_refs(path: Path, out: Writer) -> None:
     `splits` [[split string, first group, last + 1], ...]. Sentences of R-RefCOCO that are marked as meaning nothing
     (`exist` is false) are a reference of their own, without annotations; Ref-ZOM has its sentences under `raw`.
     """
-    refs = [value for _, value, _ in stream_json(path)] if path.suffix == ".json" else load_plain_pickle(path)
+    refs = [value for _, value, _ in stream_json(path, out)] if path.suffix == ".json" else load_plain_pickle(path)
     groups: dict[tuple[str, int], list] = {}
     left = path.stat().st_size  # containers of a pickle may be shared: no more sentences than bytes
     out.declare("groups")
@@ -294,7 +299,7 @@ def read_instructions(path: Path, out: Writer) -> None:
     keys = array("q")
     out.declare("items")
     with expected_schema(path, lambda: f", record {len(keys)} counted from 0"):
-        for key, value, _ in stream_json(path):
+        for key, value, _ in stream_json(path, out):
             if key is not None:
                 raise TypeError("an object, not a list of conversations")
             turns = [

@@ -167,7 +167,7 @@ class TrainingSet(ABC):
     redrawn:      the mixture "published" draws its samples with replacement
     rated:        the rate of its family multiplies it; otherwise it counts once
     mark:         the path by which check-data knows that the set is there
-    everything, annotations, faults, remarks: what check-data looks at
+    everything, annotations, faults, remarks, counts: what check-data looks at
     """
 
     name: str
@@ -219,6 +219,10 @@ class TrainingSet(ABC):
     def remarks(self) -> list[str]:
         """What is odd in the files of the set but has a settled meaning; said once when training starts."""
         return []
+
+    def counts(self) -> dict[str, int]:
+        """What it holds on disk, to compare with `totals.known_totals`."""
+        return {"images": len(np.unique(self.keys()))}
 
     def choose(self, records: int, source: Path) -> None:
         """Take all records that `source`, a file or folder, holds. Raises ValueError when there are none."""
@@ -314,6 +318,10 @@ class EvalSplit(ABC, Sequence[EvalImage]):
     def remarks(self) -> list[str]:
         """What is odd in the files of the split but has a settled meaning."""
         return []
+
+    def counts(self) -> dict[str, int]:
+        """What it holds on disk, to compare with `totals.known_totals`."""
+        return {"images": len(np.unique(self.keys()))}
 
     def __getitem__(self, item: int) -> EvalImage:  # type: ignore[override]  # a split is never sliced
         """One photo. Raises SampleError when it is broken, which includes a text that holds a control token."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -24,6 +25,7 @@ from trees import (
 from self1e.apps.check_data import main
 from self1e.data.config import FAMILIES
 from self1e.data.splits import SPLITS
+from self1e.data.totals import compare, known_totals
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 
@@ -40,7 +42,7 @@ def run(capsys):
         code = main([str(argument) for argument in (*arguments, "--workers", 2)])
         text = capsys.readouterr().out
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:2] == "| "]
-        return code, {name: cells for name, *cells in lines[2:]}, text
+        return code, {name: cells for name, *cells, _ in lines[2:]}, text
 
     return run
 
@@ -72,6 +74,41 @@ def test_every_set_of_a_sound_tree(tmp_path, run):
 def test_real_photos(run):
     code, rows, text = run(SHARED / "minidata/dataset", "--limit", 2, "--samples", 0)
     assert code == 0 and len(rows) > 30, text
+
+
+def test_known_totals(tmp_path, run, monkeypatch):
+    copy_shapes(tmp_path)
+    totals = {"refcoco": {"images": 4, "refs": 9_000}, "gqa": {"questions": 1}, "ade20k": {"images": 2}}
+    monkeypatch.setattr("self1e.data.totals.known_totals", lambda: totals)
+    text = run(tmp_path / "dataset", "--samples", 0, "--limit", 1)[2]
+    found = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in text.splitlines() if line[:2] == "| "}
+    assert found["ade20k"] == "complete" and found["cocostuff"] == "-"
+    assert re.fullmatch(r"partly: \d+ of 9,000 refs", found["refcoco"])
+    assert re.fullmatch(r"another version: \d+ of 1 questions", found["gqa"])
+
+
+def test_the_shipped_totals_are_those_of_sets_and_splits():
+    known = known_totals()
+    assert set(known) <= {name for family in FAMILIES.values() for name in family.sets} | set(SPLITS)
+    val = known["refcoco|unc|val"]
+    assert compare("refcoco|unc|val", val) == "complete"
+    assert compare("refcoco|unc|val", val | {"images": 1499}) == "partly: 1,499 of 1,500 images"
+    assert compare("refcoco|unc|val", val | {"images": 1499, "refs": 3812}) == "another version: 3,812 of 3,811 refs"
+    assert compare("custom|x", {"images": 3}) == "-"
+
+
+def test_odd_segmentations_are_counted_and_are_no_problem(tmp_path, run):
+    parts = [
+        {"id": 1, "image_id": 1, "segmentation": [SQUARE, [1, 2, 3]]},
+        {"id": 2, "image_id": 1, "segmentation": []},
+    ]
+    voc = tmp_path / "dataset/vlpart/pascal_part"
+    write_json(voc / "train.json", instances([(1, "1.jpg")], parts))
+    photo(voc / "VOCdevkit/VOC2010/JPEGImages/1.jpg")
+    code, rows, text = run(tmp_path / "dataset", "--samples", 0)
+    assert code == 0 and rows["pascal_part"] == ["1", "1", "1", "1", "0", "0"]
+    assert "train.json: 1 annotations with an empty segmentation are skipped (first: annotation 2)" in text
+    assert "train.json: 1 annotations with polygon parts of fewer than 6" in text
 
 
 def test_faults_of_a_tree(tmp_path, run):

@@ -78,6 +78,12 @@ class ReferringData:
             for sent_id, sentence in sentences
         ]
 
+    def counts(self) -> dict[str, int]:
+        """Images, expressions and sentences."""
+        groups = [self._groups[int(row)][1] for row in self._rows]
+        sentences = sum(len(texts) for group in groups for _, _, texts in group)
+        return {"images": len(self), "refs": sum(map(len, groups)), "sentences": sentences}
+
     def file_name(self, item: int) -> str:
         """Name of the photo below its folder. Raises SampleError when instances.json lacks the image."""
         return self._image(item)[0]
@@ -152,6 +158,9 @@ class ReferringTrain(TrainingSet):
     def remarks(self) -> list[str]:
         return self.data.coco.remarks(empty="are empty masks")
 
+    def counts(self) -> dict[str, int]:
+        return self.data.counts()
+
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:
         expressions = self.data.expressions(item)
         if not expressions:
@@ -208,6 +217,9 @@ class ReferringSplit(EvalSplit):
 
     def remarks(self) -> list[str]:
         return self.data.coco.remarks(empty="are empty masks")
+
+    def counts(self) -> dict[str, int]:
+        return self.data.counts()
 
     def read(self, item: int) -> EvalImage:
         expressions = self.data.expressions(item)

@@ -47,6 +47,9 @@ class LLaVAInstruct(TrainingSet):
     def keys(self) -> np.ndarray:
         return self._index.array("image_keys")
 
+    def counts(self) -> dict[str, int]:
+        return super().counts() | {"conversations": len(self._items)}
+
     def read(self, item: int, rng: np.random.Generator) -> Sample:
         record, image, turns = self._items[item]
         id = f"{self.name}/{record}"
@@ -100,6 +103,9 @@ class QuestionSet(TrainingSet):
 
     def keys(self) -> np.ndarray:
         return self._index.array("image_keys")
+
+    def counts(self) -> dict[str, int]:
+        return {"questions": len(self._items)}
 
     def read(self, item: int, rng: np.random.Generator) -> Sample:
         image, question, answer = self._items[item]
