@@ -6,7 +6,7 @@
 
 Cost: every photo is decoded: 1,000 records take about 5 s a core; with --limit 500 the whole tree takes minutes.
 Result: a table (photos, sentences, masks, empty masks, problems, and how the files compare with the known totals), the
-first problems of each set with their record or line, and a contact sheet of what training sees (photo, mask, question).
+first problems of each set with their record or line, and a contact sheet of what training sees (photo, mask, text).
 What is found: photos and masks that are missing or truncated, a mask of another size than its photo, an empty phrase,
 a polygon outside the photo, an unknown category or class, ids that occur twice, and tokens such as [SEG] in a text.
 Exit code: 0; 1 when something is wrong; 2 for wrong arguments.
