@@ -316,7 +316,9 @@ def table(reports: list[Report]) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="self1e check-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("path", metavar="PATH", type=Path, help="the tree's dataset folder, or own data (.csv, .json, folder)")
     add("--data_dir", type=Path, help="VQA sets of the tree; default: the folder data beside PATH")

@@ -37,7 +37,10 @@ CSS = """
 .answer p {margin: 0.35em 0; line-height: 1.6; overflow-wrap: anywhere}
 .answer .prompt, .answer .note {opacity: 0.75}
 .answer .seg {border-radius: 4px; padding: 1px 6px; font-weight: 600}
-#downloads .filename, #downloads td, #downloads a {white-space: normal; overflow: visible; overflow-wrap: anywhere}
+#downloads table {table-layout: fixed; width: 100%}
+#downloads td:not(.filename) {width: 6.5em}
+#downloads .filename, #downloads .filename * {display: inline; white-space: normal; overflow-wrap: anywhere}
+#downloads td.filename {display: table-cell}
 footer {display: none !important}
 """
 # On a phone the result lies below the fold; bring it into view when Run is pressed.

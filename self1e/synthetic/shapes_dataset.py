@@ -73,7 +73,9 @@ def make_shapes_dataset(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="self1e make-shapes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", metavar="OUTPUT", help="folder that will hold dataset/ and data/")
     parser.add_argument("--train", type=int, default=2000, help="training scenes")
     parser.add_argument("--val", type=int, default=100, help="scenes in each of the three held-out groups")

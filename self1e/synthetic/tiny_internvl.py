@@ -342,7 +342,9 @@ def check_sizes(options: dict) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="self1e make-tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", metavar="OUTPUT", help="folder to write; a checkpoint in it is overwritten")
     parser.add_argument("--layout", choices=["internvl", "hf"], default="internvl")
     parser.add_argument("--llm", choices=["qwen2", "qwen3"], default="qwen2", help="qwen3: q/k norms, no qkv bias")

@@ -5,22 +5,23 @@
 Trainer and converter write it with the weights; `hf upload USER/NAME runs/exp/ckpt_model` then carries it to the hub.
 """
 
-import argparse
+import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from self1e.files import write_text
-from self1e.model.configuration import Self1EConfig
+from self1e.flags import Parser, checkpoint
 
 EVALUATIONS = {"Segmentation": "eval/summary.md", "Visual question answering": "eval_vqa/summary.md"}
 COMMAND = re.compile(r"^## Training\n\n```bash\n(.*?)\n```", re.MULTILINE | re.DOTALL)
-HEADER = re.compile(r"^base_model: (.+)$", re.MULTILINE)
+HEADER = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
+FIGURES = {"ciou": "cIoU", "giou": "gIoU"}
 CARD = """---
-library_name: transformers
-pipeline_tag: image-segmentation
-tags: [self1e, referring-segmentation, reasoning-segmentation]
-{base}---
+{metadata}---
 
 # {title}
 
@@ -56,24 +57,32 @@ def write_model_card(
     base: str | None = None,
     command: str | None = None,
     results: str | Path | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
 ) -> Path:
     """Write `<folder>/README.md` and return its path.
 
     Args:
-        folder: of a checkpoint, layout (d).
+        folder: of a checkpoint, layout `self1e`.
         title: name of the model; default: the folder's, or the experiment's around a `ckpt_model`.
         base: hub id or folder that training started from; default: what an earlier card there says.
         command: that trained it; default: what an earlier card there says.
         results: folder that holds `eval/summary.md` and `eval_vqa/summary.md`, as evaluations write them; default: the
             checkpoint's parent, where a table older than the weights is of an earlier training and left out.
+        license: of the weights, as the hub spells it; datasets: hub ids of the training data. Default: what an earlier
+            card there says; nothing is guessed.
     """
+    from self1e.model.configuration import Self1EConfig  # needs torch, which `--help` does not
+
     folder = Path(folder)
     path = folder / "README.md"
     ages = [file.stat().st_mtime for file in folder.glob("*.safetensors")] if results is None else []
     results, saved = Path(results or folder.parent), max(ages, default=0.0)
     earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
     command = command or next(iter(COMMAND.findall(earlier)), None)
-    base = base or next(iter(HEADER.findall(earlier)), None)
+    head = HEADER.match(earlier)
+    before = yaml.safe_load(head[1]) if head else {}
+    base = base or before.get("base_model")
     base = Path(base).name if base and Path(base).is_dir() else base  # a path of this machine tells nobody anything
     config, named = Self1EConfig.from_pretrained(folder), folder.resolve()
     tables = []
@@ -81,9 +90,21 @@ def write_model_card(
         usable = (results / file).is_file() and (results / file).stat().st_mtime >= saved
         table = (results / file).read_text(encoding="utf-8").strip() if usable else "Not evaluated yet."
         tables.append(f"### {name}\n\n{table}")
+    title = title or (named.parent.name if named.name == "ckpt_model" else named.name)
+    figures = results / "eval/summary.json"
+    scored = structured_results(figures) if figures.is_file() and figures.stat().st_mtime >= saved else []
+    metadata = {
+        "license": license or before.get("license"),
+        "library_name": "transformers",
+        "pipeline_tag": "image-segmentation",
+        "tags": ["self1e", "referring-segmentation", "reasoning-segmentation"],
+        "base_model": base,
+        "datasets": [*datasets] or before.get("datasets"),
+        "model-index": [{"name": title, "results": scored}] if scored else None,
+    }
     card = CARD.format(
-        base=f"base_model: {base}\n" if base else "",
-        title=title or (named.parent.name if named.name == "ckpt_model" else named.name),
+        metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False),
+        title=title,
         head=config.mask_features,
         replication=config.replication,
         pathway=config.attention_pathway,
@@ -94,14 +115,37 @@ def write_model_card(
     return path
 
 
+def structured_results(summary: Path) -> list[dict]:
+    """The hub's `model-index` results, in percent, from an evaluation's summary. Raises ValueError naming the file."""
+    try:
+        splits = json.loads(summary.read_text(encoding="utf-8"))
+        return [
+            {
+                "task": {"type": "image-segmentation", "name": "Segmentation by a sentence"},
+                "dataset": dict(zip(("type", "name", "split"), (names[0], " ".join(names), names[-1]))),
+                "metrics": [
+                    {"type": key, "name": name, "value": round(100 * figures[key], 2)} for key, name in FIGURES.items()
+                ],
+            }
+            for split, figures in splits.items()
+            for names in [[Path(part).name for part in split.split("|")]]  # without the paths of this machine
+        ]
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{summary}: not the summary of an evaluation ({type(error).__name__}: {error})") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="self1e card", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="checkpoint, layout (d)")
-    parser.add_argument("--base", help="hub id or folder that training started from; default: the present card's")
-    parser.add_argument("--command", help="training command; default: the present card's")
-    parser.add_argument("--results", type=Path, help="folder with eval/ and eval_vqa/; default: the one around")
-    args = parser.parse_args(argv)
-    if not (args.folder / "config.json").is_file():
-        parser.error(f"{args.folder}: no checkpoint there (config.json is missing)")
-    print(write_model_card(args.folder, base=args.base, command=args.command, results=args.results))
+    parser = Parser(prog="self1e card", description=__doc__)
+    add = parser.add_argument
+    add("folder", type=checkpoint, help="checkpoint of layout self1e, or the folder of its run")
+    add("--base", help="hub id or folder that training started from; default: the present card's")
+    add("--command", help="training command; default: the present card's")
+    add("--results", type=Path, help="folder with eval/ and eval_vqa/; default: the one around")
+    add("--license", help="of the weights, as the hub spells it, such as apache-2.0; default: the present card's")
+    add("--datasets", nargs="+", default=[], metavar="ID", help="hub ids of the training data")
+    args = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    folder = Path(args.pop("folder"))
+    if not (folder / "config.json").is_file():
+        parser.error(f"{folder}: no checkpoint there (config.json is missing)")
+    print(write_model_card(folder, **args))
     return 0

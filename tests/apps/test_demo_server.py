@@ -90,7 +90,9 @@ def test_clients_at_once_get_their_own_answers(server, tmp_path):
     def ask(number: int) -> tuple[tuple[int, int], dict]:
         photo = tmp_path / f"{number}.png"
         noise(40 + number, 30, seed=number).save(photo)
-        client = Client(url, verbose=False, download_files=str(tmp_path / f"client{number}"))
+        client = Client(
+            url, verbose=False, httpx_kwargs={"timeout": 300}, download_files=str(tmp_path / f"client{number}")
+        )
         arguments = [handle_file(str(photo)), f"thing {number}", SEGMENT, 0.5, False, 8, 0.5]
         painted, text, files = client.predict(*arguments, api_name="/answer")
         (record,) = json.loads(Path(files[1]).read_text())

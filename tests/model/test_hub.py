@@ -150,7 +150,11 @@ def test_model_card(folder, tmp_path, capsys):
     checkpoint = tmp_path / "exp/ckpt_model"
     command = "deepspeed train_hf_ivl_seq.py --version base \\\n    --exp_name exp"
     card = write_model_card(checkpoint, base="org/base", command=command).read_text()
-    assert "base_model: org/base\n" in card and f"```bash\n{command}\n```" in card and card.startswith("---\nlibrary")
+    assert (
+        "base_model: org/base\n" in card
+        and f"```bash\n{command}\n```" in card
+        and card.startswith("---\nlibrary_name: transformers")
+    )
     assert "# exp\n" in card and card.count("Not evaluated yet.") == 2
     table = "| split | gIoU |\n|-------|-----:|\n| ReasonSeg\\|val | 59.4 |\n"
     (tmp_path / "exp/eval").mkdir()
