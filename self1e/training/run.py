@@ -38,6 +38,7 @@ from self1e.training.checkpoint import (
     faults,
     say_on_main,
 )
+from self1e.training.curves import draw_curves
 from self1e.training.model_card import write_model_card
 from self1e.training.new_rows import merge_new_rows, train_new_rows
 from self1e.training.stream import Encode, TooManyBroken, broken_list
@@ -323,7 +324,7 @@ def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> No
     if args.zero_stage == 3:
         import deepspeed
 
-        trainer.model_wrapped.empty_partition_cache()  # validation leaves prefetched parameters in flight
+        trainer.model_wrapped.empty_partition_cache()  # validation leaves prefetched parameters in flight  # type: ignore[operator]  # peft: a method of the tuner
         gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
 
     def write() -> None:
@@ -331,7 +332,8 @@ def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> No
         write_model_card(args.run_dir / "ckpt_model", base=args.version, command=args.command)
         if args.save_published_layout:
             checkpoints.save(merged, processor, args.run_dir / "ckpt_model_published", published=True)
-        print(f"saved {args.run_dir / 'ckpt_model'}", flush=True)
+        draw_curves(trainer.state.log_history, args.run_dir / "curves.png")
+        print(f"saved {args.run_dir / 'ckpt_model'}, the curves are in {args.run_dir / 'curves.png'}", flush=True)
 
     with gathered:
         merged = tuner.merge_and_unload() if tuner else model
@@ -359,7 +361,7 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)  # figures to the pixel on any number of processes; those are what uses more cores
     distributed.start()
-    model = load_model(args, training=False).to(device)
+    model = load_model(args, training=False).to(device)  # type: ignore[arg-type]  # transformers annotates `self` of `to`
     if not model.trained_head:
         raise ValueError(
             f"{args.version} is a base model without a segmentation head, and {trained} does not exist: train first, "

@@ -137,7 +137,7 @@ class Self1ETrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """AdamW over both groups, without weight decay; DeepSpeed's own where its states are offloaded to the CPU."""
         if self.optimizer is None:
-            options = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "weight_decay": 0.0}
+            options: dict[str, Any] = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "weight_decay": 0.0}
             if self.is_deepspeed_enabled and self.args.hf_deepspeed_config.is_offload():
                 from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at its first use
 
@@ -226,7 +226,7 @@ class Self1ETrainer(Trainer):
             now = time.perf_counter()
             logs |= {name: value / micro_batches for name, value in zip(TERMS, means)}
             logs["samples_per_second"] = samples / (now - self.logged_at)
-            rates = [] if self.lr_scheduler is None else self.lr_scheduler.get_last_lr()
+            rates = [float(rate) for rate in self.lr_scheduler.get_last_lr()] if self.lr_scheduler else []
             logs |= {f"lr_{group['name']}": rate for group, rate in zip(self.param_groups(), rates)}
             logs.pop("learning_rate", None)
             logs["broken_samples"] = int(broken)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import curves, history, train
 
 from self1e import Self1EForSegmentation, Self1EProcessor
@@ -58,6 +59,7 @@ def test_a_run_leaves_what_it_should(reference):
     assert evaluated == {"ReasonSeg_val", "ReasonSeg_test", *(f"refcoco_unc_{s}" for s in ("val", "testA", "testB"))}
     figures = json.loads((folder / "eval" / "refcoco_unc_val.json").read_text())
     assert {"giou", "ciou", "n"} <= set(figures)
+    assert Image.open(folder / "curves.png").width > 500
 
 
 def test_the_saved_model_loads_by_itself_and_over_its_base(reference, tiny_version):
