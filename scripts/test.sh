@@ -10,6 +10,7 @@ use_environment -r requirements.txt -e ".[demo,quantize,test,dev]"
 if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .
+    mypy
 fi
 export OMP_NUM_THREADS=1              # the suite runs one process per core
 exec python -m pytest -n auto "$@"

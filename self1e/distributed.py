@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -114,18 +114,19 @@ def alike(error: E) -> E:
 
 def everywhere(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
     """Do `work` on every rank; an error of `catch` on one of them is raised on all."""
-    value, error = None, None
+    value: T | None = None
+    error: Exception | None = None
     try:
         value = work()
     except catch as caught:
         error = caught
     raise_together(error)
-    return value
+    return cast(T, value)
 
 
 def on_main(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
     """Do `work` on the first rank while the others wait; its result and its error are everybody's."""
-    return gather(everywhere(lambda: work() if is_main() else None, catch=catch))[0]
+    return cast(T, gather(everywhere(lambda: work() if is_main() else None, catch=catch))[0])
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

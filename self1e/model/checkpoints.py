@@ -15,9 +15,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
@@ -97,7 +99,7 @@ def load(
         base.dtype = trained.dtype  # what dtype="auto" means
         if trained.seg_token_id is not None:  # ours: it knows how its head was built
             base.update({name: getattr(trained, name) for name in SWITCHES})
-        base.text_config.vocab_size = vocabulary
+        base.llm.vocab_size = vocabulary
     base.update(switches)
     base.check_switches()
     source = version if weights is None else weights
@@ -177,11 +179,11 @@ def _spans(numbers: list[int]) -> str:
 
 def _resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> None:
     """Give embedding and `lm_head` exactly `size` rows; rows added and `new` start at the mean of the others."""
-    before = model.get_input_embeddings().weight.shape[0]
+    before = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     model.resize_token_embeddings(size, mean_resizing=False)
-    matrices = {id(x.weight): x.weight for x in (model.get_input_embeddings(), model.get_output_embeddings())}
+    both = [cast(Tensor, x.weight) for x in (model.get_input_embeddings(), model.get_output_embeddings())]
     with torch.no_grad():
-        for weight in matrices.values():
+        for weight in {id(weight): weight for weight in both}.values():  # once where they are tied
             old = torch.arange(size, device=weight.device) < before
             old[new] = False
             weight[~old] = weight[old].float().mean(0).to(weight.dtype)
@@ -233,9 +235,11 @@ def _write_published(model: PreTrainedModel, folder: Path) -> None:
             f"the layout published holds the full method only, this model has {model.config.mask_features!r}"
         )
     loaded_with = getattr(model, "_weight_conversions", None)
-    model._weight_conversions = published_names()
+    library: Any = model
+    library._weight_conversions = published_names()
     try:
         model.save_pretrained(folder, save_original_format=True)
     finally:
-        model._weight_conversions = loaded_with
-    (folder / "config.json").write_text(json.dumps(original_config(model.config), indent=2, default=str) + "\n")
+        library._weight_conversions = loaded_with
+    values = original_config(cast(Self1EConfig, model.config))
+    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")

@@ -21,7 +21,7 @@ To add a feature variant, write a class with `upsampling`, `image_side` and `for
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -29,7 +29,7 @@ import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
-from self1e.model.grids import expand, resize
+from self1e.model.grids import expand, grid_of, resize
 
 INITIAL_STD = 0.02
 ROWS_AT_ONCE = 4  # rows whose hidden layer is in memory together
@@ -59,11 +59,13 @@ class SegmentationHead(nn.Module):
         auxiliary_projection: send the auxiliary image side through `f_out` too.
     """
 
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def __init__(self, hidden_size: int, *, ratio: int, auxiliary_projection: bool = False):
         super().__init__()
         self.ratio, self.auxiliary_projection = ratio, auxiliary_projection
         self.scale = 1 / math.sqrt(hidden_size)
-        self.gradient_checkpointing = False  # the library sets it, and the function beside it
+        self.gradient_checkpointing = False  # the library sets both
 
     @property
     def upsampling(self) -> int:
@@ -120,7 +122,7 @@ class ResidualHead(ReplicationHead):
         masks = []
         for side, rows in rows_by_photo(sides, image.device):
             change = rearrange(self.logits(image[rows] - side.origin, seg[rows]), "n k h w -> n h w k")
-            change = rearrange(resize(change, side.refill.shape[1:3]), "n h w k -> n k h w")
+            change = rearrange(resize(change, grid_of(side.refill)), "n h w k -> n k h w")
             masks.append(self.logits(side.refill, seg[rows]) + change)
         return torch.cat(masks), self.logits(image, seg)
 
@@ -165,7 +167,7 @@ class AmplifiedHead(SegmentationHead):
 
     def refine(self, refill: Tensor, change: Tensor, query: Tensor, offset: Tensor) -> Tensor:
         """The hidden layer of `f_out` and its product with folded queries; no parameters, so ranks may differ."""
-        hidden = self.f_out[1](resize(change, refill.shape[1:3]) + refill)
+        hidden = self.f_out[1](resize(change, grid_of(refill)) + refill)
         return self.logits(hidden, query) + offset[..., None, None] * self.scale
 
 
@@ -188,9 +190,10 @@ class AdjointLinear(nn.Linear):
 def two_layers(width: int, out: int) -> nn.Sequential:
     """Linear, exact GELU, Linear; the weights start at N(0, 0.02), the biases at 0."""
     layers = nn.Sequential(nn.Linear(width, width), nn.GELU(), AdjointLinear(width, out))
-    for layer in (layers[0], layers[2]):
-        nn.init.normal_(layer.weight, std=INITIAL_STD)
-        nn.init.zeros_(layer.bias)
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=INITIAL_STD)
+            nn.init.zeros_(layer.bias)
     return layers
 
 

@@ -7,8 +7,9 @@ wrote in one more pass over the whole text, because image tokens look at `[SEG]`
 Legend: H W pixels of the upright photo, h w mask grid of the model, n masks of a reply.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -32,7 +33,16 @@ Conversation = str | Sequence[Message]
 
 
 class InferenceMixin:
-    """`segment` and `chat` for `Self1EForSegmentation`."""
+    """`segment` and `chat` for `Self1EForSegmentation`, which brings what is declared here."""
+
+    config: Any
+    device: Any
+    dtype: Any
+    trained_head: bool
+    encode_images: Callable[..., Any]
+    generate: Callable[..., Any]
+    read: Callable[..., Any]
+    __call__: Callable[..., Any]
 
     @torch.no_grad()
     def segment(
@@ -87,7 +97,8 @@ class InferenceMixin:
         with _evaluating(self):
             for features, batch in self._batches(processor, photos, rows, max_tiles, rows_per_forward):
                 logits += self._finite(self._masks(features, batch))
-        found, results = iter(logits), []
+        found = iter(logits)
+        results: list[list[Segmentation]] = []
         for photo, texts in zip(photos, asked):
             results.append([])
             for text in texts:
@@ -144,7 +155,7 @@ class InferenceMixin:
             raise ValueError(f"{len(given)} photos need as many conversations, in a list")
         rows: dict[int, list[list[str]]] = {}  # photo -> its conversations
         for image, conversation in zip(given, conversations):
-            rows.setdefault(id(image), []).append(_turns(conversation))
+            rows.setdefault(id(image), []).append(_turns(cast(Conversation, conversation)))
         photos = {id(image): as_rgb(image) for image in given}
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
         replies = []
@@ -165,7 +176,8 @@ class InferenceMixin:
 
     def prepare_inputs_for_generation(self, *args, image_features=None, is_first_iteration: bool = False, **kwargs):
         """As the library's; photos that are encoded already enter with the prompt and are then in the cache."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        library: Any = super()
+        inputs = library.prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         return inputs | {"image_features": image_features if is_first_iteration else None}
 
     def _check_head(self) -> None:
@@ -309,7 +321,8 @@ def _question(prompt: str, is_sentence: bool | None) -> str:
 
 def _turns(conversation: Conversation) -> list[str]:
     """Texts of a conversation, the photo's tag in front: user, assistant, ..., user."""
-    messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+    alone = isinstance(conversation, str)
+    messages: list[Any] = [{"role": "user", "content": conversation}] if alone else list(conversation)
     roles = [message.get("role") for message in messages]
     if roles != ["assistant" if index % 2 else "user" for index in range(len(roles))] or len(roles) % 2 == 0:
         raise ValueError(

@@ -126,7 +126,7 @@ def read_layout(
     ids = input_ids.cpu().numpy()
     count, longest = ids.shape
     used = np.ones_like(ids, bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
-    grids = tuple((int(rows), int(cols)) for rows, cols in grids)
+    shapes: tuple[Grid, ...] = tuple((int(rows), int(cols)) for rows, cols in grids)
     row_image = tuple(map(int, row_image))
     first, last = used.argmax(1), longest - used[:, ::-1].argmax(1)
     groups = [range(count)] if whole or not split else _similar(last - first)
@@ -150,9 +150,9 @@ def read_layout(
 
     image = positions(packed == image_token_id)
     seg = positions(packed == seg_token_id) if seg_token_id is not None else [np.zeros(0, int)] * count
-    offsets = np.cumsum([0, *(rows * cols for rows, cols in grids)])
+    offsets = np.cumsum([0, *(rows * cols for rows, cols in shapes)])
     if row_image:
-        expected, found = [tile_tokens * int(np.prod(grids[i])) for i in row_image], list(map(len, image))
+        expected, found = [tile_tokens * int(np.prod(shapes[i])) for i in row_image], list(map(len, image))
         if expected != found:
             raise ValueError(f"rows hold {found} image tokens, their images fill {expected}: was the text cut?")
         parts["image"] = np.concatenate(image)
@@ -162,8 +162,8 @@ def read_layout(
         predicts = np.flatnonzero((targets[1:] != IGNORE_INDEX) & (row_of[1:] == row_of[:-1]))
         parts["text"], parts["labels"] = predicts, parts["source"][predicts + 1]
     heads = []
-    for grid in dict.fromkeys(grids[i] for i in row_image):
-        rows = sorted((row for row in range(count) if grids[row_image[row]] == grid and len(seg[row])),
+    for grid in dict.fromkeys(shapes[i] for i in row_image):
+        rows = sorted((row for row in range(count) if shapes[row_image[row]] == grid and len(seg[row])),
                       key=lambda row: (row_image[row], row))  # fmt: skip
         if rows:
             masks = max(len(seg[row]) for row in rows)
@@ -175,7 +175,7 @@ def read_layout(
     return Layout(
         groups=tuple(made),
         whole=whole or (len(made) == 1 and made[0].length == longest),
-        grids=grids,
+        grids=shapes,
         row_image=row_image,
         n_seg=tuple(map(len, seg)),
         heads=tuple(heads),

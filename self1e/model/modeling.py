@@ -72,7 +72,7 @@ class StochasticDepthLayer(InternVLVisionLayer):
         return hidden_states + self.drop_path(self.lambda_2 * mlp)
 
 
-class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
+class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  # type: ignore[misc]  # the library's
     """InternVL with the segmentation head (paper, figure 2). `trained_head` tells if a checkpoint brought the head."""
 
     config_class = Self1EConfig
@@ -80,13 +80,13 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
     def __init__(self, config: Self1EConfig):
         super().__init__(config)
         if config.drop_path_rate:
-            vision = config.vision_config
+            vision = config.vit
             step = config.drop_path_rate / max(1, vision.num_hidden_layers - 1)
             self.model.vision_tower.encoder.layer = nn.ModuleList(
                 StochasticDepthLayer(vision, step * i) for i in range(vision.num_hidden_layers)
             )
         self.segmentation_head = HEADS[config.mask_features](
-            config.text_config.hidden_size,
+            config.llm.hidden_size,
             ratio=config.ratio,
             auxiliary_projection=config.auxiliary_projection,
         )
@@ -228,20 +228,21 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         if logits_to_keep:
             result.logits = self.lm_head(outputs[-1].last_hidden_state[:, -logits_to_keep:])
         losses = {} if labels is None else {"ce": self.text_loss(states, labels, layout)}
-        if pictured and not generating:
+        if image_features is not None and not generating:
             predictions = self.predict_masks(states, image_features, layout)
             result.mask_logits = [row[0] for row in predictions]
             if mask_targets is not None and with_masks:
                 check_targets(predictions, mask_targets)
-                used = slice(0, 2 if self.config.auxiliary_loss else 1)
-                kept = [tuple(x for x in row[used] if x is not None) for row in predictions]
+                kept = [
+                    tuple(x for x in row[: 1 + self.config.auxiliary_loss] if x is not None) for row in predictions
+                ]
                 losses |= mask_losses(kept, move(mask_targets, states.device))
         if losses:
             result.losses = losses
             weights = {"ce": self.config.ce_loss_weight, "mask_bce": self.config.bce_loss_weight}
             weights["mask_dice"] = self.config.dice_loss_weight
             terms = [weights[name] * value.to(states.device) for name, value in losses.items()]
-            if self.training and with_masks:
+            if self.training and with_masks and image_features is not None:
                 terms.append(self.touch_head(states, image_features, layout, predictions))
             result.loss = torch.stack(terms).sum()
         return result
@@ -259,9 +260,9 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
     ) -> Layout:
         """The batch's layout: the given one, unless it does not fit this pass or reading the ids costs nothing."""
         split = not is_deepspeed_zero3_enabled()  # ranks must run the LLM equally often there
-        fits = layout is not None and (layout.whole or not whole) and (split or len(layout.groups) == 1)
-        if fits and input_ids.device.type != "cpu":
-            return layout
+        if layout is not None and (layout.whole or not whole) and (split or len(layout.groups) == 1):
+            if input_ids.device.type != "cpu":
+                return layout
         return read_layout(
             input_ids,
             attention_mask,
@@ -280,13 +281,13 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         ids, used = (rearrange(x.to(embeds.device), "(r n) -> r n", r=len(group.rows)) for x in (ids, used))
         mask = perception_mask(
             self.config.attention_pathway if group.segments else "causal",
-            config=self.config.text_config,
+            config=self.config.llm,
             embeds=embeds,
             padding_mask=used if group.padded else None,
             is_image=ids == self.config.image_token_id,
             is_seg=ids == self.config.seg_token_id,
         )
-        return dict.fromkeys(set(self.config.text_config.layer_types), mask)
+        return dict.fromkeys(set(self.config.llm.layer_types), mask)
 
     def run_llm(self, embeds: Tensor, mask, position_ids: Tensor | None, past_key_values: Cache | None, **kwargs):
         """The LLM alone, over embeddings (R, N, C)."""
@@ -380,7 +381,7 @@ def place_image_tokens(embeds: Tensor, layout: Layout, tokens: Tensor) -> Tensor
 
 
 @contextmanager
-def steady_rope(rotary: nn.Module, length: int) -> Iterator[None]:
+def steady_rope(rotary, length: int) -> Iterator[None]:
     """RoPE that stretches for long texts reads the longest position back from the device; here the host knows it."""
     kind = rotary.rope_type
     if kind == "dynamic" and length <= rotary.original_max_seq_len == rotary.max_seq_len_cached:

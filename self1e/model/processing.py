@@ -6,6 +6,7 @@ Text follows the published chat format to the token; the system sentence's gramm
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,7 +170,7 @@ class Self1EProcessor(ProcessorMixin):
         targets = [None] * len(images) if mask_targets is None else mask_targets
         if not len(images) == len(conversations) == len(targets):
             raise ValueError("images, conversations and mask_targets must have one entry a photo each")
-        options = {"max_tiles": max_tiles, "thumbnail": thumbnail, "max_length": max_length}
+        options: dict[str, Any] = {"max_tiles": max_tiles, "thumbnail": thumbnail, "max_length": max_length}
         encoded = [self.encode(*entry, **options) for entry in zip(images, conversations, targets)]
         batch = self.collate(encoded, padding_side=padding_side)
         del batch["layout"]  # ids may be changed by hand now; the model reads the batch itself

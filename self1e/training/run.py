@@ -9,6 +9,7 @@ import warnings
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -324,7 +325,8 @@ def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> No
     if args.zero_stage == 3:
         import deepspeed
 
-        trainer.model_wrapped.empty_partition_cache()  # validation leaves prefetched parameters in flight  # type: ignore[operator]  # peft: a method of the tuner
+        engine: Any = trainer.model_wrapped
+        engine.empty_partition_cache()  # validation leaves prefetched parameters in flight
         gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
 
     def write() -> None:
