@@ -252,6 +252,31 @@ def test_names_and_texts_are_strings(tmp_path, value):
         read_record(tmp_path / "reason_seg/ReasonSeg/train/a.jpg", "x")
 
 
+def test_half_a_character_is_refused_in_every_place(tmp_path):
+    half = "\ud800"
+    content = instances([(7, "a.jpg")], [{"id": 1, "image_id": 7, "segmentation": [half], "phrases": "x"}])
+    for name in "tables", "names":
+        with pytest.raises(ValueError, match=f"{name}.json"):
+            load_split(f"custom|{write_escaped(tmp_path / f'{name}.json', content)}", tmp_path)
+        content["images"][0]["file_name"] = half
+    with pytest.raises(ValueError, match="instances.json holds text that is no Unicode"):
+        open_index(write_escaped(tmp_path / "instances.json", content), read_coco)
+
+
+def write_escaped(path, value):
+    path.write_text(json.dumps(value))
+    return path
+
+
+def test_an_expression_of_an_unknown_image_names_both_files(tmp_path):
+    square = [{"id": 1, "image_id": 7, "segmentation": [SQUARE]}]
+    refs = [reference(1, 7, 1, "train", "x"), reference(2, 9, 1, "train", "y")]
+    referring_set(tmp_path, "refcoco", refs, square, images=[(7, "7.jpg")])
+    data = FAMILIES["refer_seg"].sets["refcoco"](tmp_path, tmp_path, rows=3)
+    with pytest.raises(ValueError, match=r"instances.json has no 'image id 9', which refs\(unc\).p names"):
+        data.keys()
+
+
 @pytest.mark.parametrize("size", [(0, 5), (-5, -5), (1 << 20, 1 << 20)])
 def test_sizes_are_those_of_a_picture(tmp_path, size):
     content = instances([(7, "a.jpg")], [])

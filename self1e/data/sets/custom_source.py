@@ -130,9 +130,9 @@ class _CocoTables(_Tables):
             category = record.get("category_id")
             if not isinstance(category, (int, str)):
                 raise ValueError("it has neither captions nor phrases nor a category_id")
+        self.target(-1, sentences or category or 0, record["segmentation"], place)
         self.pending.append((place, record["image_id"], category))
         self.oddities.look(record["segmentation"], place)
-        self.target(-1, sentences or category or 0, record["segmentation"], place)
 
     def close(self) -> None:
         """Find the image and the category of each target, now that all of them are known."""

@@ -37,9 +37,9 @@ class ReferringData:
 
     def __init__(self, dataset_dir: Path, name: str, partition: str, split: str, *, allow_outside: bool = False):
         self.name = name
-        refs, instances, photos = self.paths(dataset_dir, name, partition)
+        self.refs, instances, photos = self.paths(dataset_dir, name, partition)
         self.photos = PhotoFolder(photos, allow_outside)
-        index = open_index(refs, read_refs)
+        index = open_index(self.refs, read_refs)
         self.coco = CocoIndex(instances)
         self._groups = index.table("groups")
         parts = [np.arange(a, b) for known, a, b in index.meta["splits"] if _in_split(known, split, name)]
@@ -66,7 +66,7 @@ class ReferringData:
         try:
             return self.coco.image_keys[self.coco.image_rows(self.image_ids)]
         except KeyError as error:
-            raise ValueError(f"{self.coco.path} has no {error}, which the expressions of {self.name} name") from error
+            raise ValueError(f"{self.coco.path} has no {error}, which {self.refs.name} names") from error
 
     def expressions(self, item: int) -> list[tuple[str, list[int], str]]:
         """(sentence as read, annotation ids, "<ref id>/<sentence id>") of every expression of an image."""
