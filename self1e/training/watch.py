@@ -103,7 +103,7 @@ class Watchdog:
         return self.folder / f"rank_{number}.json"
 
     def _watch(self) -> None:
-        while not self.done.wait(min(5.0, self.timeout / 4)):
+        while True:
             with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
                 with replacing(self._path(rank())) as file:
                     file.write_text(json.dumps({"doing": self.doing, "since": self.since, "alive": time.time()}))
@@ -115,6 +115,8 @@ class Watchdog:
                 message = f"\nerror: nothing has moved for {self.timeout:g} seconds (--timeout):\n{lines}\n"
                 print(message, file=sys.stderr, flush=True)
                 os._exit(1)
+            if self.done.wait(min(5.0, self.timeout / 4)):
+                return
 
     def _stuck(self) -> list[str]:
         """The ranks at fault, with what they do; those that only wait for them are left out."""
@@ -127,11 +129,9 @@ class Watchdog:
                 state = json.loads(self._path(number).read_text())
             except (OSError, ValueError):  # it has not written yet
                 continue
-            if state["doing"] is None:
-                continue
-            line = f"rank {number} {state['doing']}"
+            line = f"rank {number} {state['doing'] or 'is between two steps'}"
             if now - state["alive"] > self.timeout:
                 silent.append(f"{line}, and has given no sign of life")
-            elif now - state["since"] > self.timeout:
+            elif state["doing"] is not None and now - state["since"] > self.timeout:
                 (reading if state["doing"].startswith("reads") else others).append(line)
         return silent or reading or others

@@ -68,7 +68,11 @@ def finetune(monkeypatch, tmp_path, data, *flags):
 
 def test_finetune_on_own_data(monkeypatch, own_data, tmp_path):
     code, output = finetune(monkeypatch, tmp_path, own_data, "--val", own_data / "val.csv", "--eval_steps", 2)
-    assert not code and {path.name for path in output.glob("*.png")} == {"train_sheet.png", "val_sheet.png"}
+    assert not code and {path.name for path in output.glob("*.png")} == {
+        "curves.png",
+        "train_sheet.png",
+        "val_sheet.png",
+    }
     split = f"custom|{own_data / 'val.csv'}"
     summary = json.loads((output / "eval/summary.json").read_text())
     assert list(summary) == [split] and summary[split]["n"] == 1

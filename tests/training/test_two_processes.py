@@ -92,7 +92,7 @@ def test_kills_stops_and_zero3_give_the_same_run(tiny_version, shapes, runs):
 def test_a_rank_that_hangs_is_named(tiny_version, shapes, runs):
     flags = ("--timeout", "8", "--max_steps", "500", "--save_steps", "500")
     process = launch(tiny_version, shapes, runs, "hangs", *FLAGS, *flags)
-    until(process, "2")
+    until(process, "60")  # some seconds, so that the rank has said what it does
     ranks(process)[1].suspend()
     printed = process.communicate(timeout=120)[0]
     assert process.returncode != 0
