@@ -103,7 +103,7 @@ class Watchdog:
         return self.folder / f"rank_{number}.json"
 
     def _watch(self) -> None:
-        while True:
+        while not self.done.wait(min(5.0, self.timeout / 4)):
             with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
                 with replacing(self._path(rank())) as file:
                     file.write_text(json.dumps({"doing": self.doing, "since": self.since, "alive": time.time()}))
@@ -115,8 +115,6 @@ class Watchdog:
                 message = f"\nerror: nothing has moved for {self.timeout:g} seconds (--timeout):\n{lines}\n"
                 print(message, file=sys.stderr, flush=True)
                 os._exit(1)
-            if self.done.wait(min(5.0, self.timeout / 4)):
-                return
 
     def _stuck(self) -> list[str]:
         """The ranks at fault, with what they do; those that only wait for them are left out."""
