@@ -2,10 +2,10 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -37,26 +37,40 @@ def train(*args: str, code: int = 0) -> None:
 
 
 EVENTS = (Self1ETrainer, "compute_loss"), (torch, "save"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree")
+# A test process has threads (of the test runner, of servers under test), so that a fork of it can hang: children come
+# from a process that has none and has loaded the libraries.
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["self1e.training.run"])
 
 
-def train_in_a_child(*args: Path | str, kill_at: int | None = None) -> int:
-    """As `train`, in a forked process: its exit code, negative when a signal ended it.
+def train_in_a_child(*args: Path | str, send: tuple[int, int] | None = None, losses_alone: bool = False) -> int:
+    """As `train`, in a process of its own: its exit code, negative when a signal ended it.
 
-    kill_at: the number of the event (a loss, a file renamed or written) at which the child kills itself.
+    send: a signal, and the number of the event (a loss, or a file renamed or written unless `losses_alone`) at which
+    the child sends it to itself.
     """
-    child = os.fork()
-    if child == 0:
-        if kill_at is not None:
-            count_events(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == kill_at else None)
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-        os._exit(program.main(command(*args)))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child = CHILDREN.Process(target=_train_and_exit, args=(command(*args), send, losses_alone))
+    child.start()
+    child.join(timeout=180)
+    if child.exitcode is None:
+        child.kill()
+        raise AssertionError(f"a training run was still alive after 180 seconds: {args}")
+    return child.exitcode
 
 
-def count_events(happen: Callable[[int], None]) -> None:
-    """Call `happen` with 0, 1, ... before each loss and each step of writing, in this process and from now on."""
+def _train_and_exit(flags: list[str], send: tuple[int, int] | None, losses_alone: bool) -> None:
+    if send is not None:
+        sent, at = send
+        events = EVENTS[:1] if losses_alone else EVENTS
+        count_events(lambda number: os.kill(os.getpid(), sent) if number == at else None, events)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    sys.exit(program.main(flags))
+
+
+def count_events(happen: Callable[[int], None], events=EVENTS) -> None:
+    """Call `happen` with 0, 1, ... before each of the events, in this process and from now on."""
     numbers = itertools.count()
 
     def announced(function):
@@ -67,7 +81,7 @@ def count_events(happen: Callable[[int], None]) -> None:
 
         return call
 
-    for owner, name in EVENTS:
+    for owner, name in events:
         setattr(owner, name, announced(getattr(owner, name)))
 
 

@@ -76,17 +76,19 @@ def run(args: Namespace) -> int:
     if args.eval_only:
         evaluate(args)
         return 0
-    stopped = train(args)
-    gc.collect()  # the trained model goes before the evaluation loads its own
-    if stopped:
-        if distributed.is_main():
-            kept = checkpoints_in(args.run_dir / "checkpoints")[-1]
-            print(f"\nstopped by {stopped}; {kept} is saved, continue with --auto_resume", file=sys.stderr, flush=True)
-        return REQUEUE
-    if not args.no_eval:
-        args.splits, args.model_weights = list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits])), None
-        args.version = str(args.run_dir / "ckpt_model")
-        evaluate(args, skip_missing=True)
+    with StopRequest() as stop:
+        stopped = train(args, stop)
+        gc.collect()  # the trained model goes before the evaluation loads its own
+        if stopped:
+            if distributed.is_main():
+                kept = checkpoints_in(args.run_dir / "checkpoints")[-1]
+                message = f"\nstopped by {stopped}; {kept} is saved, continue with --auto_resume"
+                print(message, file=sys.stderr, flush=True)
+            return REQUEUE
+        if not args.no_eval:
+            args.splits, args.model_weights = list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits])), None
+            args.version = str(args.run_dir / "ckpt_model")
+            evaluate(args, skip_missing=True)
     return 0
 
 
@@ -115,7 +117,7 @@ def check_length(args: Namespace, processor: Self1EProcessor) -> None:
         )
 
 
-def train(args: Namespace) -> str | None:
+def train(args: Namespace, stop: StopRequest) -> str | None:
     """Train and write `<run_dir>/ckpt_model`; returns what stopped the run before its end, or None."""
     splits = [] if args.no_eval else args.splits
     data = DataConfig.parse(
@@ -129,7 +131,6 @@ def train(args: Namespace) -> str | None:
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor)
     settings = training_arguments(args)  # starts the process group; before it, no rank may wait for another
-    stop = StopRequest()
     encode = Encode(processor, max_length=args.model_max_length, max_tiles=HIGH_RES_TILES if args.high_res else 1)
     with settings.main_process_first(local=True, desc="index of the data"):
         mixture = build_mixture(data, batch_size=args.batch_size, seed=args.seed, mode=args.mixture, transform=encode)

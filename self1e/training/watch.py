@@ -21,6 +21,8 @@ REQUEUE = 75  # exit code of a run that was asked to stop and can be continued (
 class StopRequest:
     """Whether this process was asked to stop: by SIGTERM, by SIGUSR1, or by the end of the launcher above it.
 
+    It listens to signals inside its `with` block.
+
     The DeepSpeed launcher is two processes; SIGTERM ends the outer one without a word to the inner one, so that the
     inner one's parent tells.
     """
@@ -28,9 +30,15 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: str | None = None
         self.armed = False
-        for number in SIGNALS:
-            signal.signal(number, self._hear)
         self.ancestors = self._ancestors()
+
+    def __enter__(self) -> "StopRequest":
+        self.before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _hear(self, number: int, frame) -> None:
         self.signal = signal.Signals(number).name

@@ -11,7 +11,7 @@ import pytest
 from runs import EVENTS, count_events, history, train, train_in_a_child
 
 from self1e import Self1EForSegmentation
-from self1e.training.trainer import Self1ETrainer
+from self1e.training.watch import StopRequest
 
 POINTS = int(os.environ.get("SELF1E_KILL_POINTS", 6))
 FLAGS = ("--max_steps", "3", "--save_steps", "1", "--no_eval", "--report_to", "none")
@@ -33,7 +33,8 @@ def whole(reference, tiny_version, shapes, tmp_path_factory):
 def test_a_kill_anywhere_changes_nothing(whole, tiny_version, shapes, tmp_path, seed):
     expected, events = whole
     point = int(np.random.default_rng(seed).integers(events))
-    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *FLAGS, kill_at=point) == -signal.SIGKILL
+    ended = train_in_a_child(tiny_version, shapes, tmp_path, "run", *FLAGS, send=(signal.SIGKILL, point))
+    assert ended == -signal.SIGKILL
     left = "--auto_resume" if (tmp_path / "run" / "checkpoints").is_dir() else "--overwrite"
     assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *FLAGS, left) == 0
     for one, other in zip(history(expected), history(tmp_path / "run"), strict=True):
@@ -46,22 +47,20 @@ def test_a_kill_anywhere_changes_nothing(whole, tiny_version, shapes, tmp_path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_stops_after_the_step_and_saves(whole, tiny_version, shapes, tmp_path, number, monkeypatch):
+def test_a_signal_stops_after_the_step_and_saves(whole, tiny_version, shapes, tmp_path, number):
     """The child sends itself the signal in its second micro-batch, so within the first step."""
-
-    compute_loss, calls = Self1ETrainer.compute_loss, []
-
-    def note(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), number)
-        return compute_loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(Self1ETrainer, "compute_loss", note)
     flags = ("--max_steps", "3", "--no_eval", "--report_to", "none")
-    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *flags) == 75
+    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *flags, send=(number, 1), losses_alone=True) == 75
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
-    monkeypatch.setattr(Self1ETrainer, "compute_loss", compute_loss)
     assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *flags, "--auto_resume") == 0
     found, expected = history(tmp_path / "run"), history(whole[0])
     assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+
+
+def test_signals_are_heard_during_a_run_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        stop.armed = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.cause == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
