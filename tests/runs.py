@@ -1,5 +1,6 @@
 """Training runs for tests: their command line, in this process or as two under the deepspeed launcher, their logs."""
 
+import faulthandler
 import itertools
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +43,7 @@ EVENTS = (Self1ETrainer, "compute_loss"), (torch, "save"), (Path, "rename"), (Pa
 # from a process that has none and has loaded the libraries.
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["self1e.training.run"])
+PATIENCE = 150  # seconds after which a child says where it is; a run takes about ten
 
 
 def train_in_a_child(*args: Path | str, send: tuple[int, int] | None = None, losses_alone: bool = False) -> int:
@@ -49,23 +52,25 @@ def train_in_a_child(*args: Path | str, send: tuple[int, int] | None = None, los
     send: a signal, and the number of the event (a loss, or a file renamed or written unless `losses_alone`) at which
     the child sends it to itself.
     """
-    child = CHILDREN.Process(target=_train_and_exit, args=(command(*args), send, losses_alone))
-    child.start()
-    child.join(timeout=180)
-    if child.exitcode is None:
-        child.kill()
-        raise AssertionError(f"a training run was still alive after 180 seconds: {args}")
-    return child.exitcode
+    with tempfile.NamedTemporaryFile("r") as log:
+        child = CHILDREN.Process(target=_train_and_exit, args=(command(*args), send, losses_alone, log.name))
+        child.start()
+        child.join(timeout=PATIENCE + 30)
+        if child.exitcode is None:
+            child.kill()
+            raise AssertionError(f"a training run hung: {args}\n{log.read()}")
+        return child.exitcode
 
 
-def _train_and_exit(flags: list[str], send: tuple[int, int] | None, losses_alone: bool) -> None:
+def _train_and_exit(flags: list[str], send: tuple[int, int] | None, losses_alone: bool, log: str) -> None:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    faulthandler.dump_traceback_later(PATIENCE)
     if send is not None:
         sent, at = send
         events = EVENTS[:1] if losses_alone else EVENTS
         count_events(lambda number: os.kill(os.getpid(), sent) if number == at else None, events)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
     sys.exit(program.main(flags))
 
 
