@@ -156,7 +156,31 @@ def own_texts(turns: list[str], masks: int) -> list[str]:
     return texts
 
 
-class TrainingSet(ABC):
+class Records(ABC):
+    """What `check-data` and the totals ask of training sets and evaluation splits alike."""
+
+    @abstractmethod
+    def keys(self) -> np.ndarray:
+        """`image_key` of every record on disk, int64 (n,); a split has one per photo."""
+
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
+        """The segmentations of one record, where they are polygons or RLE."""
+        return iter(())
+
+    def faults(self) -> list[str]:
+        """What is wrong with the files of the set as a whole, such as ids that occur twice."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """What is odd in the files of the set but has a settled meaning; said once when training starts."""
+        return []
+
+    def counts(self) -> dict[str, int]:
+        """What it holds on disk, to compare with `totals.known_totals`."""
+        return {"images": len(np.unique(self.keys()))}
+
+
+class TrainingSet(Records):
     """Numbered training samples of one data set; a sub-class and its entry in `config.FAMILIES` are all that it takes.
 
     Sub-classes set `name` and call `choose`. What else is special about a set are these attributes and methods, which
@@ -203,26 +227,6 @@ class TrainingSet(ABC):
     @abstractmethod
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:
         """The sample of one record; None when it has no usable label. Raises SampleError when it is broken."""
-
-    @abstractmethod
-    def keys(self) -> np.ndarray:
-        """`image_key` of every record on disk (not only of `items`), int64."""
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        """The segmentations of one record, where they are polygons or RLE."""
-        return iter(())
-
-    def faults(self) -> list[str]:
-        """What is wrong with the files of the set as a whole, such as ids that occur twice."""
-        return []
-
-    def remarks(self) -> list[str]:
-        """What is odd in the files of the set but has a settled meaning; said once when training starts."""
-        return []
-
-    def counts(self) -> dict[str, int]:
-        """What it holds on disk, to compare with `totals.known_totals`."""
-        return {"images": len(np.unique(self.keys()))}
 
     def choose(self, records: int, source: Path) -> None:
         """Take all records that `source`, a file or folder, holds. Raises ValueError when there are none."""
@@ -281,7 +285,7 @@ class EvalImage:
         return [evaluation_prompt(s, long, self.lower) for s, long in zip(self.sentences, self.is_sentence)]
 
 
-class EvalSplit(ABC, Sequence[EvalImage]):
+class EvalSplit(Records, Sequence[EvalImage]):
     """The photos of an evaluation split in a fixed order; a sub-class is the `reader` of an entry of SPLITS.
 
     note: what a reader of its figures must know besides the protocol
@@ -302,26 +306,6 @@ class EvalSplit(ABC, Sequence[EvalImage]):
     @abstractmethod
     def read(self, item: int) -> EvalImage:
         """One photo. Raises SampleError when its annotation is broken."""
-
-    @abstractmethod
-    def keys(self) -> np.ndarray:
-        """`image_key` of each photo, int64 (n,)."""
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        """The segmentations of one photo, where they are polygons or RLE."""
-        return iter(())
-
-    def faults(self) -> list[str]:
-        """What is wrong with the files of the split as a whole."""
-        return []
-
-    def remarks(self) -> list[str]:
-        """What is odd in the files of the split but has a settled meaning."""
-        return []
-
-    def counts(self) -> dict[str, int]:
-        """What it holds on disk, to compare with `totals.known_totals`."""
-        return {"images": len(np.unique(self.keys()))}
 
     def __getitem__(self, item: int) -> EvalImage:  # type: ignore[override]  # a split is never sliced
         """One photo. Raises SampleError when it is broken, which includes a text that holds a control token."""

@@ -1,63 +1,17 @@
 """self1e/data/sets/custom.py as a family of the mixture and as evaluation splits: flags, names, exclusion."""
 
-import csv
-
 import numpy as np
 import pytest
-from trees import SQUARE, instances, label_map, photo, questions, write_json
+from custom_trees import annotation, coco_set, mask, split, table, train
+from trees import photo, questions
 
 from self1e.data.config import DataConfig
 from self1e.data.loading import build_mixture
 from self1e.data.mixture import unpack
-from self1e.data.sets.custom import CustomSet
 from self1e.data.splits import DEFAULT_SPLITS, file_stem, get_splits, load_split, split_paths
 from self1e.training.arguments import parse
 
-AREA = 6 * 6
-OTHER = [12, 0, 16, 0, 16, 6, 12, 6]  # 4 x 6, apart from SQUARE
 
-
-def annotation(id, image_id=1, *polygons, **fields):
-    return {"id": id, "image_id": image_id, "segmentation": list(polygons or [SQUARE]), **fields}
-
-
-def coco_set(root, annotations, images=((1, "a.jpg"),), categories=("Dog", "cat"), below="images"):
-    for _, name in images:
-        photo(root / below / name)
-    return write_json(root / "train.json", instances(images, annotations, categories))
-
-
-def table(root, rows, header=("image", "mask", "prompt"), name="train.csv", **options):
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / name, "w", newline="", encoding=options.pop("encoding", "utf-8")) as file:
-        csv.writer(file, **options).writerows([header, *rows])
-    return root / name
-
-
-def mask(path, columns):
-    """0 and 1 ... by columns of equal width."""
-    label_map(path, columns)
-
-
-def train(source, rows=9):
-    return CustomSet(".", ".", rows=rows, source=str(source))
-
-
-def targets(sample):
-    """{question without its template: area}"""
-    return {question: int(m.sum()) for (question, _), m in zip(sample.conversations, sample.masks)}
-
-
-def split(source):
-    return load_split(f"custom|{source}", ".")
-
-
-def unit_areas(image):
-    _, masks = image.load()
-    return dict(zip(image.sentences, masks.sum((1, 2)).tolist()))
-
-
-# ------------------------------------------------------------------------------------------ COCO style
 def build(*, batch_size=1, seed=0, mode="published", **flags):
     return build_mixture(DataConfig.parse(**flags), batch_size=batch_size, seed=seed, mode=mode)
 

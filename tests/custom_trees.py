@@ -1,0 +1,51 @@
+"""Own data for tests: COCO-style JSON and CSV tables with drawn pictures, and what was read from them."""
+
+import csv
+
+from trees import SQUARE, instances, label_map, photo, write_json
+
+from self1e.data.sets.custom import CustomSet
+from self1e.data.splits import load_split
+
+AREA = 6 * 6
+OTHER = [12, 0, 16, 0, 16, 6, 12, 6]  # 4 x 6, apart from SQUARE
+
+
+def annotation(id, image_id=1, *polygons, **fields):
+    return {"id": id, "image_id": image_id, "segmentation": list(polygons or [SQUARE]), **fields}
+
+
+def coco_set(root, annotations, images=((1, "a.jpg"),), categories=("Dog", "cat"), below="images"):
+    for _, name in images:
+        photo(root / below / name)
+    return write_json(root / "train.json", instances(images, annotations, categories))
+
+
+def table(root, rows, header=("image", "mask", "prompt"), name="train.csv", **options):
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / name, "w", newline="", encoding=options.pop("encoding", "utf-8")) as file:
+        csv.writer(file, **options).writerows([header, *rows])
+    return root / name
+
+
+def mask(path, columns):
+    """0 and 1 ... by columns of equal width."""
+    label_map(path, columns)
+
+
+def train(source, rows=9):
+    return CustomSet(".", ".", rows=rows, source=str(source))
+
+
+def targets(sample):
+    """{question without its template: area}"""
+    return {question: int(m.sum()) for (question, _), m in zip(sample.conversations, sample.masks)}
+
+
+def split(source):
+    return load_split(f"custom|{source}", ".")
+
+
+def unit_areas(image):
+    _, masks = image.load()
+    return dict(zip(image.sentences, masks.sum((1, 2)).tolist()))
