@@ -51,7 +51,11 @@ class StopRequest:
     def _ancestors() -> tuple[int, ...]:
         if not launched():
             return ()
-        return tuple(parent.pid for parent in psutil.Process().parents()[:2])
+        parent = os.getppid()
+        try:
+            return parent, psutil.Process(parent).ppid()
+        except psutil.NoSuchProcess:
+            return (parent,)
 
     @property
     def cause(self) -> str | None:
