@@ -155,7 +155,7 @@ class InferenceMixin:
             raise ValueError(f"{len(given)} photos need as many conversations, in a list")
         rows: dict[int, list[list[str]]] = {}  # photo -> its conversations
         for image, conversation in zip(given, conversations):
-            rows.setdefault(id(image), []).append(_turns(cast(Conversation, conversation)))
+            rows.setdefault(id(image), []).append(conversation_turns(cast(Conversation, conversation)))
         photos = {id(image): as_rgb(image) for image in given}
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
         replies = []
@@ -319,8 +319,11 @@ def _question(prompt: str, is_sentence: bool | None) -> str:
     return evaluation_prompt(prompt, looks_like_sentence(prompt) if is_sentence is None else is_sentence, lower=True)
 
 
-def _turns(conversation: Conversation) -> list[str]:
-    """Texts of a conversation, the photo's tag in front: user, assistant, ..., user."""
+def conversation_turns(conversation: Conversation) -> list[str]:
+    """Texts of a conversation, the photo's tag in front: user, assistant, ..., user.
+
+    Raises ValueError for roles that do not alternate, and for a reserved token in a text of the user.
+    """
     alone = isinstance(conversation, str)
     messages: list[Any] = [{"role": "user", "content": conversation}] if alone else list(conversation)
     roles = [message.get("role") for message in messages]

@@ -58,8 +58,11 @@ class _Prompts(Dataset):
 
 
 @torch.inference_mode()
-def generate_replies(model, tokenizer, batch: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
-    """Greedy replies to the rows of a left-padded batch, each as if it were asked alone.
+def generate_replies(
+    model, tokenizer, batch: dict[str, torch.Tensor], max_new_tokens: int, **options: Any
+) -> list[str]:
+    """Replies to the rows of a left-padded batch, each as if it were asked alone; greedy unless `options` of
+    `generate` say otherwise.
 
     At least one token, at most `max_new_tokens`, ended by `<|im_end|>`; special tokens dropped, cut at the first
     separator, stripped (InternVL's `chat`).
@@ -67,8 +70,7 @@ def generate_replies(model, tokenizer, batch: dict[str, torch.Tensor], max_new_t
     batch = {name: value.to(model.device) for name, value in batch.items()}
     ids = model.generate(
         **batch,
-        do_sample=False,
-        num_beams=1,
+        **{"do_sample": False, "num_beams": 1, **options},
         min_new_tokens=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
