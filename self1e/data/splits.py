@@ -18,6 +18,7 @@ from self1e.data.paths import require_paths
 from self1e.data.sample import EvalSplit, say_once
 from self1e.data.sets.custom import CustomSplit
 from self1e.data.sets.parquet import ParquetSplit
+from self1e.data.sets.part_referring import RefCOCOmSplit
 from self1e.data.sets.reasoning import ReasoningSplit
 from self1e.data.sets.referring import ReferringSplit
 
@@ -72,6 +73,9 @@ SPLITS: dict[str, SplitEntry] = {
     "rrefcoco+|unc|val": _referring(protocol="rela", default=False),
     "rrefcocog|umd|val": _referring(protocol="rela", default=False),
     "refzom|final|test": _referring(protocol="rela", default=False),
+    "refcocom|val": SplitEntry(reader=RefCOCOmSplit, headline=("giou",), default=False),
+    "refcocom|testA": SplitEntry(reader=RefCOCOmSplit, headline=("giou",), default=False),
+    "refcocom|testB": SplitEntry(reader=RefCOCOmSplit, headline=("giou",), default=False),
 }
 
 PREFIXES: dict[str, SplitEntry] = {
