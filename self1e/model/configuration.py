@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -28,6 +28,11 @@ class Switch:
 
     help: str
     choices: Collection[str] | None = None
+
+    def flag(self, default: str) -> dict[str, Any]:
+        """What `add_argument` takes for a switch with named values; without the flag, the checkpoint decides."""
+        assert self.choices is not None
+        return {"choices": tuple(self.choices), "help": f"{self.help}; unset: the checkpoint's, or {default}"}
 
 
 # Fields that `from_pretrained` and the training program's flags set; defaults stand in `Self1EConfig`.

@@ -52,8 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
             text = f"{entry.help}; unset: the checkpoint's, or {'on' if default else 'off'}"
             model.add_argument(f"--{name}", action=switch, help=text)
         elif entry.choices is not None:
-            text = f"{entry.help}; unset: the checkpoint's, or {default}"
-            model.add_argument(f"--{name}", choices=tuple(entry.choices), help=text)
+            model.add_argument(f"--{name}", **entry.flag(default))
         else:
             model.add_argument(f"--{name}", type=weight, default=default, help=entry.help)
 

@@ -27,7 +27,7 @@ from self1e.evaluation.vqa.predictions import Predictions
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
 from self1e.evaluation.vqa.report import summary_table
 from self1e.files import write_json, write_text
-from self1e.model.configuration import DTYPES
+from self1e.model.configuration import DTYPES, SWITCHES, Self1EConfig
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
 
@@ -159,6 +159,7 @@ def evaluate(
     device: torch.device,
     precision: str = "fp32",
     attn_implementation: str = "sdpa",
+    rope_precision: str | None = None,
     max_tiles: int = 1,
     batch_size: int = 8,
     workers: int = 0,
@@ -181,8 +182,10 @@ def evaluate(
     options = {"batch_size": batch_size, "max_tiles": max_tiles, "workers": workers}
     results: dict[str, list[dict | None]] = {name: [] for name in benchmarks}
     for candidate in candidates:
-        model = _Lazy(candidate, device, DTYPES[precision], attn_implementation)
-        figures = {"precision": precision, "attn_implementation": attn_implementation, "max_tiles": max_tiles}
+        chosen = {"attn_implementation": attn_implementation}
+        chosen |= {"rope_precision": rope_precision} if rope_precision else {}
+        model = _Lazy(candidate, device, dtype=DTYPES[precision], **chosen)
+        figures = {"precision": precision, "max_tiles": max_tiles, **chosen}
         figures |= {} if score_only else checkpoint_settings(candidate.version, candidate.weights)
         settings = describe(figures, device)
         for name, benchmark in benchmarks.items():
@@ -232,8 +235,8 @@ def _report(failures: dict[str, str], what: str, error: Exception) -> None:
 class _Lazy:
     """Loads model and processor at the first call: a run whose questions are all answered needs neither."""
 
-    def __init__(self, candidate: Candidate, device: torch.device, dtype: torch.dtype, attn_implementation: str):
-        self.candidate, self.device, self.dtype, self.attention = candidate, device, dtype, attn_implementation
+    def __init__(self, candidate: Candidate, device: torch.device, **options: Any):
+        self.candidate, self.device, self.options = candidate, device, options
         self.loaded: tuple[Self1EForSegmentation, Self1EProcessor] | None = None
 
     def __call__(self) -> tuple[Self1EForSegmentation, Self1EProcessor]:
@@ -241,9 +244,7 @@ class _Lazy:
             version, weights = self.candidate.version, self.candidate.weights
             try:
                 processor = Self1EProcessor.from_pretrained(version)
-                model = Self1EForSegmentation.from_pretrained(
-                    version, weights=weights, dtype=self.dtype, attn_implementation=self.attention
-                )
+                model = Self1EForSegmentation.from_pretrained(version, weights=weights, **self.options)
             except EXPECTED as error:
                 raise CannotLoad(f"cannot load {self.candidate.label}: {error}") from error
             model.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
@@ -290,6 +291,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_num", type=int, default=6, help="the most tiles per photo with --dynamic, without the thumbnail")
     add("--precision", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     add("--attn_implementation", default="sdpa", choices=("eager", "sdpa", "flash_attention_2"))
+    add("--rope_precision", **SWITCHES["rope_precision"].flag(Self1EConfig.rope_precision))
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--batch_size", type=int, default=8, help="questions per forward pass of a process")
     add("--workers", type=int, default=4, help="processes per rank that decode and tile photos")
@@ -325,6 +327,7 @@ def run(args: argparse.Namespace) -> int:
             device=device,
             precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"),
             attn_implementation=args.attn_implementation,
+            rope_precision=args.rope_precision,
             max_tiles=args.max_num if args.dynamic else 1,
             batch_size=args.batch_size,
             workers=args.workers,

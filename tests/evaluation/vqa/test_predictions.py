@@ -52,6 +52,28 @@ def test_predictions_of_other_settings_or_questions_are_refused(tiny, tmp_path, 
     assert run(tmp_path, tiny) == 1
 
 
+def test_rounded_rotary_frequencies_are_another_setting(tiny, tmp_path, monkeypatch, capsys):
+    write_vqav2(tmp_path / "data")
+    frequencies = []
+
+    def watch(model, *args, generate=generation.generate_replies):
+        frequencies.append(model.model.language_model.rotary_emb.inv_freq)
+        return generate(model, *args)
+
+    monkeypatch.setattr(generation, "generate_replies", watch)
+    assert run(tmp_path, tiny) == 0
+    settings = results(tmp_path) / "settings.json"
+    assert (
+        "rope_precision" not in load(settings)["vqa-vqav2-val"]["figures"]
+    )  # the checkpoint's, whose digest is there
+    assert run(tmp_path, tiny, "--rope_precision", "bf16") == 1
+    assert 'rope_precision was null and is "bf16"' in capsys.readouterr().err
+    assert run(tmp_path, tiny, "--rope_precision", "bf16", "--overwrite_eval") == 0
+    assert load(settings)["vqa-vqav2-val"]["figures"]["rope_precision"] == "bf16"
+    exact, rounded = frequencies[0], frequencies[-1]
+    assert not exact.equal(rounded) and exact.bfloat16().float().equal(rounded)
+
+
 def test_ctrl_c_says_what_is_answered_and_continues(tiny, tmp_path, monkeypatch, capsys):
     write_pope(tmp_path / "data")
     write_vqav2(tmp_path / "data")
