@@ -1,14 +1,19 @@
 """`self1e score`: figures from JSONL, and the comparison of two evaluations."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
+from segmentation_trees import REASON, make_dataset
 
 from self1e.cli import main as self1e
+from self1e.data.splits import SPLITS, load_split
 from self1e.evaluation.journal import to_jsonl
 from self1e.evaluation.segmentation.compare import compare_units, paired_bootstrap
 from self1e.evaluation.segmentation.metrics import Unit, score
+from self1e.evaluation.segmentation.run import make_units
 
 
 def unit(id, I, predicted=10, target=10, **more):
@@ -78,3 +83,50 @@ def test_flags_that_do_not_fit_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         self1e(["score", "a.jsonl", *flags])
     assert stop.value.code == 2 and "--" in capsys.readouterr().err
+
+
+@pytest.fixture
+def predicted(files, tmp_path):
+    """ReasonSeg val and two evaluations of it: A finds both targets, B finds a third of the first and nothing else."""
+    split = load_split(REASON, make_dataset(tmp_path / "dataset"))
+    evaluations = []
+    for found in ((1, 1), (1 / 3, 0)):
+        units = []
+        for photo, share in zip(split, found):
+            targets = photo.load()[1]
+            masks = (targets == 1) & (np.arange(targets.shape[1]) < 4 + 27 * share)[:, None]  # target rows 4 to 30
+            units += make_units(photo, SPLITS[REASON], masks, targets)
+        evaluations.append(units)
+    first, second = files(*evaluations)
+    first.with_suffix(".json").write_text(json.dumps({"split": REASON}))
+    return [str(first), str(second), "--dataset_dir", str(tmp_path / "dataset")]
+
+
+def test_pictures_show_what_b_lost_most_on_first(predicted, tmp_path, capsys):
+    assert self1e(["score", "--compare", *predicted, "--pictures", str(tmp_path / "drawn")]) == 0
+    overview = tmp_path / "drawn/overview.png"
+    assert capsys.readouterr().out.endswith(f"{overview}\n")
+    drawn = sorted(path.name for path in (tmp_path / "drawn").glob("*.jpg"))
+    assert drawn == ["0001_change-1.00_1.jpg", "0002_change-0.67_0.jpg"]
+    with Image.open(tmp_path / "drawn" / drawn[0]) as picture, Image.open(overview) as sheet:
+        assert sheet.width > picture.width  # both units beside each other
+        quarters = np.split(np.asarray(picture.convert("RGB"), np.int16)[:, : picture.width // 4 * 4], 4, axis=1)
+    orange = [float(np.mean(q[..., 0] - q[..., 2] > 60)) for q in quarters]  # photo, ground truth, A, B
+    assert orange[2] > 0.15 and max(orange[:2] + orange[3:]) < 0.05
+
+
+def test_a_missing_photo_is_named_and_the_comparison_is_kept(predicted, tmp_path, capsys):
+    photos = tmp_path / "dataset/reason_seg/ReasonSeg/val"
+    (photos / "0.jpg").write_bytes(b"no photo")
+    flags = ["--pictures", str(tmp_path / "drawn"), "--json", str(tmp_path / "c.json")]
+    assert self1e(["score", "--compare", *predicted, *flags]) == 1
+    printed = capsys.readouterr()
+    assert "B - A" in printed.out and len(json.loads((tmp_path / "c.json").read_text())["differing"]) == 2
+    assert "0.jpg: cannot read" in printed.err and printed.err.count("error") == 1
+    assert (tmp_path / "drawn/0001_change-1.00_1.jpg").is_file()  # the other one
+    (photos / "0.jpg").unlink()
+    assert self1e(["score", "--compare", *predicted, *flags]) == 1
+    assert "is not in ReasonSeg|val" in capsys.readouterr().err
+    shutil.rmtree(photos)
+    assert self1e(["score", "--compare", *predicted, *flags]) == 1
+    assert "missing data" in capsys.readouterr().err
