@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint: how to use it, how it was trained, what it scored.
+"""The README.md of a checkpoint: how to use it, how it was trained, what it scored; and its scores for the hub.
 
     self1e card runs/exp/ckpt_model        # after an evaluation, to fill in its tables
 
@@ -8,7 +8,7 @@ Trainer and converter write it with the weights; `hf upload USER/NAME runs/exp/c
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -59,8 +59,9 @@ def write_model_card(
     results: str | Path | None = None,
     license: str | None = None,
     datasets: Sequence[str] = (),
+    benchmarks: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write `<folder>/README.md` and return its path.
+    """Write `<folder>/README.md`, and `.eval_results` beside it, and return the README's path.
 
     Args:
         folder: of a checkpoint, layout `self1e`.
@@ -71,8 +72,10 @@ def write_model_card(
             checkpoint's parent, where a table older than the weights is of an earlier training and left out.
         license: of the weights, as the hub spells it; datasets: hub ids of the training data. Default: what an earlier
             card there says; nothing is guessed.
+        benchmarks: split -> hub data set that its figures are about, see `eval_results.write_eval_results`.
     """
     from self1e.model.configuration import Self1EConfig  # needs torch, which `--help` does not
+    from self1e.training.eval_results import write_eval_results
 
     folder = Path(folder)
     path = folder / "README.md"
@@ -92,7 +95,9 @@ def write_model_card(
         tables.append(f"### {name}\n\n{table}")
     title = title or (named.parent.name if named.name == "ckpt_model" else named.name)
     figures = results / "eval/summary.json"
-    scored = structured_results(figures) if figures.is_file() and figures.stat().st_mtime >= saved else []
+    usable = figures.is_file() and figures.stat().st_mtime >= saved
+    scored = structured_results(figures) if usable else []
+    write_eval_results(folder, figures if usable else None, benchmarks or {})
     metadata = {
         "license": license or before.get("license"),
         "library_name": "transformers",
@@ -143,9 +148,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--results", type=Path, help="folder with eval/ and eval_vqa/; default: the one around")
     add("--license", help="of the weights, as the hub spells it, such as apache-2.0; default: the present card's")
     add("--datasets", nargs="+", default=[], metavar="ID", help="hub ids of the training data")
+    add("--benchmarks", nargs="+", default=[], metavar="SPLIT=DATASET[:TASK]", help="the hub id of a split's data set")
     args = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    named = [text.rpartition("=") for text in args.pop("benchmarks")]
+    wrong = ["=".join(parts[::2]) for parts in named if not (parts[0] and parts[2])]
+    if wrong:
+        parser.error(f"--benchmarks {wrong[0]!r}: expected SPLIT=DATASET, such as 'refcoco|unc|val=USER/NAME:val'")
     folder = Path(args.pop("folder"))
     if not (folder / "config.json").is_file():
         parser.error(f"{folder}: no checkpoint there (config.json is missing)")
-    print(write_model_card(folder, **args))
+    print(write_model_card(folder, benchmarks={split: dataset for split, _, dataset in named}, **args))
     return 0

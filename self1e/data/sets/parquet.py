@@ -66,11 +66,16 @@ class ParquetSet:
         return self.columns.get(name, name if name in ("image", "text", "mask") else None)
 
 
+def ready_sets() -> dict[str, ParquetSet]:
+    """The ready entries of `parquet_sets.yaml` by name; the source of each is a hub id."""
+    return {name: ParquetSet(**values) for name, values in yaml.safe_load(READY.read_text(encoding="utf-8")).items()}
+
+
 def describe(source: str) -> ParquetSet:
     """The set that the middle part of a split's name means. Raises ValueError or FileNotFoundError naming it."""
-    ready = yaml.safe_load(READY.read_text(encoding="utf-8"))
+    ready = ready_sets()
     if source in ready:
-        return ParquetSet(**ready[source])
+        return ready[source]
     if source.endswith((".yaml", ".yml")):
         try:
             values = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
