@@ -1,6 +1,7 @@
 """Training runs for tests: their command line, in this process or as two under the deepspeed launcher, their logs."""
 
 import faulthandler
+import io
 import itertools
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from helpers import ROOT
+from PIL import Image
 
 from self1e.training import run as program
 from self1e.training.checkpoint import checkpoints_in
@@ -102,6 +104,18 @@ def curves(folder: Path) -> dict[str, list[float]]:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def pictures(folder: Path) -> dict[str, list[tuple[int, Image.Image]]]:
+    """Tag -> (step, picture) of every picture in the event files of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), {"images": 0})  # 0: all of them
+    events.Reload()
+    return {
+        tag: [(event.step, Image.open(io.BytesIO(event.encoded_image_string))) for event in events.Images(tag)]
+        for tag in events.Tags()["images"]
+    }
 
 
 def launch(*args: Path | str) -> subprocess.Popen:

@@ -173,6 +173,12 @@ def make_parser() -> argparse.ArgumentParser:
     log.add_argument(
         "--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"), help="where the curves go"
     )
+    log.add_argument(
+        "--healthy_curves",
+        type=Path,
+        metavar="JSON",
+        help="healthy runs of this recipe, drawn beside the run in TensorBoard and curves.png (docs/training.md)",
+    )
     log.add_argument("--print_freq", type=count, default=10, help="steps between log lines")
     log.add_argument("--save_steps", type=count, default=200, help="steps between checkpoints")
     log.add_argument("--save_total_limit", type=count, default=1, help="how many of the latest checkpoints are kept")

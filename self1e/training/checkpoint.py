@@ -19,9 +19,9 @@ MANIFEST, SETTINGS, BEST = "manifest.json", "settings.json", "best.json"
 # Flags that a continued run may change; every other flag defines the run.
 FREE = frozenset(
     "version model_weights dataset_dir data_dir workers max_steps save_steps save_total_limit keep_best print_freq "
-    "report_to exp_name log_base_dir resume auto_resume resume_anyway overwrite timeout config local_rank deepspeed "
-    "attn_implementation gradient_checkpointing save_published_layout val_dataset eval_steps val_batch_size no_eval "
-    "eval_only eval_all_datasets eval_all_only eval_visualize overwrite_eval allow_outside "
+    "report_to healthy_curves exp_name log_base_dir resume auto_resume resume_anyway overwrite timeout config "
+    "local_rank deepspeed attn_implementation gradient_checkpointing save_published_layout val_dataset eval_steps "
+    "val_batch_size no_eval eval_only eval_all_datasets eval_all_only eval_visualize overwrite_eval allow_outside "
     "splits command run_dir eval_precision".split()
 )
 # What the tensors of a checkpoint depend on: a difference here cannot be waived.

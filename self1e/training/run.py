@@ -39,7 +39,8 @@ from self1e.training.checkpoint import (
     faults,
     say_on_main,
 )
-from self1e.training.curves import draw_curves
+from self1e.training.curves import write_curves
+from self1e.training.healthy import HealthyCurves, recipe_of
 from self1e.training.model_card import write_model_card
 from self1e.training.new_rows import merge_new_rows, train_new_rows
 from self1e.training.stream import Encode, TooManyBroken, broken_list
@@ -136,11 +137,14 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         mixture = build_mixture(data, batch_size=args.batch_size, seed=args.seed, mode=args.mixture, transform=encode)
         for split in splits:  # a faulty one fails here and not hours later
             load_split(split, args.dataset_dir, allow_outside=args.allow_outside)
-    per_epoch = -(-mixture.epoch_size // (args.batch_size * settings.world_size))
-    limit = args.steps_per_epoch and args.steps_per_epoch * args.grad_accumulation_steps
-    if limit and limit > per_epoch:
-        steps = -(-per_epoch // args.grad_accumulation_steps)
-        raise ValueError(f"--steps_per_epoch {args.steps_per_epoch}: an epoch has {steps} steps; lower or unset it")
+    per_epoch = -(-mixture.epoch_size // (args.batch_size * settings.world_size * args.grad_accumulation_steps))
+    if args.steps_per_epoch and args.steps_per_epoch > per_epoch:
+        raise ValueError(
+            f"--steps_per_epoch {args.steps_per_epoch}: an epoch has {per_epoch} steps; lower or unset it"
+        )
+    per_epoch = args.steps_per_epoch or per_epoch
+    steps = args.max_steps or per_epoch * (args.epochs - args.start_epoch)
+    healthy = HealthyCurves(args.healthy_curves) if args.healthy_curves else None
 
     defining = defining_settings(
         vars(args),
@@ -163,24 +167,29 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         llm_targets=args.lora_target_modules.split(",") if args.lora_target_modules else LLM_LINEARS,
         from_layer=args.lora_from_layer,
     )
+    recipe = recipe_of(defining, steps=steps, parameters=model.num_parameters())
+    if healthy:
+        healthy.check(recipe)
     if args.trainable_embeddings == "new":
         train_new_rows(model, processor.seg_token_id)
     if distributed.is_main():
         sizes = ", ".join(f"{name} {size:,}" for name, size in mixture.sizes.items())
-        steps = -(-(limit or per_epoch) // args.grad_accumulation_steps)
         size = f"{args.batch_size} photos x {args.grad_accumulation_steps} micro-batches x {settings.world_size} ranks"
         print(
-            f"{training_table(model)}\n\n{short_run(args, limit or per_epoch)}samples on disk: {sizes}\n"
-            f"an epoch: {mixture.epoch_size:,} samples, {steps:,} steps of {size}\n"
+            f"{training_table(model)}\n\n{short_run(args, steps)}samples on disk: {sizes}\n"
+            f"an epoch: {mixture.epoch_size:,} samples, {per_epoch:,} steps of {size}\n"
             f"{'starting anew' if checkpoint is None else f'continuing from {checkpoint}'}",
             flush=True,
         )
 
     def validate(step: int) -> dict[str, float]:
         folder = args.run_dir / "validation" / f"step_{step}"
-        results = evaluate_splits(model, processor, splits, output_dir=folder, **evaluation_options(args))
+        options = {"output_dir": folder, "show": trainer.show, **evaluation_options(args)}
+        results = evaluate_splits(model, processor, splits, **options)
         return {f"{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
 
+    if healthy and args.report_to == "tensorboard":
+        distributed.on_main(lambda: healthy.write_events(args.run_dir / "tensorboard"))
     with Watchdog(args.run_dir / ".ranks", args.timeout) as watchdog:
         trainer = Self1ETrainer(
             model=model,
@@ -191,7 +200,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
             lr=args.lr,
             vision_lr=args.vision_lr,
             reduction=args.grad_accumulation_reduction,
-            epoch_limit=limit,
+            epoch_limit=args.steps_per_epoch and args.steps_per_epoch * args.grad_accumulation_steps,
             first_epoch=args.start_epoch,
             validate=validate,
             settings=defining,
@@ -207,12 +216,15 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
     causes = [cause for cause in distributed.gather(stop.cause) if cause is not None]
     if not trainer.stopped:
         save(args, trainer, model, tuner, processor)
+        log, folder = trainer.state.log_history, args.run_dir
+        distributed.on_main(lambda: write_curves(log, folder, recipe=recipe, seed=args.seed, healthy=healthy))
+        if distributed.is_main():
+            print(f"saved {folder / 'ckpt_model'}, the curves are in {folder / 'curves.png'}", flush=True)
     return causes[0] if trainer.stopped else None
 
 
-def short_run(args: Namespace, micro_batches: int) -> str:
+def short_run(args: Namespace, steps: int) -> str:
     """A warning for a run that ends before its learning rate has risen, else nothing."""
-    steps = args.max_steps or -(-micro_batches // args.grad_accumulation_steps) * (args.epochs - args.start_epoch)
     if steps >= args.warmup_steps:
         return ""
     return (
@@ -335,8 +347,6 @@ def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> No
         write_model_card(args.run_dir / "ckpt_model", base=args.version, command=args.command)
         if args.save_published_layout:
             checkpoints.save(merged, processor, args.run_dir / "ckpt_model_published", published=True)
-        draw_curves(trainer.state.log_history, args.run_dir / "curves.png")
-        print(f"saved {args.run_dir / 'ckpt_model'}, the curves are in {args.run_dir / 'curves.png'}", flush=True)
 
     with gathered:
         merged = tuner.merge_and_unload() if tuner else model

@@ -3,18 +3,23 @@
 import errno
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer
+from transformers.integrations import TensorBoardCallback
 
 from self1e import distributed
 from self1e.data.mixture import Mixture
+from self1e.data.sample import EvalImage
+from self1e.evaluation.segmentation.metrics import Unit
+from self1e.evaluation.segmentation.report import examples
 from self1e.training import checkpoint
 from self1e.training.adaptation import optimizer_groups
 from self1e.training.stream import Collate, MicroBatches, Stream, TooManyBroken, broken_list
@@ -256,6 +261,19 @@ class Self1ETrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def show(self, name: str, split: Sequence[EvalImage], units: Sequence[Unit]) -> None:
+        """Add pictures of a validated split to TensorBoard: `<split>/worst`, `/median` and `/best`, by IoU.
+
+        They are drawn from the masks that the units hold, on rank 0, which alone has a writer. It is the one of the
+        library's callback, because TensorBoard reads one file per run.
+        """
+        callbacks = self.callback_handler.callbacks
+        writer = next((x.tb_writer for x in callbacks if isinstance(x, TensorBoardCallback)), None)
+        if writer is not None:
+            for title, picture in examples(split, units).items():
+                pixels = np.asarray(picture)
+                writer.add_image(f"{name}/{title}", pixels, self.state.global_step, dataformats="HWC")
 
     def _keep_best(self, value: float) -> None:
         folder = self.folder

@@ -1,9 +1,13 @@
-"""The picture of a run: what it takes from a log, and that it is one."""
+"""The curves of a run: what they take from its log and its validations, and that the picture is one."""
+
+import json
 
 import numpy as np
+from helpers import read_json
 from PIL import Image
 
-from self1e.training.curves import draw_curves, series
+from self1e.training.curves import draw_curves, series, write_curves
+from self1e.training.healthy import HealthyCurves
 
 LOSSES = {"loss": 3.5, "ce": 1.0, "mask_bce": 1.0, "mask_dice": 1.0, "lr_llm": 1e-4, "lr_vision_and_head": 2e-4}
 HISTORY = [
@@ -30,3 +34,28 @@ def test_a_run_with_validation_has_a_panel_more(tmp_path):
         sizes[name] = picture.size
     assert sizes["all"][0] == 3 / 2 * sizes["no_eval"][0] and sizes["all"][1] == sizes["no_eval"][1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.png", "no_eval.png"]
+
+
+def test_the_validations_of_a_continued_run_are_all_there(tmp_path):
+    """The log of a checkpoint lacks the validation of its step, and a step after the end belongs to an earlier try."""
+    for step, value in {1: 0.1, 2: 0.2, 3: 0.3}.items():
+        folder = tmp_path / f"validation/step_{step}"
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"ReasonSeg|val": {"giou": value, "ciou": value / 2, "n": 5}}))
+    write_curves(HISTORY, tmp_path, recipe={"lr": 1e-4}, seed=3, healthy=None)
+    written = read_json(tmp_path / "curves.json")
+    assert (written["recipe"], written["seed"]) == ({"lr": 1e-4}, 3)
+    assert written["curves"]["mask_bce"] == {"steps": [1, 2], "values": [1.0, 0.5]}
+    assert written["curves"]["eval_ReasonSeg|val_ciou"] == {"steps": [1, 2], "values": [0.05, 0.1]}
+    assert "lr_llm" not in written["curves"] and Image.open(tmp_path / "curves.png").format == "PNG"
+
+
+def test_healthy_runs_lie_behind_the_figures_that_they_have(tmp_path):
+    band = {"steps": [1, 2], "values": [[3.0, 1.0], [4.0, 2.0]]}
+    (tmp_path / "healthy.json").write_text(json.dumps({"recipe": {}, "seeds": [0, 1], "curves": {"loss": band}}))
+    draw_curves(HISTORY, tmp_path / "with.png", HealthyCurves(tmp_path / "healthy.json"))
+    draw_curves(HISTORY, tmp_path / "without.png")
+    banded, plain = (np.asarray(Image.open(tmp_path / name), int) for name in ("with.png", "without.png"))
+    columns = np.abs(banded - plain).sum((0, 2)) > 0
+    third = len(columns) // 3  # the panel of the losses; the others stay
+    assert columns[:third].mean() > 0.5 and not columns[third:].any()

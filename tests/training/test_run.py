@@ -10,10 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import read_json
 from PIL import Image
-from runs import curves, history, train
+from runs import curves, history, pictures, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.data.splits import load_split
+from self1e.evaluation.segmentation.metrics import Unit
+from self1e.evaluation.segmentation.report import SplitResults, draw_unit
 from self1e.training import trainer as trainer_module
 from self1e.training.checkpoint import checkpoints_in
 from self1e.training.trainer import Self1ETrainer
@@ -36,6 +41,42 @@ def test_a_run_logs_every_curve(reference):
     for group in ("llm", "vision_and_head"):
         np.testing.assert_allclose(logged[f"train/lr_{group}"], [5e-5, 1e-4, 5e-5, 0], rtol=1e-6, atol=1e-12)
     assert len(logged["eval/ReasonSeg|val_giou"]) == len(logged["eval/ReasonSeg|val_ciou"]) == 2
+
+
+def test_tensorboard_holds_the_worst_the_median_and_the_best_of_each_validation(reference, shapes):
+    found = pictures(reference[0])
+    assert found.keys() == {f"ReasonSeg|val/{kind}" for kind in ("worst", "median", "best")}
+    split = load_split("ReasonSeg|val", shapes / "dataset")
+    for place, step in enumerate((2, 4)):
+        units = SplitResults(reference[0] / f"validation/step_{step}", "ReasonSeg|val").read(split)
+        overlap = sorted(unit.iou for unit in units)
+        for kind, value in {"worst": overlap[0], "median": overlap[len(units) // 2], "best": overlap[-1]}.items():
+            logged, picture = found[f"ReasonSeg|val/{kind}"][place]
+            assert logged == step and picture.width == 900
+            assert shown(picture, split, units).iou == value
+
+
+def test_a_run_is_laid_beside_healthy_ones(interrupted, reference):
+    """The healthy run is the same one without the interruption."""
+    mine, theirs = (read_json(folder / "curves.json") for folder in (interrupted, reference[0]))
+    assert mine["recipe"] == theirs["recipe"] and mine["seed"] == theirs["seed"]
+    assert mine["curves"]["loss"] == theirs["curves"]["loss"]
+    events = EventAccumulator(str(interrupted / "tensorboard/healthy_mean")).Reload()
+    np.testing.assert_allclose(
+        [event.value for event in events.Scalars("train/loss")], theirs["curves"]["loss"]["values"], rtol=1e-3
+    )
+
+
+def test_healthy_runs_of_another_recipe_are_refused(interrupted, tiny_version, shapes, runs, capsys):
+    flags = ("--max_steps", "5", "--no_eval", "--healthy_curves", str(runs / "healthy.json"))
+    train(tiny_version, shapes, runs, "unhealthy", *flags, code=1)
+    assert "steps: 5, theirs 4" in capsys.readouterr().err and not (runs / "unhealthy").exists()
+
+
+def shown(picture: Image.Image, split, units) -> Unit:
+    """The unit that a picture shows."""
+    drawn = [np.asarray(draw_unit(split, units, index, width=900)) for index in range(len(units))]
+    return next(unit for unit, pixels in zip(units, drawn) if np.array_equal(pixels, np.asarray(picture)))
 
 
 def test_a_run_reads_well(reference):

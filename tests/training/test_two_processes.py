@@ -8,7 +8,7 @@ import signal
 import psutil
 import pytest
 from helpers import ROOT
-from runs import LAUNCHER, launch, loss, steps
+from runs import LAUNCHER, launch, loss, pictures, steps
 
 from self1e import Self1EForSegmentation
 from self1e.training.checkpoint import checkpoints_in
@@ -70,7 +70,11 @@ def test_kills_stops_and_zero3_give_the_same_run(tiny_version, shapes, runs):
     assert f"continuing from {folder / 'checkpoints' / 'checkpoint-2'}" in second
     assert names(folder)[-1] in ("checkpoint-3", "checkpoint-4", "checkpoint-5")
 
-    third = finish(launch(tiny_version, shapes, runs, "killed", *FLAGS, "--auto_resume"))
+    validated = [*(flag for flag in FLAGS if flag != "--no_eval"), "--eval_steps", "6"]
+    third = finish(launch(tiny_version, shapes, runs, "killed", *validated, "--auto_resume"))
+    drawn = pictures(folder)  # by the first rank alone: one event file per start
+    assert len(list((folder / "tensorboard").iterdir())) == 3
+    assert [[step for step, _ in drawn[f"ReasonSeg|val/{kind}"]] for kind in ("worst", "median", "best")] == [[6]] * 3
     assert steps(second)["3"] == steps(first)["3"] and names(folder) == ["checkpoint-6"]
     assert Self1EForSegmentation.from_pretrained(folder / "ckpt_model").trained_head
 

@@ -5,8 +5,10 @@ In the results folder, `<split>.jsonl` holds one line per unit (see `metrics.Uni
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from self1e.data.sample import EvalImage
@@ -31,7 +33,7 @@ class SplitResults:
 
         Raises ValueError when there are some that were made with other settings, or of other data.
         """
-        units = self._read(split)
+        units = self.read(split)
         if units:
             self.settings.check(self.name, settings)
         return units
@@ -45,7 +47,8 @@ class SplitResults:
             self.settings.record(self.name, settings)
         return units
 
-    def _read(self, split: Sequence[EvalImage]) -> list[Unit]:
+    def read(self, split: Sequence[EvalImage]) -> list[Unit]:
+        """The units that are written. Raises ValueError when they are of other data."""
         asked = {
             unit_id: (photo.image_id, unit_text(prompt))
             for photo in split
@@ -71,19 +74,33 @@ class SplitResults:
 
     def save_pictures(self, split: Sequence[EvalImage], units: Sequence[Unit]) -> None:
         """Photo, ground truth and prediction of the worst units in `<folder>/<split>/`, and an overview."""
-        places = [(photo, row) for photo in split for row in range(len(photo.unit_ids))]
-
-        def draw(index: int):
-            photo, row = places[index]
-            image, targets = photo.load()
-            height, width = targets.shape[1:]
-            image = image.resize((width, height))  # annotations are not always at the photo's size
-            prediction = units[index].decode(height, width).astype(bool)
-            return compare(image, targets[row], prediction, photo.sentences[row], units[index].iou)
-
         folder = self.folder / self.stem
+        draw = partial(draw_unit, split, units)
         overview = save_worst_first(folder, [unit.iou for unit in units], [unit.id for unit in units], draw)
         tqdm.write(f"pictures, worst first: {overview}")
+
+
+def draw_unit(split: Sequence[EvalImage], units: Sequence[Unit], index: int, *, width: int = 1200) -> Image.Image:
+    """Photo, ground truth and prediction of one unit of a whole split, with its sentence and IoU; pixels of width."""
+    photo, row = [(photo, row) for photo in split for row in range(len(photo.unit_ids))][index]
+    image, targets = photo.load()
+    size = targets.shape[1:]  # height, width
+    image = image.resize(size[::-1])  # annotations are not always at the photo's size
+    prediction = units[index].decode(*size).astype(bool)
+    return compare(image, targets[row], prediction, photo.sentences[row], units[index].iou, width=width)
+
+
+def examples(split: Sequence[EvalImage], units: Sequence[Unit]) -> dict[str, Image.Image]:
+    """Pictures of the worst, the median and the best unit by IoU, from the masks that the units hold.
+
+    Of equals the one with more pixels at stake is taken, so that the best is an empty mask only where all of the best
+    are.
+    """
+    order = sorted(range(len(units)), key=lambda index: units[index].iou)
+    worst = min(order, key=lambda index: (units[index].iou, -units[index].U))
+    best = max(order, key=lambda index: (units[index].iou, units[index].U))
+    chosen = {"worst": worst, "median": order[len(order) // 2], "best": best}
+    return {name: draw_unit(split, units, index, width=900) for name, index in chosen.items()}
 
 
 def unit_text(prompt: str) -> str:

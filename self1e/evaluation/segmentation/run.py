@@ -225,6 +225,7 @@ def evaluate_splits(
     model_max_length: int = 512,
     high_res: bool = False,
     visualize: bool = False,
+    show: Callable[[str, Sequence[EvalImage], list[Unit]], None] | None = None,
     skip_missing: bool = False,
     checkpoint: Mapping[str, str | None] | None = None,
     overwrite: bool = False,
@@ -239,6 +240,7 @@ def evaluate_splits(
         workers: decoding processes per rank. rows_per_forward: sentences of a photo in one pass.
         model_max_length: tokens a row may have. high_res: up to 4 tiles per photo.
         visualize: pictures of the worst sentences in `<output_dir>/<split>/`, and an overview.
+        show: takes each finished split on rank 0: its name, photos and units.
         skip_missing: leave out splits whose data is absent, with a message, instead of raising.
         checkpoint: what tells the model's weights from others (`provenance.checkpoint_settings`). With it, what
             `output_dir` holds of the same settings is kept and continued. None: nothing can be kept.
@@ -281,9 +283,9 @@ def evaluate_splits(
             results[name] = {"split": name, **({"note": split.note} if split.note else {}), **score(units)}
             distributed.on_main(partial(files.save, units, results))
             if visualize:
-                distributed.on_main(
-                    partial(files.save_pictures, split, units), catch=(ValueError, OSError, SampleError)
-                )
+                distributed.on_main(partial(files.save_pictures, split, units), catch=READING)
+            if show is not None:
+                distributed.on_main(partial(show, name, split, units), catch=READING)
     except KeyboardInterrupt as error:
         done = ", ".join(results) or "none"
         again = "the same command continues" if checkpoint else "the next evaluation starts anew"
