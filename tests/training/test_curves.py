@@ -1,5 +1,6 @@
 """The curves of a run: what they take from its log and its validations, and that the picture is one."""
 
+import io
 import json
 
 import numpy as np
@@ -51,11 +52,16 @@ def test_the_validations_of_a_continued_run_are_all_there(tmp_path):
 
 
 def test_healthy_runs_lie_behind_the_figures_that_they_have(tmp_path):
-    band = {"steps": [1, 2], "values": [[3.0, 1.0], [4.0, 2.0]]}
-    (tmp_path / "healthy.json").write_text(json.dumps({"recipe": {}, "seeds": [0, 1], "curves": {"loss": band}}))
-    draw_curves(HISTORY, tmp_path / "with.png", HealthyCurves(tmp_path / "healthy.json"))
-    draw_curves(HISTORY, tmp_path / "without.png")
-    banded, plain = (np.asarray(Image.open(tmp_path / name), int) for name in ("with.png", "without.png"))
-    columns = np.abs(banded - plain).sum((0, 2)) > 0
-    third = len(columns) // 3  # the panel of the losses; the others stay
-    assert columns[:third].mean() > 0.5 and not columns[third:].any()
+    pictures = {}
+    for name in ("none", "loss", "eval_refcoco|unc|val_giou"):  # the run has the loss alone
+        band = {"steps": [1, 2], "values": [[3.5, 1.75], [2.5, 1.25]]}
+        (tmp_path / "healthy.json").write_text(json.dumps({"recipe": {}, "seeds": [0, 1], "curves": {name: band}}))
+        draw_curves(HISTORY, tmp_path / "curves.png", HealthyCurves(tmp_path / "healthy.json"))
+        pictures[name] = (tmp_path / "curves.png").read_bytes()
+    draw_curves(HISTORY, tmp_path / "curves.png")
+    assert pictures["none"] == pictures["eval_refcoco|unc|val_giou"] == (tmp_path / "curves.png").read_bytes()
+    pixels = (
+        np.asarray(Image.open(tmp_path / "curves.png"), int),
+        np.asarray(Image.open(io.BytesIO(pictures["loss"])), int),
+    )
+    assert np.abs(pixels[0] - pixels[1])[:, :600].any(2).mean() > 0.02
