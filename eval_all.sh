@@ -32,6 +32,7 @@ which=(--eval_all_datasets)
 args=()
 while [ $# -gt 0 ]; do
     case $1 in
+        -h | --help) exec "$python" "$root/train_hf_ivl_seq.py" --help ;;
         --num_processes) processes=${2:?--num_processes needs a number}; shift 2 ;;
         --num_processes=*) processes=${1#*=}; shift ;;
         --val_dataset | --val_dataset=*) which=(); args+=("$1"); shift ;;

@@ -34,6 +34,7 @@ device="auto"
 args=()
 while [ $# -gt 0 ]; do
     case $1 in
+        -h | --help) exec "$python" -m self1e.evaluation.vqa --help ;;
         --num_processes) processes=${2:?--num_processes needs a number}; shift 2 ;;
         --num_processes=*) processes=${1#*=}; shift ;;
         --device) device=${2:?--device needs a value}; args+=("$1" "$2"); shift 2 ;;
@@ -51,6 +52,6 @@ case $processes in
 esac
 
 if [ "$processes" -gt 1 ]; then # --standalone takes a free port
-    exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m self1e.evaluation.vqa.run "${args[@]}"
+    exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m self1e.evaluation.vqa "${args[@]}"
 fi
-exec "$python" -m self1e.evaluation.vqa.run "${args[@]}"
+exec "$python" -m self1e.evaluation.vqa "${args[@]}"

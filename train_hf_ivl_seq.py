@@ -7,7 +7,16 @@ python train_hf_ivl_seq.py ...                                                # 
 
 import sys
 
-from self1e.training.run import main
+from self1e.flags import guarded
+from self1e.training.arguments import parse
+
+
+def main() -> int:
+    args = parse(sys.argv[1:])  # before anything heavy is imported: --help and a wrong flag are answered at once
+    from self1e.training.run import start
+
+    return start(args)
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded(main))

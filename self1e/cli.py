@@ -32,8 +32,8 @@ COMMANDS = {
     "card": Command("self1e.training.model_card", "the model card of a checkpoint, with its scores"),
     "ablate": Command("self1e.apps.ablation.run", "variants of the method compared on synthetic scenes"),
     "pictures": Command("self1e.apps.method_pictures", "what each part of the method does to a photo"),
-    "make-shapes": Command("self1e.synthetic.shapes_dataset", "a synthetic data tree in every format"),
-    "make-tiny": Command("self1e.synthetic.tiny_internvl", "a tiny InternVL3 checkpoint with random weights"),
+    "make-shapes": Command("self1e.apps.make_shapes", "a synthetic data tree in every format"),
+    "make-tiny": Command("self1e.apps.make_tiny", "a tiny InternVL3 checkpoint with random weights"),
 }
 
 

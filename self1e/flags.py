@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 # What users can mend, hence one line on the screen; anything else is a fault of the program and shows its traceback.
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
+LARGEST = 2**31 - 1  # number that a flag takes where it names no limit: libraries count in 32 bits
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
 
@@ -29,7 +30,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that suggests the flag or value that was meant, and takes no abbreviated flags."""
 
     def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        own: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**own | options)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         known = [flag for action in self._actions for flag in action.option_strings]
@@ -40,39 +42,43 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print the message under one line of usage and exit with code 2."""
+        """Exit with code 2 and one message: a usage of 70 flags would bury it, and so would the echo of every rank."""
         wrong = CHOICE.search(message)
         if wrong:
             message += did_you_mean(wrong[1], re.findall(r"[^', ]+", wrong[2]))
-        self.exit(2, f"{self.prog}: error: {message}\n(see {self.prog} --help)\n")
+        first = int(os.environ.get("RANK", 0)) == 0
+        self.exit(2, f"{self.prog}: error: {message}\n(see {self.prog} --help)\n" if first else None)
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+def whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
     """A flag's type: a whole number from `least` to `most`."""
-    expected = f"expected a whole number of at least {least}" + ("" if most is None else f" and at most {most}")
+    expected = f"expected a whole number of at least {least}" + ("" if most == LARGEST else f" and at most {most}")
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r}: {expected}") from None
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"{text}: {expected}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text}: {expected if value < least or most < LARGEST else f'expected at most {most}'}"
+            )
         return value
 
     return parse
 
 
-def between(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """A flag's type: a number above `low` and below `high`, neither included."""
-    expected = f"expected a number above {low:g}" + ("" if high == math.inf else f" and below {high:g}")
+def between(low: float, high: float = math.inf, *, included: bool = False) -> Callable[[str], float]:
+    """A flag's type: a number above `low`, or from it on where it is `included`, and below `high`."""
+    expected = f"expected a number {'from' if included else 'above'} {low:g}{' on' if included else ''}"
+    expected += "" if high == math.inf else f" and below {high:g}"
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r}: {expected}") from None
-        if not low < value < high:
+        if not (low < value < high or included and value == low):
             raise argparse.ArgumentTypeError(f"{text}: {expected}")
         return value
 

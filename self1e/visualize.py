@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -82,6 +81,8 @@ def overlay(
     colors: one a mask, `PALETTE` in turn by default. alpha: opacity of the filling, 0..1.
     Raises ValueError when the sizes differ.
     """
+    import cv2  # drawing is all that needs it, and command lines import this module
+
     masks = np.asarray(masks, dtype=np.uint8)
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.shape[1:] != (image.height, image.width):

@@ -8,7 +8,7 @@ from helpers import ROOT
 
 from self1e import Self1EForSegmentation
 from self1e.apps.ablation.report import markdown
-from self1e.model.configuration import SWITCHES
+from self1e.model.switches import SWITCHES
 from self1e.training.arguments import parse
 
 PAGE = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")

@@ -36,6 +36,7 @@ from self1e.data.totals import compare
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
+from self1e.flags import Parser, check_writable, whole
 from self1e.model import prompts
 from self1e.visualize import grid, overlay, panel
 
@@ -316,18 +317,16 @@ def table(reports: list[Report]) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="self1e check-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="self1e check-data", description=__doc__)
     add = parser.add_argument
     add("path", metavar="PATH", type=Path, help="the tree's dataset folder, or own data (.csv, .json, folder)")
     add("--data_dir", type=Path, help="VQA sets of the tree; default: the folder data beside PATH")
     add("--kind", choices=("auto", "tree", "custom"), default="auto", help="auto: a tree holds folders like refer_seg")
     add("--output", type=Path, default=Path("contact_sheet.png"), help="the contact sheet")
-    add("--samples", type=int, help="pictures a set on it; default: 2, and 12 of own data; 0: no sheet")
-    add("--limit", type=int, help="records read of each set at most, evenly spread; default: all")
+    add("--samples", type=whole(0), help="pictures a set on it; default: 2, and 12 of own data; 0: no sheet")
+    add("--limit", type=whole(1), help="records read of each set at most, evenly spread; default: all")
     add("--allow_outside", action="store_true", help="take files that annotations name outside their folder")
-    add("--workers", type=int, default=os.cpu_count(), help="threads that read; default: one a core")
+    add("--workers", type=whole(1), default=os.cpu_count(), help="threads that read; default: one a core")
     args = parser.parse_args(argv)
     if not args.path.exists():
         parser.error(f"{args.path} does not exist")
@@ -335,14 +334,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.kind = "tree" if is_tree(args.path) else "custom"
     if args.samples is None:
         args.samples = 2 if args.kind == "tree" else 12
-    if args.samples < 0 or args.workers < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--samples must not be negative, --workers and --limit at least 1")
     args.data_dir = args.data_dir or args.path.resolve().parent / "data"
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    if args.samples:
+        check_writable(args.output.parent)
     sources: Iterable[Source | str]
     if args.kind == "tree":
         sources = tree_sources(args.path, args.data_dir, allow_outside=args.allow_outside)
@@ -367,7 +366,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"not there: {', '.join(absent)}")
     pictures = [picture for report in reports for picture in report.pictures]
     if pictures:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         grid(pictures, 4, cell=CELL).save(args.output)
         print(f"look at {args.output}")
     problems = sum(len(report.problems) for report in reports)

@@ -43,6 +43,7 @@ from self1e.apps.download import (
     size,
 )
 from self1e.apps.unpack import check_format, is_archive, unpack
+from self1e.flags import Parser
 
 UNCHECKED = "The addresses are unchecked: they come from the sets' documentation and one may be dead by now."
 
@@ -275,15 +276,11 @@ def table(catalogue: Catalogue, roots: Roots) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="self1e data", description="Data sets.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="get")
-    get = commands.add_parser(
-        "get",
-        help="get data sets into the trees that training and evaluation read",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = get.add_argument
+    words = [*(sys.argv[1:] if argv is None else argv)]
+    parser = Parser(prog="self1e data get", usage="%(prog)s [SET ...] [flags]", description=__doc__)
+    if words and words[0] != "get" and not words[0].startswith("-"):
+        parser.error(f"self1e data {words[0]}: the only command is get, as in self1e data get {words[0]}")
+    add = parser.add_argument
     add("sets", nargs="*", metavar="SET", help="names of sets or groups; --list shows them")
     add("--to", type=Path, default=Path("dataset"), metavar="DIR", help="the dataset folder; default: dataset")
     add("--data_dir", type=Path, metavar="DIR", help="the folder of the question sets; default: data beside --to")
@@ -292,17 +289,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dry_run", action="store_true", help="print what would be done and stop")
     add("--remove_archives", action="store_true", help="delete an archive once its contents are in place")
     add("--accept_changed", action="store_true", help="take files whose size or sum is not the known one")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words[1:] if words[:1] == ["get"] else words)
     if not args.sets and not args.list:
-        get.error("name a set or a group; self1e data get --list shows them")
+        parser.error("name a set or a group; self1e data get --list shows them")
     for flag in "to", "data_dir", "downloads":
         path = getattr(args, flag)
         if path is not None and path.exists() and not path.is_dir():
-            get.error(f"--{flag} {path} is a file; expected a folder")
+            parser.error(f"--{flag} {path} is a file; expected a folder")
     try:
         args.chosen = load_catalogue().choose(args.sets)
     except ValueError as error:
-        get.error(str(error))
+        parser.error(str(error))
     return args
 
 

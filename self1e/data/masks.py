@@ -5,7 +5,6 @@ Masks are uint8 (H, W), {0, 1}, 255 = ignored where a format knows such pixels.
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
@@ -172,6 +171,8 @@ def paint_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
 
 
 def _paint(mask: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
+    import cv2  # reading data is all that needs it, and command lines import this module
+
     cv2.polylines(mask, [points], isClosed=True, color=value, thickness=1)
     return cv2.fillPoly(mask, [points], color=value)
 

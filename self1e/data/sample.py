@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.paths import DATASETS, inside
-from self1e.model.processing import as_rgb
+from self1e.model.photos import as_rgb
 from self1e.model.prompts import IMAGE_TAG, RESERVED, SEG, evaluation_prompt
 
 log = logging.getLogger(__name__)

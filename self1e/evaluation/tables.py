@@ -13,3 +13,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text
         for row in cells
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def percent(value: float | None) -> str:
+    """A fraction as the tables show it; `-` for a figure over nothing."""
+    return "-" if value is None else f"{100 * value:.1f}"

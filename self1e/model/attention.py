@@ -2,7 +2,8 @@
 
 A pathway is an overlay on the causal mask, for rows that hold a `[SEG]`: `causal OR overlay`. Queries that are not
 image tokens stay causal, padding keys are never seen, rows without `[SEG]` stay plain causal. The library builds the
-mask for eager, SDPA and FlexAttention from the predicate alone. To add a pathway, add one predicate to `PATHWAYS`.
+mask for eager, SDPA and FlexAttention from the predicate alone. To add a pathway, add one predicate to `PATHWAYS`
+and its name to `switches.SWITCHES`.
 """
 
 from collections.abc import Callable

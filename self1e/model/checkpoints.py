@@ -25,8 +25,9 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
-from self1e.model.configuration import DAMAGE, SWITCHES, Self1EConfig, original_config
+from self1e.model.configuration import DAMAGE, Self1EConfig, original_config
 from self1e.model.prompts import END_OF_TURN
+from self1e.model.switches import SWITCHES
 
 HEAD, INDEX = "segmentation_head.", "model.safetensors.index.json"
 SCREEN = 40  # lines; longer lists of misfits are joined by layer

@@ -6,10 +6,8 @@ projector), and tokens, template and tiling of `prompts` and `processing`.
 """
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -17,36 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import InternVLConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from self1e.model.attention import PATHWAYS
-from self1e.model.grids import REPLICATIONS
-from self1e.model.head import HEADS
+from self1e.model.switches import SWITCHES
 
-
-@dataclass(frozen=True)
-class Switch:
-    """A field of the configuration that a user may set: what it does, and its values if they have names."""
-
-    help: str
-    choices: Collection[str] | None = None
-
-    def flag(self, default: str) -> dict[str, Any]:
-        """What `add_argument` takes for a switch with named values; without the flag, the checkpoint decides."""
-        assert self.choices is not None
-        return {"choices": tuple(self.choices), "help": f"{self.help}; unset: the checkpoint's, or {default}"}
-
-
-# Fields that `from_pretrained` and the training program's flags set; defaults stand in `Self1EConfig`.
-SWITCHES = {
-    "mask_features": Switch("features that the mask is read from", HEADS),
-    "replication": Switch("how patch tokens are replicated for the mask's image side", REPLICATIONS),
-    "attention_pathway": Switch("what image tokens see besides the causal past", PATHWAYS),
-    "auxiliary_loss": Switch("train the LLM's own image features with the mask losses, too"),
-    "auxiliary_projection": Switch("send the auxiliary image side through f_out, too"),
-    "rope_precision": Switch("precision of the LLM's rotary frequencies", ("fp32", "bf16")),
-    "ce_loss_weight": Switch("weight of the text's cross-entropy"),
-    "bce_loss_weight": Switch("weight of the masks' binary cross-entropy"),
-    "dice_loss_weight": Switch("weight of the masks' Dice loss"),
-}
 # Precisions by the names that command lines use.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What the library raises over values of the wrong kind: lists for numbers, missing keys, nesting without end.
@@ -72,15 +42,15 @@ class Self1EConfig(InternVLConfig):
     model_type = "self1e"
 
     seg_token_id: int | None = None
-    mask_features: str = "rfa"
-    replication: str = "tile"
-    attention_pathway: str = "image+seg"
-    auxiliary_loss: bool = True
-    auxiliary_projection: bool = False
-    rope_precision: str = "fp32"
-    ce_loss_weight: float | int = 1.0
-    bce_loss_weight: float | int = 2.0
-    dice_loss_weight: float | int = 0.5
+    mask_features: str = SWITCHES["mask_features"].default
+    replication: str = SWITCHES["replication"].default
+    attention_pathway: str = SWITCHES["attention_pathway"].default
+    auxiliary_loss: bool = SWITCHES["auxiliary_loss"].default
+    auxiliary_projection: bool = SWITCHES["auxiliary_projection"].default
+    rope_precision: str = SWITCHES["rope_precision"].default
+    ce_loss_weight: float | int = SWITCHES["ce_loss_weight"].default
+    bce_loss_weight: float | int = SWITCHES["bce_loss_weight"].default
+    dice_loss_weight: float | int = SWITCHES["dice_loss_weight"].default
     drop_path_rate: float | int = 0.0
     tie_word_embeddings: bool = False
 

@@ -17,7 +17,8 @@ F is never made where it would be large, because `up` and dot products are linea
 applied before `up` and, where it sees the photo alone, once per photo; its second layer moves to the query:
 `(W h + b) . s = h . (W^T s) + b . s`. Of (rows, 2H, 2W, C) there is the hidden layer alone, a few rows at a time.
 
-To add a feature variant, write a class with `upsampling`, `image_side` and `forward`, and one entry in `HEADS`.
+To add a feature variant, write a class with `upsampling`, `image_side` and `forward`, enter it in `HEADS`, and name it
+in `switches.SWITCHES`.
 """
 
 import math

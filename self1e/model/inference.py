@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from self1e.model.processing import as_rgb
+from self1e.model.photos import as_rgb
 from self1e.model.prompts import (
     ANSWER,
     END_OF_TURN,

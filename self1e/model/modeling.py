@@ -120,7 +120,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             weights: folder whose weights replace those of the first argument: published SELF1E or our own.
             config: a ready `Self1EConfig`; default: the checkpoint's.
             kwargs: the library's (`dtype`, default float32, `device_map`, `attn_implementation`, ...) and any of
-                `configuration.SWITCHES`, e.g. `mask_features="rfr"`.
+                `switches.SWITCHES`, e.g. `mask_features="rfr"`.
 
         Raises:
             FileNotFoundError: no checkpoint there.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
 from transformers import BatchFeature, ProcessorMixin, Qwen2Tokenizer
@@ -19,6 +19,7 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_t
 from self1e.model.configuration import Self1EConfig
 from self1e.model.layout import read_layout
 from self1e.model.losses import IGNORE_INDEX, PackedMasks
+from self1e.model.photos import as_rgb, resize_bicubic
 from self1e.model.prompts import (
     END_OF_TURN,
     IMAGE_TAG,
@@ -45,24 +46,6 @@ CHAT_TEMPLATE = (
 
 class RowTooLong(ValueError):
     """A row whose image tokens or `[SEG]` do not fit the length limit."""
-
-
-def resize_bicubic(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Pillow's bicubic resize with the order of its two passes, hence its rounding, the same in every release.
-
-    Pillow 13 shrinks rows first where that removes more than twice as many pixels as columns; older ones never do.
-    """
-    columns, rows = max(0, image.width - width), image.height - height
-    first = (image.width, height) if rows > 0 and rows > 2 * columns else (width, image.height)
-    return image.resize(first, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB, EXIF orientation applied; 16-bit greys keep their upper byte (Pillow alone would clip them)."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def cut_tiles(

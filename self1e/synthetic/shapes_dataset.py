@@ -1,31 +1,9 @@
-"""Make a synthetic dataset tree in the real formats: coloured shapes on photo-like backgrounds.
+"""A synthetic dataset tree in the real formats: coloured shapes on photo-like backgrounds; see `apps.make_shapes`."""
 
-For the quickstart and tests: everything that reads COCO, RefCOCO, ReasonSeg, ADE20K, VQAv2 ... reads this.
-
-    self1e make-shapes runs/shapes                        # 2,000 + 300 scenes, 120 MB, 25 s
-    self1e make-shapes runs/few --train 8 --val 3         # for a look, 1 s
-    self1e make-shapes runs/shapes --benchmark            # scenes of eight difficulties (self1e.synthetic.benchmark)
-
-OUTPUT/dataset holds the segmentation and conversation sets, OUTPUT/data the VQA sets (README, "Datasets"). A scene is
-one photo with two to four shapes, no two alike in colour and kind, which may overlap: an annotation is what is
-visible. There are `--train` scenes for training and three groups of `--val` held-out scenes (val, testA or test,
-testB); no held-out photo is in a training set. Same options, same bytes (numpy Generators, one a scene).
-
-What the semantic sets call the shapes (index in the set's class list):
-    ade20k     by kind:   circle ball 119, square box 41, triangle tent 114, star light 82, cross signboard 43,
-                          ring basket 112, background wall 0; outlines are `other`
-    cocostuff  by colour: red apple 52, green broccoli 55, blue sea 154, yellow banana 51, purple flower 118,
-                          orange orange 54, background wall-other 172; outlines are 255
-    mapillary  by colour: "Red Paint" ..., in the order of COLOURS, then "Wall"
-"""
-
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from self1e.synthetic.benchmark import make_benchmark
 from self1e.synthetic.conversations import write_conversations
 from self1e.synthetic.reasoning import write_reasoning
 from self1e.synthetic.referring import write_referring
@@ -70,28 +48,3 @@ def make_shapes_dataset(
     write_conversations(dataset, groups["train"], seed)
     write_vqa(root / "data", groups["train"], groups["val"], seed)
     return root
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="self1e make-shapes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", metavar="OUTPUT", help="folder that will hold dataset/ and data/")
-    parser.add_argument("--train", type=int, default=2000, help="training scenes")
-    parser.add_argument("--val", type=int, default=100, help="scenes in each of the three held-out groups")
-    parser.add_argument("--size", type=int, default=224, help="pixels of a photo's longer side")
-    parser.add_argument("--simple", action="store_true", help="three colours a scene, one expression a shape")
-    parser.add_argument("--benchmark", action="store_true", help="only OUTPUT/benchmark, --val scenes per family")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    sizes = {"train": args.train, "val": args.val, "size": args.size, "seed": args.seed}
-    if args.benchmark and args.simple:
-        parser.error("--simple and --benchmark are two kinds of scenes: give one of them")
-    try:
-        if args.benchmark:
-            print(make_benchmark(Path(args.path) / "benchmark", **sizes, progress=True))
-        else:
-            print(make_shapes_dataset(args.path, **sizes, simple=args.simple, progress=True))
-    except ValueError as error:
-        parser.error(str(error))
-    return 0

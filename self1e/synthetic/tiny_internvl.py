@@ -1,17 +1,9 @@
-"""Make a tiny InternVL3: random weights and a small tokenizer of its own, in the layout of the real checkpoints.
+"""A tiny InternVL3: random weights and a small tokenizer of its own, in the layout of the real checkpoints.
 
-For the quickstart, tests and debugging: everything that reads InternVL3-2B reads this, on a CPU, in seconds.
-
-    self1e make-tiny runs/tiny                       # 1 M parameters, 2 MB, 1 s
-    self1e make-tiny runs/tiny3 --llm qwen3 --shards 3    # like InternVL3.5, in shards
-
-Layouts (`--layout`): `internvl` is the original one (`model_type: internvl_chat`, fused `attn.qkv`, `mlp1.*`,
-`language_model.*`), `hf` the one of transformers (`model_type: internvl`, the `-hf` repositories).
+The command, with the meaning of its options, is `apps.make_tiny`.
 """
 
-import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -339,33 +331,3 @@ def check_sizes(options: dict) -> None:
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         raise ValueError("; ".join(broken))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="self1e make-tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", metavar="OUTPUT", help="folder to write; a checkpoint in it is overwritten")
-    parser.add_argument("--layout", choices=["internvl", "hf"], default="internvl")
-    parser.add_argument("--llm", choices=["qwen2", "qwen3"], default="qwen2", help="qwen3: q/k norms, no qkv bias")
-    parser.add_argument("--image_size", type=int, default=112, help="pixels a tile side")
-    parser.add_argument("--patch_size", type=int, default=14, help="pixels a patch side")
-    parser.add_argument("--width", type=int, default=96, help="LLM hidden size; its MLP is 3 times as wide")
-    parser.add_argument("--layers", type=int, default=4, help="LLM layers")
-    parser.add_argument("--heads", type=int, default=4, help="LLM attention heads")
-    parser.add_argument("--kv_heads", type=int, default=2, help="LLM key/value heads")
-    parser.add_argument("--vision_width", type=int, default=96, help="ViT hidden size; its MLP is 4 times as wide")
-    parser.add_argument("--vision_layers", type=int, default=4)
-    parser.add_argument("--vision_heads", type=int, default=4)
-    parser.add_argument("--layer_scale", type=float, default=1.0, help="initial layer scale of the ViT's branches")
-    parser.add_argument("--drop_path_rate", type=float, default=0.0, help="stochastic depth of the ViT's last layer")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="byte symbols and merges at most")
-    parser.add_argument("--tie_word_embeddings", action="store_true", help="no lm_head of its own, like Qwen2 0.5B")
-    parser.add_argument("--shards", type=int, default=1, help="weight files")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        print(make_tiny_internvl(**vars(args)))
-    except ValueError as error:
-        parser.error(str(error))
-    return 0

@@ -8,7 +8,8 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers import PreTrainedModel
 
-LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from self1e.training.flags import LLM_LINEARS
+
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2")
 
 LLM, VISION, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."

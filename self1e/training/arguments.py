@@ -6,16 +6,15 @@ import os
 import shlex
 from pathlib import Path
 
-import torch
 import yaml
 
 from self1e.data.config import DEFAULT_FAMILIES, FAMILIES
 from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
-from self1e.model.configuration import SWITCHES, Self1EConfig
-from self1e.training.adaptation import LLM_LINEARS
+from self1e.flags import Parser, between, checkpoint, whole
+from self1e.model.switches import SWITCHES
 from self1e.training.deepspeed_config import read_deepspeed, zero_stage
-from self1e.training.flags import REFUSED, Help, Parser, Refuse, at_least, fraction, rate
+from self1e.training.flags import LLM_LINEARS, REFUSED, Help, Refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,19 +22,24 @@ ROOT = Path(__file__).resolve().parents[2]
 def make_parser() -> argparse.ArgumentParser:
     """All flags, in groups; defaults show in `--help`."""
     parser = Parser(
-        "train_hf_ivl_seq.py",
+        prog="train_hf_ivl_seq.py",
         usage="%(prog)s --version PATH --exp_name NAME [flags]",
         description="Fine-tune InternVL3 to segment by itself, then evaluate it.",
         formatter_class=Help,
-        allow_abbrev=False,
         epilog="Refused flags of the published program: " + ", ".join(f"--{name}" for name in REFUSED),
     )
     switch = argparse.BooleanOptionalAction
-    count, natural, weight = at_least(1), at_least(0), at_least(0, float)
+    count, natural, weight = whole(1), whole(0), between(0, included=True)
+    rate, fraction = between(0), between(0, 1, included=True)
 
     model = parser.add_argument_group("model")
-    model.add_argument("--version", required=True, help="checkpoint: folder or hub id (InternVL3, -hf, or Self1E)")
-    model.add_argument("--model_weights", help="folder whose weights replace those of --version")
+    model.add_argument(
+        "--version",
+        type=checkpoint,
+        required=True,
+        help="checkpoint: its folder, its run's folder or a hub id (InternVL3, -hf, or Self1E)",
+    )
+    model.add_argument("--model_weights", type=checkpoint, help="folder whose weights replace those of --version")
     model.add_argument(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
@@ -47,14 +51,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--attn_implementation", choices=("sdpa", "eager"), default="sdpa", help="attention kernel of LLM and ViT"
     )
     for name, entry in SWITCHES.items():
-        default = getattr(Self1EConfig, name)
-        if isinstance(default, bool):
-            text = f"{entry.help}; unset: the checkpoint's, or {'on' if default else 'off'}"
+        if isinstance(entry.default, bool):
+            text = f"{entry.help}; unset: the checkpoint's, or {'on' if entry.default else 'off'}"
             model.add_argument(f"--{name}", action=switch, help=text)
         elif entry.choices is not None:
-            model.add_argument(f"--{name}", **entry.flag(default))
+            model.add_argument(f"--{name}", **entry.flag())
         else:
-            model.add_argument(f"--{name}", type=weight, default=default, help=entry.help)
+            model.add_argument(f"--{name}", type=weight, default=entry.default, help=entry.help)
 
     trained = parser.add_argument_group("what is trained")
     trained.add_argument(
@@ -191,7 +194,7 @@ def make_parser() -> argparse.ArgumentParser:
     log.add_argument("--overwrite", action="store_true", help="remove an earlier run of this name and train anew")
     log.add_argument("--save_published_layout", action=switch, default=False, help="also write ckpt_model_published")
     log.add_argument(
-        "--timeout", type=at_least(1, float), default=1800.0, help="seconds without progress that end the run"
+        "--timeout", type=between(1, 1e7), default=1800.0, help="seconds without progress that end the run"
     )
 
     evaluation = parser.add_argument_group("evaluation")
@@ -257,12 +260,14 @@ def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse and check a command line; exits with status 2 and one message when a flag is wrong."""
     parser = make_parser()
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config = Parser(prog=parser.prog, add_help=False)
     config.add_argument("--config", type=Path, nargs="+", default=[])
     files = config.parse_known_args(argv)[0].config
     configured = [flag for file in files for flag in yaml_flags(file, parser)]
     from_files = {flag.split("=")[0].removeprefix("--") for flag in configured}
     args = parser.parse_args(configured + argv)
+    import torch  # no sooner, so that --help is quick
+
     if args.eval_all_only:
         args.eval_only = args.eval_all_datasets = True
     args.splits = list(DEFAULT_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")

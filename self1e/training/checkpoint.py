@@ -6,6 +6,7 @@ Beside the Trainer's files a `checkpoint-N` holds `settings.json`, the settings 
 
 import hashlib
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,26 @@ def prune(folder: Path, limit: int) -> None:
 def say_on_main(text: str) -> None:
     if is_main():
         print(text, flush=True)
+
+
+def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
+    """The checkpoint to continue from, if any: whole, and of a run with the same settings. All ranks call it together.
+
+    Raises ValueError that says what is wrong with it.
+    """
+    if args.resume:
+        if not (args.resume / "trainer_state.json").is_file():
+            raise ValueError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
+        problems = faults(args.resume)
+        if problems:
+            others = [path for path in checkpoints_in(args.resume.parent) if path.name != args.resume.name]
+            advice = f"; {others[-1]} is there, too" if others else ""
+            raise ValueError(f"--resume {args.resume} is not whole{advice}:\n  " + "\n  ".join(problems))
+        found = args.resume
+    elif args.auto_resume:
+        found = choose(checkpoints_in(args.run_dir / "checkpoints"), say_on_main)
+    else:
+        return None
+    if found is not None:
+        check_resumable(found, settings, max_steps=args.max_steps, anyway=args.resume_anyway)
+    return found

@@ -8,7 +8,6 @@ import sys
 import warnings
 from argparse import Namespace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,21 +24,15 @@ from self1e.data.splits import DEFAULT_SPLITS, get_splits, load_split, split_pat
 from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.model import checkpoints
-from self1e.model.configuration import DTYPES, SWITCHES
+from self1e.model.configuration import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import HIGH_RES_TILES, Self1EProcessor
-from self1e.training.adaptation import LLM_LINEARS, adapt, training_table
+from self1e.model.switches import SWITCHES
+from self1e.training.adaptation import adapt, training_table
 from self1e.training.arguments import parse
-from self1e.training.checkpoint import (
-    check_resumable,
-    check_unused,
-    checkpoints_in,
-    choose,
-    defining_settings,
-    faults,
-    say_on_main,
-)
+from self1e.training.checkpoint import check_unused, checkpoints_in, defining_settings, find_checkpoint
 from self1e.training.curves import write_curves
+from self1e.training.flags import LLM_LINEARS
 from self1e.training.healthy import HealthyCurves, recipe_of
 from self1e.training.model_card import write_model_card
 from self1e.training.new_rows import merge_new_rows, train_new_rows
@@ -56,7 +49,11 @@ def main(argv: list[str]) -> int:
     It is 0 on success, 1 with one message for a known failure, 2 for wrong flags, 75 when the run was asked to stop
     and can be continued (torchrun makes 1 of it), 130 after Ctrl-C.
     """
-    args = parse(argv)
+    return start(parse(argv))
+
+
+def start(args: Namespace) -> int:
+    """As `main`, from flags that are parsed already."""
     quiet_libraries()
     expected = (ValueError, OSError, SampleError, NotSaved, TooManyBroken, FloatingPointError, torch.OutOfMemoryError)
     try:
@@ -232,29 +229,6 @@ def short_run(args: Namespace, steps: int) -> str:
         "reaches its peak. For little data see configs/small.yaml: more --epochs, a smaller "
         "--grad_accumulation_steps, a shorter warm-up\n\n"
     )
-
-
-def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
-    """The checkpoint to continue from, if any: whole, and of a run with the same settings. All ranks call it together.
-
-    Raises ValueError that says what is wrong with it.
-    """
-    if args.resume:
-        if not (args.resume / "trainer_state.json").is_file():
-            raise ValueError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
-        problems = faults(args.resume)
-        if problems:
-            others = [path for path in checkpoints_in(args.resume.parent) if path.name != args.resume.name]
-            advice = f"; {others[-1]} is there, too" if others else ""
-            raise ValueError(f"--resume {args.resume} is not whole{advice}:\n  " + "\n  ".join(problems))
-        found = args.resume
-    elif args.auto_resume:
-        found = choose(checkpoints_in(args.run_dir / "checkpoints"), say_on_main)
-    else:
-        return None
-    if found is not None:
-        check_resumable(found, settings, max_steps=args.max_steps, anyway=args.resume_anyway)
-    return found
 
 
 def training_arguments(args: Namespace) -> TrainingArguments:

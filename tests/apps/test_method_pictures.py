@@ -1,11 +1,13 @@
 """The pictures of the method show what the model itself computes."""
 
+import pytest
 import torch
 from helpers import noise
 from PIL import Image
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.apps.method_pictures import components, compute_parts, main
+from self1e.apps.method_parts import components, compute_parts
+from self1e.apps.method_pictures import main
 
 
 def test_the_parts_are_the_models_own(version):
@@ -35,5 +37,6 @@ def test_one_command_writes_three_pictures(version, tmp_path, capsys):
     names = {"similarity.png", "features.png", "attention.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert all(Image.open(tmp_path / "out" / name).width > 400 for name in names)
-    assert main([*flags, "--image", str(tmp_path / "none.png")]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main([*flags, "--image", str(tmp_path / "none.png")])
     assert "none.png" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""What the files promise: a variant is one class or function and one entry, tried in a module of this test's own."""
+"""What the files promise: a variant is one class or function, its entry, its name. Tried in a module of its own."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from helpers import noise
 from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS, replicate_tile
 from self1e.model.head import HEADS, ImageSide, SegmentationHead
+from self1e.model.switches import SWITCHES
 from self1e.training.arguments import make_parser
 
 
@@ -35,9 +38,14 @@ def replicate_negative(x, ratio=2):
 
 @pytest.fixture
 def extension(monkeypatch):
-    monkeypatch.setitem(HEADS, "gated", GatedHead)
-    monkeypatch.setitem(PATHWAYS, "seg", image_to_seg)
-    monkeypatch.setitem(REPLICATIONS, "negative", replicate_negative)
+    for name, registry, key, entry in (
+        ("mask_features", HEADS, "gated", GatedHead),
+        ("attention_pathway", PATHWAYS, "seg", image_to_seg),
+        ("replication", REPLICATIONS, "negative", replicate_negative),
+    ):
+        monkeypatch.setitem(registry, key, entry)
+        switch = SWITCHES[name]
+        monkeypatch.setitem(SWITCHES, name, replace(switch, choices=(*switch.choices, key)))
 
 
 VARIANTS = [{"mask_features": "gated"}, {"attention_pathway": "seg"}, {"replication": "negative"}]
@@ -63,6 +71,11 @@ def test_a_new_variant_trains_and_segments(extension, variant, load_tiny, tiny_p
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert getattr(again.config, flag) == value and again.trained_head
+
+
+def test_every_value_of_a_switch_has_its_code():
+    for name, registry in {"mask_features": HEADS, "attention_pathway": PATHWAYS, "replication": REPLICATIONS}.items():
+        assert SWITCHES[name].choices == tuple(registry)
 
 
 def test_an_unknown_variant_lists_the_known_ones(load_tiny):

@@ -10,7 +10,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from self1e import Self1EProcessor
-from self1e.model.processing import MEAN, SEG, SEGT, STD, RowTooLong, cut_tiles, resize_bicubic
+from self1e.model.photos import resize_bicubic
+from self1e.model.processing import MEAN, SEG, SEGT, STD, RowTooLong, cut_tiles
 
 SIZE = 56
 IMAGE_TOKENS = 4  # a tile of the tiny model

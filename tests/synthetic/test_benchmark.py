@@ -5,7 +5,6 @@ import pytest
 from helpers import files
 
 from self1e.data.loading import load_split
-from self1e.synthetic import shapes_dataset
 from self1e.synthetic.benchmark import FAMILIES, MIX, draw_benchmark_scene, make_benchmark
 
 SCENES = range(1, 13)
@@ -78,12 +77,3 @@ def test_trees_are_seeded_and_read_by_the_data_code(tmp_path):
             _, masks = photo.load()
             assert [not (mask == 1).any() for mask in masks] == list(photo.no_target)
         assert not photos & {path.read_bytes() for path in (root / family).rglob("*.jpg")}
-
-
-def test_the_command_writes_it_and_refuses_nonsense(tmp_path, capsys):
-    assert shapes_dataset.main([str(tmp_path), "--benchmark", "--train", "12", "--val", "1", "--size", "96"]) == 0
-    assert {path.name for path in (tmp_path / "benchmark").iterdir()} == {"train", *FAMILIES}
-    for flags in (["--size", "64"], ["--simple"], ["--val", "0"]):
-        with pytest.raises(SystemExit):
-            shapes_dataset.main([str(tmp_path), "--benchmark", *flags])
-        assert flags[0] in capsys.readouterr().err

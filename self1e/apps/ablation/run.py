@@ -20,7 +20,6 @@ started again: finished rows are kept. OUTPUT/report holds tables (Markdown and 
 cores trains two rows at a time, each on one thread; a row's digits do not depend on that.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -33,15 +32,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from self1e.apps.ablation.report import write_report
 from self1e.apps.ablation.suites import FULL, SUITES
 from self1e.files import replacing_folder, write_json
-from self1e.synthetic.benchmark import make_benchmark
-from self1e.synthetic.shapes_dataset import make_shapes_dataset
-from self1e.synthetic.tiny_internvl import make_tiny_internvl
+from self1e.flags import Parser, between, check_writable, whole
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADLESS = ("baseline", "replication", "rfr")
@@ -67,7 +62,7 @@ class Settings:
 
 
 def train(folder: Path, version: Path, flags: list[str], settings: Settings, *, steps: int, lr: float, measure: str):
-    """Train in `folder`, measuring on the benchmark folder `measure` if any. Raises RuntimeError naming the log."""
+    """Train in `folder`, measuring on the benchmark folder `measure` if any. Raises ValueError with the log's end."""
     command = [
         sys.executable, "-m", "self1e.apps.ablation.row", str(folder), measure, "--version", str(version), *flags,
         "--dataset", "refer_seg", "--epochs", "1000", "--batch_size", str(settings.batch_size),
@@ -83,7 +78,7 @@ def train(folder: Path, version: Path, flags: list[str], settings: Settings, *, 
         ended = subprocess.run(command, stdout=output, stderr=output, env=surroundings, check=False)
     if ended.returncode:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
-        raise RuntimeError(f"training ended with code {ended.returncode}:\n{tail}")
+        raise ValueError(f"training ended with code {ended.returncode}:\n{tail}")
 
 
 def prepare(output: Path, settings: Settings) -> None:
@@ -92,6 +87,10 @@ def prepare(output: Path, settings: Settings) -> None:
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != asdict(settings):
         raise ValueError(f"{record} differs from the flags given: give another --output, or the same flags")
     if not record.is_file():
+        from self1e.synthetic.benchmark import make_benchmark
+        from self1e.synthetic.shapes_dataset import make_shapes_dataset
+        from self1e.synthetic.tiny_internvl import make_tiny_internvl
+
         make_tiny_internvl(output / "base", image_size=settings.size)
         make_shapes_dataset(output / "shapes", train=settings.train, val=2, size=settings.size, simple=True)
         make_benchmark(output / "benchmark", train=settings.train, val=settings.val, size=settings.size, progress=True)
@@ -107,6 +106,8 @@ def prepare(output: Path, settings: Settings) -> None:
 
 def drop_head(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint of the full method without its head, as a model of the row `baseline`."""
+    from safetensors.torch import load_file, save_file
+
     shutil.copytree(checkpoint, folder)
     weights = load_file(checkpoint / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith("segmentation_head.")}
@@ -152,6 +153,8 @@ def run(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    from self1e.apps.ablation.report import write_report
+
     print(write_report(output, suites, seeds))
     if left := missing():
         print(f"{len(left)} of {len(wanted)} rows are not trained yet; the same command continues", file=sys.stderr)
@@ -159,31 +162,26 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when every row is there, 1 when the budget ended before or a row failed."""
-    parser = argparse.ArgumentParser(
-        "self1e ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--suite", nargs="+", choices=tuple(SUITES), default=list(SUITES), help="default: all of them")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row")
-    parser.add_argument("--budget", type=float, metavar="MINUTES", help="no row is started after this time")
-    parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="a folder for all files")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="rows trained at a time, one thread each"
-    )
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps of a row")
-    parser.add_argument("--warmup_steps", type=int, default=Settings.warmup_steps, help="of the shared checkpoint")
-    parser.add_argument("--train", type=int, default=Settings.train, help="training scenes")
-    parser.add_argument("--val", type=int, default=Settings.val, help="held-out scenes per family")
-    args = parser.parse_args(argv)
-    for name in ("seeds", "jobs", "steps", "warmup_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is below 1")
+    """Run the command; 0 when every row is there, 1 when the budget ended before. Errors are for `flags.guarded`."""
+    parser = Parser(prog="self1e ablate", description=__doc__)
+    add = parser.add_argument
+    add("--suite", nargs="+", choices=tuple(SUITES), default=list(SUITES), help="default: all of them")
+    add("--seeds", type=whole(1), default=3, help="runs of each row")
+    add("--budget", type=between(0, included=True), metavar="MINUTES", help="no row is started after this time")
+    add("--output", type=Path, default=Path("runs/ablation"), help="a folder for all files")
+    add("--jobs", type=whole(1), default=os.cpu_count() or 1, help="rows trained at a time, one thread each")
+    add("--steps", type=whole(1), default=Settings.steps, help="optimizer steps of a row")
+    add("--warmup_steps", type=whole(1), default=Settings.warmup_steps, help="of the shared checkpoint")
+    add("--train", type=whole(2), default=Settings.train, help="training scenes")
+    add("--val", type=whole(2), default=Settings.val, help="held-out scenes per family")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the report's pictures need matplotlib: pip install 'self1e[plots]'")
     settings = Settings(train=args.train, val=args.val, warmup_steps=args.warmup_steps, steps=args.steps)
+    check_writable(args.output)
     try:
         done = run(args.suite, args.seeds, args.output, settings, jobs=args.jobs, budget=args.budget)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"self1e ablate: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        kept = "finished rows are kept, the same command continues"
+        raise KeyboardInterrupt(f"stopped; {kept}") from None
     return 0 if done else 1

@@ -23,7 +23,8 @@ from self1e.evaluation.vqa.generation import generate_replies
 from self1e.model.configuration import DTYPES
 from self1e.model.inference import conversation_turns, predict_photo
 from self1e.model.modeling import Self1EForSegmentation
-from self1e.model.processing import HIGH_RES_TILES, Self1EProcessor, as_rgb
+from self1e.model.photos import as_rgb
+from self1e.model.processing import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.prompts import ANSWER
 
 MAX_NEW_TOKENS = 1024  # of a task that sets no limit, as for lmms-eval's own models

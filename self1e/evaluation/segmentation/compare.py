@@ -21,9 +21,9 @@ from PIL import Image
 from self1e.data.sample import SampleError
 from self1e.data.splits import load_split
 from self1e.evaluation.segmentation.metrics import Unit, lisa, read_units, score
-from self1e.evaluation.segmentation.report import percent
-from self1e.evaluation.tables import markdown_table
+from self1e.evaluation.tables import markdown_table, percent
 from self1e.files import write_json
+from self1e.flags import Parser, check_writable, whole
 from self1e.visualize import GROUND_TRUTH, PREDICTION, overlay, panel, save_worst_first
 
 LEVEL, RESAMPLES, SEED = 0.95, 2000, 0
@@ -176,18 +176,16 @@ def split_of(path: Path) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="self1e score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="self1e score", description=__doc__)
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE.jsonl", help="units that an evaluation wrote")
     add("--compare", action="store_true", help="compare two files of one split: B minus A")
-    add("--most", type=int, default=20, help="units that differ in the table of a comparison")
+    add("--most", type=whole(0), default=20, help="units that differ in the table of a comparison")
     add("--json", type=Path, metavar="FILE", help="also write the comparison and all units that differ to this file")
     add("--pictures", type=Path, metavar="FOLDER", help="draw the units that differ; needs --dataset_dir")
     add("--dataset_dir", type=Path, help="where the data of the split lies")
     add("--split", help="the split's name; default: what the .json beside the first file says")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.compare and len(args.files) != 2:
         parser.error(f"--compare takes two files, not {len(args.files)}")
     if not args.compare and (args.json or args.pictures or args.split or args.dataset_dir):
@@ -198,21 +196,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with command line `argv`; returns the exit code, 1 with one message for a faulty file."""
+    """Run with command line `argv`; returns the exit code. Errors are for `self1e.flags.guarded`."""
     args = parse_args(argv)
-    try:
-        if not args.compare:
-            for path in args.files:
-                print(json.dumps({"file": str(path), **score(read_units(path))}, indent=2))
-            return 0
-        comparison = compare_units(*(read_units(path) for path in args.files))
-        print(comparison_table(comparison, args.most), end="")
-        if args.json:
-            write_json(args.json, comparison_record(comparison, args.files))
-        if args.pictures and comparison.differing:
-            split = args.split or split_of(args.files[0])
+    for folder in filter(None, (args.json and args.json.parent, args.pictures)):
+        check_writable(folder)
+    if not args.compare:
+        for path in args.files:
+            print(json.dumps({"file": str(path), **score(read_units(path))}, indent=2))
+        return 0
+    comparison = compare_units(*(read_units(path) for path in args.files))
+    print(comparison_table(comparison, args.most), end="")
+    if args.json:
+        write_json(args.json, comparison_record(comparison, args.files))
+    if args.pictures and comparison.differing:
+        split = args.split or split_of(args.files[0])
+        try:
             print(save_comparison_pictures(comparison, split, args.dataset_dir, args.pictures))
-    except (ValueError, OSError, SampleError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        except SampleError as error:
+            raise ValueError(error) from error
     return 0

@@ -16,7 +16,7 @@ from self1e.data.splits import MODELS, file_stem, get_splits
 from self1e.evaluation.journal import Journal
 from self1e.evaluation.provenance import Settings, SettingsFile
 from self1e.evaluation.segmentation.metrics import Unit
-from self1e.evaluation.tables import markdown_table
+from self1e.evaluation.tables import markdown_table, percent
 from self1e.files import write_json, write_text
 from self1e.visualize import compare, save_worst_first
 
@@ -106,11 +106,6 @@ def examples(split: Sequence[EvalImage], units: Sequence[Unit]) -> dict[str, Ima
 def unit_text(prompt: str) -> str:
     """A prompt as a unit holds it: without the image."""
     return prompt.removeprefix("<image>").strip()
-
-
-def percent(value: float | None) -> str:
-    """A fraction as the tables show it; `-` for a figure over nothing."""
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def summary_table(results: dict[str, dict]) -> str:

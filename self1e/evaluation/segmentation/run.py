@@ -31,10 +31,10 @@ from self1e.evaluation.loading import read_ahead
 from self1e.evaluation.provenance import describe
 from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score
 from self1e.evaluation.segmentation.report import SplitResults, summary_table, unit_text
-from self1e.model.configuration import SWITCHES
 from self1e.model.inference import predict_photo
 from self1e.model.processing import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER
+from self1e.model.switches import SWITCHES
 
 READING = (ValueError, OSError, SampleError)  # what data and results on disk may cause
 

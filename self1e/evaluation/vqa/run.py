@@ -1,15 +1,14 @@
 """Evaluate models on VQA benchmarks; started by `eval_vqas.sh`, on one process or under torchrun.
 
-Replies go to `<log_base_dir>/<exp_name>/eval_vqa/` as they are produced, one line per question; scores, the official
-programs' result files (`official/`) and the summary are computed from these files alone. An interrupted run continues
-where it stopped.
+Replies are written as they are produced; scores, the official programs' result files (`official/`) and the summary are
+computed from these files alone.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,67 +20,23 @@ from transformers import GenerationConfig
 from self1e import distributed
 from self1e.data.sample import SampleError
 from self1e.evaluation.provenance import Settings, checkpoint_settings, describe
+from self1e.evaluation.vqa.arguments import Candidate, parse_args
 from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
 from self1e.evaluation.vqa.generation import answer_questions
 from self1e.evaluation.vqa.predictions import Predictions
-from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
 from self1e.evaluation.vqa.report import summary_table
 from self1e.files import write_json, write_text
-from self1e.model.configuration import DTYPES, SWITCHES, Self1EConfig
+from self1e.model.configuration import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
 
 README = "docs/vqa.md, section Benchmarks"
-OWN_WEIGHTS = "none"
 EXPECTED = (ValueError, OSError, SampleError)  # of data, files and flags; each message names what is at fault
 TIMEOUT = timedelta(days=1)  # that a rank may wait for another one's share of the questions
 
 
 class CannotLoad(Exception):
     """A checkpoint that cannot be loaded: no benchmark can be answered."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model to evaluate. `folder`: where its results go; `label`: its column in the summary."""
-
-    label: str
-    version: str
-    weights: str | None
-    folder: Path
-
-
-def list_candidates(
-    versions: Sequence[str], weights: Sequence[str], log_base_dir: Path, exp_name: str
-) -> list[Candidate]:
-    """Pair `--version` with `--model_weights`; one of either kind serves all of the other.
-
-    Without `--model_weights`, a single version is evaluated with `<log_base_dir>/<exp_name>/ckpt_model` if it is
-    there. One model writes to `<log_base_dir>/<exp_name>/eval_vqa`, several to a folder below it each. Raises
-    ValueError when the numbers do not fit.
-    """
-    if len(versions) > 1 and len(weights) not in (0, len(versions)):
-        raise ValueError(
-            f"{len(versions)} --version but {len(weights)} --model_weights: give one for each, `{OWN_WEIGHTS}` for a "
-            "version's own weights"
-        )
-    count = max(len(versions), len(weights))
-    versions = list(versions) * (count if len(versions) == 1 else 1)
-    chosen: list[str | None] = [None if each == OWN_WEIGHTS else each for each in weights] or [None] * count
-    trained, root = log_base_dir / exp_name / "ckpt_model", log_base_dir / exp_name / "eval_vqa"
-    if not weights and count == 1 and trained.is_dir():
-        chosen = [str(trained)]
-    if count == 1:
-        return [Candidate(_label(chosen[0] or versions[0]), versions[0], chosen[0], root)]
-    labels = [_label(own or version) for version, own in zip(versions, chosen)]
-    labels = [label if labels.count(label) == 1 else f"{label}_{i}" for i, label in enumerate(labels, 1)]
-    return [Candidate(label, v, w, root / label) for label, v, w in zip(labels, versions, chosen)]
-
-
-def _label(checkpoint: str) -> str:
-    """`runs/e/ckpt_model` -> `e_ckpt_model`, `OpenGVLab/InternVL3-2B` -> `InternVL3-2B`."""
-    parts = Path(checkpoint).resolve().parts if checkpoint.startswith(".") else Path(checkpoint).parts
-    return "_".join(parts[-2:]) if parts[-1].startswith("ckpt_model") and len(parts) > 1 else parts[-1]
 
 
 def read_questions(
@@ -257,59 +212,6 @@ class _Lazy:
             torch.cuda.empty_cache()
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval_vqas.sh", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "--version",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="V",
-        help="model folder or hub id; two for base and fine-tuned side by side (also as a repeated flag)",
-    )
-    add(
-        "--model_weights",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="W",
-        help=f"weights over --version, one for each, or several over one; `{OWN_WEIGHTS}` means the version's own. "
-        "Default: <log_base_dir>/<exp_name>/ckpt_model if it is there (with one --version), else the version's own",
-    )
-    add("--exp_name", required=True, help="results go to <log_base_dir>/<exp_name>/eval_vqa")
-    add("--log_base_dir", type=Path, default=Path("runs"))
-    add("--data_dir", type=Path, default=Path("data"), help="InternVL's data folder; `data/` in image paths means it")
-    add(
-        "--datasets",
-        nargs="+",
-        default=list(VQA_BENCHMARKS),
-        metavar="NAME",
-        help="benchmarks, separated by blanks, quoted or not; default: " + " ".join(VQA_BENCHMARKS),
-    )
-    add("--dynamic", action="store_true", help="cut photos to tiles, InternVL's rule, and add a thumbnail")
-    add("--max_num", type=int, default=6, help="the most tiles per photo with --dynamic, without the thumbnail")
-    add("--precision", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--attn_implementation", default="sdpa", choices=("eager", "sdpa", "flash_attention_2"))
-    add("--rope_precision", **SWITCHES["rope_precision"].flag(Self1EConfig.rope_precision))
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--batch_size", type=int, default=8, help="questions per forward pass of a process")
-    add("--workers", type=int, default=4, help="processes per rank that decode and tile photos")
-    add("--score_only", action="store_true", help="score the replies that are on disk; no model is loaded")
-    add("--overwrite_eval", action="store_true", help="drop the replies that are on disk and ask every question anew")
-    args = parser.parse_args(argv)
-    if args.max_num < 1 or args.batch_size < 1 or args.workers < 0:
-        parser.error("--max_num and --batch_size must be at least 1, --workers at least 0")
-    if args.score_only and args.overwrite_eval:
-        parser.error("--score_only scores the replies that --overwrite_eval drops: give one of them")
-    try:
-        args.benchmarks = get_vqa_benchmarks(" ".join(args.datasets).split())
-        args.candidates = list_candidates(args.version, args.model_weights, args.log_base_dir, args.exp_name)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
 def run(args: argparse.Namespace) -> int:
     """Evaluate as the flags say; returns the exit code: 1 when a benchmark failed, 130 after Ctrl-C."""
     distributed.start("gloo", timeout=TIMEOUT)  # ranks exchange small objects only, on any kind of device
@@ -343,10 +245,10 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with command line `argv`; returns the exit code."""
-    args = parse_args(argv)
+    return start(parse_args(argv))
+
+
+def start(args: argparse.Namespace) -> int:
+    """As `main`, from flags that are parsed already."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     return distributed.run_program(lambda: run(args), expected=(*EXPECTED, CannotLoad))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

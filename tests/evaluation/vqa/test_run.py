@@ -24,6 +24,7 @@ from vqa_trees import (
 )
 
 from self1e.evaluation.vqa import run as program
+from self1e.evaluation.vqa.arguments import list_candidates
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 
 
@@ -136,7 +137,7 @@ def test_base_and_fine_tuned_side_by_side(tiny, tmp_path, capsys):
 
 def test_pairing_of_versions_and_weights(tmp_path):
     def pairs(versions, weights):
-        return [(c.version, c.weights) for c in program.list_candidates(versions, weights, tmp_path, "e")]
+        return [(c.version, c.weights) for c in list_candidates(versions, weights, tmp_path, "e")]
 
     assert pairs(["v"], []) == [("v", None)]
     (tmp_path / "e" / "ckpt_model").mkdir(parents=True)
@@ -147,7 +148,7 @@ def test_pairing_of_versions_and_weights(tmp_path):
     assert pairs(["u", "v"], ["none", "w"]) == [("u", None), ("v", "w")]
     with pytest.raises(ValueError, match="none"):
         pairs(["u", "v"], ["w"])
-    same = program.list_candidates(["a/v", "b/v"], [], tmp_path, "e")
+    same = list_candidates(["a/v", "b/v"], [], tmp_path, "e")
     assert len({candidate.folder for candidate in same}) == 2
 
 

@@ -1,0 +1,17 @@
+"""The program behind `eval_vqas.sh`: it reads its flags before it imports anything heavy."""
+
+import sys
+
+from self1e.evaluation.vqa.arguments import parse_args
+from self1e.flags import guarded
+
+
+def main() -> int:
+    args = parse_args()
+    from self1e.evaluation.vqa.run import start
+
+    return start(args)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
