@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import runpy
+import subprocess
 import sys
 
 import numpy as np
@@ -87,3 +89,20 @@ def test_finetune_stops_at_faulty_data(monkeypatch, own_data, tmp_path, capsys):
     code, output = finetune(monkeypatch, tmp_path, own_data)
     assert code == 1 and not (output / "ckpt_model").exists()
     assert "line 4: mask 2.png is neither in" in capsys.readouterr().out
+
+
+def test_the_notebook(version, tmp_path):
+    """Its cells run one after another in one process; a notebook's kernel would do no more."""
+    notebook = json.loads((ROOT / "examples/self1e.ipynb").read_text())
+    assert notebook["nbformat"] == 4 and not any(cell.get("outputs") for cell in notebook["cells"])
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    (tmp_path / "cells.py").write_text("\n".join(cells))
+    environment = os.environ | {"SELF1E_VERSION": version, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "cells.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Segmentation(") == 1 and done.stdout.count("Reply(") == 2
+    output = tmp_path / "notebook_output"
+    assert len(json.loads((output / "coco.json").read_text())["categories"]) == 3
+    assert (output / "predictions.json").is_file() and (output / "features.png").is_file()
