@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from self1e.data.config import FAMILIES, SetChoice
 from self1e.data.paths import missing
-from self1e.data.sample import Annotation, EvalSplit, SampleError, TrainingSet, own_texts
+from self1e.data.sample import Annotation, EvalImage, EvalSplit, SampleError, TrainingSet, own_texts
 from self1e.data.sets.custom import CustomData, CustomSplit
 from self1e.data.splits import SPLITS, load_split, split_paths
 from self1e.data.totals import compare
@@ -104,12 +104,21 @@ def training_source(name: str, data: TrainingSet) -> Source:
     )
 
 
+class NamedAlready(SampleError):
+    """What is wrong with a record is among the problems of its source."""
+
+
 class OwnData(CustomSplit):
     """Own data with its faults, for which an evaluation would refuse it."""
 
     def __init__(self, path: Path, *, allow_outside: bool = False):
         self.name = str(path)
         self.data = CustomData(path, allow_outside=allow_outside)
+
+    def read(self, item: int) -> EvalImage:
+        if not self.data.complete(item):
+            raise NamedAlready(self.data.file_name(item), "a file is missing")
+        return super().read(item)
 
 
 def evaluation_source(name: str, data: EvalSplit) -> Source:
@@ -252,11 +261,13 @@ def problems_of(seen: Seen) -> list[str]:
     return [f"{seen.id}: {problem}" for problem in dict.fromkeys(problems)]
 
 
-def read_safely(source: Source, item: int) -> Seen | str:
-    """A record, or what is wrong with it."""
+def read_safely(source: Source, item: int) -> Seen | str | None:
+    """A record, or what is wrong with it; None where the source's problems say so already."""
     assert source.read is not None  # a source without it has no records
     try:
         return source.read(item)
+    except NamedAlready:
+        return None
     except SampleError as error:
         return str(error)
 
@@ -274,7 +285,7 @@ def check(source: Source, *, limit: int | None, samples: int, workers: int) -> R
             for seen in pool.map(partial(read_safely, source), portion):
                 if isinstance(seen, str):
                     report.problems.append(seen)
-                else:
+                elif seen is not None:
                     report.problems += problems_of(seen)
                     report.sentences += len(seen.rows)
                     report.masks += sum(len(masks) for _, masks in seen.rows)

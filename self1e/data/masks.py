@@ -3,7 +3,9 @@
 Masks are uint8 (H, W), {0, 1}, 255 = ignored where a format knows such pixels.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +26,8 @@ ORIENT = {
 }
 
 
+T = TypeVar("T")
+NAMED = 10  # faulty annotations of a photo that one message names
 MAX_PIXELS = 2 * 89_478_485  # of a picture, as Pillow allows
 MAX_OUTLINE = 4_000_000  # pixels along all polygons of an annotation; the library keeps five points for each
 MAX_SHAPES = 1_000  # of a photo of ReasonSeg
@@ -139,6 +143,23 @@ def annotation_mask(annotation: dict, height: int, width: int, id: str) -> np.nd
         return decode_segmentation(annotation["segmentation"], height, width)
     except ValueError as error:
         raise SampleError(id, f"annotation {annotation['id']}: malformed segmentation ({error})") from error
+
+
+def decode_each(keys: Iterable[T], decode: Callable[[T], np.ndarray], id: str) -> dict[T, np.ndarray]:
+    """Key -> mask of several annotations of a photo; `decode` raises SampleError for a faulty one.
+
+    Raises one SampleError under `id` that names all faulty ones, so that they can be mended at once.
+    """
+    masks, causes = {}, []
+    for key in keys:
+        try:
+            masks[key] = decode(key)
+        except SampleError as error:
+            causes.append(error.cause)
+    if causes:
+        more = [f"and {len(causes) - NAMED} more"] if len(causes) > NAMED else []
+        raise SampleError(id, "; ".join([*causes[:NAMED], *more]))
+    return masks
 
 
 def paint_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import pickletools
 import re
 import reprlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,12 @@ _decode = json.JSONDecoder().raw_decode
 
 
 # ------------------------------------------------------------------------------------------------ JSON
-def stream_json(path: Path, out: Writer | None = None) -> Iterator[Element]:
+def stream_json(path: Path, out: Writer | None = None, *, remedy: str = "download it again") -> Iterator[Element]:
     """Elements of a JSON file one by one, so that memory holds its text but never its whole tree.
 
     A top-level array gives (None, element, its text); a top-level object gives (key, element, its text) for members
     that are arrays with elements and (key, value, its text) for others, an empty array among them. Raises ValueError
-    naming the file when it is no UTF-8 JSON. `out` is told how far the file is read.
+    naming the file and the `remedy` when it is no UTF-8 JSON. `out` is told how far the file is read.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -46,7 +47,7 @@ def stream_json(path: Path, out: Writer | None = None) -> Iterator[Element]:
                 out.progress(done, len(text))
             yield element
     except (ValueError, IndexError, RecursionError) as error:
-        raise ValueError(f"{path} is not a complete UTF-8 JSON file ({error}); download it again") from error
+        raise ValueError(f"{path} is not a complete UTF-8 JSON file ({error}); {remedy}") from error
 
 
 def _after_blanks(text: str, position: int) -> int:
@@ -215,13 +216,15 @@ def read_coco(path: Path, out: Writer) -> None:
     `owner_ids`, `owner_order` (image of each annotation); meta `categories` [[id, name], ...] and `oddities`.
     """
     image_ids, keys, annotation_ids, owners, categories = array("q"), array("q"), array("q"), array("q"), []
-    seen, oddities = set(), Oddities()
+    oddities, place = Oddities(), ""
+    counts: Counter[str | None] = Counter()
     out.declare("images", "annotations")
-    with expected_schema(path):
+    with expected_schema(path, lambda: place):
         for key, value, text in stream_json(path, out):
-            seen.add(key)
+            counts[key] += 1
             if value == []:
                 continue
+            place = f", {key}[{counts[key] - 1}]"
             if key == "images":
                 name, height, width = (
                     take(value, "file_name", str),
@@ -240,8 +243,9 @@ def read_coco(path: Path, out: Writer) -> None:
                 out.add_text("annotations", text)  # writing the numbers again would take half of the time
             elif key == "categories":
                 categories.append([take(value, "id", int), take(value, "name", str)])
+        place = ""
         for key in ("images", "annotations", "categories"):
-            if key not in seen:
+            if key not in counts:
                 raise KeyError(key)
     out.array("image_keys", keys)
     for name, numbers in ("image", image_ids), ("annotation", annotation_ids), ("owner", owners):
@@ -264,10 +268,13 @@ def read_refs(path: Path, out: Writer) -> None:
     groups: dict[tuple[str, int], list] = {}
     left = path.stat().st_size  # containers of a pickle may be shared: no more sentences than bytes
     out.declare("groups")
-    with expected_schema(path):
+    place = ""
+    with expected_schema(path, lambda: place):
         if not isinstance(refs, list):
             raise TypeError(f"a {type(refs).__name__}, not a list")
-        for ref in map(_texts, refs):
+        for row, ref in enumerate(refs):
+            place = f", record {row} counted from 0"
+            ref = _texts(ref)
             ids = take(ref, "ann_id", int, list, tuple)
             ids = [ids] if isinstance(ids, int) else list(ids)
             if not all(type(id) is int for id in ids):
@@ -280,16 +287,16 @@ def read_refs(path: Path, out: Writer) -> None:
             left -= sum(map(len, sentences.values())) + len(ids)
             if left < 0:
                 raise TypeError("more sentences than the file has bytes")
-            place = _text(take(ref, "split", str, bytes)), take(ref, "image_id", int)
-            found = groups.setdefault(place, [])
+            key = _text(take(ref, "split", str, bytes)), take(ref, "image_id", int)
+            found = groups.setdefault(key, [])
             if sentences[True] or not sentences[False]:
                 found.append([take(ref, "ref_id", int), ids, sentences[True]])
             if sentences[False]:
                 found.append([take(ref, "ref_id", int), [], sentences[False]])
         splits: dict[str, list[int]] = {}
-        for row, place in enumerate(sorted(groups)):
-            out.add("groups", [place[1], groups[place]])
-            splits.setdefault(place[0], [row, row])[1] = row + 1
+        for row, key in enumerate(sorted(groups)):
+            out.add("groups", [key[1], groups[key]])
+            splits.setdefault(key[0], [row, row])[1] = row + 1
         out.array("group_images", [image for _, image in sorted(groups)])
     out.meta["splits"] = [[split, *rows] for split, rows in splits.items()]
 

@@ -209,17 +209,16 @@ def test_faults_of_own_data_are_all_listed(tmp_path, run):
     )
     code, rows, text = run(source)
     assert (tmp_path / "contact_sheet.png").exists()
-    assert code == 1 and rows[str(source)] == ["4", "4", "2", "2", "0", "6"]
+    assert code == 1 and rows[str(source)] == ["4", "4", "2", "2", "0", "5"]
     found = problems(text)
     starts = [
         "line 3: prompt is empty",
         "line 4: image gone.jpg is neither",
         "a.jpg: 'my [SEG]' holds the reserved",
-        f"custom|{source}/gone.jpg: cannot",
         f"custom|{source}/b.jpg: line 5: the mask's size is 22 x 12",
         f"custom|{source}/c.jpg: cannot read",
     ]
-    assert sorted(line.startswith(tuple(starts)) for line in found) == [True] * 6, found
+    assert sorted(line.startswith(tuple(starts)) for line in found) == [True] * 5, found
 
 
 def test_polygons_of_own_data(tmp_path, run):
@@ -235,10 +234,50 @@ def test_polygons_of_own_data(tmp_path, run):
     ]
 
 
+def test_each_fault_of_own_data_is_named_once(tmp_path, run):
+    photo(tmp_path / "a.jpg")
+    label_map(tmp_path / "m.png", [1])
+    source = table(tmp_path, [("gone.jpg", "m.png", "it"), ("a.jpg", "lost.png", "it"), ("a.jpg", "m.png", "all")])
+    code, rows, text = run(source)
+    assert (
+        code == 1
+        and rows[str(source)][0] == "2"
+        and problems(text)
+        == [
+            f"line 2: image gone.jpg is neither in {tmp_path} nor in {tmp_path / 'images'}",
+            f"line 3: mask lost.png is neither in {tmp_path} nor in {tmp_path / 'masks'}",
+        ]
+    )
+
+
+def test_all_malformed_annotations_of_a_photo_are_named(tmp_path, run):
+    photo(tmp_path / "a.jpg")
+    shapes = [[[1, 2, 3]], SQUARE, {"size": [H, W], "counts": [3, 4]}, [["x"] * 6]]
+    annotations = [
+        {"id": k, "image_id": 1, "segmentation": shape if k != 1 else [shape], "phrases": f"thing {k}"}
+        for k, shape in enumerate(shapes)
+    ]
+    code, _, text = run(write_json(tmp_path / "own.json", instances([(1, "a.jpg")], annotations)))
+    (problem,) = problems(text)
+    assert code == 1 and problem.split("; ") == [
+        f"custom|{tmp_path / 'own.json'}/a.jpg: annotations[0]: malformed segmentation "
+        "(a polygon needs at least three finite points)",
+        "annotations[2]: malformed segmentation (the runs do not add up to the image)",
+        "annotations[3]: malformed segmentation (a polygon needs at least three finite points)",
+    ]
+
+
+@pytest.mark.parametrize("content", ['{"images": [', "[1]", '{"images": [{"file_name": "\\ud800"}]}'])
+def test_own_files_are_not_to_be_downloaded(tmp_path, run, content):
+    (tmp_path / "own.json").write_text(content)
+    code, _, text = run(tmp_path / "own.json")
+    assert code == 1 and "own.json" in text and "download" not in text
+
+
 def test_long_lists_are_cut_and_counted(tmp_path, run):
     label_map(tmp_path / "m.png", [1])
     code, rows, text = run(table(tmp_path, [(f"{k}.jpg", "m.png", "x") for k in range(12)]))
-    assert code == 1 and len(problems(text)) == 11 and "and 14 more" in text  # missing, and not to be read
+    assert code == 1 and len(problems(text)) == 11 and "and 2 more" in text
 
 
 def test_what_cannot_be_opened(tmp_path, run, capsys):

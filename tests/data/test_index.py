@@ -69,6 +69,31 @@ def test_coco_look_ups_do_not_depend_on_the_order_of_ids(tmp_path):
         coco.annotation(5)
 
 
+def test_a_record_of_another_schema_is_named(tmp_path):
+    sound = instances([(7, "b.jpg"), (5, "a.jpg")], [{"id": i, "image_id": 7, "segmentation": []} for i in range(3)])
+
+    def message(key, number, field, value=None):
+        content = json.loads(json.dumps(sound))
+        content[key][number].pop(field)
+        content[key][number] |= {} if value is None else {field: value}
+        with pytest.raises(ValueError) as error:
+            CocoIndex(write_json(tmp_path / "paco.json", content))
+        return str(error.value).removeprefix(str(tmp_path))
+
+    assert message("annotations", 2, "image_id").startswith("/paco.json, annotations[2]: key 'image_id' is missing")
+    assert message("annotations", 1, "id", "9").startswith(
+        "/paco.json, annotations[1]: unexpected structure (id is '9'"
+    )
+    assert message("images", 1, "height", 0).startswith("/paco.json, images[1]: unexpected structure (height")
+    assert message("categories", 0, "name").startswith("/paco.json, categories[0]: key 'name'")
+    del sound["images"]
+    with pytest.raises(ValueError, match="paco.json: key 'images' is missing"):
+        CocoIndex(write_json(tmp_path / "paco.json", sound))
+    refs = [reference(1, 7, 1, "val", "it"), {"ref_id": 2}]
+    with pytest.raises(ValueError, match=r"grefs.json, record 1 counted from 0: key 'ann_id' is missing"):
+        open_index(write_json(tmp_path / "grefs.json", refs), read_refs)
+
+
 def test_cache_is_used_and_follows_the_source(tmp_path, cache, monkeypatch):
     source = tmp_path / "q.jsonl"
     source.write_text('{"image": "a", "question": "b"}\n\n{"image": "c", "question": "d", "answer": 3}\n')

@@ -172,6 +172,17 @@ def test_training_counts_equal_the_published_loaders(name):
     assert len({place.split("/")[0] for image in expressions for _, _, place in image}) == counts["refs"]
 
 
+def test_every_malformed_annotation_of_a_photo_is_named(tmp_path):
+    refs = [reference(id, 7, id, "val", f"thing {id}") for id in range(1, 15)]
+    shapes = [annotation(id, 7, SQUARE if id == 2 else [1, 2]) for id in range(1, 14)]
+    referring_set(tmp_path, "refcoco", refs, shapes)
+    with pytest.raises(SampleError) as error:
+        load_split("refcoco|unc|val", tmp_path)[0].load()
+    first, *others = str(error.value).split("; ")
+    assert first.startswith("refcoco/COCO_train2014_000000000007.jpg: annotation 1: malformed segmentation")
+    assert [text.split(":")[0] for text in others] == [f"annotation {id}" for id in range(3, 12)] + ["and 3 more"]
+
+
 def test_sentences_that_mean_nothing_are_empty_masks(tmp_path):
     """R-RefCOCO marks them by `exist`, Ref-ZOM by an empty list of annotations; Ref-ZOM's text is `raw`."""
     marked = reference(1, 5, 1, "val", "the square", "the dog", "it")

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.index import open_index
-from self1e.data.masks import decode_segmentation, load_label_map, orient
+from self1e.data.masks import decode_each, decode_segmentation, load_label_map, orient
 from self1e.data.paths import inside
 from self1e.data.readers import remarks_on
 from self1e.data.sample import (
@@ -66,20 +66,33 @@ class CustomData:
         """ "<place>: <what>" of every faulty record, and of every photo and mask file that is not on disk."""
         wanted: dict[tuple[str, str], str] = {}  # (file, folder) -> where it is named first
         for item in range(len(self)):
-            name, _, place = self._photo(item)
-            wanted.setdefault((name, "images"), f"{place}: image")
-            if self.source.suffix.lower() == ".csv":
-                for number in self._numbers(item):
-                    _, (mask, _), place = self._targets[number]
-                    wanted.setdefault((mask, "masks"), f"{place}: mask")
-        folder, found = self.source.parent, list(self._index.meta["problems"])
-        for (name, below), what in wanted.items():
-            try:
-                if not os.path.isfile(self._find(name, below)):
-                    found.append(f"{what} {name} is neither in {folder} nor in {folder / below}")
-            except ValueError as error:
-                found.append(f"{what}: {error}")
-        return found
+            for file, place in self._files(item):
+                wanted.setdefault(file, place)
+        absent = (self._absent(file, place) for file, place in wanted.items())
+        return [*self._index.meta["problems"], *filter(None, absent)]
+
+    def complete(self, item: int) -> bool:
+        """Whether all files of a photo are on disk; `problems` names those that are not."""
+        return not any(self._absent(file, place) for file, place in self._files(item))
+
+    def _files(self, item: int) -> Iterator[tuple[tuple[str, str], str]]:
+        """((name, folder below the source's), where it is named) of the photo and of its mask files."""
+        name, _, place = self._photo(item)
+        yield (name, "images"), f"{place}: image"
+        if self.source.suffix.lower() == ".csv":
+            for number in self._numbers(item):
+                _, (mask, _), place = self._targets[number]
+                yield (mask, "masks"), f"{place}: mask"
+
+    def _absent(self, file: tuple[str, str], place: str) -> str | None:
+        """What is wrong with a file that is not on disk."""
+        name, below = file
+        folder = self.source.parent
+        try:
+            found = os.path.isfile(self._find(name, below))
+        except ValueError as error:
+            return f"{place}: {error}"
+        return None if found else f"{place} {name} is neither in {folder} nor in {folder / below}"
 
     def remarks(self) -> list[str]:
         """What is odd in the source but has a settled meaning."""
@@ -171,14 +184,16 @@ class CustomData:
         name, size, _ = self._photo(item)
         id = f"{self.name}/{name}"
         image, orientation = load_oriented(self._open(name, "images", id), id)
-        decoded = {}
-        for number in sorted({number for numbers in wanted for number in numbers}):
+
+        def decode(number: int) -> np.ndarray:
             mask = orient(self._mask(number, size, id), image, orientation)
             if mask.shape != (image.height, image.width):
                 place = self.segmentation(number)[1]
                 sizes = f"{mask.shape[1]} x {mask.shape[0]}, the photo {image.width} x {image.height}"
                 raise SampleError(id, f"{place}: the mask's size is {sizes} pixels")
-            decoded[number] = mask
+            return mask
+
+        decoded = decode_each(sorted({number for numbers in wanted for number in numbers}), decode, id)
         masks = [np.bitwise_or.reduce([decoded[number] for number in numbers]) for numbers in wanted]
         return image, np.stack(masks)
 

@@ -151,7 +151,7 @@ def read_coco_sentences(path: Path, out: Writer) -> None:
     tables = _CocoTables(out)
     counts: Counter[str] = Counter()
     takes = {"images": tables.take_image, "annotations": tables.take_annotation, "categories": tables.take_category}
-    for key, record, _ in stream_json(path, out):
+    for key, record, _ in stream_json(path, out, remedy="save it as one"):
         if key in takes and record != []:
             place = f"{key}[{counts[key]}]"
             counts[key] += 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from self1e.data.masks import load_label_map, orient
+from self1e.data.masks import decode_each, load_label_map, orient
 from self1e.data.readers import expected_schema, stream_json, take
 from self1e.data.sample import EvalImage, EvalSplit, PhotoFolder, SampleError, image_keys
 from self1e.data.sets.referring import unique
@@ -67,7 +67,9 @@ class RefCOCOmSplit(EvalSplit):
     def _load(self, photo: str, segments: list[str]) -> tuple[Image.Image, np.ndarray]:
         id = f"{self.name}/{photo}"
         image, orientation = self.photos.load(photo, id)
-        masks = {segment: self._mask(segment, image, orientation, id) for segment in dict.fromkeys(segments)}
+        masks = decode_each(
+            dict.fromkeys(segments), partial(self._mask, image=image, orientation=orientation, id=id), id
+        )
         return image, np.stack([masks[segment] for segment in segments])
 
     def _mask(self, segment: str, image: Image.Image, orientation: int, id: str) -> np.ndarray:

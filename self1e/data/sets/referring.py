@@ -17,7 +17,7 @@ from PIL import Image
 
 from self1e.data.coco import CocoIndex
 from self1e.data.index import open_index
-from self1e.data.masks import annotation_mask, orient
+from self1e.data.masks import annotation_mask, decode_each, orient
 from self1e.data.readers import read_refs
 from self1e.data.sample import Annotation, EvalImage, EvalSplit, PhotoFolder, Sample, SampleError, TrainingSet
 from self1e.model import prompts
@@ -105,13 +105,15 @@ class ReferringData:
         file_name, height, width = self._image(item)
         id = f"{self.name}/{file_name}"
         image, orientation = self.photos.load(file_name, id)
-        decoded = {}
-        for annotation_id in {a for ids in targets for a in ids} - {-1}:
+
+        def decode(annotation_id: int) -> np.ndarray:
             try:
                 annotation = self.coco.annotation(annotation_id)
             except KeyError as error:
                 raise SampleError(id, f"{self.coco.path} has no {error}") from error
-            decoded[annotation_id] = annotation_mask(annotation, height, width, id)
+            return annotation_mask(annotation, height, width, id)
+
+        decoded = decode_each(sorted({a for ids in targets for a in ids} - {-1}), decode, id)
         empty = np.zeros((height, width), np.uint8)
         masks = [
             orient(np.bitwise_or.reduce([empty, *(decoded[a] for a in ids if a != -1)]), image, orientation)

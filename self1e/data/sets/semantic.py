@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.coco import CocoIndex
-from self1e.data.masks import annotation_mask, load_label_map, orient
+from self1e.data.masks import annotation_mask, decode_each, load_label_map, orient
 from self1e.data.readers import expected_schema, take
 from self1e.data.sample import Annotation, PhotoFolder, Sample, SampleError, TrainingSet, image_keys, load_oriented
 from self1e.model import prompts
@@ -171,19 +171,21 @@ class PartSet(TrainingSet):
         file_name, height, width = self.coco.image(item)
         id = f"{self.name}/{file_name}"
         image, orientation = self.photos.load(file_name, id)
-        conversations, masks = [], []
-        for k in rng.choice(len(usable), min(self.rows, len(usable)), replace=False):
-            annotation = usable[k]
-            try:
-                names = self.names[annotation["category_id"]]
-            except KeyError as error:
-                raise SampleError(id, f"annotation {annotation['id']}: unknown category {error}") from error
+
+        def decode(k: int) -> np.ndarray:
+            if usable[k]["category_id"] not in self.names:
+                raise SampleError(id, f"annotation {usable[k]['id']}: unknown category {usable[k]['category_id']}")
+            return orient(annotation_mask(usable[k], height, width, id), image, orientation)
+
+        drawn = rng.choice(len(usable), min(self.rows, len(usable)), replace=False)
+        masks = decode_each(drawn.tolist(), decode, id)
+        conversations = []
+        for k in masks:
+            names = self.names[usable[k]["category_id"]]
             phrases = (" ".join(names), f"the {names[1]} of the {names[0]}") if len(names) == 2 else names
             name = phrases[rng.integers(len(phrases))]
-            mask = orient(annotation_mask(annotation, height, width, id), image, orientation)
             conversations.append([prompts.short_question(name, rng), prompts.answer(rng)])
-            masks.append(mask[None])
-        return Sample(id, image, conversations, masks)
+        return Sample(id, image, conversations, [mask[None] for mask in masks.values()])
 
 
 class PACO(PartSet):
