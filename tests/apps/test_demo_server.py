@@ -248,6 +248,41 @@ def test_on_a_phone(server, browser, tmp_path):
         page.screenshot(path=Path(os.environ["SELF1E_SCREENSHOT"]).with_suffix(".phone.png"), full_page=True)
 
 
+def test_two_hundred_prompts_can_be_cancelled_or_waited_for(server, browser, tmp_path):
+    from playwright.sync_api import expect
+
+    photo = tmp_path / "small.png"
+    noise(30, 20).save(photo)
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.goto(server[0])
+    page.locator("#picture input[type=file]").set_input_files(photo)
+    page.locator("#picture img").wait_for()
+    page.locator("#prompts textarea").fill("\n".join(f"thing {number}" for number in range(200)))
+    run, waiting, marks = (
+        page.locator("#run"),
+        page.get_by_text("of 200 prompts are done"),
+        page.locator("#answer .seg"),
+    )
+    run.click()
+    expect(waiting).to_be_visible(timeout=60_000)
+    page.locator("#cancel").click()
+    expect(page.locator("#answer .generating, #overlay .generating")).to_have_count(0, timeout=60_000)
+    done = marks.count()
+    assert 0 < done < 200
+    page.wait_for_timeout(1500)  # another group of prompts would have been answered by now
+    assert marks.count() == done
+
+    run.click()
+    expect(marks).to_have_count(200, timeout=300_000)
+    expect(waiting).to_have_count(0)
+    assert page.locator("#answer").bounding_box()["height"] < 600  # the list scrolls in a box of its own
+    expect(page.locator("#downloads a[href$='masks.zip']")).to_be_visible()
+    assert page.locator("#downloads a[href$='.png']").count() == 0  # 400 files are in the ZIP
+    assert page.evaluate("document.documentElement.scrollHeight") < 2500
+    if "SELF1E_SCREENSHOT" in os.environ:
+        page.screenshot(path=Path(os.environ["SELF1E_SCREENSHOT"]).with_suffix(".many.png"), full_page=True)
+
+
 def test_sigterm_leaves_nothing_behind(server):
     """The last test of this file, because it ends the server."""
     _, process, folder = server
