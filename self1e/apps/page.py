@@ -33,12 +33,13 @@ SHOWN = 1600  # pixels of the longer side of the overlay on the page
 LISTED = 12  # masks that are offered one by one, beside the ZIP that holds all
 CSS = """
 #overlay img, #picture img {width: 100%; height: 100%; object-fit: contain}
-#answer {max-height: 24em; overflow-y: auto}
+.answer {max-height: 24em; overflow-y: auto}
 .answer p {margin: 0.35em 0; line-height: 1.6; overflow-wrap: anywhere}
 .answer .prompt, .answer .note {opacity: 0.75}
 .answer .seg {border-radius: 4px; padding: 1px 6px; font-weight: 600}
 #downloads table {table-layout: fixed; width: 100%}
 #downloads td:not(.filename) {width: 6.5em}
+#downloads td:not(.filename):last-child {width: 2.5em}
 #downloads .filename, #downloads .filename * {display: inline; white-space: normal; overflow-wrap: anywhere}
 #downloads td.filename {display: table-cell}
 footer {display: none !important}
