@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -24,7 +24,7 @@ from test_project import PROJECT
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.data.masks import decode_segmentation
 from self1e.data.splits import DEFAULT_SPLITS, file_stem
-from self1e.evaluation.segmentation.run import evaluate_splits
+from self1e.evaluation.segmentation.run import encode_mask, evaluate_splits
 from self1e.evaluation.vqa.generation import generate_replies
 
 TASKS = ROOT / "self1e/apps/lmms_eval/tasks"
@@ -227,6 +227,25 @@ def test_figures_are_those_of_the_evaluation(version, tree, tmp_path):
         name: ours[GREF]["rela"][key] for name, key in names.items()
     }
     assert 0 < ours[GREF]["ciou"] < 1
+
+
+@needs_package
+def test_replies_of_other_models():
+    spec = spec_from_file_location("tasks_utils", TASKS / "utils.py")
+    utils = module_from_spec(spec)
+    spec.loader.exec_module(utils)
+    left, right = (encode_mask(np.arange(8)[None].repeat(4, 0) // 4 == side) for side in (0, 1))
+    cases = {
+        json.dumps({"masks": [left]}): 16,
+        json.dumps({"masks": [left, right], "scores": [0.9, 0.1]}): 32,  # several are united
+        json.dumps({"masks": []}): 0,
+        "It is the cup.": 0,
+        "[]": 0,
+        json.dumps({"masks": [{"size": [4, 8]}]}): 0,
+        json.dumps({"masks": [left | {"counts": "oo"}]}): 0,
+    }
+    assert {reply: utils.united(reply, (4, 8)).sum() for reply in cases} == cases
+    assert utils.united(json.dumps({"masks": [left]}), (8, 16))[:, :8].all()
 
 
 @needs_package

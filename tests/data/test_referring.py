@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from helpers import SHARED, needs_shared
+from mutations import JUNK, no_hang, refused_by_name
 from trees import SQUARE, H, W, label_map, photo, reference, referring_set, write_json
 
 from self1e.data.config import FAMILIES
@@ -256,3 +257,18 @@ def test_faults_of_part_files_are_named(tmp_path):
     write_json(source, [{"img_name": name, "segment_id": 1, "sentences": []}, {"img_name": name, "sentences": []}])
     with pytest.raises(ValueError, match="val.json, record 1 counted from 0: key 'segment_id' is missing"):
         load_split("refcocom|val", tmp_path)
+
+
+@pytest.mark.parametrize("field", ["img_name", "segment_id", "sentences", "sent"])
+def test_whatever_a_record_of_parts_holds_is_refused_by_name(tmp_path, field):
+    name = "COCO_train2014_000000000003.jpg"
+    source = part_records(tmp_path, [(name, 1, ["ear"])])
+    for junk in JUNK:
+        record = {"img_name": name, "segment_id": 1, "sentences": [{"sent": "ear"}]}
+        (record["sentences"][0] if field == "sent" else record)[field] = junk
+        source.write_text(json.dumps([record]), encoding="utf-8")
+        with no_hang(), refused_by_name("val.json", name, "refcocom"):
+            split = load_split("refcocom|val", tmp_path)
+            split.keys()
+            for image in split:
+                assert [mask.shape for mask in image.load()[1]] == [(H, W)] * len(image.prompts)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from self1e.data.masks import decode_each, load_label_map, orient
 from self1e.data.readers import expected_schema, stream_json, take
-from self1e.data.sample import EvalImage, EvalSplit, PhotoFolder, SampleError, image_keys
+from self1e.data.sample import EvalImage, EvalSplit, PhotoFolder, SampleError, forged, image_keys
 from self1e.data.sets.referring import unique
 
 
@@ -33,9 +33,12 @@ class RefCOCOmSplit(EvalSplit):
             for key, record, _ in stream_json(source):
                 if key is not None:
                     raise TypeError("an object, not a list of records")
-                segment = str(take(record, "segment_id", int, str))
+                photo, segment = take(record, "img_name", str), str(take(record, "segment_id", int, str))
                 texts = [take(sentence, "sent", str) for sentence in take(record, "sentences", list)]
-                found.setdefault(take(record, "img_name", str), []).extend((segment, text) for text in texts)
+                fault = forged([photo, segment])
+                if fault:
+                    raise TypeError(fault)
+                found.setdefault(photo, []).extend((segment, text) for text in texts)
                 count += 1
         self.expressions = sorted((photo, asked) for photo, asked in found.items() if asked)
 

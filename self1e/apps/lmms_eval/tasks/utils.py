@@ -81,16 +81,19 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, dict[s
 
 
 def united(reply: str, size: tuple[int, ...]) -> np.ndarray:
-    """The union of a reply's masks, bool of the given size (H, W); masks of another size are resized to it."""
+    """The union of a reply's masks, bool of the given size (H, W); masks of another size are resized to it.
+
+    A reply of another form, which any other model may give, predicts nothing.
+    """
     height, width = size
     union = np.zeros((height, width), bool)
     try:
-        masks = json.loads(reply)["masks"]
+        masks = [decode_segmentation(rle, *rle["size"]) for rle in json.loads(reply)["masks"]]
     except (ValueError, TypeError, KeyError):
-        return union  # a model that answers with something else predicts nothing
-    for rle in masks:
-        mask = Image.fromarray(decode_segmentation(rle, *rle["size"]))
-        union |= np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)) > 0
+        return union
+    for mask in masks:
+        resized = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+        union |= np.asarray(resized) > 0
     return union
 
 
