@@ -17,21 +17,16 @@ export OMP_NUM_THREADS=$(($(nproc) / processes)) DS_ACCELERATOR=cpu CUDA_VISIBLE
 split="refcoco|unc|testA"
 rm -rf "$output/base" "$output/shapes" "$output/runs"
 
-echo "== 1/4  a tiny InternVL3 and synthetic scenes"
+echo "== 1/3  a tiny InternVL3 and synthetic scenes"
 self1e make-tiny "$output/base"
 self1e make-shapes "$output/shapes" --simple --size 112 --val 50
 
-echo "== 2/4  training"
-deepspeed --num_accelerators "$processes" train_hf_ivl_seq.py --version "$output/base" \
-    --dataset_dir "$output/shapes/dataset" --data_dir "$output/shapes/data" --dataset refer_seg --refer_seg_data refcoco --epochs 100 \
-    --batch_size $((8 / processes)) --grad_accumulation_steps 1 --optimize_vision --precision fp32 --lr 1.5e-3 --vision_lr 1.5e-3 --max_steps 1200 \
-    --warmup_steps 50 --print_freq 100 --save_steps 600 --workers 0 --no_eval --exp_name shapes --log_base_dir "$output/runs"
+echo "== 2/3  training, with validation, and evaluation of scenes that were held out"
+deepspeed --num_accelerators "$processes" train_hf_ivl_seq.py --config configs/quickstart.yaml --batch_size $((8 / processes)) \
+    --version "$output/base" --dataset_dir "$output/shapes/dataset" --data_dir "$output/shapes/data" \
+    --healthy_curves docs/evidence/healthy.json --exp_name shapes --log_base_dir "$output/runs"
 
-echo "== 3/4  evaluation of scenes that were held out"
-bash eval_all.sh --version "$output/runs/shapes/ckpt_model" --exp_name shapes --log_base_dir "$output/runs" \
-    --dataset_dir "$output/shapes/dataset" --val_dataset "$split" --num_processes "$processes" --workers 0
-
-echo "== 4/4  a picture"
+echo "== 3/3  a picture"
 python scripts/quickstart_picture.py --model "$output/runs/shapes/ckpt_model" --dataset_dir "$output/shapes/dataset" \
     --split "$split" --output "$output/picture.png"
 
@@ -39,7 +34,7 @@ ciou=$(python -c "import json, sys; print(round(json.load(open(sys.argv[1]))['ci
 echo
 echo "cIoU of held-out scenes: $ciou (at least 0.5 expected), $((SECONDS - started)) s after the installation"
 echo "(the published figures in the table are those of the real RefCOCO, to show where they appear)"
-echo "picture: $output/picture.png"
+echo "picture: $output/picture.png; curves, with those of healthy runs behind them: $output/runs/shapes/curves.png"
 photo=$(find "$output/shapes/dataset/refer_seg/images" -name "*.jpg" | sort | sed -n 1p)
 echo "go on with this environment and model:"
 echo "  source $VIRTUAL_ENV/bin/activate"

@@ -63,6 +63,7 @@ def draw_curves(history: Log, path: Path, healthy: HealthyCurves | None = None) 
     One panel each for the losses, the learning rates and, where the run validated, gIoU and cIoU of its splits.
     """
     from matplotlib.figure import Figure  # half a second that no other command should wait for
+    from matplotlib.ticker import LogFormatter
 
     rates = [name for name in _logged(history) if name.startswith("lr_")]
     panels = {"loss": TERMS, "learning rate": rates, "validation": _scores(history)}
@@ -84,7 +85,8 @@ def draw_curves(history: Log, path: Path, healthy: HealthyCurves | None = None) 
             axes.fill_between([], [], [], color="grey", alpha=0.3, label=f"{len(healthy.seeds)} healthy runs")
         if title == "loss" and all(value > 0 for _, values in found.values() for value in values):
             axes.set_yscale("log")  # terms differ tenfold, and so do the first and the last loss
-            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")  # 0.1 and not a power of ten
+            axes.yaxis.set_minor_formatter(LogFormatter())
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
         axes.legend(fontsize=7)

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+from helpers import ROOT, read_json
 from runs import curves
 
+from self1e.training.arguments import parse
+from self1e.training.checkpoint import defining_settings
 from self1e.training.healthy import HealthyCurves, gather, recipe_of
 
 RECIPE = {"lr": 1e-4, "steps": 20, "sample_rates": None}
+COMMITTED = ROOT / "docs/evidence/healthy.json"
 
 
 def a_run(seed: int, losses: list[float], **recipe) -> dict:
@@ -65,3 +69,12 @@ def test_a_file_that_is_none_is_named(tmp_path):
     path.write_text("{}")
     with pytest.raises(ValueError, match="other.json: expected recipe, seeds and curves"):
         HealthyCurves(path)
+
+
+def test_the_committed_runs_are_of_the_recipe_of_the_quickstart():
+    args = parse(["--version=V", "--exp_name=E", "--config", str(ROOT / "configs/quickstart.yaml")])
+    healthy, samples = HealthyCurves(COMMITTED), {"refcoco": 2000}
+    defining = defining_settings(vars(args), ranks=1, zero_stage=0, base=None, samples=samples)
+    healthy.check(recipe_of(defining, steps=args.max_steps, parameters=healthy.recipe["parameters"]))
+    assert len(healthy.seeds) >= 2 and all(healthy.band(f"eval_{args.val_dataset}_ciou").lowest)
+    assert set(read_json(COMMITTED)["curves"]) >= {"loss", "ce", "mask_bce", "mask_dice"}
