@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraModel
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
@@ -104,13 +105,13 @@ def quiet_libraries() -> None:
     disable_progress_bar()  # of loading and writing shards, amid our own
 
 
-def check_length(args: Namespace, processor: Self1EProcessor) -> None:
+def check_length(args: Namespace, tile_tokens: int) -> None:
     """Refuse a length limit that no row can keep."""
     tiles = HIGH_RES_TILES if args.high_res else 1
-    least = tiles * processor.tile_tokens + CHAT_TOKENS
+    least = tiles * tile_tokens + CHAT_TOKENS
     if args.model_max_length < least:
         raise ValueError(
-            f"--model_max_length {args.model_max_length} cannot hold {tiles} tiles of {processor.tile_tokens} image "
+            f"--model_max_length {args.model_max_length} cannot hold {tiles} tiles of {tile_tokens} image "
             f"tokens and a question; give at least {least}"
         )
 
@@ -127,7 +128,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
     if distributed.is_main() and not (args.resume or args.auto_resume):
         check_unused(args.run_dir, overwrite=args.overwrite)
     processor = Self1EProcessor.from_pretrained(args.version)
-    check_length(args, processor)
+    check_length(args, processor.tile_tokens)
     settings = training_arguments(args)  # starts the process group; before it, no rank may wait for another
     encode = Encode(processor, max_length=args.model_max_length, max_tiles=HIGH_RES_TILES if args.high_res else 1)
     with settings.main_process_first(local=True, desc="index of the data"):
@@ -153,17 +154,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
     checkpoint = find_checkpoint(args, defining)
     set_seed(args.seed)  # the fresh head is the same on every rank
     model = load_model(args, training=True)
-    tuner = adapt(
-        model,
-        llm_lora=args.use_llm_lora,
-        vision_lora=args.use_vision_lora,
-        optimize_vision=args.optimize_vision,
-        r=args.lora_r,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        llm_targets=args.lora_target_modules.split(",") if args.lora_target_modules else LLM_LINEARS,
-        from_layer=args.lora_from_layer,
-    )
+    tuner = adapt_as_asked(args, model)
     recipe = recipe_of(defining, steps=steps, parameters=model.num_parameters())
     if healthy:
         healthy.check(recipe)
@@ -306,6 +297,21 @@ def load_model(args: Namespace, *, training: bool) -> Self1EForSegmentation:
     )
 
 
+def adapt_as_asked(args: Namespace, model: Self1EForSegmentation) -> LoraModel | None:
+    """`adapt` the model as the flags say."""
+    return adapt(
+        model,
+        llm_lora=args.use_llm_lora,
+        vision_lora=args.use_vision_lora,
+        optimize_vision=args.optimize_vision,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        llm_targets=args.lora_target_modules.split(",") if args.lora_target_modules else LLM_LINEARS,
+        from_layer=args.lora_from_layer,
+    )
+
+
 def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> None:
     """Merge the adapters on every rank and write the model once."""
     gathered: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -343,7 +349,7 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
     if args.model_weights is None and trained.is_dir():
         args.version = str(trained)
     processor = Self1EProcessor.from_pretrained(args.version)
-    check_length(args, processor)
+    check_length(args, processor.tile_tokens)
     device = distributed.device()
     if device.type == "cpu":
         torch.set_num_threads(1)  # figures to the pixel on any number of processes; those are what uses more cores
