@@ -58,6 +58,18 @@ def quantization(bits: int, dtype: torch.dtype) -> Any:
     )
 
 
+def check_blocks(model: Self1EForSegmentation, version: str) -> None:
+    """Raise ValueError where bitsandbytes could not multiply on a CPU: its 4-bit blocks hold 64 weights of one row."""
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit) and module.in_features % 64:
+            raise ValueError(
+                f"--quantize 4 on a CPU needs widths that are multiples of 64; {name} of {version} has "
+                f"{module.in_features}: use --quantize 8, or leave --quantize out"
+            )
+
+
 def load(
     version: str,
     weights: str | None = None,
@@ -75,7 +87,7 @@ def load(
         bits: 4 or 8, see `quantization`.
 
     Raises:
-        ValueError: no trained head, a device that is not there, or weights that do not fit.
+        ValueError: no trained head, a device that is not there, weights that do not fit, or widths that 4 bits do not.
         OSError: no such checkpoint. ImportError: see `quantization`.
     """
     from self1e import Self1EForSegmentation, Self1EProcessor, distributed
@@ -91,5 +103,7 @@ def load(
             f"{version} is a base model without a trained segmentation head: give the trained weights with "
             "--model_weights, or a trained folder as --version"
         )
+    if bits == 4 and place.type == "cpu":
+        check_blocks(model, version)
     processor = Self1EProcessor.from_pretrained(version)
     return (model if bits is not None else model.to(place)).eval(), processor

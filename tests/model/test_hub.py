@@ -149,6 +149,12 @@ def test_quantized_model_segments(tmp_path, image, bits):
     assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.9
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_widths_that_four_bits_do_not_fit_are_named(folder):
+    with pytest.raises(ValueError, match=r"(?s)--quantize 4 on a CPU needs widths.*use --quantize 8"):
+        load(str(folder), device="cpu", bits=4)
+
+
 def test_figures_in_the_form_of_the_hub(folder, tmp_path, capsys):
     checkpoint = tmp_path / "exp/ckpt_model"
     Self1EForSegmentation.from_pretrained(folder).save_pretrained(checkpoint)

@@ -125,6 +125,13 @@ def summary_table(results: dict[str, dict]) -> str:
     text = markdown_table(header, rows)
     if models:
         text += "\nPublished: cIoU; on ReasonSeg gIoU / cIoU.\n"
+    foreign = [
+        f"{title[name]} ({figures['data']})"
+        for name, figures in results.items()
+        if entries[name].published and figures.get("data", "-") not in ("-", "complete")
+    ]
+    if foreign:
+        text += f"\nNot the whole benchmark, so that its published figures do not compare: {', '.join(foreign)}.\n"
 
     rela = [(name, figures["rela"]) for name, figures in results.items() if "rela" in figures]
     if rela:

@@ -26,6 +26,7 @@ from self1e import distributed
 from self1e.data.paths import missing, require_paths
 from self1e.data.sample import EvalImage, SampleError
 from self1e.data.splits import SplitEntry, get_splits, load_split, split_paths
+from self1e.data.totals import compare
 from self1e.evaluation.journal import Journal
 from self1e.evaluation.loading import read_ahead
 from self1e.evaluation.provenance import describe
@@ -280,7 +281,8 @@ def evaluate_splits(
                 model, processor, split, entries[name], kept=kept, journal=files.journal, workers=workers,
                 model_max_length=model_max_length, title=name, **options,
             )  # fmt: skip
-            results[name] = {"split": name, **({"note": split.note} if split.note else {}), **score(units)}
+            notes = {"note": split.note} if split.note else {}
+            results[name] = {"split": name, "data": compare(name, split.counts()), **notes, **score(units)}
             distributed.on_main(partial(files.save, units, results))
             if visualize:
                 distributed.on_main(partial(files.save_pictures, split, units), catch=READING)

@@ -93,7 +93,8 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
     for split, name in ((GREF, "grefcoco_unc_val"), (REASON, "ReasonSeg_val")):
         units = read_units(tmp_path / f"{name}.jsonl")
         written = json.loads((tmp_path / f"{name}.json").read_text())
-        assert written == results[split] == {"split": split, **score(units)}
+        data = {REASON: "partly: 2 of 200 images", GREF: "-"}[split]
+        assert written == results[split] == {"split": split, "data": data, **score(units)}
         pictures = sorted(path.name for path in (tmp_path / name).glob("*.jpg"))
         assert len(pictures) == written["n"] and (tmp_path / name / "overview.png").exists()
         worst = min(units, key=lambda unit: unit.iou)
@@ -103,6 +104,7 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
     table = (tmp_path / "summary.md").read_text()
     assert table == summary_table(results) and table in capsys.readouterr().out
     assert "59.4 / 68.8" in table and "N-acc" in table
+    assert "published figures do not compare: ReasonSeg val (partly: 2 of 200 images).\n" in table
     assert json.loads((tmp_path / "summary.json").read_text()) == results
     assert not list(tmp_path.glob(".*"))
 
