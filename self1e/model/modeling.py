@@ -12,8 +12,8 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 from transformers import InternVLForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -63,7 +63,7 @@ class StochasticDepthLayer(InternVLVisionLayer):
 
     def __init__(self, config, drop_prob: float):
         super().__init__(config)
-        self.drop_path = DropPath(drop_prob)
+        self.drop_path = StochasticDepth(drop_prob, mode="row")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         attention, _ = self.attention(self.layernorm_before(hidden_states))
