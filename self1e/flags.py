@@ -26,6 +26,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 mask`, `2,000 masks`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that suggests the flag or value that was meant, and takes no abbreviated flags."""
 
@@ -101,6 +106,13 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"{folder}: cannot be written to ({error.strerror or error}); choose another folder") from error
+
+
+def check_writable_file(path: Path) -> None:
+    """As `check_writable`, for one file. Raises OSError naming it, also where it is a folder."""
+    if path.is_dir():
+        raise OSError(f"{path} is a folder; name a file, such as {path / 'result'}")
+    check_writable(path.parent)
 
 
 def guarded(program: Callable[[], int]) -> int:

@@ -36,7 +36,7 @@ from self1e.data.totals import compare
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
-from self1e.flags import Parser, check_writable, whole
+from self1e.flags import Parser, check_writable_file, counted, whole
 from self1e.model import prompts
 from self1e.visualize import grid, overlay, panel
 
@@ -341,6 +341,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.path.exists():
         parser.error(f"{args.path} does not exist")
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--output {args.output}: expected a picture's name, such as {args.output / 'contact_sheet.png'}")
     if args.kind == "auto":
         args.kind = "tree" if is_tree(args.path) else "custom"
     if args.samples is None:
@@ -352,7 +354,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.samples:
-        check_writable(args.output.parent)
+        check_writable_file(args.output)
     sources: Iterable[Source | str]
     if args.kind == "tree":
         sources = tree_sources(args.path, args.data_dir, allow_outside=args.allow_outside)
@@ -385,5 +387,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near}?" if near is not None and args.kind == "custom" else ""
         print(f"nothing to check in {args.path}{hint}", file=sys.stderr)
         return 1
-    print(f"{problems:,} problem{'' if problems == 1 else 's'}" if problems else "no problems found")
+    print(counted(problems, "problem") if problems else "no problems found")
     return 1 if problems else 0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
-from self1e.flags import Parser, check_writable
+from self1e.flags import Parser, check_writable_file, counted
 
 FIELDS = ("image_id", "category_id", "image", "width", "height", "prompt", "segmentation", "bbox", "area", "score")
 
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--image_root does nothing with --to coco; leave it out")
     records = read_predictions(args.folder)
     target = args.output or args.folder / {"coco": "coco.json", "label-studio": "label_studio.json"}[args.to]
-    check_writable(target.parent)
+    check_writable_file(target)
     from self1e.files import write_json
 
     if args.to == "coco":
@@ -133,5 +133,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         write_json(target, to_label_studio(records, args.image_root or "/data/local-files/?d="), indent=None)
         print(f"labelling configuration: {labelling_configuration(records)}")
-    print(f"{sum(record['area'] > 0 for record in records)} masks in {target}")
+    print(f"{counted(sum(record['area'] > 0 for record in records), 'mask')} in {target}")
     return 0

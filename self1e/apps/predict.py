@@ -24,7 +24,7 @@ from pathlib import Path
 
 from self1e.apps.loading import add_model_arguments
 from self1e.apps.pictures import find_pictures, read_prompts
-from self1e.flags import Parser, between, check_writable, whole
+from self1e.flags import Parser, between, check_writable, counted, whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -104,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         raise ValueError(f"out of GPU memory, try a smaller --batch_size or --quantize 8 ({error})") from error
     pictures = len(args.pictures) - len(unreadable)
-    print(f"{len(results.records)} masks of {pictures} pictures in {args.output}")
+    print(f"{counted(len(results.records), 'mask')} of {counted(pictures, 'picture')} in {args.output}")
     if unreadable:
-        print(f"{len(unreadable)} pictures could not be read:\n  " + "\n  ".join(unreadable), file=sys.stderr)
+        print(
+            f"{counted(len(unreadable), 'picture')} could not be read:\n  " + "\n  ".join(unreadable), file=sys.stderr
+        )
     return 1 if unreadable else 0

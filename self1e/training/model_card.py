@@ -157,5 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(args.pop("folder"))
     if not (folder / "config.json").is_file():
         parser.error(f"{folder}: no checkpoint there (config.json is missing)")
+    if args["results"] is not None and not args["results"].is_dir():
+        parser.error(f"--results {args['results']}: no such folder; expected one with eval/ or eval_vqa/")
     print(write_model_card(folder, benchmarks={split: dataset for split, _, dataset in named}, **args))
     return 0

@@ -24,6 +24,7 @@ from self1e.data.sample import SampleError
 from self1e.data.splits import DEFAULT_SPLITS, get_splits, load_split, split_paths
 from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
+from self1e.flags import check_writable
 from self1e.model import checkpoints
 from self1e.model.configuration import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
@@ -72,6 +73,8 @@ def start(args: Namespace) -> int:
 
 def run(args: Namespace) -> int:
     """Train and evaluate, or evaluate alone; returns the exit code."""
+    if distributed.is_main():
+        check_writable(args.run_dir)
     if args.eval_only:
         evaluate(args)
         return 0
@@ -348,6 +351,9 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
     trained = args.run_dir / "ckpt_model"
     if args.model_weights is None and trained.is_dir():
         args.version = str(trained)
+    skip_missing = args.eval_all_datasets if skip_missing is None else skip_missing
+    if not skip_missing:
+        require_paths(split_paths(args.splits, args.dataset_dir))  # before a model is loaded
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor.tile_tokens)
     device = distributed.device()
@@ -366,7 +372,7 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
         args.splits,
         output_dir=args.run_dir / "eval",
         visualize=args.eval_visualize,
-        skip_missing=args.eval_all_datasets if skip_missing is None else skip_missing,
+        skip_missing=skip_missing,
         checkpoint=checkpoint_settings(args.version, args.model_weights),
         overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
         **evaluation_options(args),

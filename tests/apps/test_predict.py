@@ -51,7 +51,7 @@ def test_folder_of_pictures(version, pictures, tmp_path, capsys):
     for _ in range(2):
         assert run(version, *arguments, "--output", output, "--save_logits", "--batch_size", 4) == 1
         errors = capsys.readouterr().err
-        assert "broken.jpg" in errors and "1 pictures could not be read" in errors and ".hidden" not in errors
+        assert "broken.jpg" in errors and "1 picture could not be read" in errors and ".hidden" not in errors
     found = records(output)
     assert [(r["prompt"], r["width"], r["height"]) for r in found] == [
         (prompt, *size)
@@ -208,7 +208,7 @@ def test_as_a_program(version, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "self1e" / "predict.py"), run_name="__main__")
-    assert end.value.code == 0 and "1 masks of 1 pictures" in capsys.readouterr().out
+    assert end.value.code == 0 and "1 mask of 1 picture in" in capsys.readouterr().out
 
 
 def test_predictions_load_as_coco_results(version, pictures, tmp_path, capsys):

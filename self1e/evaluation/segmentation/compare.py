@@ -23,7 +23,7 @@ from self1e.data.splits import load_split
 from self1e.evaluation.segmentation.metrics import Unit, lisa, read_units, score
 from self1e.evaluation.tables import markdown_table, percent
 from self1e.files import write_json
-from self1e.flags import Parser, check_writable, whole
+from self1e.flags import Parser, check_writable, check_writable_file, whole
 from self1e.visualize import GROUND_TRUTH, PREDICTION, overlay, panel, save_worst_first
 
 LEVEL, RESAMPLES, SEED = 0.95, 2000, 0
@@ -198,8 +198,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with command line `argv`; returns the exit code. Errors are for `self1e.flags.guarded`."""
     args = parse_args(argv)
-    for folder in filter(None, (args.json and args.json.parent, args.pictures)):
-        check_writable(folder)
+    if args.json:
+        check_writable_file(args.json)
+    if args.pictures:
+        check_writable(args.pictures)
     if not args.compare:
         for path in args.files:
             print(json.dumps({"file": str(path), **score(read_units(path))}, indent=2))

@@ -187,13 +187,15 @@ def score(units: Sequence[Unit]) -> dict:
 
 
 def read_units(path: str | Path) -> list[Unit]:
-    """The units of a split's JSONL. Raises ValueError naming the first line that is no unit."""
+    """The units of a split's JSONL. Raises ValueError naming the first line that is no unit, or a file without any."""
     units = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not a unit record ({error})") from error
             units.append(Unit.read(record, f"{path}, line {number}"))
+    if not units:
+        raise ValueError(f"{path} holds no units; expected a line for each, as an evaluation writes them")
     return units

@@ -26,6 +26,7 @@ from self1e.evaluation.vqa.generation import answer_questions
 from self1e.evaluation.vqa.predictions import Predictions
 from self1e.evaluation.vqa.report import summary_table
 from self1e.files import write_json, write_text
+from self1e.flags import check_writable
 from self1e.model.configuration import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
@@ -218,6 +219,7 @@ def run(args: argparse.Namespace) -> int:
     device = distributed.device(args.device)
     if distributed.is_main():
         for candidate in args.candidates:
+            check_writable(candidate.folder)
             weights = candidate.weights or "its own weights"
             print(f"{candidate.label}: {candidate.version}, {weights} -> {candidate.folder}", flush=True)
     try:

@@ -70,10 +70,11 @@ def test_pairing_narrows_the_interval():
 
 
 def test_other_splits_and_other_data_are_refused(files, capsys):
-    for other in ([unit("z", 1)], [unit("x", 1, target=11)], []):
+    others = {"different splits": [unit("z", 1)], "different data": [unit("x", 1, target=11)], "b.jsonl holds no": []}
+    for message, other in others.items():
         first, second = files([unit("x", 1)], other)
         assert self1e(["score", "--compare", str(first), str(second)]) == 1
-        assert "different" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="another sentence"):
         compare_units([unit("x", 1)], [unit("x", 1, target=11)])
 
