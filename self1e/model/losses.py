@@ -65,6 +65,14 @@ def mask_losses(predictions: Sequence[tuple[Tensor, ...]], targets: Sequence[Ten
     return {name: value / len(predictions) for name, value in total.items()}
 
 
+def check_targets(predictions: Sequence[tuple[Tensor, Tensor | None]], targets: Sequence[Tensor | None]) -> None:
+    """Raise ValueError unless every row has a mask for each `[SEG]` (or None)."""
+    found = [len(row[0]) for row in predictions]
+    given = [count if target is None else len(target) for count, target in zip(found, targets)]
+    if len(targets) != len(found) or given != found:
+        raise ValueError(f"rows hold {found} [SEG] tokens, mask_targets hold {given} masks")
+
+
 class PackedMasks(Sequence):
     """Masks of all rows of a batch in one tensor, so that one copy brings them to the GPU; reads like their list.
 

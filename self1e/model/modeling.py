@@ -27,7 +27,8 @@ from self1e.model.grids import REPLICATIONS, compress, stitch_tiles
 from self1e.model.head import HEADS, INITIAL_STD, ImageSide, SegmentationHead
 from self1e.model.inference import InferenceMixin
 from self1e.model.layout import Grid, Group, HeadGroup, Layout, read_layout
-from self1e.model.losses import PackedMasks, mask_losses
+from self1e.model.losses import PackedMasks, check_targets, mask_losses
+from self1e.model.recomputation import recompute_mlps
 
 
 @dataclass
@@ -85,10 +86,9 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             self.model.vision_tower.encoder.layer = nn.ModuleList(
                 StochasticDepthLayer(vision, step * i) for i in range(vision.num_hidden_layers)
             )
+        recompute_mlps(self.model.language_model, self.model.vision_tower)
         self.segmentation_head = HEADS[config.mask_features](
-            config.llm.hidden_size,
-            ratio=config.ratio,
-            auxiliary_projection=config.auxiliary_projection,
+            config.llm.hidden_size, ratio=config.ratio, auxiliary_projection=config.auxiliary_projection
         )
         self.trained_head = False
         self.post_init()
@@ -212,10 +212,11 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         layout = self.read(layout, input_ids, attention_mask, labels, grids, row_image, whole=whole)
         layout = layout.to(input_ids.device)
         with_masks = pictured and not generating and (self.training or bool(layout.heads))
-        if image_features is None and pixel_values is not None:
-            image_features = self.encode_images(pixel_values, layout.grids, for_masks=with_masks)
+        # The text comes first, so that the embeddings' large gradient is made last, when the ViT's states are gone.
         ids = take(input_ids.flatten(), layout.part("source"))  # P
         embeds = (self.get_input_embeddings()(ids[None]) if inputs_embeds is None else inputs_embeds).flatten(0, 1)
+        if image_features is None and pixel_values is not None:
+            image_features = self.encode_images(pixel_values, layout.grids, for_masks=with_masks)
         if image_features is not None:
             embeds = place_image_tokens(embeds, layout, image_features.tokens)
         outputs = []
@@ -390,11 +391,3 @@ def steady_rope(rotary, length: int) -> Iterator[None]:
         yield
     finally:
         rotary.rope_type = kind
-
-
-def check_targets(predictions: Sequence[tuple[Tensor, Tensor | None]], targets: Sequence[Tensor | None]) -> None:
-    """Raise ValueError unless every row has a mask for each `[SEG]` (or None)."""
-    found = [len(row[0]) for row in predictions]
-    given = [count if target is None else len(target) for count, target in zip(found, targets)]
-    if len(targets) != len(found) or given != found:
-        raise ValueError(f"rows hold {found} [SEG] tokens, mask_targets hold {given} masks")
