@@ -199,5 +199,5 @@ def benchmark(args: Namespace) -> str:
             args.dataset_dir, args.data_dir = scenes / "dataset", scenes / "data"
         result = run(args)
     write_json(args.output / "benchmark.json", result, indent=2)
-    draw(result["cases"], args.sentences, args.output / "benchmark.png")
+    draw(result["cases"], sorted(args.sentences), args.output / "benchmark.png")
     return table(result)
