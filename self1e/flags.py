@@ -98,12 +98,18 @@ def checkpoint(text: str) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder and a file in it, before the work whose results go there. Raises OSError naming the folder."""
+    """Try to make a folder and a file in it, before the work whose results go there; nothing of them stays.
+
+    Raises OSError naming the folder.
+    """
     probe = folder / f".writable.{os.getpid()}"
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+        for place in made:
+            place.rmdir()
     except OSError as error:
         raise OSError(f"{folder}: cannot be written to ({error.strerror or error}); choose another folder") from error
 

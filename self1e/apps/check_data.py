@@ -379,6 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"not there: {', '.join(absent)}")
     pictures = [picture for report in reports for picture in report.pictures]
     if pictures:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         grid(pictures, 4, cell=CELL).save(args.output)
         print(f"look at {args.output}")
     problems = sum(len(report.problems) for report in reports)
