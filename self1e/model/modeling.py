@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 from transformers import InternVLForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -63,8 +62,10 @@ class StochasticDepthLayer(InternVLVisionLayer):
     """A ViT layer whose two branches are dropped per tile with probability `drop_prob` while training."""
 
     def __init__(self, config, drop_prob: float):
+        from timm.layers import DropPath  # its import takes a fifth of the time of torch's
+
         super().__init__(config)
-        self.drop_path = StochasticDepth(drop_prob, mode="row")
+        self.drop_path = DropPath(drop_prob)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         attention, _ = self.attention(self.layernorm_before(hidden_states))

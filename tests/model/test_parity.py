@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import PACKS, each_pack
 from PIL import Image
-from torchvision.ops import StochasticDepth
+from timm.layers import DropPath
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from self1e import Self1EForSegmentation, Self1EProcessor
@@ -149,7 +149,7 @@ def test_mask_logits_agree_to_1e4(case):
 def without_noise(model: Self1EForSegmentation) -> Self1EForSegmentation:
     """Training mode with neither dropout nor stochastic depth, as recorded."""
     for layer in model.train().modules():
-        if isinstance(layer, torch.nn.Dropout | StochasticDepth):
+        if isinstance(layer, torch.nn.Dropout | DropPath):
             layer.eval()
     return model
 
