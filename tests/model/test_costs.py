@@ -4,17 +4,16 @@ The limits are shares of what the published program was measured to need for the
 float32, weights included): 7.9 GB to evaluate 7 sentences about a photo, 9.5 GB to train on 2 photos x 3 rows.
 """
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from helpers import ROOT
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from self1e import Self1EConfig, Self1EForSegmentation
+from self1e.apps.measuring import Peak
 from self1e.model.inference import predict_photo
 from self1e.model.layout import read_layout
 from self1e.model.losses import PackedMasks
@@ -38,14 +37,6 @@ def flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, *
         attn_mask = torch.where(attn_mask, 0.0, float("-inf"))
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return op(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-
-
-@pytest.fixture(scope="module")
-def peak() -> type:
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Peak
 
 
 @pytest.fixture
@@ -76,47 +67,47 @@ def batch(photos: int, rows: int, *, training: bool) -> dict:
     return found
 
 
-def cost(work: Callable[[], object], model, peak: type) -> tuple[float, float]:
+def cost(work: Callable[[], object], model) -> tuple[float, float]:
     """FLOPs, and bytes of all tensors that are alive together; counted one after the other, for hooks keep tensors."""
     with FlopCounterMode(display=False) as counter:
         work()
     model.zero_grad()
-    with pytest.MonkeyPatch.context() as patch, peak(model.parameters()) as memory:
+    with pytest.MonkeyPatch.context() as patch, Peak(model.parameters()) as memory:
         patch.setattr(functional, "scaled_dot_product_attention", flash)
         work()
     weights = sum(x.nbytes for x in model.parameters())
     return counter.get_total_flops(), weights + memory.most
 
 
-def test_training(model, peak):
+def test_training(model):
     model.train()
     inputs = batch(2, 3, training=True)
-    flops, memory = cost(lambda: model(**inputs).loss.backward(), model, peak)
+    flops, memory = cost(lambda: model(**inputs).loss.backward(), model)
     print(f"training: {flops / 1e12:.3f} TFLOP, {memory / 1e9:.3f} GB, {memory / PUBLISHED_TRAINING:.3f} of published")
     assert flops <= 4.1e12
     assert memory <= 0.65 * PUBLISHED_TRAINING
 
 
-def test_training_by_the_recipe(model, peak):
+def test_training_by_the_recipe(model):
     """With adapters and gradient checkpointing, the states of layers never come on top of weights and gradients."""
     with torch.device("meta"):
         adapt(model, llm_lora=True, vision_lora=True, optimize_vision=True)
     model.train().activation_checkpointing_enable()
     inputs = batch(2, 3, training=True)
-    flops, memory = cost(lambda: model(**inputs).loss.backward(), model, peak)
+    flops, memory = cost(lambda: model(**inputs).loss.backward(), model)
     least = sum(x.nbytes * (1 + x.requires_grad) for x in model.parameters())
     print(f"by the recipe: {flops / 1e12:.3f} TFLOP, {memory / 1e9:.3f} GB, weights and gradients {least / 1e9:.3f}")
     assert memory <= 1.02 * least
 
 
 @torch.no_grad()
-def test_evaluation(model, peak):
+def test_evaluation(model):
     found = {}
     for rows in (7, 30):
         inputs = batch(1, rows, training=False)
         chunks = {"rows_per_forward": 16, "forwards": -(-rows // 16)}
         work = partial(predict_photo, model.eval(), inputs, (480, 640), **chunks)
-        flops, memory = found[rows] = cost(work, model, peak)
+        flops, memory = found[rows] = cost(work, model)
         share = memory / PUBLISHED_EVALUATION
         print(f"{rows} sentences: {flops / 1e12:.3f} TFLOP, {memory / 1e9:.3f} GB, {share:.3f} of published")
     assert found[7][0] <= 1.18e12
