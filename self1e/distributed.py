@@ -7,6 +7,7 @@ collective could have reached.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # ask a run to stop
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
 PATIENCE = 5  # seconds that a launcher has to end this rank because the first one failed alike
 
 
@@ -142,9 +145,39 @@ def run_program(program: Callable[[], int], *, expected: tuple[type[BaseExceptio
     A clean end closes the process group (without it, torch can abort at exit and the launcher reports a failure). An
     error of `expected` is one line and exit code 1, any other a traceback. Under a launcher the first rank speaks at
     once; another one only when it is still alive after `PATIENCE`, because then the first did not meet the same.
+    Ctrl-C is one line of the first rank, the sentence that the program raises KeyboardInterrupt with, and exit code
+    130.
     """
+    if launched():
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        return _run(program, expected)
+    except KeyboardInterrupt as interruption:
+        if is_main():
+            print(f"\n{str(interruption) or 'interrupted'}", file=sys.stderr, flush=True)
+        if launched():
+            leave(INTERRUPTED)
+        return INTERRUPTED
+
+
+def _interrupt(number: int, frame) -> NoReturn:
+    """Ctrl-C under a launcher, which passes it on once more, or as SIGTERM: one is enough."""
+    for each in [signal.SIGINT, *STOPS]:
+        signal.signal(each, lambda *_: None)  # Python complains when one that waits already is to be ignored
+    raise KeyboardInterrupt
+
+
+def ignore_requests_to_stop(worker: int = 0) -> None:
+    """Ignore what a terminal or a cluster sends to all processes alike: a data worker is still needed then."""
+    for each in [signal.SIGINT, *STOPS]:
+        signal.signal(each, signal.SIG_IGN)
+
+
+def _run(program: Callable[[], int], expected: tuple[type[BaseException], ...]) -> int:
     try:
         code = program()
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
         known = isinstance(error, expected)
         if not launched():

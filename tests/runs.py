@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -40,22 +41,24 @@ def train(*args: str, code: int = 0) -> None:
     assert program.main(command(*args)) == code
 
 
+Method = tuple[type, str]
 EVENTS = (Self1ETrainer, "compute_loss"), (torch, "save"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree")
 # A test process has threads (of the test runner, of servers under test), so that a fork of it can hang: children come
 # from a process that has none and has loaded the libraries.
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["self1e.training.run"])
+LIMIT = 400
 PATIENCE = 150  # seconds after which a child says where it is; a run takes about ten
 
 
-def train_in_a_child(*args: Path | str, send: tuple[int, int] | None = None, losses_alone: bool = False) -> int:
+def train_in_a_child(*args: Path | str, send: tuple[int, int] | None = None, at: Method | None = None) -> int:
     """As `train`, in a process of its own: its exit code, negative when a signal ended it.
 
-    send: a signal, and the number of the event (a loss, or a file renamed or written unless `losses_alone`) at which
-    the child sends it to itself.
+    send: a signal, and the number of the event at which the child sends it to itself. at: the method whose calls are
+    the events; all of `EVENTS` unless given.
     """
     with tempfile.NamedTemporaryFile("r") as log:
-        child = CHILDREN.Process(target=_train_and_exit, args=(command(*args), send, losses_alone, log.name))
+        child = CHILDREN.Process(target=_train_and_exit, args=(command(*args), send, at, log.name))
         child.start()
         child.join(timeout=PATIENCE + 30)
         if child.exitcode is None:
@@ -64,15 +67,14 @@ def train_in_a_child(*args: Path | str, send: tuple[int, int] | None = None, los
         return child.exitcode
 
 
-def _train_and_exit(flags: list[str], send: tuple[int, int] | None, losses_alone: bool, log: str) -> None:
+def _train_and_exit(flags: list[str], send: tuple[int, int] | None, at: Method | None, log: str) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.dump_traceback_later(PATIENCE)
     if send is not None:
-        sent, at = send
-        events = EVENTS[:1] if losses_alone else EVENTS
-        count_events(lambda number: os.kill(os.getpid(), sent) if number == at else None, events)
+        sent, when = send
+        count_events(lambda number: os.kill(os.getpid(), sent) if number == when else None, [at] if at else EVENTS)
     sys.exit(program.main(flags))
 
 
@@ -118,20 +120,30 @@ def pictures(folder: Path) -> dict[str, list[tuple[int, Image.Image]]]:
     }
 
 
-def launch(*args: Path | str) -> subprocess.Popen:
-    """Two CPU processes under the deepspeed launcher, in a process group of their own."""
+def launch(*args: Path | str, launcher: str = "deepspeed") -> subprocess.Popen:
+    """Two CPU processes under deepspeed or torchrun, in a process group of their own, killed after `LIMIT` seconds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = [str(LAUNCHER), "--num_accelerators", "2", f"--master_port={port}", str(ROOT / "train_hf_ivl_seq.py")]
-    return subprocess.Popen(
-        [*program, *command(*args)],
+    two = {"deepspeed": "--num_accelerators=2", "torchrun": "--nproc_per_node=2"}[launcher]
+    program = [LAUNCHER.with_name(launcher), two, f"--master_port={port}", ROOT / "train_hf_ivl_seq.py"]
+    process = subprocess.Popen(
+        [*map(str, program), *command(*args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
+
+    def end() -> None:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(LIMIT, end)  # whoever reads what the process prints is not left waiting
+    timer.daemon = True
+    timer.start()
+    return process
 
 
 def steps(printed: str) -> dict[str, str]:

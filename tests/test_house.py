@@ -99,6 +99,20 @@ def test_importing_is_light_and_needs_no_unix():
         "from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor",
     )
     command = [sys.executable, "-c", "\n".join(lines)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
     assert not {"torch", "transformers", "cv2", "pycocotools", "deepspeed", "matplotlib"} & set(run.stdout.split())
+
+
+def test_no_test_waits_without_end():
+    """Whatever a test waits for outside of its process has a timeout: a failure must not hang the suite."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+                method = ast.unparse(call.func)
+                waits = method == "subprocess.run" or call.func.attr in ("communicate", "urlopen")
+                waits = waits or (call.func.attr in ("wait", "join") and "process" in method)
+                limited = (
+                    any(word.arg == "timeout" for word in call.keywords) or call.func.attr == "wait" and call.args
+                )
+                assert limited or not waits, f"{path}:{call.lineno}: {method} without a timeout"

@@ -42,4 +42,4 @@ def test_the_citation_is_the_papers():
 
 def test_shell_scripts_parse():
     for script in [*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"]:
-        subprocess.run(["bash", "-n", script], check=True)
+        subprocess.run(["bash", "-n", script], check=True, timeout=60)

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from self1e.data.sample import SampleError
+from self1e.distributed import ignore_requests_to_stop
 
 
 def _as_is(item: Any) -> Any:
@@ -26,6 +27,7 @@ def read_ahead(dataset: Dataset, order: Sequence[int], *, workers: int, name: Ca
         batch_size=None,
         collate_fn=_as_is,
         num_workers=min(workers, len(order)),
+        worker_init_fn=ignore_requests_to_stop,
         generator=torch.Generator(),  # or the loader would draw from the global one, and training after it change
     )
     items = iter(loader)

@@ -58,21 +58,23 @@ def start(args: Namespace) -> int:
     """As `main`, from flags that are parsed already."""
     quiet_libraries()
     expected = (ValueError, OSError, SampleError, NotSaved, TooManyBroken, FloatingPointError, torch.OutOfMemoryError)
-    try:
-        return distributed.run_program(lambda: run(args), expected=expected)
-    except KeyboardInterrupt as interruption:
-        if distributed.local_rank() == 0:
-            kept = checkpoints_in(args.run_dir / "checkpoints")
-            where = f"continue from {kept[-1]} with --auto_resume" if kept else "no checkpoint was written yet"
-            # An evaluation says itself which splits are done.
-            print(f"\n{str(interruption) or f'interrupted; {where}'}", file=sys.stderr, flush=True)
-        if distributed.world_size() > 1:
-            distributed.leave(130)
-        return 130
+    return distributed.run_program(lambda: run(args), expected=expected)
 
 
 def run(args: Namespace) -> int:
-    """Train and evaluate, or evaluate alone; returns the exit code."""
+    """Train and evaluate, or evaluate alone; returns the exit code. Ctrl-C is raised with what to do next."""
+    try:
+        return train_and_evaluate(args)
+    except KeyboardInterrupt as interruption:
+        if interruption.args:  # an evaluation says which splits are done
+            raise
+        kept = checkpoints_in(args.run_dir / "checkpoints")
+        where = f"continue from {kept[-1]} with --auto_resume" if kept else "no checkpoint was written yet"
+        raise KeyboardInterrupt(f"interrupted; {where}") from None
+
+
+def train_and_evaluate(args: Namespace) -> int:
+    """As `run`, without a word about Ctrl-C."""
     if distributed.is_main():
         check_writable(args.run_dir)
     if args.eval_only:
@@ -120,7 +122,10 @@ def check_length(args: Namespace, tile_tokens: int) -> None:
 
 
 def train(args: Namespace, stop: StopRequest) -> str | None:
-    """Train and write `<run_dir>/ckpt_model`; returns what stopped the run before its end, or None."""
+    """Train and write `<run_dir>/ckpt_model`; returns what asked the run to stop, or None.
+
+    A request after the last step comes too late to keep `ckpt_model` from being written.
+    """
     splits = [] if args.no_eval else args.splits
     data = DataConfig.parse(
         dataset_dir=args.dataset_dir,
@@ -175,8 +180,8 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
 
     def validate(step: int) -> dict[str, float]:
         folder = args.run_dir / "validation" / f"step_{step}"
-        options = {"output_dir": folder, "show": trainer.show, **evaluation_options(args)}
-        results = evaluate_splits(model, processor, splits, **options)
+        options = {"show": trainer.show, "before_photo": trainer.before_photo, **evaluation_options(args)}
+        results = evaluate_splits(model, processor, splits, output_dir=folder, **options)
         return {f"{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
 
     if healthy and args.report_to == "tensorboard":
@@ -211,7 +216,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         distributed.on_main(lambda: write_curves(log, folder, recipe=recipe, seed=args.seed, healthy=healthy))
         if distributed.is_main():
             print(f"saved {folder / 'ckpt_model'}, the curves are in {folder / 'curves.png'}", flush=True)
-    return causes[0] if trainer.stopped else None
+    return causes[0] if causes else None
 
 
 def short_run(args: Namespace, steps: int) -> str:

@@ -20,10 +20,11 @@ from self1e.data.mixture import Mixture
 from self1e.data.sample import EvalImage
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.segmentation.report import examples
+from self1e.evaluation.segmentation.run import Left
 from self1e.training import checkpoint
 from self1e.training.adaptation import optimizer_groups
 from self1e.training.stream import Collate, MicroBatches, Stream, TooManyBroken, broken_list
-from self1e.training.watch import StopRequest, Watchdog, leave_signals_to_the_main_process
+from self1e.training.watch import StopRequest, Watchdog
 
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on
 TERMS = ("loss", "ce", "mask_bce", "mask_dice")
@@ -119,7 +120,7 @@ class Self1ETrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=distributed.ignore_requests_to_stop,
             generator=torch.Generator(),  # workers' seeds come from here and not from the training's own stream
         )
 
@@ -218,7 +219,8 @@ class Self1ETrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         """As the library's; a run that is asked to stop saves, and neither validates nor goes on."""
         if self.stopped:
-            self.control.should_training_stop = self.control.should_save = True
+            self.control.should_training_stop = True
+            self.control.should_save = self.saved_step != self.state.global_step
             self.control.should_evaluate = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -245,15 +247,23 @@ class Self1ETrainer(Trainer):
         return optimizer_groups(self.model, lr=self.lr, vision_lr=self.vision_lr)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Validate on the splits of `--val_dataset`; a checkpoint due at this step is written before."""
+        """Validate on the splits of `--val_dataset`; a checkpoint due at this step is written before.
+
+        A run that is asked to stop leaves the validation at its next photo, saves, and has no figures of this step.
+        """
         if self.control.should_save:
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.watchdog.pause()
-        self.stop.armed = False
-        with self.compute_loss_context_manager():
-            figures = self.validate(self.state.global_step)
-        self.stop.armed = True
+        try:
+            with self.compute_loss_context_manager():
+                figures = self.validate(self.state.global_step)
+        except Left:
+            self.stopped = self.control.should_training_stop = True
+            self.control.should_save = self.saved_step != self.state.global_step
+            return {}
+        finally:
+            self.watchdog.pause()
         if self.best:
             self._keep_best(figures[self.best])
         metrics = {f"eval_{name}": value for name, value in figures.items()}
@@ -261,6 +271,11 @@ class Self1ETrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def before_photo(self, name: str) -> bool:
+        """Tell the watchdog which photo is validated; whether this rank was asked to stop."""
+        self.watchdog.validating(name)
+        return self.stop.cause is not None
 
     def show(self, name: str, split: Sequence[EvalImage], units: Sequence[Unit]) -> None:
         """Add pictures of a validated split to TensorBoard: `<split>/worst`, `/median` and `/best`, by IoU.

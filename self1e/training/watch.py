@@ -11,10 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from self1e.distributed import PATIENCE, is_main, launched, rank, world_size
+from self1e.distributed import PATIENCE, STOPS, is_main, launched, leave, rank, world_size
 from self1e.files import replacing
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 REQUEUE = 75  # exit code of a run that was asked to stop and can be continued (EX_TEMPFAIL)
 
 
@@ -33,12 +32,13 @@ class StopRequest:
         self.ancestors = self._ancestors()
 
     def __enter__(self) -> "StopRequest":
-        self.before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        self.before = {number: signal.signal(number, self._hear) for number in STOPS}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._hear:  # else they are ignored: Ctrl-C ends the run already
+                signal.signal(number, handler)
 
     def _hear(self, number: int, frame) -> None:
         self.signal = signal.Signals(number).name
@@ -63,12 +63,6 @@ class StopRequest:
         if self.signal is None and self._ancestors() != self.ancestors:
             self.signal = "the end of the launcher"
         return self.signal
-
-
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """Start a data worker so that it outlives a signal to the whole group: its process still needs its samples."""
-    for number in [signal.SIGINT, *SIGNALS]:
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Watchdog:
@@ -104,8 +98,12 @@ class Watchdog:
         self.last = ", ".join(ids)
         self._note(f"computes {self.last}")
 
+    def validating(self, photo: str) -> None:
+        """The rank reads and answers a photo of a validation split."""
+        self._note(f"validates {photo}")
+
     def pause(self) -> None:
-        """The rank validates, saves or ends: nothing is expected to move."""
+        """The rank saves, scores or ends: nothing is expected to move."""
         self._note(None)
 
     def _note(self, doing: str | None) -> None:
@@ -126,7 +124,10 @@ class Watchdog:
                 lines = "\n".join(f"  {line}" for line in stuck)
                 message = f"\nerror: nothing has moved for {self.timeout:g} seconds (--timeout):\n{lines}\n"
                 print(message, file=sys.stderr, flush=True)
-                os._exit(1)
+                for worker in psutil.Process().children(recursive=True):  # one that hangs would outlive this process
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        worker.kill()
+                leave(1)
 
     def _stuck(self) -> list[str]:
         """The ranks at fault, with what they do; those that only wait for them are left out."""

@@ -31,7 +31,8 @@ def test_help_names_its_program_and_loads_nothing_heavy(program):
         f"try: runpy.{run}({name!r}, run_name='__main__')\n"
         f"except SystemExit as end: print('loaded', end.code, *({HEAVY!r} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.startswith(PROGRAMS[program]) and not done.stderr
     assert done.stdout.splitlines()[-1] == "loaded 0"
 
@@ -39,9 +40,8 @@ def test_help_names_its_program_and_loads_nothing_heavy(program):
 @pytest.mark.parametrize("program", ["eval_all.sh", "eval_vqas.sh"])
 def test_evaluation_scripts_pass_help_on(program):
     command = ["bash", str(ROOT / program), "--help"]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHON": "echo"}, capture_output=True, text=True, check=True
-    )  # before they ask torch for the number of GPUs
+    environment = os.environ | {"PYTHON": "echo"}  # before they ask torch for the number of GPUs
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.count("\n") == 1 and done.stdout.endswith("--help\n")
 
 
@@ -82,7 +82,12 @@ def test_missing_files_are_one_line_without_a_traceback(command, tmp_path):
         "make-tiny": ["/dev/null/out"],
     }.get(command, [absent])
     run = subprocess.run(
-        [sys.executable, "-m", "self1e", command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "self1e", command, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert run.returncode in (1, 2) and "Traceback" not in run.stderr, run.stderr
     assert run.stderr.strip() or run.stdout.strip()

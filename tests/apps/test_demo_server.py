@@ -64,7 +64,7 @@ def server(tmp_path_factory):
         yield url, process, folder
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(timeout=30)
 
 
 def peak_memory(pid: int) -> int:
@@ -216,7 +216,7 @@ def test_in_a_browser(server, browser, tmp_path):
     mask.load()
     assert mask.format == "PNG" and mask.size == Image.open(photo).size and set(np.unique(mask)) <= {0, 255}
 
-    with urllib.request.urlopen(first) as response:
+    with urllib.request.urlopen(first, timeout=30) as response:
         painted = np.asarray(Image.open(io.BytesIO(response.read())).convert("RGB"), float)
     original = np.asarray(Image.open(photo).convert("RGB"), float)
     assert painted.shape == original.shape and np.abs(painted - original)[np.asarray(mask) > 0].mean() > 5
@@ -290,7 +290,7 @@ def test_sigterm_leaves_nothing_behind(server):
     _, process, folder = server
     assert list((folder / "tmp").glob("self1e_demo_*"))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(timeout=60) == 0
     assert not list((folder / "tmp").iterdir())
     log = (folder / "log").read_text()
     assert "Self1E is at http://127.0.0.1" in log and "public link" not in log

@@ -204,7 +204,7 @@ def lmms_eval(output, *flags, **environment) -> dict:
         *flags,
     ]
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(output / "hub"), **environment}
-    ran = subprocess.run([*map(str, command)], env=os.environ | variables, capture_output=True, text=True)
+    ran = subprocess.run([*map(str, command)], env=os.environ | variables, capture_output=True, text=True, timeout=400)
     (results,) = output.rglob("*_results.json")
     assert ran.returncode == 0, ran.stderr
     return json.loads(results.read_text(encoding="utf-8"))["results"]

@@ -116,12 +116,12 @@ def test_several_processes_may_build_at_once(tmp_path, cache):
     source.write_text('{"image": "a", "question": "b"}\n' * 5000)
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    processes = [context.Process(target=_open_in_process, args=(source, results)) for _ in range(4)]
+    processes = [context.Process(target=_open_in_process, args=(source, results), daemon=True) for _ in range(4)]
     for process in processes:
         process.start()
     assert [results.get(timeout=60) for _ in processes] == [5000] * 4
     for process in processes:
-        process.join()
+        process.join(timeout=60)
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
 

@@ -9,5 +9,5 @@ def test_import_needs_no_annotation_readers_and_no_posix_locks():
     code = (
         "import sys; sys.modules.update(cv2=None, pycocotools=None, fcntl=None); import self1e; print(self1e.__all__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "Self1EForSegmentation" in done.stdout, done.stderr

@@ -52,6 +52,7 @@ def reference(tiny_version, shapes, runs):
         capture_output=True,
         text=True,
         env=environment | {"OMP_NUM_THREADS": "1"},
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return runs / "reference", done.stdout + done.stderr

@@ -11,6 +11,8 @@ import pytest
 from runs import EVENTS, count_events, history, train, train_in_a_child
 
 from self1e import Self1EForSegmentation
+from self1e.evaluation.journal import Journal
+from self1e.training.trainer import Self1ETrainer
 from self1e.training.watch import StopRequest
 
 POINTS = int(os.environ.get("SELF1E_KILL_POINTS", 6))
@@ -46,15 +48,26 @@ def test_a_kill_anywhere_changes_nothing(whole, tiny_version, shapes, tmp_path, 
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_stops_after_the_step_and_saves(whole, tiny_version, shapes, tmp_path, number):
-    """The child sends itself the signal in its second micro-batch, so within the first step."""
-    flags = ("--max_steps", "3", "--no_eval", "--report_to", "none")
-    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *flags, send=(number, 1), losses_alone=True) == 75
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
-    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *flags, "--auto_resume") == 0
+REQUESTS = {  # the signal, the method at one of whose calls it comes, the call's number, the step that is saved
+    "step": (signal.SIGTERM, (Self1ETrainer, "compute_loss"), 1, 1),
+    "validation": (signal.SIGTERM, (Journal, "append"), 0, 1),
+    "saving": (signal.SIGUSR1, (Self1ETrainer, "_publish"), 0, 3),
+}
+
+
+@pytest.mark.parametrize("during", REQUESTS)
+def test_a_request_to_stop_saves(whole, tiny_version, shapes, tmp_path, during):
+    """Within the first step, after the first of two photos, or while step 2 is saved."""
+    number, at, call, kept = REQUESTS[during]
+    flags = ("--max_steps", "4", "--save_steps", "2", "--report_to", "none", "--eval_steps")
+    flags += ("1",) if during == "validation" else ("9",)
+    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *flags, send=(number, call), at=at) == 75
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"checkpoint-{kept}"]
+    assert not (tmp_path / "run" / "ckpt_model").exists()
+    flags = (*FLAGS[2:], "--max_steps", "4", "--auto_resume")
+    assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *flags) == 0
     found, expected = history(tmp_path / "run"), history(whole[0])
-    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    assert [line["loss"] for line in found][:3] == [line["loss"] for line in expected]
 
 
 def test_signals_are_heard_during_a_run_alone():

@@ -36,7 +36,8 @@ def test_the_template_starts_every_rank_and_requeues_what_was_stopped(tmp_path: 
     slurm = {"SUBMIT_DIR": tmp_path, "JOB_NODELIST": "node[7-8]", "NTASKS": 2, "CPUS_PER_TASK": 4, "JOB_ID": 31}
     environment = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
     environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "CODE": str(code)}
-    done = subprocess.run(["bash", ROOT / "scripts/train_slurm.sh"], env=environment, capture_output=True, text=True)
+    script = ["bash", ROOT / "scripts/train_slurm.sh"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == "srun --cpus-per-task=4 --kill-on-bad-exit=1"

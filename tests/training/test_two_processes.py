@@ -58,7 +58,7 @@ def test_kills_stops_and_zero3_give_the_same_run(tiny_version, shapes, runs):
     killed = launch(tiny_version, shapes, runs, "killed", *FLAGS)
     first = until(killed, "3")
     os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed.communicate(timeout=60)
     assert names(folder) == ["checkpoint-2"], first
 
     stopped = launch(tiny_version, shapes, runs, "killed", *FLAGS, "--auto_resume")
@@ -102,3 +102,17 @@ def test_a_rank_that_hangs_is_named(tiny_version, shapes, runs):
     assert process.returncode != 0
     assert "nothing has moved for 8 seconds (--timeout)" in printed
     assert re.search(r"rank 1 (computes|reads) .*/.* and has given no sign of life", printed), printed
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_ctrl_c_is_one_message(tiny_version, shapes, runs, launcher):
+    """A terminal sends it to every process; each launcher passes it on once more and adds a traceback of its own."""
+    flags = ("--max_steps", "500", "--save_steps", "1")
+    process = launch(tiny_version, shapes, runs, launcher, *FLAGS, *flags, launcher=launcher)
+    until(process, "2")
+    os.killpg(process.pid, signal.SIGINT)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert printed.count("interrupted; continue from") == 1 and "with --auto_resume" in printed, printed
+    assert printed.count("Traceback") == 1 and "self1e/" not in printed.split("Traceback")[1], printed
+    assert "train_hf_ivl_seq.py" not in printed.split("Traceback")[1]

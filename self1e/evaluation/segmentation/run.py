@@ -40,6 +40,10 @@ from self1e.model.switches import SWITCHES
 READING = (ValueError, OSError, SampleError)  # what data and results on disk may cause
 
 
+class Left(Exception):
+    """An evaluation was left before its end because `before_photo` said so."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One photo of a rank's schedule: `forwards` passes over its rows; `counts` is False for a filler."""
@@ -124,12 +128,13 @@ def evaluate_units(
     rows_per_forward: int = 16,
     model_max_length: int = 512,
     high_res: bool = False,
+    before_photo: Callable[[str], bool] | None = None,
     title: str = "",
 ) -> list[Unit]:
     """The units of a whole split in its order, on every rank.
 
     kept: units that are known already; photos all of whose units are among them are passed over. journal: where each
-    rank writes the units of a photo as soon as it has them.
+    rank writes the units of a photo as soon as it has them. before_photo: see `evaluate_splits`.
 
     Raises SampleError for a broken photo or annotation or a dead worker process, ValueError for a sentence that does
     not fit `model_max_length`, OSError for a full disk, each on all ranks; RuntimeError for whatever else one rank
@@ -163,6 +168,8 @@ def evaluate_units(
     bar = tqdm(turns, total=len(ids) // world, initial=len(found) // world, desc=title, unit="photo", disable=rank > 0)
     failure: Exception | None = None
     for step, turn in enumerate(bar):
+        if before_photo is not None and before_photo(name(turn.photo)):
+            failure = failure or Left(f"left before {name(turn.photo)}")
         with _naming(name(turn.photo)):
             item = next(items)
         agree(item if isinstance(item, Exception) else failure, step)
@@ -230,6 +237,7 @@ def evaluate_splits(
     skip_missing: bool = False,
     checkpoint: Mapping[str, str | None] | None = None,
     overwrite: bool = False,
+    before_photo: Callable[[str], bool] | None = None,
 ) -> dict[str, dict]:
     """Score `model` on `splits` and write the files that `segmentation.report` describes.
 
@@ -246,6 +254,8 @@ def evaluate_splits(
         checkpoint: what tells the model's weights from others (`provenance.checkpoint_settings`). With it, what
             `output_dir` holds of the same settings is kept and continued. None: nothing can be kept.
         overwrite: evaluate anew whatever `output_dir` holds.
+        before_photo: called on every rank with the name of each photo before it is read; where it returns True on
+            one of them, all ranks raise `Left`.
 
     Returns split -> figures (`metrics.score`), the same on every rank.
 
@@ -279,7 +289,7 @@ def evaluate_splits(
             kept = distributed.on_main(partial(files.open, split, settings, overwrite=fresh), catch=READING)
             units = evaluate_units(
                 model, processor, split, entries[name], kept=kept, journal=files.journal, workers=workers,
-                model_max_length=model_max_length, title=name, **options,
+                model_max_length=model_max_length, before_photo=before_photo, title=name, **options,
             )  # fmt: skip
             notes = {"note": split.note} if split.note else {}
             results[name] = {"split": name, "data": compare(name, split.counts()), **notes, **score(units)}

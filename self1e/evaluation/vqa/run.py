@@ -214,7 +214,7 @@ class _Lazy:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate as the flags say; returns the exit code: 1 when a benchmark failed, 130 after Ctrl-C."""
+    """Evaluate as the flags say; returns the exit code, 1 when a benchmark failed."""
     distributed.start("gloo", timeout=TIMEOUT)  # ranks exchange small objects only, on any kind of device
     device = distributed.device(args.device)
     if distributed.is_main():
@@ -222,26 +222,21 @@ def run(args: argparse.Namespace) -> int:
             check_writable(candidate.folder)
             weights = candidate.weights or "its own weights"
             print(f"{candidate.label}: {candidate.version}, {weights} -> {candidate.folder}", flush=True)
-    try:
-        failures = evaluate(
-            args.candidates,
-            args.benchmarks,
-            data_dir=args.data_dir,
-            output_dir=args.log_base_dir / args.exp_name / "eval_vqa",
-            device=device,
-            precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"),
-            attn_implementation=args.attn_implementation,
-            rope_precision=args.rope_precision,
-            max_tiles=args.max_num if args.dynamic else 1,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            score_only=args.score_only,
-            overwrite=args.overwrite_eval,
-        )
-    except KeyboardInterrupt as error:
-        if distributed.is_main():
-            print(f"\n{str(error) or 'interrupted before the first question'}", file=sys.stderr, flush=True)
-        return 130
+    failures = evaluate(
+        args.candidates,
+        args.benchmarks,
+        data_dir=args.data_dir,
+        output_dir=args.log_base_dir / args.exp_name / "eval_vqa",
+        device=device,
+        precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"),
+        attn_implementation=args.attn_implementation,
+        rope_precision=args.rope_precision,
+        max_tiles=args.max_num if args.dynamic else 1,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        score_only=args.score_only,
+        overwrite=args.overwrite_eval,
+    )
     return 1 if failures else 0
 
 
