@@ -10,9 +10,7 @@ import io
 import json
 import pickle
 import resource
-import shutil
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,15 +207,18 @@ def base(tmp_path_factory):
 
 
 def read_mutated(base, file: str, raw: bytes, *readers) -> None:
-    """Put `raw` in the place of a file of the tree and read it."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch, no_hang():
-        root = Path(folder) / "tree"
-        shutil.copytree(base, root)
-        patch.setenv("SELF1E_CACHE", f"{folder}/cache")
-        (root / file).write_bytes(raw)
-        for read in readers:
-            with refused_by_name(Path(file).name):
-                read(root)
+    """Put `raw` in the place of a file of the tree, read it with an empty cache, and put the file back."""
+    path = base / file
+    sound = path.read_bytes() if path.exists() else None
+    with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch, no_hang():
+        patch.setenv("SELF1E_CACHE", cache)
+        path.write_bytes(raw)
+        try:
+            for read in readers:
+                with refused_by_name(path.name):
+                    read(base)
+        finally:
+            path.unlink() if sound is None else path.write_bytes(sound)
 
 
 REFCOCO = [read_set("refer_seg", "refcoco"), read_split("refcoco|unc|val")]
