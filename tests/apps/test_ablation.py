@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from helpers import read_json
 
 from self1e.apps.ablation import report, run
 from self1e.apps.ablation.measure import boundary, figures
+from self1e.apps.ablation.row import SharedHead
 from self1e.apps.ablation.suites import CLAIMS, MEASURES, SUITES
+from self1e.model.head import AmplifiedHead, SegmentationHead
 
 FEW = ["--seeds", "1", "--jobs", "2", "--steps", "2", "--warmup_steps", "2", "--train", "12", "--val", "2"]
 
@@ -26,6 +29,9 @@ def test_one_command_trains_measures_reports_and_continues(tmp_path, monkeypatch
     assert "not decidable (one seed)" in (tmp_path / "report/ablation.md").read_text()
     assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"bars.png", "curves.png"}
 
+    starts = {"run/ckpt_model": "rfa", "headless": "baseline"}
+    assert {name: read_json(tmp_path / "warmup" / name / "config.json")["mask_features"] for name in starts} == starts
+
     first = (tmp_path / "full_0/units.jsonl").read_bytes()
     (tmp_path / "full_0").rename(tmp_path / "moved")
     stamp = (tmp_path / "rfr_0/units.jsonl").stat().st_mtime_ns
@@ -33,6 +39,19 @@ def test_one_command_trains_measures_reports_and_continues(tmp_path, monkeypatch
     assert (tmp_path / "full_0/units.jsonl").read_bytes() == first  # a second run of a row gives the same digits
     assert (tmp_path / "rfr_0/units.jsonl").stat().st_mtime_ns == stamp
     assert run.main([*command, "--steps", "3"]) == 1 and "settings.json" in capsys.readouterr().err
+
+
+def test_the_shared_warm_up_trains_the_masks_of_the_full_method_and_of_the_baseline():
+    torch.manual_seed(0)
+    shared, full, baseline = SharedHead(8, ratio=2), AmplifiedHead(8, ratio=2), SegmentationHead(8, ratio=2)
+    full.load_state_dict(shared.state_dict())
+    image, seg, low, high = (torch.randn(shape) for shape in ((2, 2, 2, 8), (2, 3, 8), (1, 2, 2, 8), (1, 4, 4, 8)))
+    sides = shared.image_side(low, high)
+    mask, auxiliary = shared(image, seg, sides * 2)
+    assert torch.equal(mask, full(image, seg, sides * 2)[0])
+    assert torch.equal(auxiliary[0], full(image, seg, sides * 2)[1][0])
+    own = baseline(image, seg, sides * 2)[0]
+    assert torch.allclose(auxiliary[1], torch.nn.functional.interpolate(own, (4, 4), mode="bilinear")[1])
 
 
 def test_every_claim_is_about_rows_of_its_suite():

@@ -12,13 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.ablation.measure import measure
+from self1e.apps.ablation.suites import SHARED
 from self1e.files import write_json, write_text
+from self1e.model.head import HEADS, AmplifiedHead, ImageSide
 from self1e.training.run import main as train
 
 LOSSES = ("ce", "mask_bce", "mask_dice")
+
+
+class SharedHead(AmplifiedHead):
+    """The head of the shared warm-up: the full method, but that every other row's auxiliary mask is the baseline's.
+
+    Every mask has the same losses, so that neither end of the suite `method` starts behind the other.
+    """
+
+    def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
+        mask, auxiliary = super().forward(image, seg, sides)
+        assert auxiliary is not None
+        baseline = F.interpolate(self.logits(image, seg), tuple(auxiliary.shape[2:]), mode="bilinear")
+        odd = torch.arange(len(image), device=image.device) % 2 == 1
+        return mask, torch.where(odd[:, None, None, None], baseline, auxiliary)
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
@@ -31,6 +49,7 @@ def curve(run: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> int:
     """Train and measure; returns the training program's exit code when that is not 0."""
     folder, benchmark, *flags = argv
+    HEADS[SHARED] = SharedHead
     code = train([*flags, "--exp_name", "run", "--log_base_dir", folder])
     if code:
         return code

@@ -10,10 +10,11 @@ Suites (the last row is the full method, trained once for all of them):
     auxiliary     without, with the auxiliary loss
 
 A model of a million parameters first learns "all shapes" and stays there for hundreds of steps. Every row therefore
-starts from one shared checkpoint that has left this plateau on simpler scenes: the full method with causal attention.
-Rows without RFA drop its head and keep the rest, so that the suite `method` favours the full method; the other suites
-differ from the checkpoint by the switch alone. A row then trains on the benchmark, and only the switches of its
-`configs/ablation_*.yaml` and the seed (order of the data, a fresh head) differ.
+starts from one shared checkpoint that has left this plateau on simpler scenes, with causal attention and tiles. It was
+trained for both ends of the suite `method` at once: it is the full method, but that the auxiliary mask of every other
+sentence is the baseline's mask, so that neither starts behind the other. Rows without RFA drop its head and keep the
+rest. A row then trains on the benchmark, and only the switches of its `configs/ablation_*.yaml` and the seed (order
+of the data) differ.
 
 OUTPUT/<row>_<seed> holds the units of a finished row (JSONL) and its loss curve. The command can be stopped and
 started again: finished rows are kept. OUTPUT/report holds tables (Markdown and JSON) and pictures. A machine with two
@@ -34,7 +35,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from self1e.apps.ablation.suites import FULL, SUITES
+from self1e.apps.ablation.suites import FULL, SHARED, SUITES
 from self1e.files import replacing_folder, write_json
 from self1e.flags import Parser, between, check_writable, whole
 
@@ -54,7 +55,7 @@ class Settings:
     train: int = 2000
     val: int = 25
     size: int = 112
-    warmup_steps: int = 900
+    warmup_steps: int = 600
     warmup_lr: float = 1.5e-3
     steps: int = 200
     lr: float = 1e-3
@@ -97,23 +98,24 @@ def prepare(output: Path, settings: Settings) -> None:
         write_json(record, asdict(settings))
     if not (output / "warmup").is_dir():
         flags = ["--dataset_dir", str(output / "shapes/dataset"), "--refer_seg_data", "refcoco"]
-        flags += ["--attention_pathway", "causal"]
+        flags += ["--mask_features", SHARED, "--attention_pathway", "causal"]
         steps, lr = settings.warmup_steps, settings.warmup_lr
         with replacing_folder(output / "warmup") as partial:
             train(partial, output / "base", flags, settings, steps=steps, lr=lr, measure="")
-            drop_head(partial / "run/ckpt_model", partial / "headless")
+            split(partial / "run/ckpt_model", partial / "headless")
 
 
-def drop_head(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint of the full method without its head, as a model of the row `baseline`."""
+def split(checkpoint: Path, headless: Path) -> None:
+    """Make the shared checkpoint a model of the full method, and a copy without its head one of the baseline."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(checkpoint, folder)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    shutil.copytree(checkpoint, headless)
     weights = load_file(checkpoint / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith("segmentation_head.")}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", config | {"mask_features": "baseline"})
+    save_file(kept, headless / "model.safetensors", metadata={"format": "pt"})
+    for folder, features in ((checkpoint, "rfa"), (headless, "baseline")):
+        write_json(folder / "config.json", config | {"mask_features": features})
 
 
 def train_row(row: str, seed: int, output: Path, settings: Settings) -> None:
