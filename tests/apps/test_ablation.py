@@ -96,6 +96,19 @@ def test_figures_by_hand():
     }
 
 
+def test_a_difference_is_paired_by_seed_and_its_table_names_mean_and_deviation():
+    worse = {0: 0.1, 1: 0.3, 2: 0.2}
+    better = {0: 0.2, 1: 0.5, 3: 0.9}  # seed 3 has no partner, seed 2 neither
+    scores = [{seed: dict.fromkeys(MEASURES, value) for seed, value in row.items()} for row in (better, worse)]
+    found = report.compare(*scores, "ciou", at_least=False)
+    assert found["differences"] == pytest.approx([0.1, 0.2]) and found["mean"] == pytest.approx(0.15)
+    assert found["interval"] == pytest.approx((0.15 - 12.706 * 0.05, 0.15 + 12.706 * 0.05))
+    text = report.markdown({"method": {"full": scores[1]}}, [{"claim": "a < b", "results": [found]}], [7, 9])
+    assert "| RFA (full) | 3 | 0.200 ± 0.100 |" in text
+    assert "| a < b | cIoU, all | +0.150 (-0.485 to +0.785) | not decidable at this scale |" in text
+    assert "2 rows; a row took 8 s in the median and 9 s at most." in text
+
+
 def test_verdicts_follow_from_the_interval():
     low, high = report.interval([0.1, 0.2, 0.3])
     assert (low, high) == pytest.approx((0.2 - 4.303 * 0.1 / 3**0.5, 0.2 + 4.303 * 0.1 / 3**0.5))
