@@ -5,11 +5,10 @@ import pytest
 import torch
 from helpers import read_json
 
-from self1e.apps.ablation import report, run
+from self1e.apps.ablation import report, row, run
 from self1e.apps.ablation.measure import boundary, figures
-from self1e.apps.ablation.row import SharedHead
 from self1e.apps.ablation.suites import CLAIMS, MEASURES, SUITES
-from self1e.model.head import AmplifiedHead, SegmentationHead
+from self1e.model.head import HEADS, AmplifiedHead, SegmentationHead
 
 FEW = ["--seeds", "1", "--jobs", "2", "--steps", "2", "--warmup_steps", "2", "--train", "12", "--val", "2"]
 
@@ -38,12 +37,13 @@ def test_one_command_trains_measures_reports_and_continues(tmp_path, monkeypatch
     assert run.main(command) == 0
     assert (tmp_path / "full_0/units.jsonl").read_bytes() == first  # a second run of a row gives the same digits
     assert (tmp_path / "rfr_0/units.jsonl").stat().st_mtime_ns == stamp
-    assert run.main([*command, "--steps", "3"]) == 1 and "settings.json" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="settings.json"):
+        run.main([*command, "--steps", "3"])
 
 
 def test_the_shared_warm_up_trains_the_masks_of_the_full_method_and_of_the_baseline():
     torch.manual_seed(0)
-    shared, full, baseline = SharedHead(8, ratio=2), AmplifiedHead(8, ratio=2), SegmentationHead(8, ratio=2)
+    shared, full, baseline = row.SharedHead(8, ratio=2), AmplifiedHead(8, ratio=2), SegmentationHead(8, ratio=2)
     full.load_state_dict(shared.state_dict())
     image, seg, low, high = (torch.randn(shape) for shape in ((2, 2, 2, 8), (2, 3, 8), (1, 2, 2, 8), (1, 4, 4, 8)))
     sides = shared.image_side(low, high)
@@ -96,6 +96,15 @@ def test_figures_by_hand():
     }
 
 
+def test_the_warm_up_alone_has_the_shared_head(tmp_path, monkeypatch):
+    monkeypatch.setitem(HEADS, "rfa", AmplifiedHead)
+    heads = []
+    monkeypatch.setattr(row, "train", lambda flags: heads.append(HEADS["rfa"]) or 1)
+    for benchmark in ("benchmark", ""):
+        assert row.main([str(tmp_path), benchmark]) == 1
+    assert heads == [AmplifiedHead, row.SharedHead]
+
+
 def test_a_difference_is_paired_by_seed_and_its_table_names_mean_and_deviation():
     worse = {0: 0.1, 1: 0.3, 2: 0.2}
     better = {0: 0.2, 1: 0.5, 3: 0.9}  # seed 3 has no partner, seed 2 neither
@@ -119,9 +128,9 @@ def test_verdicts_follow_from_the_interval():
     assert report.verdict((-0.1, 0.1), True) == "not contradicted"
 
 
-def test_a_failing_row_is_one_message(tmp_path, monkeypatch, capsys):
+def test_a_failing_row_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(run.Settings, "lr", -1.0)
     monkeypatch.setattr(run, "prepare", lambda output, settings: None)
-    assert run.main([*FEW, "--suite", "auxiliary", "--output", str(tmp_path)]) == 1
-    assert "training ended with code" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="training ended with code"):
+        run.main([*FEW, "--suite", "auxiliary", "--output", str(tmp_path)])
     assert not list(tmp_path.glob("full_0"))

@@ -2,7 +2,8 @@
 
     python -m self1e.apps.ablation.row FOLDER BENCHMARK FLAGS...
 
-FOLDER gets the run, `units.jsonl` (one line per sentence) and `curve.json`; an empty BENCHMARK skips the measuring.
+FOLDER gets the run, `units.jsonl` (one line per sentence) and `curve.json`. An empty BENCHMARK makes it the warm-up
+that all rows share: it trains a head of its own and is not measured.
 """
 
 import json
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.ablation.measure import measure
-from self1e.apps.ablation.suites import SHARED
 from self1e.files import write_json, write_text
 from self1e.model.head import HEADS, AmplifiedHead, ImageSide
 from self1e.training.run import main as train
@@ -49,7 +49,8 @@ def curve(run: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> int:
     """Train and measure; returns the training program's exit code when that is not 0."""
     folder, benchmark, *flags = argv
-    HEADS[SHARED] = SharedHead
+    if not benchmark:
+        HEADS["rfa"] = SharedHead  # its parameters have the names of the full method's
     code = train([*flags, "--exp_name", "run", "--log_base_dir", folder])
     if code:
         return code

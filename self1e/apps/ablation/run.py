@@ -35,7 +35,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from self1e.apps.ablation.suites import FULL, SHARED, SUITES
+from self1e.apps.ablation.suites import FULL, SUITES
 from self1e.files import replacing_folder, write_json
 from self1e.flags import Parser, between, check_writable, whole
 
@@ -98,24 +98,23 @@ def prepare(output: Path, settings: Settings) -> None:
         write_json(record, asdict(settings))
     if not (output / "warmup").is_dir():
         flags = ["--dataset_dir", str(output / "shapes/dataset"), "--refer_seg_data", "refcoco"]
-        flags += ["--mask_features", SHARED, "--attention_pathway", "causal"]
+        flags += ["--attention_pathway", "causal"]
         steps, lr = settings.warmup_steps, settings.warmup_lr
         with replacing_folder(output / "warmup") as partial:
             train(partial, output / "base", flags, settings, steps=steps, lr=lr, measure="")
-            split(partial / "run/ckpt_model", partial / "headless")
+            drop_head(partial / "run/ckpt_model", partial / "headless")
 
 
-def split(checkpoint: Path, headless: Path) -> None:
-    """Make the shared checkpoint a model of the full method, and a copy without its head one of the baseline."""
+def drop_head(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint of the full method without its head, as a model of the row `baseline`."""
     from safetensors.torch import load_file, save_file
 
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    shutil.copytree(checkpoint, headless)
+    shutil.copytree(checkpoint, folder)
     weights = load_file(checkpoint / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith("segmentation_head.")}
-    save_file(kept, headless / "model.safetensors", metadata={"format": "pt"})
-    for folder, features in ((checkpoint, "rfa"), (headless, "baseline")):
-        write_json(folder / "config.json", config | {"mask_features": features})
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | {"mask_features": "baseline"})
 
 
 def train_row(row: str, seed: int, output: Path, settings: Settings) -> None:

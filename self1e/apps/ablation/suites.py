@@ -6,7 +6,6 @@ A row is one of the files `configs/ablation_*.yaml`, the same that a run on a cl
 from dataclasses import dataclass
 
 FULL = "full"
-SHARED = "shared"  # the `mask_features` of the warm-up alone
 SUITES: dict[str, tuple[str, ...]] = {  # from the least to the most that the paper expects
     "method": ("baseline", "replication", "rfr", FULL),
     "attention": ("causal", "image", FULL),
