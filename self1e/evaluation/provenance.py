@@ -5,6 +5,7 @@ what else is worth knowing of the run (command, commit, devices). Finished and h
 its `figures` block is the one of the present run.
 """
 
+import ast
 import hashlib
 import json
 import platform
@@ -23,7 +24,8 @@ from self1e.files import write_json
 
 BLOCK, BLOCKS = 4096, 64
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "opencv-python-headless", "pycocotools")
-ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent
 Settings = dict[str, dict[str, Any]]
 
 
@@ -52,16 +54,26 @@ def checkpoint_settings(version: str | Path, weights: str | Path | None) -> dict
     return {"version": fingerprint(version), "weights": None if weights is None else fingerprint(weights)}
 
 
+def code() -> str:
+    """A digest of the code that decides masks and replies: `self1e/model` and `self1e/data`, comments left out."""
+    digest = hashlib.sha256()
+    for path in sorted(path for room in ("model", "data") for path in (PACKAGE / room).rglob("*.py")):
+        digest.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
+    return digest.hexdigest()[:16]
+
+
 def describe(figures: dict[str, Any], device: torch.device) -> Settings:
     """The two blocks of `settings.json`; all ranks call it together.
 
-    figures: the settings that decide figures. The kind of device and the versions of packages join them, because a
-    pixel at the threshold or a near tie between two words may turn with them; the number of processes decides nothing.
+    figures: the settings that decide figures. The code joins them, and so do the kind of device and the versions of
+    packages, because a pixel at the threshold or a near tie between two words may turn with them; the number of
+    processes decides nothing.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     return {
         "figures": {
             **figures,
+            "code": code(),
             "device": device.type,
             "packages": {package: _version(package) for package in PACKAGES},
         },

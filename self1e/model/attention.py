@@ -3,7 +3,8 @@
 A pathway is an overlay on the causal mask, for rows that hold a `[SEG]`: `causal OR overlay`. Queries that are not
 image tokens stay causal, padding keys are never seen, rows without `[SEG]` stay plain causal. The library builds the
 mask for eager, SDPA and FlexAttention from the predicate alone. To add a pathway, add one predicate to `PATHWAYS`
-and its name to `switches.SWITCHES`.
+and its name to `switches.SWITCHES`. A pathway adds to what the causal mask allows; one that forbids would pass an
+`and_mask_function` to `create_causal_mask`.
 """
 
 from collections.abc import Callable
@@ -23,9 +24,9 @@ def image_to_image(is_image: Tensor, is_seg: Tensor) -> Predicate:
 
 def image_to_image_and_seg(is_image: Tensor, is_seg: Tensor) -> Predicate:
     """Image tokens see every image token and every `[SEG]` of their row."""
-    two_way = is_image & is_seg.any(1, keepdim=True)
-    target = two_way | is_seg
-    return lambda b, head, q, k: two_way[b, q] & target[b, k]
+    seeing = is_image & is_seg.any(1, keepdim=True)
+    seen = seeing | is_seg
+    return lambda b, head, q, k: seeing[b, q] & seen[b, k]
 
 
 PATHWAYS = {"causal": None, "image": image_to_image, "image+seg": image_to_image_and_seg}
@@ -46,7 +47,8 @@ def perception_mask(
         pathway: a key of `PATHWAYS`.
         config: the LLM's configuration; its attention implementation decides the mask's format.
         embeds: (rows, N, C), for size, dtype and device.
-        padding_mask: (rows, N), 1 at tokens; None without padding, which spares a look at the device.
+        padding_mask: (rows, N), 1 at tokens; None without padding, so that the host need not wait for the
+            GPU.
         is_image, is_seg: (rows, N) bool, image tokens and `[SEG]` tokens.
     """
     overlay = PATHWAYS[pathway]

@@ -1,6 +1,7 @@
-"""Reshapes between patch, tile and image grids (paper, section 3; every function is one einops line).
+"""Reshapes between patch, tile and image grids (paper, section 3).
 
 Legend: b batch, h w grid, p q neighbourhood (r x r, row-major), c channels, R C tiles per column and row of an image.
+To add a replication, enter a function in `REPLICATIONS` and its name in `switches.SWITCHES`.
 """
 
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def replicate_tile(x: Tensor, ratio: int = 2) -> Tensor:
 
 
 def replicate_window(x: Tensor, ratio: int = 2) -> Tensor:
-    """Each r x r neighbourhood at stride 1, the (h-1, w-1) grid resized back: (b, h, w, c) -> (b, h, w, r r c)."""
+    """Each r x r neighbourhood at stride 1, the (h-r+1, w-r+1) grid resized back: (b, h, w, c) -> (b, h, w, r r c)."""
     windows = x.unfold(1, ratio, 1).unfold(2, ratio, 1)  # b h-1 w-1 c p q
     return resize(rearrange(windows, "b h w c p q -> b h w (p q c)"), grid_of(x))
 

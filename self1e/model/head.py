@@ -1,7 +1,8 @@
-"""The segmentation heads (paper, section 3.2): from the LLM's hidden states to mask logits. No token ids here.
+"""The segmentation heads (paper, section 3.2): from the LLM's hidden states to mask logits.
 
 Shape legend: n rows, k masks (queries) per row, h w image-token grid (L per tile side), H W = 2h 2w patch grid,
-C LLM width, r = 2 the ratio. `e` is `grids.expand`, `up` is `grids.resize`.
+C LLM width, r = 2 the ratio. V1 are the image features that the LLM is given, VHQ the self-replicated ones, IMG and
+SEG the LLM's states at image tokens and before each `[SEG]`. `e` is `grids.expand`, `up` is `grids.resize`.
 
 | `mask_features` | image side F                                                        | mask    |
 |-----------------|---------------------------------------------------------------------|---------|
@@ -10,12 +11,12 @@ C LLM width, r = 2 the ratio. `e` is `grids.expand`, `up` is `grids.resize`.
 | rfr             | VHQ + up(IMG - V1)                                                  | H  W    |
 | rfa             | f_out( e(f_vit(VHQ)) + up( e(f_llm(IMG)) - e(f_vit(V1)) ) )         | 2H 2W   |
 
-The query s is the `[SEG]` state itself, under `rfa` `f_out(mean of the r*r groups of f_llm(SEG))`. All logits are
+The query s is SEG itself, under `rfa` `f_out(mean of the r*r groups of f_llm(SEG))`. All logits are
 `F . s / sqrt(C)`. The auxiliary mask uses `e(f_llm(IMG))` (`rfa`, with `f_out` on request) or IMG as image side.
 
-F is never made where it would be large, because `up` and dot products are linear. The first layer of `f_out` is
-applied before `up` and, where it sees the photo alone, once per photo; its second layer moves to the query:
-`(W h + b) . s = h . (W^T s) + b . s`. Of (rows, 2H, 2W, C) there is the hidden layer alone, a few rows at a time.
+F is not built at full size, because `up` and dot products are linear. The first layer of `f_out` is applied before
+`up` and, where it sees the photo alone, once per photo; its second layer moves to the query:
+`(W h + b) . s = h . (W^T s) + b . s`. Only the hidden layer has the size (rows, 2H, 2W, C), a few rows at a time.
 
 To add a feature variant, write a class with `upsampling`, `image_side` and `forward`, enter it in `HEADS`, and name it
 in `switches.SWITCHES`.

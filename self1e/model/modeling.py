@@ -134,7 +134,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Write layout `self1e`, native tensor names; `checkpoints.save(..., published=True)` writes `published`."""
+        """Write the layout `self1e`, with native tensor names; `checkpoints.save` also writes `published`."""
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -149,7 +149,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             for_masks: also compute the head's image side.
         """
         grids = as_grids(tile_grids)
-        patches = self.model.vision_tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state[:, 1:]
+        patches = self.model.vision_tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state[:, 1:]  # no CLS
         patches = rearrange(patches, "t (h w) c -> t h w c", h=int(patches.shape[1] ** 0.5))
         low = self.model.multi_modal_projector(compress(patches, self.config.ratio))  # V1: T L L C
         tokens = rearrange(low, "t h w c -> t (h w) c")
@@ -235,9 +235,8 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             result.mask_logits = [row[0] for row in predictions]
             if mask_targets is not None and with_masks:
                 check_targets(predictions, mask_targets)
-                kept = [
-                    tuple(x for x in row[: 1 + self.config.auxiliary_loss] if x is not None) for row in predictions
-                ]
+                used = 2 if self.config.auxiliary_loss else 1  # the mask, and the auxiliary mask where there is one
+                kept = [tuple(x for x in row[:used] if x is not None) for row in predictions]
                 losses |= mask_losses(kept, move(mask_targets, states.device))
         if losses:
             result.losses = losses
@@ -260,7 +259,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         *,
         whole: bool,
     ) -> Layout:
-        """The batch's layout: the given one, unless it does not fit this pass or reading the ids costs nothing."""
+        """The given layout, if it fits this pass and the ids are on a GPU; otherwise it is read from the ids."""
         split = not is_deepspeed_zero3_enabled()  # ranks must run the LLM equally often there
         if layout is not None and (layout.whole or not whole) and (split or len(layout.groups) == 1):
             if input_ids.device.type != "cpu":
@@ -384,7 +383,7 @@ def place_image_tokens(embeds: Tensor, layout: Layout, tokens: Tensor) -> Tensor
 
 @contextmanager
 def steady_rope(rotary, length: int) -> Iterator[None]:
-    """RoPE that stretches for long texts reads the longest position back from the device; here the host knows it."""
+    """Keep dynamic RoPE from asking the GPU for the longest position, which the host knows."""
     kind = rotary.rope_type
     if kind == "dynamic" and length <= rotary.original_max_seq_len == rotary.max_seq_len_cached:
         rotary.rope_type = "default"

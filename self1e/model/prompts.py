@@ -11,7 +11,7 @@ START_OF_TURN, END_OF_TURN, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext
 # Tokens that structure a conversation; in a user's text they would forge images, masks or turns.
 RESERVED = (SEG, SEGT, IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END, START_OF_TURN, END_OF_TURN, PADDING)
 SYSTEM = "You are an helpful assistant."  # sic: the weights were trained with it
-ANSWER = f"{SEG}."  # what evaluation and `segment` let the model answer
+ANSWER = f"{SEG}."  # the answer that evaluation and `segment` give the model
 
 SHORT_QUESTIONS = (
     "<image>\nCan you segment the {} in this image?",

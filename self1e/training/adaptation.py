@@ -50,7 +50,7 @@ def adapt(
         The tuner, whose `merge_and_unload()` gives the plain model back; None without adapters.
     """
     if vision_lora and not optimize_vision:
-        raise ValueError("--use_vision_lora adapts a ViT that --optimize_vision would train; give both or neither")
+        raise ValueError("--use_vision_lora adapts a ViT that stays frozen without --optimize_vision: add it")
     unknown = set(llm_targets) - set(LLM_LINEARS)
     if unknown:
         raise ValueError(f"--lora_target_modules: unknown {sorted(unknown)}; the LLM's linears are {LLM_LINEARS}")
@@ -71,7 +71,7 @@ def adapt(
     if targets:
         config = LoraConfig(r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules=targets)
         tuner = LoraModel(model, config, "default")
-    frozen = [name for name, freeze in ((LLM + "layers.", llm_lora), (LLM + "norm.", llm_lora)) if freeze]
+    frozen = [LLM + "layers.", LLM + "norm."] if llm_lora else []
     frozen += [] if optimize_vision else [VISION, PROJECTOR]
     frozen += [VISION] if vision_lora else []
     for name, parameter in model.named_parameters():

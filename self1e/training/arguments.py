@@ -284,7 +284,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not 0 <= args.start_epoch < args.epochs:
         parser.error(f"--start_epoch {args.start_epoch}: epochs are 0 to {args.epochs - 1}")
     if args.use_vision_lora and not args.optimize_vision:
-        parser.error("--use_vision_lora adapts a ViT that --optimize_vision would train; give both or neither")
+        parser.error("--use_vision_lora adapts a ViT that stays frozen without --optimize_vision: add it")
     given = {flag.split("=")[0].removeprefix("--") for flag in argv}
     for flag in ("lora_target_modules", "lora_from_layer"):
         if flag in given and not args.use_llm_lora:

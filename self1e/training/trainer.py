@@ -94,8 +94,8 @@ class Self1ETrainer(Trainer):
         self.loss_is_scaled_for_ga = reduction == "sum"
         self.partial: Path | None = None
         self.saved_step = 0
-        self.step_ids: list[list[str]] = []  # samples and terms (4,) of each micro-batch since the last optimizer step
-        self.step_terms: list[Tensor] = []
+        self.step_ids: list[list[str]] = []  # samples of each micro-batch since the last optimizer step
+        self.step_terms: list[Tensor] = []  # its loss terms, (len(TERMS),)
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64)  # since the last log line
         self.micro_batches = self.samples = self.seen = 0
         self.broken: list[tuple[str, str]] = []

@@ -1,11 +1,13 @@
 """What tells checkpoints and settings apart."""
 
 import shlex
+import shutil
 import sys
 
 import pytest
 import torch
 
+from self1e.evaluation import provenance
 from self1e.evaluation.provenance import SettingsFile, checkpoint_settings, describe, fingerprint
 
 CPU = torch.device("cpu")
@@ -42,6 +44,17 @@ def test_equal_settings_pass_and_each_difference_is_named(tmp_path):
     message = str(refused.value)
     assert '"torch": "9.0"' in message and "numpy" not in message  # of a table only what differs
     assert "--exp_name" in message and "--overwrite_eval" in message
+
+
+def test_edited_code_is_another_setting_and_a_comment_is_none(tmp_path, monkeypatch):
+    for room in ("model", "data"):
+        shutil.copytree(provenance.PACKAGE / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    before, head = provenance.code(), tmp_path / "model" / "head.py"
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
+    head.write_text("# a remark\n" + head.read_text())
+    assert provenance.code() == before
+    head.write_text(head.read_text().replace("INITIAL_STD = 0.02", "INITIAL_STD = 0.03"))
+    assert provenance.code() != before
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

@@ -33,7 +33,10 @@ def _file_names(folder: Path, suffix: str) -> np.ndarray:
 
 
 class LabelMapSet(TrainingSet):
-    """Photos with a label map each. Sub-classes set folders, suffixes, class names and how labels are counted.
+    """Photos (.jpg) with a label map (.png) of the same name each.
+
+    Sub-classes give `name`, `paths` (first the folder of photos, then that of label maps) and `read_names`, and change
+    what the attributes below say where it differs.
 
     listed: "photos" or "labels", whichever folder's files are the samples
     """
