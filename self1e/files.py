@@ -1,5 +1,6 @@
 """Files and folders that appear complete or not at all, also when the disk fills or the power goes."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -48,6 +49,21 @@ def read_json(path: Path, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise ValueError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}")
     return value
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as manifests hold them."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def fault(path: Path, expected: dict[str, Any]) -> str | None:
+    """How a file differs from its `digest` of earlier, or None."""
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+    return None if digest(path) == expected else "holds other bytes than those that were written"
 
 
 @contextmanager

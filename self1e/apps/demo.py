@@ -40,6 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--queue", type=whole(1), default=16, help="requests that may wait; more are refused")
     add("--max_megapixels", type=between(0), default=40.0, help="larger pictures are refused")
     add("--max_upload", type=upload_size, default="30mb", help="larger files are refused")
+    add("--max_disk", type=upload_size, default="5gb", help="space for uploads, and as much for results; then refused")
     add("--max_prompts", type=whole(1), default=200, help="more prompts in one request are refused")
     add("--max_prompt_length", type=whole(1), default=1000, help="longer prompts are refused, characters")
     return parser.parse_args(argv)
@@ -81,14 +82,20 @@ def serve(args: argparse.Namespace, folder: Path, stopped: threading.Event) -> i
     # Gradio reads these when it is imported.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder / "uploads")}
     import gradio as gr
+    from starlette.middleware import Middleware
 
+    from self1e.apps.gate import Gate, size_in_bytes
     from self1e.apps.loading import load
     from self1e.apps.page import CSS, Demo, Limits, build
 
     model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
     results = folder / "results"
     results.mkdir()
-    limits = Limits(megapixels=args.max_megapixels, prompts=args.max_prompts, characters=args.max_prompt_length)
+    space = size_in_bytes(args.max_disk)
+    limits = Limits(
+        megapixels=args.max_megapixels, prompts=args.max_prompts, characters=args.max_prompt_length, disk=space
+    )
+    gate = Middleware(Gate, folder / "uploads", size_in_bytes(args.max_upload), space)
     demo = Demo(model, processor, results, limits)
     name = Path(args.model_weights or args.version).resolve()
     page = build(
@@ -98,6 +105,7 @@ def serve(args: argparse.Namespace, folder: Path, stopped: threading.Event) -> i
         server_name=args.host, server_port=args.port, share=False, ssr_mode=False, show_error=False, css=CSS,
         max_file_size=args.max_upload, theme=gr.themes.Default(font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"]), footer_links=[], quiet=True, prevent_thread_lock=True,
+        app_kwargs={"middleware": [gate]},
     )  # fmt: skip
     print(f"Self1E is at http://{args.host}:{args.port} until Ctrl-C", flush=True)
     try:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from self1e.apps.gate import say, used
 from self1e.apps.results import Results
 from self1e.apps.segmenting import ask
 from self1e.data.sample import UNREADABLE, SampleError, load_image
@@ -50,12 +51,16 @@ SHOW_RESULT = "() => { if (window.innerWidth < 768) document.querySelector('#ove
 
 @dataclass(frozen=True)
 class Limits:
-    """The most of one request: megapixels of its picture, prompts, characters per prompt, tokens per answer."""
+    """The most of one request: megapixels of its picture, prompts, characters per prompt, tokens per answer.
+
+    disk: bytes that the results of all requests may take together.
+    """
 
     megapixels: float = 40.0
     prompts: int = 200
     characters: int = 1000
     tokens: int = 1024
+    disk: int = 5 * 10**9
 
 
 def refuse(message: str, title: str = "Not possible") -> NoReturn:
@@ -154,6 +159,8 @@ class Demo:
         for old in self.folder.iterdir():
             if time.time() - old.stat().st_mtime > KEEP:
                 shutil.rmtree(old, ignore_errors=True)
+        if used(self.folder) >= self.limits.disk:
+            refuse("The server has no space left for results; try again later.", "Server full")
         chat = MODES[mode] == "chat"
         results = Results(Path(tempfile.mkdtemp(dir=self.folder)), answers=chat)
         shown = image.copy()
@@ -199,6 +206,20 @@ class Demo:
         return [str(results.folder / name) for name in ["masks.zip", *records, *listed]]
 
 
+class Page(gr.Blocks):
+    """Blocks that answer a call they cannot make sense of with one line, to the client and in the log."""
+
+    async def process_api(self, *args, **kwargs) -> dict[str, Any]:
+        try:
+            return await super().process_api(*args, **kwargs)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:  # whatever a forged call makes the library raise
+            say(error)
+            refuse("The request could not be understood.")
+
+
 def examples() -> list[list[str]]:
     """The pictures that ship with the package, with prompts, one per line."""
     folder = files("self1e.apps") / "demo_examples"
@@ -208,7 +229,7 @@ def examples() -> list[list[str]]:
 
 def build(demo: Demo, name: str, *, queue: int, high_res: bool = False) -> gr.Blocks:
     """The page. name: of the model, shown in its head. queue: requests that may wait. high_res: ticked at first."""
-    with gr.Blocks(title="Self1E", analytics_enabled=False, delete_cache=(KEEP, KEEP)) as page:
+    with Page(title="Self1E", analytics_enabled=False, delete_cache=(KEEP, KEEP)) as page:
         gr.Markdown(f"## Self1E\nA multimodal LLM that segments by itself. Model: {html.escape(name)}")
         shown = gr.State(None, time_to_live=KEEP)
         with gr.Row():

@@ -25,11 +25,12 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
+from self1e.files import digest, fault, read_json, write_json
 from self1e.model.configuration import DAMAGE, Self1EConfig, original_config
 from self1e.model.prompts import END_OF_TURN
 from self1e.model.switches import SWITCHES
 
-HEAD, INDEX = "segmentation_head.", "model.safetensors.index.json"
+HEAD, INDEX, CHECKSUMS = "segmentation_head.", "model.safetensors.index.json", "checksums.json"
 SCREEN = 40  # lines; longer lists of misfits are joined by layer
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Applied in this order to every key, reversed on writing: (original, native).
@@ -105,6 +106,7 @@ def load(
     base.check_switches()
     source = version if weights is None else weights
     _check_index(Path(source))
+    _check_bytes(Path(source))
     try:
         with _quiet():
             model, report = from_pretrained(
@@ -134,6 +136,17 @@ def _check_index(folder: Path) -> None:
         raise ValueError(f"{index}: damaged ({error}); expected weight_map, a file name per weight") from error
     if outside:
         raise ValueError(f"{index}: names a file outside its folder: {outside[0]!r}")
+
+
+def _check_bytes(folder: Path) -> None:
+    """Raise ValueError for weight files that are not those that `save` wrote: a flipped bit is a wrong mask."""
+    if not (folder / CHECKSUMS).is_file():  # another layout, or from the hub, whose client checks what it fetches
+        return
+    for name, expected in read_json(folder / CHECKSUMS, dict).items():
+        problem = fault(folder / name, expected)
+        if problem:
+            advice = f"copy the checkpoint again, or delete {CHECKSUMS} if you changed the file yourself"
+            raise ValueError(f"{folder / name} {problem}; {advice}")
 
 
 def _check(model: PreTrainedModel, report: dict, source: str, *, trained: bool) -> bool:
@@ -204,6 +217,8 @@ def _quiet():
 def save(model: PreTrainedModel, processor, folder: str | Path, *, published: bool = False) -> None:
     """Write model and processor as layout `self1e`, or `published`; the folder appears complete or not at all.
 
+    Sizes and SHA-256 of its weight files lie beside them in `checksums.json`, which loading checks.
+
     Raises OSError naming the folder when the disk is full or not writable; what stood there before stays.
     """
     folder = Path(folder)
@@ -216,6 +231,7 @@ def save(model: PreTrainedModel, processor, folder: str | Path, *, published: bo
         else:
             model.save_pretrained(partial)
         processor.save_pretrained(partial)
+        write_json(partial / CHECKSUMS, {path.name: digest(path) for path in sorted(partial.glob("*.safetensors"))})
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)

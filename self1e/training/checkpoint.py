@@ -4,7 +4,6 @@ Beside the Trainer's files a `checkpoint-N` holds `settings.json`, the settings 
 `manifest.json` with the size and SHA-256 of every file.
 """
 
-import hashlib
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from self1e.distributed import everywhere, gather, is_main, on_main, share
-from self1e.files import read_json, sync_folder, write_json
+from self1e.files import digest, fault, read_json, sync_folder, write_json
 
 MANIFEST, SETTINGS, BEST = "manifest.json", "settings.json", "best.json"
 # Flags that a continued run may change; every other flag defines the run.
@@ -54,14 +53,9 @@ def seal(folder: Path, settings: dict[str, Any]) -> None:
     """Add settings and manifest to a checkpoint and put all of it on the disk. All ranks call it together."""
     on_main(lambda: write_json(folder / SETTINGS, settings))
     files = on_main(lambda: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
-    parts = gather(everywhere(lambda: {name: _digest(folder / name) for name in share(files)}))
+    parts = gather(everywhere(lambda: {name: digest(folder / name) for name in share(files)}))
     on_main(lambda: write_json(folder / MANIFEST, {name: entry for part in parts for name, entry in part.items()}))
     on_main(lambda: sync_folder(folder))
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def faults(folder: Path) -> list[str]:
@@ -70,16 +64,8 @@ def faults(folder: Path) -> list[str]:
         manifest = on_main(lambda: read_json(folder / MANIFEST, dict))
     except (OSError, ValueError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
-    found = gather(everywhere(lambda: {name: _fault(folder / name, manifest[name]) for name in share(list(manifest))}))
-    return [f"{name} {fault}" for part in found for name, fault in part.items() if fault]
-
-
-def _fault(path: Path, expected: dict[str, Any]) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    if path.stat().st_size != expected["bytes"]:
-        return f"has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-    return None if _digest(path) == expected else "holds other bytes than those that were written"
+    found = gather(everywhere(lambda: {name: fault(folder / name, manifest[name]) for name in share(list(manifest))}))
+    return [f"{name} {problem}" for part in found for name, problem in part.items() if problem]
 
 
 def code_in(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,21 @@ def picture(tmp_path) -> str:
 
 def ask(demo, path, text, mode=SEGMENT, opacity=0.5, threshold=0.5):
     return list(demo.answer(path, text, mode, threshold, False, 8, opacity))
+
+
+def test_results_take_no_more_disk_than_allowed(demo, picture):
+    import gradio as gr
+
+    from self1e.apps.gate import used
+
+    demo.limits = replace(demo.limits, disk=10_000)
+    ask(demo, picture, "it")
+    while used(demo.folder) < 10_000:
+        ask(demo, picture, "it")
+    before = used(demo.folder)
+    with pytest.raises(gr.Error, match="no space left for results"):
+        ask(demo, picture, "it")
+    assert used(demo.folder) == before
 
 
 def test_answer_has_overlay_text_and_downloads(demo, picture):

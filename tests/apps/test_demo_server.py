@@ -34,6 +34,7 @@ CHROMIUM_FLAGS = (
 ).split()
 CLIENTS = int(os.environ.get("SELF1E_DEMO_CLIENTS", 8))
 SEGMENT = "Segment: one mask per prompt"
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def server(tmp_path_factory):
         port = probe.getsockname()[1]
     (folder / "tmp").mkdir()
     command = [sys.executable, "-m", "self1e.demo", "--version", str(version), "--port", str(port), "--device", "cpu"]
-    command += ["--max_megapixels", "1", "--max_upload", "1mb", "--queue", str(CLIENTS)]
+    command += ["--max_megapixels", "1", "--max_upload", "1mb", "--max_disk", "20mb", "--queue", str(CLIENTS)]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
@@ -150,10 +151,46 @@ def test_raw_requests_reach_nothing_else(server):
     assert "event: error" in events and "root:" not in events
     boundary = b"--b\r\nContent-Disposition: form-data; name=files; filename=../../x.png\r\n\r\n"
     large = boundary + b"\0" * 2_000_000 + b"\r\n--b--\r\n"
-    headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    assert status(f"{url}/gradio_api/upload", data=large, headers=headers) == 413
+    assert status(f"{url}/gradio_api/upload", data=large, headers=FORM) == 413
+    assert status(f"{url}/gradio_api/upload", data=iter([large]), headers=FORM) == 411
     assert status(url) == 200 and process.poll() is None
     assert not list(folder.rglob("x.png"))
+
+
+JUNK: list = [None, 3, "x", [], {}, {"path": 3}, 1e400, ["x"] * 7]
+BODIES = [{"data": junk} for junk in JUNK] + [{"data": [junk] * 7} for junk in JUNK] + [{}, [], None]
+RAW = [b"{", b"\xff", b"[" * 100_000]
+
+
+def test_malformed_calls_are_refused(server):
+    """No call with nonsense is answered, none ends the server, and none leaves a traceback (see the last test)."""
+    url, process, _ = server
+    indexed = [{"data": [], "fn_index": number, "session_hash": "a"} for number in (-1, 0, 4, 99, "x", None)]
+    bodies = [json.dumps(body).encode() for body in [*BODIES, *indexed]] + RAW
+    for path in (
+        "call/answer",
+        "call/unknown",
+        "run/answer",
+        "run/predict",
+        "queue/join",
+        "cancel",
+        "component_server",
+    ):
+        for body in bodies:
+            headers = {"Content-Type": "application/json"}
+            call = urllib.request.Request(f"{url}/gradio_api/{path}", body, headers)
+            try:
+                with urllib.request.urlopen(call, timeout=60) as response:
+                    text = response.read().decode()
+                if path.startswith("call/"):
+                    event = f"{url}/gradio_api/{path}/{json.loads(text)['event_id']}"
+                    with urllib.request.urlopen(event, timeout=60) as response:
+                        text = response.read().decode()
+                    assert "event: error" in text, (body, text)
+            except urllib.error.HTTPError as error:
+                text = error.read().decode()
+            assert "Traceback" not in text and "site-packages" not in text
+    assert status(url) == 200 and process.poll() is None
 
 
 @pytest.fixture
@@ -285,6 +322,18 @@ def test_two_hundred_prompts_can_be_cancelled_or_waited_for(server, browser, tmp
         page.screenshot(path=Path(os.environ["SELF1E_SCREENSHOT"]).with_suffix(".many.png"), full_page=True)
 
 
+def test_uploads_take_no_more_disk_than_allowed(server):
+    """The next to last test of this file, because it leaves no space: twenty megabytes are allowed."""
+    url, _, folder = server
+    answers = []
+    for number in range(25):
+        data = b"--b\r\nContent-Disposition: form-data; name=files; filename=x.png\r\n\r\n"
+        data += number.to_bytes(1, "big") * 950_000 + b"\r\n--b--\r\n"
+        answers.append(status(f"{url}/gradio_api/upload", data=data, headers=FORM))
+    assert 200 in answers and answers[-1] == 507 and set(answers) == {200, 507}
+    assert sum(path.stat().st_size for path in (folder / "tmp").rglob("uploads/**/*") if path.is_file()) < 20e6
+
+
 def test_sigterm_leaves_nothing_behind(server):
     """The last test of this file, because it ends the server."""
     _, process, folder = server
@@ -294,3 +343,4 @@ def test_sigterm_leaves_nothing_behind(server):
     assert not list((folder / "tmp").iterdir())
     log = (folder / "log").read_text()
     assert "Self1E is at http://127.0.0.1" in log and "public link" not in log
+    assert "Traceback" not in log and "a call was refused: " in log

@@ -29,7 +29,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def rewritten(folder: Path, target: Path, change) -> Path:
     """A copy of a checkpoint in one file, its tensors passed through `change`."""
-    ignored = shutil.ignore_patterns("*.safetensors", "*.index.json")
+    ignored = shutil.ignore_patterns("*.safetensors", "*.index.json", checkpoints.CHECKSUMS)
     shutil.copytree(folder, target, ignore=ignored, dirs_exist_ok=True)
     weights = {name: x.clone().contiguous() for name, x in change(read_weights(folder)).items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})

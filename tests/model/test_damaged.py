@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import make_trained
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -60,6 +61,25 @@ def test_flipped_and_cut_bytes_of_the_weights(copy, data):
     broken = kept[:at] + bytes([kept[at] ^ flip]) + kept[at + 1 :]
     path.write_bytes(broken[:at] if data.draw(st.booleans()) else broken)
     refused_or_loaded(copy)
+    path.write_bytes(kept)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return make_trained(tmp_path_factory.mktemp("damaged") / "trained")
+
+
+@seed(0)
+@FUZZ
+@given(data=st.data())
+def test_one_flipped_byte_of_our_own_weights_is_told(trained, data):
+    """Anywhere in the file; flipped in the middle of a tensor, no library would notice."""
+    path = trained / "model.safetensors"
+    kept = path.read_bytes()
+    at, flip = data.draw(st.integers(0, len(kept) - 1)), data.draw(st.integers(1, 255))
+    path.write_bytes(kept[:at] + bytes([kept[at] ^ flip]) + kept[at + 1 :])
+    with pytest.raises(ValueError, match="model.safetensors holds other bytes .* checksums.json"):
+        Self1EForSegmentation.from_pretrained(trained)
     path.write_bytes(kept)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from runs import train
 
+from self1e.files import digest
 from self1e.training import checkpoint as module
 from self1e.training.checkpoint import checkpoints_in, choose, faults, prune, remember_best
 
@@ -30,18 +31,36 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-DAMAGE = {"cut": (cut, "bytes instead of"), "zeroed": (zero, "other bytes"), "missing": (Path.unlink, "is missing")}
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) * 2 // 3] ^= 1
+    path.write_bytes(raw)
+
+
+DAMAGE = {
+    "flipped": (flip, "other bytes"),
+    "cut": (cut, "bytes instead of"),
+    "zeroed": (zero, "other bytes"),
+    "missing": (Path.unlink, "is missing"),
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("name", ["rng_state.pth", "optimizer.pt", "trainer_state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "rng_state.pth", "optimizer.pt", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_told(run, kind, name):
     spoil, says = DAMAGE[kind]
     folder = run / "checkpoints" / "checkpoint-4"
     assert faults(folder) == []
     spoil(folder / name)
     (problem,) = faults(folder)
-    assert problem.startswith(name) and (says in problem or name == "manifest.json")
+    assert problem.startswith(name) and says in problem
+
+
+@pytest.mark.parametrize("kind", ["cut", "zeroed", "missing"])
+def test_a_checkpoint_without_a_sound_manifest_is_told(run, kind):
+    DAMAGE[kind][0](run / "checkpoints" / "checkpoint-4" / "manifest.json")
+    (problem,) = faults(run / "checkpoints" / "checkpoint-4")
+    assert problem.startswith("manifest.json")
 
 
 def test_an_older_whole_checkpoint_is_taken(run, tmp_path):
@@ -112,7 +131,7 @@ def test_a_strangers_checkpoint_runs_no_code(run, tiny_version, shapes, capsys, 
     folder = run / "checkpoints" / "checkpoint-4"
     torch.save({"state": Evil()}, folder / "optimizer.pt")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["optimizer.pt"] = module._digest(folder / "optimizer.pt")
+    manifest["optimizer.pt"] = digest(folder / "optimizer.pt")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     train(tiny_version, shapes, run.parent, "run", *FLAGS, "--auto_resume", code=1)
     message = capsys.readouterr().err
