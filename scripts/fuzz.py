@@ -1,7 +1,7 @@
 """Feed many mutated annotation files and pictures to the readers: `python scripts/fuzz.py --inputs 10000`.
 
 The inputs are those of tests/data/test_fuzz.py, more of them, and the same in every run. Cost: 10,000 inputs take
-about 4 minutes on one core. Result: "passed", or the smallest input that was read wrongly or refused without a name.
+about 3 minutes on one core. Result: "passed", or the smallest input that was read wrongly or refused without a name.
 """
 
 import argparse

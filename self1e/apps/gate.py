@@ -4,13 +4,14 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 MARGIN = 10_000  # bytes of a form around its file
 DRAINED = 10**8  # bytes of a refused upload that are read, or its sender would not see the answer
-Message = MutableMapping[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
 def size_in_bytes(text: str) -> int:
