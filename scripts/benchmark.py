@@ -3,7 +3,7 @@
 Command:  python scripts/benchmark.py [--version PATH/InternVL3-2B --device cuda --dtype bf16 --dataset_dir dataset]
 Cost:     about a minute on 2 CPU cores with the default tiny model and synthetic data.
 Output:   a table; FOLDER/benchmark.json with every figure, FOLDER/benchmark.png with cost over sentences.
-Expected: ratios of FLOPs and memory above 1; of the tiny model 3.7 and 2.9 at 7 sentences, 4.9 and 4.6 at 30. Figures
+Expected: ratios of FLOPs and memory above 1; of the tiny model 3.7 and 2.9 at 7 sentences, 4.9 and 4.7 at 30. Figures
           at the 2B's widths are in docs/log.md, rates of real photos in docs/data.md.
 
 The baseline gives each row its own image, attends eagerly and computes vocabulary logits of every token. `of peak` is
