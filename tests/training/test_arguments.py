@@ -155,6 +155,7 @@ def test_published_flags_without_meaning_are_refused(capsys, name, form):
         ("--val_batch_size 2", "choose from"),
         ("--precision fp8", "choose from"),
         ("--mask_features full", "choose from"),
+        ("--attn_implementation flex_attention", "invalid choice: 'flex_attention'"),
         ("--custom_data x.json", "--dataset"),
         ("--learning_rate 1", "there is no flag --learning_rate"),
         ("--lora 1", "there is no flag --lora"),

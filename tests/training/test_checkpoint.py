@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import read_json
 from runs import train
 
 from self1e.files import digest
 from self1e.training import checkpoint as module
-from self1e.training.checkpoint import checkpoints_in, choose, faults, prune, remember_best
+from self1e.training.checkpoint import check_resumable, checkpoints_in, choose, faults, prune, remember_best
 
 FLAGS = ("--max_steps", "4", "--save_steps", "2", "--no_eval", "--report_to", "none")
 
@@ -95,6 +96,20 @@ def test_other_settings_are_refused_by_name(run, tiny_version, shapes, capsys, n
             tiny_version, shapes, run.parent, "run", *FLAGS, *OTHER[name], "--auto_resume", "--resume_anyway", code=1
         )
         assert f"  {name}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "now"), [("ranks", 2), ("zero_stage", 3)])
+@pytest.mark.parametrize("anyway", [False, True])
+def test_another_number_of_ranks_is_refused_before_anything_loads(run, name, now, anyway):
+    """DeepSpeed's own refusal would be a traceback, after minutes of loading."""
+    folder = run / "checkpoints" / "checkpoint-4"
+    settings = read_json(folder / "settings.json")
+    with pytest.raises(ValueError) as refusal:
+        check_resumable(folder, settings | {name: now}, max_steps=None, anyway=anyway)
+    assert str(refusal.value) == (
+        f"{folder} has other settings; give the same ones, another --exp_name:\n"
+        f"  {name}: {settings[name]!r} then, {now} now"
+    )
 
 
 def test_what_may_change_is_taken(run, tiny_version, shapes, capsys):

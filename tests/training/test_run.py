@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.data.splits import load_split
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.segmentation.report import SplitResults, draw_unit
+from self1e.training import run as program
 from self1e.training import trainer as trainer_module
 from self1e.training.checkpoint import checkpoints_in
 from self1e.training.trainer import Self1ETrainer
@@ -283,3 +285,20 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(interrupted, tiny_version, sh
     train(tiny_version, shapes, tmp_path, "full", *flags, code=1)
     assert "ckpt_model: the checkpoint was not saved" in capsys.readouterr().err
     assert {path.relative_to(run) for path in run.rglob("*") if "tensorboard" not in str(path)} == before
+
+
+def test_the_trained_model_is_gone_before_the_evaluation_loads_its_own(tiny_version, shapes, runs, monkeypatch):
+    load, model, weights, alive = program.load_model, [], [], []
+
+    def watched(args, *, training):
+        loaded = load(args, training=training)
+        model.append(ref(loaded))
+        weights.extend(ref(parameter.untyped_storage()) for parameter in loaded.parameters())
+        return loaded
+
+    monkeypatch.setattr(program, "load_model", watched)
+    monkeypatch.setattr(
+        program, "evaluate", lambda *args, **kwargs: alive.append([x for x in (*model, *weights) if x() is not None])
+    )
+    train(tiny_version, shapes, runs, "freed", "--max_steps", "1", "--save_steps", "1", "--report_to", "none")
+    assert len(weights) > 50 and alive == [[]]
