@@ -141,15 +141,18 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def load_plain_pickle(path: Path) -> Any:
+def load_plain_pickle(path: Path, out: Writer | None = None) -> Any:
     """A pickle of plain containers, without running code. Python 2 `str` comes back as bytes (see `_text`).
 
     Its opcodes are read first, all of them: one that is not plain is refused, and so is a memo larger than the file,
-    for which the unpickler would reserve memory. Raises ValueError naming the file when it is corrupt or not plain.
+    for which the unpickler would reserve memory; `out` is told how far they are. Raises ValueError naming the file
+    when it is corrupt or not plain.
     """
     raw = path.read_bytes()
     try:
-        for opcode, argument, _ in pickletools.genops(io.BytesIO(raw)):
+        for number, (opcode, argument, place) in enumerate(pickletools.genops(io.BytesIO(raw))):
+            if out is not None and number % 4096 == 0:
+                out.progress(place or 0, len(raw))
             if opcode.name not in _PLAIN_OPCODES:
                 asked = f" {argument!r:.100}" if argument is not None else ""
                 raise pickle.UnpicklingError(f"it holds {opcode.name}{asked}; a list of references is plain values")
@@ -264,7 +267,9 @@ def read_refs(path: Path, out: Writer) -> None:
     `splits` [[split string, first group, last + 1], ...]. Sentences of R-RefCOCO that are marked as meaning nothing
     (`exist` is false) are a reference of their own, without annotations; Ref-ZOM has its sentences under `raw`.
     """
-    refs = [value for _, value, _ in stream_json(path, out)] if path.suffix == ".json" else load_plain_pickle(path)
+    refs = (
+        [value for _, value, _ in stream_json(path, out)] if path.suffix == ".json" else load_plain_pickle(path, out)
+    )
     groups: dict[tuple[str, int], list] = {}
     left = path.stat().st_size  # containers of a pickle may be shared: no more sentences than bytes
     out.declare("groups")

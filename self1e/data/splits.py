@@ -21,6 +21,7 @@ from self1e.data.sets.parquet import ParquetSplit
 from self1e.data.sets.part_referring import RefCOCOmSplit
 from self1e.data.sets.reasoning import ReasoningSplit
 from self1e.data.sets.referring import ReferringSplit
+from self1e.flags import did_you_mean
 
 MODELS = ("2B", "SEG-2B", "8B", "SEG-8B")
 
@@ -100,6 +101,7 @@ def get_splits(names: Iterable[str]) -> dict[str, SplitEntry]:
             unknown.append(name)
     if unknown:
         known = ", ".join([*SPLITS, *(f"{prefix}<path>" for prefix in PREFIXES)])
+        known += did_you_mean(unknown[0], SPLITS)
         raise ValueError(f"unknown evaluation split {', '.join(map(repr, unknown))}; known: {known}")
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,16 @@ def test_ctrl_c_ends_every_command_with_130(command, monkeypatch, capsys):
     assert main([command]) == 130
     error = capsys.readouterr().err
     assert error.strip().count("\n") == 0 and "stopped" in error
+
+
+def test_a_signal_ends_a_real_process_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "self1e", "make-shapes", str(tmp_path / "out"), "--train", "100000"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as running:
+        before = running.stderr.read(10)  # its progress bar: it is at work
+        running.send_signal(signal.SIGINT)
+        after = running.stderr.read().decode()
+    assert before and running.returncode == 130 and "Traceback" not in after
+    assert after.splitlines()[-1] == f"stopped; {tmp_path / 'out'} is not complete, make it anew"
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"data"}))

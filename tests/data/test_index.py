@@ -13,8 +13,9 @@ from trees import SQUARE, instances, reference, write_json
 
 from self1e.data import index
 from self1e.data.coco import CocoIndex
-from self1e.data.index import open_index
+from self1e.data.index import Writer, open_index
 from self1e.data.readers import read_coco, read_instructions, read_questions, read_refs, stream_json
+from self1e.data.sets.custom_source import read_prompt_table
 
 
 @pytest.fixture(autouse=True)
@@ -226,3 +227,18 @@ def test_python_2_strings_in_utf8_and_latin1(tmp_path):
     built = open_index(tmp_path / "refs(unc).p", read_refs)
     assert list(built.table("groups")) == [[7, [[5, [9], [[1, "soirée"], [1, "café"]]]]]]
     assert built.meta["splits"] == [["train", 0, 1]]
+
+
+def test_readers_tell_how_far_they_are(tmp_path, monkeypatch):
+    """A bar shows while a long pickle or CSV is read, as for JSON."""
+    seen: list[float] = []
+    monkeypatch.setattr(Writer, "progress", lambda self, done, total: seen.append(done / total))
+    refs = [{"image_id": i, "ref_id": i, "ann_id": i, "split": "val", "sentences": []} for i in range(2000)]
+    (tmp_path / "refs.p").write_bytes(pickle.dumps(refs))
+    open_index(tmp_path / "refs.p", read_refs)
+    assert seen == sorted(seen) and len(set(seen)) > 2 and seen[-1] > 0.7
+    seen.clear()
+    rows = "".join(f"{i}.jpg,{i}.png,the thing number {i}\n" for i in range(2000))
+    (tmp_path / "own.csv").write_text("image,mask,prompt\n" + rows)
+    open_index(tmp_path / "own.csv", read_prompt_table)
+    assert seen == sorted(seen) and len(set(seen)) > 2 and seen[-1] == 1

@@ -223,6 +223,13 @@ def test_the_flag_or_value_that_was_meant_is_named(capsys):
     assert "did you mean published?" in refusal(capsys, "--mixture", "publishd")
 
 
+def test_the_folder_of_a_run_stands_for_its_model(tmp_path):
+    (tmp_path / "run/ckpt_model").mkdir(parents=True)
+    (tmp_path / "run/ckpt_model/config.json").write_text("{}")
+    args = parse(["--version", str(tmp_path / "run"), "--exp_name", "e", "--model_weights", str(tmp_path / "run")])
+    assert args.version == args.model_weights == str(tmp_path / "run/ckpt_model")
+
+
 def test_own_data_says_what_else_it_needs(capsys, tmp_path):
     own = ("--dataset", "custom", "--custom_data", "a.csv")
     assert "--val_dataset" in refusal(capsys, *own) and parse([*NEEDED, *own, "--no_eval"]).no_eval

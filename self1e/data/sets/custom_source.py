@@ -5,6 +5,7 @@ of a file can be named at once.
 """
 
 import csv
+import io
 from array import array
 from collections import Counter
 from collections.abc import Container
@@ -170,8 +171,8 @@ def read_prompt_table(path: Path, out: Writer) -> None:
     tables = _Tables(out)
     photos: dict[str, int] = {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)
+        with open(path, "rb") as file:
+            rows = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
             header = list(rows.fieldnames or [])
             absent = [name for name in COLUMNS if name not in header]
             if absent:
@@ -180,6 +181,7 @@ def read_prompt_table(path: Path, out: Writer) -> None:
                     f"expected {','.join(COLUMNS)} and, if wanted, value, separated by commas ({HELP})"
                 )
             for row in rows:
+                out.progress(file.tell(), path.stat().st_size)
                 place = f"line {rows.line_num}"
                 faults = [f"{name} is empty" for name in COLUMNS if not (row[name] or "").strip()]
                 if None in row:

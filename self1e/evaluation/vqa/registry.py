@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from self1e.evaluation.vqa import gqa, mmbench, mme, open_ended, pope
 from self1e.evaluation.vqa.base import VQABenchmark
+from self1e.flags import did_you_mean
 
 VQA_BENCHMARKS: dict[str, VQABenchmark] = {
     **open_ended.BENCHMARKS,
@@ -19,5 +20,6 @@ def get_vqa_benchmarks(names: Iterable[str]) -> dict[str, VQABenchmark]:
     names = list(names)
     unknown = [name for name in names if name not in VQA_BENCHMARKS]
     if unknown:
-        raise ValueError(f"unknown VQA benchmark {', '.join(unknown)}; known: {', '.join(VQA_BENCHMARKS)}")
+        hint = did_you_mean(unknown[0], VQA_BENCHMARKS)
+        raise ValueError(f"unknown VQA benchmark {', '.join(unknown)}; known: {', '.join(VQA_BENCHMARKS)}{hint}")
     return {name: VQA_BENCHMARKS[name] for name in names}
