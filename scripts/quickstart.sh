@@ -33,7 +33,6 @@ python scripts/quickstart_picture.py --model "$output/runs/shapes/ckpt_model" --
 ciou=$(python -c "import json, sys; print(round(json.load(open(sys.argv[1]))['ciou'], 3))" "$output/runs/shapes/eval/${split//|/_}.json")
 echo
 echo "cIoU of held-out scenes: $ciou (at least 0.5 expected), $((SECONDS - started)) s after the installation"
-echo "(the published figures in the table are those of the real RefCOCO, to show where they appear)"
 echo "picture: $output/picture.png; curves, with those of healthy runs behind them: $output/runs/shapes/curves.png"
 photo=$(find "$output/shapes/dataset/refer_seg/images" -name "*.jpg" | sort | sed -n 1p)
 echo "go on with this environment and model:"
