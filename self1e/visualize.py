@@ -40,8 +40,11 @@ FONTS = (
     "wqy-microhei.ttc",
     "wqy-zenhei.ttc",
     "DroidSansFallbackFull.ttf",
+    "NotoSansDevanagari-Regular.ttf",
+    "NotoSansArabic-Regular.ttf",
+    "NotoSansThai-Regular.ttf",
 )
-BOXES = "(boxes: letters that no font of this machine holds; Noto Sans CJK would)"
+BOXES = "(boxes: letters that no font found here holds; the Noto font of their script would)"
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 

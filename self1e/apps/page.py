@@ -4,6 +4,7 @@ import html
 import json
 import shutil
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from self1e.apps.gate import say, used
 from self1e.apps.results import Results
 from self1e.apps.segmenting import ask
 from self1e.data.sample import UNREADABLE, SampleError, load_image
+from self1e.files import replacing
 from self1e.model.inference import Reply
 from self1e.model.processing import HIGH_RES_TILES
 from self1e.model.prompts import SEG
@@ -31,6 +33,7 @@ MODES = {"Segment: one mask per prompt": "segment", "Chat: the model answers": "
 KEEP = 3600  # seconds that a request's files stay
 TOGETHER = 8  # prompts between two looks at Cancel; only their masks are in memory at a time
 SHOWN = 1600  # pixels of the longer side of the overlay on the page
+PACKING = threading.Lock()  # a cancelled request may still end its last part, and pack
 LISTED = 12  # masks that are offered one by one, beside the ZIP that holds all
 CSS = """
 #overlay img, #picture img {width: 100%; height: 100%; object-fit: contain}
@@ -38,15 +41,14 @@ CSS = """
 .answer p {margin: 0.35em 0; line-height: 1.6; overflow-wrap: anywhere}
 .answer .prompt, .answer .note {opacity: 0.75}
 .answer .seg {border-radius: 4px; padding: 1px 6px; font-weight: 600}
-#downloads table {table-layout: fixed; width: 100%}
-#downloads td:not(.filename) {width: 6.5em}
-#downloads td:not(.filename):last-child {width: 2.5em}
-#downloads .filename, #downloads .filename * {display: inline; white-space: normal; overflow-wrap: anywhere}
-#downloads td.filename {display: table-cell}
+#downloads td.filename {display: flex; flex-wrap: wrap; max-width: none}
+#downloads td.filename * {white-space: normal; overflow-wrap: anywhere; min-width: 0}
+#downloads td.download {width: 6em; white-space: nowrap}
+#downloads td:has(.label-clear-button) {display: none}
 footer {display: none !important}
 """
-# On a phone the result lies below the fold; bring it into view when Run is pressed.
-SHOW_RESULT = "() => { if (window.innerWidth < 768) document.querySelector('#overlay').scrollIntoView() }"
+# On a phone the result lies below the fold; bring it into view with Cancel above it when Run is pressed.
+SHOW_RESULT = "() => { if (window.innerWidth < 768) document.querySelector('#cancel').scrollIntoView() }"
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class Limits:
     disk: int = 5 * 10**9
 
 
-def refuse(message: str, title: str = "Not possible") -> NoReturn:
+def refuse(message: str) -> NoReturn:
     """Raise the error that the page shows; it is shown as HTML, so the text is escaped."""
-    raise gr.Error(html.escape(message), duration=None, title=title, print_exception=False)
+    raise gr.Error(html.escape(message), duration=None, print_exception=False)
 
 
 def uploaded(payload: Any) -> str | None:
@@ -94,6 +96,25 @@ def answer_html(prompts: Sequence[str], replies: Sequence[Reply], *, first: int 
     return "".join(lines)
 
 
+def masks_of(folder: str) -> list[dict]:
+    """The records of a request's masks so far."""
+    return json.loads(Path(folder, "predictions.json").read_text(encoding="utf-8"))
+
+
+def pack(folder: str | None) -> list[str] | None:
+    """Write a ZIP of what a request has made so far; the paths of what is offered, None when it is no more there."""
+    if folder is None or not Path(folder, "picture.png").is_file():
+        return None
+    made = masks_of(folder)
+    masks, overlays = ([*dict.fromkeys(record[kind] for record in made)] for kind in ("mask", "overlay"))
+    records = [name for name in ("predictions.json", "answers.json") if Path(folder, name).is_file()]
+    with PACKING, replacing(Path(folder, "masks.zip")) as file, zipfile.ZipFile(file, "w") as archive:
+        for name in ["picture.png", *records, *masks, *overlays]:
+            archive.write(Path(folder, name), name)
+    few = [*masks, *overlays] if len(masks) <= LISTED else []
+    return [str(Path(folder, name)) for name in ["masks.zip", *records, *few]]
+
+
 def paint(folder: str | None, opacity: float) -> Image.Image | None:
     """The overlay of a request's masks at an opacity of 0..1, from its files; None when there is none any more."""
     picture = Path(folder or "", "picture.png")
@@ -101,8 +122,8 @@ def paint(folder: str | None, opacity: float) -> Image.Image | None:
         return None
     with Image.open(picture) as opened:
         image = opened.convert("RGB")
-    for number, file in enumerate(json.loads(Path(folder, "shown.json").read_text(encoding="utf-8"))):
-        with Image.open(Path(folder, file)) as mask:
+    for number, record in enumerate(masks_of(folder)):
+        with Image.open(Path(folder, record["mask"])) as mask:
             small = np.asarray(mask.resize(image.size, Image.Resampling.NEAREST)) > 0
         image = overlay(image, small, [PALETTE[number % len(PALETTE)]], opacity)
     return image
@@ -117,26 +138,26 @@ class Demo:
     def read(self, path: str | None) -> Image.Image:
         """The picture, upright RGB. Its size is checked before it is decoded. Raises gr.Error."""
         if path is None:
-            refuse("Choose a picture first.", "No picture")
+            refuse("Choose a picture first.")
         unreadable = "This file is no picture that can be read: choose a JPEG, PNG or WebP."
         try:
             with Image.open(path) as opened:
                 size = opened.width * opened.height / 1e6
         except UNREADABLE:
-            refuse(unreadable, "Not a picture")
+            refuse(unreadable)
         if size > self.limits.megapixels:
             message = f"The picture has {size:.1f} megapixels; this server takes {self.limits.megapixels:g} at most."
-            refuse(message, "Picture too large")
+            refuse(message)
         try:
             return load_image(path)
         except SampleError:
-            refuse(unreadable, "Not a picture")
+            refuse(unreadable)
 
     def check(self, text: str | None) -> list[str]:
         """The prompts, one per line. Raises gr.Error."""
         prompts = [line.strip() for line in (text or "").splitlines() if line.strip()]
         if not prompts:
-            refuse("Write at least one prompt, one per line.", "No prompt")
+            refuse("Write at least one prompt, one per line.")
         if len(prompts) > self.limits.prompts:
             refuse(f"{len(prompts)} prompts are too many: this server takes {self.limits.prompts} at a time.")
         longest = max(map(len, prompts))
@@ -185,25 +206,12 @@ class Demo:
                 results.add(
                     Path("picture.png"), "mask", image, place=(0, turn), prompt=prompt, reply=reply, seconds=seconds
                 )
-            masks = [record["mask"] for record in results.records]
-            (results.folder / "shown.json").write_text(json.dumps(masks), encoding="utf-8")
+            results.write(now=True)
             last = start + TOGETHER >= len(prompts)
             waiting = "" if last else f"<p>{start + len(some)} of {len(prompts)} prompts are done.</p>"
-            downloads = self.pack(results) if last else None
             folder = str(results.folder)
+            downloads = pack(folder) if last else None
             yield paint(folder, opacity), f'<div class="answer">{lines}{waiting}</div>', downloads, folder
-
-    def pack(self, results: Results) -> list[str]:
-        """Write the records and a ZIP of everything that they name; the paths of what is offered."""
-        results.write(now=True)
-        masks = [record["mask"] for record in results.records]
-        overlays = list(dict.fromkeys(record["overlay"] for record in results.records))
-        records = [name for name in ("predictions.json", "answers.json") if (results.folder / name).is_file()]
-        with zipfile.ZipFile(results.folder / "masks.zip", "w", zipfile.ZIP_STORED) as archive:
-            for name in ["picture.png", *records, *masks, *overlays]:
-                archive.write(results.folder / name, name)
-        listed = [*masks, *overlays] if len(masks) <= LISTED else []
-        return [str(results.folder / name) for name in ["masks.zip", *records, *listed]]
 
 
 class Page(gr.Blocks):
@@ -262,7 +270,8 @@ def build(demo: Demo, name: str, *, queue: int, high_res: bool = False) -> gr.Bl
             [run.click, prompts.submit], demo.answer, settings, [result, answer, downloads, shown],
             api_name="answer", concurrency_limit=1,
         )  # fmt: skip
-        cancel.click(None, cancels=[work], api_visibility="private")
+        stopped = cancel.click(None, cancels=[work], api_visibility="private")
+        stopped.then(pack, shown, downloads, queue=False, show_progress="hidden", api_visibility="private")
         opacity.change(paint, [shown, opacity], result, trigger_mode="always_last", show_progress="hidden",
                        api_visibility="private")  # fmt: skip
     return page.queue(max_size=queue, default_concurrency_limit=1)

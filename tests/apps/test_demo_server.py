@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -278,6 +279,7 @@ def test_on_a_phone(server, browser, tmp_path):
     page.locator("#run").tap()
     expect(page.locator("#answer .seg")).to_have_count(1, timeout=60_000)
     expect(page.locator("#overlay img")).to_be_in_viewport()
+    expect(page.locator("#cancel")).to_be_in_viewport()
     assert page.locator("#overlay img").bounding_box()["width"] > 300  # a small picture is shown larger
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.locator("#downloads a[href$='masks.zip']").scroll_into_view_if_needed()
@@ -308,6 +310,11 @@ def test_two_hundred_prompts_can_be_cancelled_or_waited_for(server, browser, tmp
     assert 0 < done < 200
     page.wait_for_timeout(1500)  # another group of prompts would have been answered by now
     assert marks.count() == done
+    with page.expect_download() as download:
+        page.locator("#downloads a[href$='masks.zip']").click()
+    with zipfile.ZipFile(download.value.path()) as archive:  # what is done is kept
+        kept = [record["mask"] for record in json.loads(archive.read("predictions.json"))]
+        assert set(kept) < set(archive.namelist()) and done <= len(kept) < 200
 
     run.click()
     expect(marks).to_have_count(200, timeout=300_000)
