@@ -268,7 +268,7 @@ def build(demo: Demo, name: str, *, queue: int, high_res: bool = False) -> gr.Bl
         gr.on([run.click, prompts.submit], None, js=SHOW_RESULT, api_visibility="private")
         work = gr.on(
             [run.click, prompts.submit], demo.answer, settings, [result, answer, downloads, shown],
-            api_name="answer", concurrency_limit=1,
+            api_name="answer", concurrency_limit=1, show_progress_on=result,
         )  # fmt: skip
         stopped = cancel.click(None, cancels=[work], api_visibility="private")
         stopped.then(pack, shown, downloads, queue=False, show_progress="hidden", api_visibility="private")
