@@ -181,7 +181,7 @@ class Demo:
             if time.time() - old.stat().st_mtime > KEEP:
                 shutil.rmtree(old, ignore_errors=True)
         if used(self.folder) >= self.limits.disk:
-            refuse("The server has no space left for results; try again later.", "Server full")
+            refuse("The server has no space left for results; try again later.")
         chat = MODES[mode] == "chat"
         results = Results(Path(tempfile.mkdtemp(dir=self.folder)), answers=chat)
         shown = image.copy()
