@@ -95,6 +95,15 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def most(values: Sequence[int]) -> list[int]:
+    """For each number the largest that a rank has of it."""
+    if world_size() == 1:
+        return list(values)
+    largest = torch.tensor(values, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 def raise_together(error: Exception | None) -> None:
     """Raise on all ranks what one of them met (the first rank's, if several did), so that none is left waiting.
 

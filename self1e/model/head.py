@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
@@ -168,8 +169,12 @@ class AmplifiedHead(SegmentationHead):
         return torch.cat(masks), auxiliary
 
     def refine(self, refill: Tensor, change: Tensor, query: Tensor, offset: Tensor) -> Tensor:
-        """The hidden layer of `f_out` and its product with folded queries; no parameters, so ranks may differ."""
-        hidden = self.f_out[1](resize(change, grid_of(refill)) + refill)
+        """The hidden layer of `f_out` and its product with folded queries.
+
+        It calls no module, because ranks come here unequally often: ZeRO-3 would take even the activation's module for
+        another order of layers, drop its plan on one rank alone, and wait for ever.
+        """
+        hidden = F.gelu(resize(change, grid_of(refill)) + refill)
         return self.logits(hidden, query) + offset[..., None, None] * self.scale
 
 

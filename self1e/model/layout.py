@@ -193,3 +193,14 @@ def _similar(lengths: np.ndarray) -> list[list[int]]:
     if cost[0] <= lengths.sum() / (1 - PADDING_ALLOWED) or not cut:
         return [list(range(len(lengths)))]
     return [sorted(order[:cut].tolist()), sorted(order[cut:].tolist())]
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Entries of the first axis, the index moved to where they are."""
+    return x.index_select(0, index.to(x.device))
+
+
+def as_grids(tile_grids: Tensor | Sequence[Sequence[int]]) -> list[Grid]:
+    """(I, 2) -> per image (rows, columns)."""
+    pairs = tile_grids.tolist() if isinstance(tile_grids, Tensor) else tile_grids
+    return [(rows, cols) for rows, cols in pairs]

@@ -6,7 +6,7 @@ tokens a tile side, h w an image's stitched grid of image tokens, Cv and C width
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -19,13 +19,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 from transformers.utils import ModelOutput
 
+from self1e import distributed
 from self1e.model import checkpoints
 from self1e.model.attention import perception_mask
 from self1e.model.configuration import Self1EConfig
 from self1e.model.grids import REPLICATIONS, compress, stitch_tiles
 from self1e.model.head import HEADS, INITIAL_STD, ImageSide, SegmentationHead
 from self1e.model.inference import InferenceMixin
-from self1e.model.layout import Grid, Group, HeadGroup, Layout, read_layout
+from self1e.model.layout import Grid, Group, HeadGroup, Layout, as_grids, read_layout, take
 from self1e.model.losses import PackedMasks, check_targets, mask_losses
 from self1e.model.recomputation import recompute_mlps
 
@@ -50,12 +51,13 @@ class ImageFeatures:
     """Photos, encoded once for all their rows.
 
     `tokens`: (T, L*L, C) image tokens (V1); `grids`: per image (rows, columns) of tiles; `sides`: per image what the
-    head shares among rows, None when no mask was asked for.
+    head shares among rows, None when no mask was asked for; `spare`: of runs of the head that other ranks need.
     """
 
     tokens: Tensor
     grids: list[Grid]
     sides: list[ImageSide] | None
+    spare: list[ImageSide] = field(default_factory=list)
 
 
 class StochasticDepthLayer(InternVLVisionLayer):
@@ -139,14 +141,14 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def encode_images(
-        self, pixel_values: Tensor, tile_grids: Tensor | Sequence[Grid], *, for_masks: bool = True
+        self, pixel_values: Tensor, tile_grids: Tensor | Sequence[Grid], *, for_masks: bool = True, head_runs: int = 0
     ) -> ImageFeatures:
         """Encode photos once; pass the result to `forward(image_features=...)` for any number of rows.
 
         Args:
             pixel_values: (T, 3, size, size), the tiles of all images in order.
             tile_grids: (I, 2), rows and columns of each image's tiles.
-            for_masks: also compute the head's image side.
+            for_masks: also compute the head's image side. head_runs: its runs at least, see `head_runs`.
         """
         grids = as_grids(tile_grids)
         patches = self.model.vision_tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state[:, 1:]  # no CLS
@@ -158,12 +160,13 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         high = self.model.multi_modal_projector(REPLICATIONS[self.config.replication](patches, self.config.ratio))
         stops = [0, *accumulate(rows * cols for rows, cols in grids)]
         sides: dict[int, ImageSide] = {}
-        for grid in dict.fromkeys(grids):  # together, so that ranks run the head equally often (ZeRO-3)
+        for grid in dict.fromkeys(grids):
             images = [image for image, other in enumerate(grids) if other == grid]
             tiles = [slice(stops[image], stops[image + 1]) for image in images]
             pair = (stitch_tiles(torch.cat([x[part] for part in tiles]), grid) for x in (low, high))
             sides |= zip(images, self.segmentation_head.image_side(*pair))
-        return ImageFeatures(tokens, grids, [sides[image] for image in range(len(grids))])
+        spare = [self.segmentation_head.image_side(low[:1], high[:1]) for _ in range(len(set(grids)), head_runs)]
+        return ImageFeatures(tokens, grids, [sides[image] for image in range(len(grids))], sum(spare, []))
 
     def forward(
         self,
@@ -213,11 +216,13 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         layout = self.read(layout, input_ids, attention_mask, labels, grids, row_image, whole=whole)
         layout = layout.to(input_ids.device)
         with_masks = pictured and not generating and (self.training or bool(layout.heads))
+        runs = self.head_runs(layout)
         # The text comes first, so that the embeddings' large gradient is made last, when the ViT's states are gone.
         ids = take(input_ids.flatten(), layout.part("source"))  # P
         embeds = (self.get_input_embeddings()(ids[None]) if inputs_embeds is None else inputs_embeds).flatten(0, 1)
         if image_features is None and pixel_values is not None:
-            image_features = self.encode_images(pixel_values, layout.grids, for_masks=with_masks)
+            for_photos = runs[0] if with_masks else 0
+            image_features = self.encode_images(pixel_values, layout.grids, for_masks=with_masks, head_runs=for_photos)
         if image_features is not None:
             embeds = place_image_tokens(embeds, layout, image_features.tokens)
         outputs = []
@@ -244,7 +249,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             weights["mask_dice"] = self.config.dice_loss_weight
             terms = [weights[name] * value.to(states.device) for name, value in losses.items()]
             if self.training and with_masks and image_features is not None:
-                terms.append(self.touch_head(states, image_features, layout, predictions))
+                terms.append(self.touch_head(states, image_features, layout, predictions, runs[1]))
             result.loss = torch.stack(terms).sum()
         return result
 
@@ -348,31 +353,31 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         device = sides[0].refill.device  # with a device_map, the head's
         return self.segmentation_head(stitch_tiles(tiles, group.grid).to(device), queries.to(device), sides)
 
-    def touch_head(self, states: Tensor, features: ImageFeatures, layout: Layout, predictions: list) -> Tensor:
-        """0, but through every parameter of the head, so that ranks with and without masks stay in step."""
-        if not layout.heads:
-            group = HeadGroup(layout.grids[layout.row_image[0]], rows=(0,), masks=1)
-            tokens = self.config.tile_tokens * group.grid[0] * group.grid[1]
-            image, first = layout.part("image")[:tokens], layout.part("image")[:1]
-            predictions = [self.run_head(states, features, layout, group, image, first)]
-        reached = [x.sum() for row in predictions for x in row if x is not None]
+    def head_runs(self, layout: Layout) -> list[int]:
+        """How often a training pass runs the head: over grids of photos, and over groups of rows with masks.
+
+        Under ZeRO-3 it is as often on every rank as on the one that needs it most, because all ranks gather the
+        parameters of every run together.
+        """
+        runs = [len(set(layout.grids)), max(1, len(layout.heads))]
+        return distributed.most(runs) if self.training and is_deepspeed_zero3_enabled() else runs
+
+    def touch_head(
+        self, states: Tensor, features: ImageFeatures, layout: Layout, predictions: list, runs: int
+    ) -> Tensor:
+        """0, but through every parameter of the head and every one of its `runs`, so that ranks stay in step."""
+        group = HeadGroup(layout.grids[layout.row_image[0]], rows=(0,), masks=1)
+        tokens = self.config.tile_tokens * group.grid[0] * group.grid[1]
+        image, first = layout.part("image")[:tokens], layout.part("image")[:1]
+        more = [self.run_head(states, features, layout, group, image, first) for _ in range(len(layout.heads), runs)]
+        reached = [x.sum() for row in predictions + more for x in row if x is not None]
+        reached += [x.sum().to(reached[0].device) for side in features.spare for x in (side.refill, side.origin)]
         return torch.stack(reached).sum().float().to(states.device) * 0.0
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Entries of the first axis, the index moved to where they are."""
-    return x.index_select(0, index.to(x.device))
 
 
 def move(targets: Sequence[Tensor | None], device: torch.device) -> Sequence[Tensor | None]:
     """All masks of a packed batch in one copy; those of a plain list move where they are used."""
     return targets.to(device) if isinstance(targets, PackedMasks) else targets
-
-
-def as_grids(tile_grids: Tensor | Sequence[Sequence[int]]) -> list[Grid]:
-    """(I, 2) -> per image (rows, columns)."""
-    pairs = tile_grids.tolist() if isinstance(tile_grids, Tensor) else tile_grids
-    return [(rows, cols) for rows, cols in pairs]
 
 
 def place_image_tokens(embeds: Tensor, layout: Layout, tokens: Tensor) -> Tensor:

@@ -326,8 +326,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.zero_stage = zero_stage(read_deepspeed(args.deepspeed)) if args.deepspeed else 0
     except ValueError as error:
         parser.error(f"--deepspeed: {error}")
-    if args.zero_stage == 3 and args.high_res:
-        parser.error("--high_res: ZeRO-3 needs the same grid of tiles on every rank; use configs/zero2.json")
     args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     args.precision = args.precision or "bf16"
     launcher = "python" if not launched else "torchrun" if args.local_rank is None else "deepspeed"

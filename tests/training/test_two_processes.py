@@ -7,7 +7,9 @@ import signal
 
 import psutil
 import pytest
-from helpers import ROOT
+from custom_trees import table
+from helpers import ROOT, noise
+from PIL import Image
 from runs import LAUNCHER, launch, loss, pictures, steps
 
 from self1e import Self1EForSegmentation
@@ -52,6 +54,14 @@ def losses(*printed: str) -> list[float]:
     return [loss(line) for step, line in sorted({k: v for text in printed for k, v in steps(text).items()}.items())]
 
 
+def partitioned(path):
+    """A configuration of ZeRO-3 that partitions even tiny tensors."""
+    config = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path.write_text(json.dumps(config))
+    return path
+
+
 def test_kills_stops_and_zero3_give_the_same_run(tiny_version, shapes, runs):
     """Killed after step 3, continued, its launcher ended by SIGTERM after step 4, continued to the end."""
     folder = runs / "killed"
@@ -78,10 +88,7 @@ def test_kills_stops_and_zero3_give_the_same_run(tiny_version, shapes, runs):
     assert steps(second)["3"] == steps(first)["3"] and names(folder) == ["checkpoint-6"]
     assert Self1EForSegmentation.from_pretrained(folder / "ckpt_model").trained_head
 
-    partitioned = json.loads((ROOT / "configs" / "zero3.json").read_text())
-    partitioned["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or tiny tensors would stay whole
-    config = runs / "zero3.json"
-    config.write_text(json.dumps(partitioned))
+    config = partitioned(runs / "zero3.json")
     sharded = launch(tiny_version, shapes, runs, "zero3", *FLAGS, "--deepspeed", str(config))
     fourth = until(sharded, "2")
     ranks(sharded)[1].send_signal(signal.SIGUSR1)
@@ -91,6 +98,26 @@ def test_kills_stops_and_zero3_give_the_same_run(tiny_version, shapes, runs):
     # sharded sums run in another order
     assert losses(fourth, fifth) == pytest.approx(losses(first, second, third), rel=1e-3)
     assert Self1EForSegmentation.from_pretrained(runs / "zero3" / "ckpt_model").trained_head
+
+
+def test_zero3_trains_photos_of_any_tile_grids(tiny_version, shapes, runs, tmp_path):
+    """Two photos per rank and micro-batch, now of one grid and now of two: ranks need the head unequally often."""
+    rows = []
+    for number, (width, height) in enumerate([(60, 60), (60, 60), (120, 60), (60, 120)]):
+        noise(width, height, seed=number).save(tmp_path / f"{number}.png")
+        half = Image.new("L", (width, height))
+        half.paste(1, (0, 0, width, height // 2))
+        half.save(tmp_path / f"{number}_mask.png")
+        rows.append((f"{number}.png", f"{number}_mask.png", f"thing {number}"))
+    source = table(tmp_path, rows)
+    flags = ("--dataset", "custom", "--custom_data", str(source), "--high_res", "--max_steps", "3", "--no_eval")
+    config = partitioned(runs / "zero3_high_res.json")
+    printed = [
+        finish(launch(tiny_version, shapes, runs, f"high_res_{name}", *flags, "--epochs", "9", *more))
+        for name, more in (("zero2", ()), ("zero3", ("--deepspeed", str(config))))
+    ]
+    # sharded sums run in another order
+    assert losses(printed[1]) == pytest.approx(losses(printed[0]), rel=1e-3)
 
 
 def test_a_rank_that_hangs_is_named(tiny_version, shapes, runs):
