@@ -111,26 +111,27 @@ def unit_text(prompt: str) -> str:
 def summary_table(results: dict[str, dict]) -> str:
     """Ours beside the published figures, in percent, and the figures that only some splits have.
 
-    Published figures stand beside a whole benchmark alone: other data under its name cannot be compared with it. A
-    column of a published model is there when one of the splits has a figure of it.
+    A column of a published model is there when one of the splits has a figure of it.
     """
-    published = {name: entry.published for name, entry in get_splits(results).items() if entry.published}
-    foreign = [name for name in published if results[name].get("data", "-") not in ("-", "complete")]
-    published = {name: figures for name, figures in published.items() if name not in foreign}
+    entries = get_splits(results)
     title = {name: name.replace("|", " ") for name in results}  # "|" would end a cell
-    models = [model for model in MODELS if any(model in figures for figures in published.values())]
+    models = [model for model in MODELS if any(model in entry.published for entry in entries.values())]
     rows = []
     for name, figures in results.items():
-        of = published.get(name, {})
-        theirs = (" / ".join(f"{value:.1f}" for value in of.get(model, ())) or "-" for model in models)
+        published = entries[name].published
+        theirs = (" / ".join(f"{value:.1f}" for value in published.get(model, ())) or "-" for model in models)
         rows.append([title[name], str(figures["n"]), percent(figures["giou"]), percent(figures["ciou"]), *theirs])
     header = ["split", "n", "gIoU", "cIoU", *(f"published {model}" for model in models)]
     text = markdown_table(header, rows)
     if models:
         text += "\nPublished: cIoU; on ReasonSeg gIoU / cIoU.\n"
+    foreign = [
+        f"{title[name]} ({figures['data']})"
+        for name, figures in results.items()
+        if entries[name].published and figures.get("data", "-") not in ("-", "complete")
+    ]
     if foreign:
-        why = ", ".join(f"{title[name]} ({results[name]['data']})" for name in foreign)
-        text += f"\nNot the whole benchmark, so that no published figures stand beside it: {why}.\n"
+        text += f"\nNot the whole benchmark, so that its published figures do not compare: {', '.join(foreign)}.\n"
 
     rela = [(name, figures["rela"]) for name, figures in results.items() if "rela" in figures]
     if rela:
