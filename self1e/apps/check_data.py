@@ -40,6 +40,7 @@ from self1e.flags import Parser, check_writable_file, counted, whole
 from self1e.model import prompts
 from self1e.visualize import grid, overlay, panel
 
+SHEET = Path("runs/check_data/contact_sheet.png")  # git ignores `runs`
 SHOWN = 10  # problems printed per set
 CELL = 560  # pixels of a picture on the sheet
 ALL_ROWS = 10**9  # sentences of a photo: all of them
@@ -333,11 +334,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("path", metavar="PATH", type=Path, help="the tree's dataset folder, or own data (.csv, .json, folder)")
     add("--data_dir", type=Path, help="VQA sets of the tree; default: the folder data beside PATH")
     add("--kind", choices=("auto", "tree", "custom"), default="auto", help="auto: a tree holds folders like refer_seg")
-    add("--output", type=Path, default=Path("contact_sheet.png"), help="the contact sheet")
-    add("--samples", type=whole(0), help="pictures a set on it; default: 2, and 12 of own data; 0: no sheet")
+    add("--output", type=Path, default=SHEET, help=f"the contact sheet; default: {SHEET}")
+    add("--samples", type=whole(0), help="pictures per set on it; default: 2, and 12 of own data; 0: no sheet")
     add("--limit", type=whole(1), help="records read of each set at most, evenly spread; default: all")
     add("--allow_outside", action="store_true", help="take files that annotations name outside their folder")
-    add("--workers", type=whole(1), default=os.cpu_count(), help="threads that read; default: one a core")
+    add("--workers", type=whole(1), default=os.cpu_count(), help="threads that read; default: one per core")
     args = parser.parse_args(argv)
     if not args.path.exists():
         parser.error(f"{args.path} does not exist")

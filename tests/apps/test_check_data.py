@@ -22,7 +22,7 @@ from trees import (
     write_json,
 )
 
-from self1e.apps.check_data import main
+from self1e.apps.check_data import SHEET, main
 from self1e.data.config import FAMILIES
 from self1e.data.splits import SPLITS
 from self1e.data.totals import compare, known_totals
@@ -32,7 +32,7 @@ from self1e.synthetic.shapes_dataset import make_shapes_dataset
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # contact_sheet.png goes here
+    monkeypatch.chdir(tmp_path)  # the contact sheet goes below it
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_own_data(tmp_path, run):
     with Image.open(tmp_path / "deep/sheet.jpg") as sheet:
         assert sheet.width > 2 * 560
     assert run(tmp_path, "--kind", "custom", "--samples", 0)[1][str(tmp_path)] == ["2", "2", "3", "3", "1", "0"]
-    assert not (tmp_path / "contact_sheet.png").exists()
+    assert not (tmp_path / SHEET).exists()
 
 
 def test_faults_of_own_data_are_all_listed(tmp_path, run):
@@ -208,7 +208,7 @@ def test_faults_of_own_data_are_all_listed(tmp_path, run):
         ],
     )
     code, rows, text = run(source)
-    assert (tmp_path / "contact_sheet.png").exists()
+    assert (tmp_path / SHEET).exists()
     assert code == 1 and rows[str(source)] == ["4", "4", "2", "2", "0", "5"]
     found = problems(text)
     starts = [
