@@ -5,7 +5,6 @@ torchrun --nproc_per_node 8 train_hf_ivl_seq.py ...                           # 
 python train_hf_ivl_seq.py ...                                                # one CPU or GPU, without DeepSpeed
 """
 
-import logging
 import sys
 
 from self1e.flags import guarded
@@ -14,8 +13,6 @@ from self1e.training.arguments import parse
 
 def main() -> int:
     args = parse(sys.argv[1:])  # before anything heavy is imported: --help and a wrong flag are answered at once
-    # Importing it, as peft does, tells of a kernel that is used by quantized models alone.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from self1e.training.run import start
 
     return start(args)

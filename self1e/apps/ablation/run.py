@@ -109,7 +109,9 @@ def drop_head(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint of the full method without its head, as a model of the row `baseline`."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(checkpoint, folder)
+    from self1e.model.checkpoints import CHECKSUMS
+
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(CHECKSUMS))  # the weights change
     weights = load_file(checkpoint / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith("segmentation_head.")}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
