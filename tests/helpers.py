@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,11 @@ each_pack = pytest.mark.parametrize("pack", PACKS, ids=[pack.name for pack in PA
 
 # Options of `make_tiny_internvl`: 2 x 2 image tokens a tile of 56 pixels, 0.1 M parameters.
 TINY = {"image_size": 56, "width": 32, "layers": 2, "vision_width": 32, "vision_layers": 2, "vocab_size": 400}
+
+
+def hear_ctrl_c() -> None:
+    """For `preexec_fn`: a suite that was started in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helpers import ROOT
+from helpers import ROOT, hear_ctrl_c
 from PIL import Image
 
 from self1e.training import run as program
@@ -134,6 +134,7 @@ def launch(*args: Path | str, launcher: str = "deepspeed") -> subprocess.Popen:
         text=True,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
 
     def end() -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, hear_ctrl_c
 
 from self1e import cli
 from self1e.cli import COMMANDS, main
@@ -69,10 +69,13 @@ def test_ctrl_c_ends_every_command_with_130(command, monkeypatch, capsys):
 
 def test_a_signal_ends_a_real_process_with_one_line(tmp_path):
     command = [sys.executable, "-m", "self1e", "make-shapes", str(tmp_path / "out"), "--train", "100000"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as running:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c) as running:
         before = running.stderr.read(10)  # its progress bar: it is at work
         running.send_signal(signal.SIGINT)
-        after = running.stderr.read().decode()
+        try:
+            after = running.communicate(timeout=120)[1].decode()
+        finally:
+            running.kill()
     assert before and running.returncode == 130 and "Traceback" not in after
     assert after.splitlines()[-1] == f"stopped; {tmp_path / 'out'} is not complete, make it anew"
 
