@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -64,12 +65,10 @@ def make_trained(folder: Path, base: Path | None = None, **options) -> Path:
     for weight in model.segmentation_head.parameters():
         torch.nn.init.normal_(weight, std=0.2 * (weight.ndim > 1))
     # Random features share a large constant; the last bias takes it away, so that masks hold both kinds of pixels.
-    activation, last = model.segmentation_head.f_out[1:]
-    hidden: list[torch.Tensor] = []
-    hook = activation.register_forward_hook(lambda module, args, out: hidden.append(out))
-    model.segment(processor, photo, "it")
-    hook.remove()
-    (features,) = (x for x in hidden if x.ndim == 4)
+    head, last = model.segmentation_head, model.segmentation_head.f_out[2]
+    with patch.object(head, "logits", wraps=head.logits) as products:
+        model.segment(processor, photo, "it")
+    features = products.call_args_list[0].args[0]  # the mask's product comes first, then the auxiliary mask's
     with torch.no_grad():
         last.bias.copy_(-last.weight @ features.mean((0, 1, 2)))
     assert 0.2 < model.segment(processor, photo, "it")[0].mask.mean() < 0.8
