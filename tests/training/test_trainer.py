@@ -1,5 +1,7 @@
 """The Trainer's parts without a training run: stream, batches, log lines, lists."""
 
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from self1e.training.stream import (
     TooManyBroken,
     broken_list,
 )
-from self1e.training.trainer import log_line
+from self1e.training.trainer import cannot_write, log_line
 
 
 class Numbers:
@@ -115,3 +117,16 @@ def test_log_lines_fit_a_terminal():
         log_line(2, {"eval_ReasonSeg|val_giou": 0.5, "epoch": 1.0})
         == "step 2  epoch 1.000  eval_ReasonSeg|val_giou 0.5"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "disk"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (OSError(errno.ENOTCONN, "the socket is gone"), False),
+    ],
+)
+def test_only_an_error_of_the_disk_counts_as_a_full_one(error, disk):
+    assert cannot_write(error) == disk
