@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = argparse.Namespace(**vars(parse([*rest, "--version", own.version, "--exp_name", "plan"])) | vars(own))
     plan = make_plan(args)
+    own.output.mkdir(parents=True, exist_ok=True)
     (own.output / "plan.json").write_text(json.dumps(vars(own) | plan, indent=2, default=str) + "\n", encoding="utf-8")
     print(table(args, plan))
     return 0

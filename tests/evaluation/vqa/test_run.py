@@ -152,10 +152,10 @@ def test_pairing_of_versions_and_weights(tmp_path):
     assert len({candidate.folder for candidate in same}) == 2
 
 
-def shell(*args: str, **kwargs) -> subprocess.CompletedProcess:
+def shell(*args: str, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     command = ["bash", str(ROOT / "eval_vqas.sh"), *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True, **{"timeout": 300} | kwargs)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, **kwargs)
 
 
 def test_bare_command_prints_usage():
