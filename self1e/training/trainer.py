@@ -21,13 +21,13 @@ from self1e.data.sample import EvalImage
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.segmentation.report import examples
 from self1e.evaluation.segmentation.run import Left
-from self1e.training import checkpoint
+from self1e.training import checkpoint, curves
 from self1e.training.adaptation import optimizer_groups
 from self1e.training.stream import Collate, MicroBatches, Stream, TooManyBroken, broken_list
 from self1e.training.watch import StopRequest, Watchdog
 
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on
-TERMS = ("loss", "ce", "mask_bce", "mask_dice")
+TERMS = tuple(curves.TERMS)
 
 
 class NotSaved(OSError):
