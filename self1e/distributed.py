@@ -39,6 +39,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def say(text: str) -> None:
+    """Print on the first process alone."""
+    if is_main():
+        print(text, flush=True)
+
+
 def is_main() -> bool:
     """Whether this is the first process of all: the one that prints and writes."""
     return rank() == 0

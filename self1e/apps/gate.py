@@ -19,7 +19,7 @@ def size_in_bytes(text: str) -> int:
     return int(text[:-2]) * UNITS[text[-2:]]
 
 
-def used(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
     """Bytes of all files below a folder; 0 when there is none."""
     total = 0
     for path in folder.rglob("*"):
@@ -63,7 +63,7 @@ class Gate:
             return await _refuse(send, 413, message, receive)
         self.coming += size
         try:
-            if await asyncio.to_thread(used, self.folder) + self.coming > self.space:
+            if await asyncio.to_thread(bytes_in, self.folder) + self.coming > self.space:
                 message = "The server has no space left for pictures; try again later."
                 return await _refuse(send, 507, message, receive)
             await self.call(scope, receive, send)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from self1e.apps.gate import say, used
+from self1e.apps.gate import bytes_in, say
 from self1e.apps.results import Results
 from self1e.apps.segmenting import ask
 from self1e.data.sample import UNREADABLE, SampleError, load_image
@@ -55,14 +55,14 @@ SHOW_RESULT = "() => { if (window.innerWidth < 768) document.querySelector('#can
 class Limits:
     """The most of one request: megapixels of its picture, prompts, characters per prompt, tokens per answer.
 
-    disk: bytes that the results of all requests may take together.
+    disk: bytes that the results of all requests may take together. The flags of `demo` hold the defaults.
     """
 
-    megapixels: float = 40.0
-    prompts: int = 200
-    characters: int = 1000
+    megapixels: float
+    prompts: int
+    characters: int
+    disk: int
     tokens: int = 1024
-    disk: int = 5 * 10**9
 
 
 def refuse(message: str) -> NoReturn:
@@ -132,8 +132,8 @@ def paint(folder: str | None, opacity: float) -> Image.Image | None:
 class Demo:
     """The page's work on one loaded model. folder: where requests write; each one's files go after `KEEP` seconds."""
 
-    def __init__(self, model: Any, processor: Any, folder: Path, limits: Limits | None = None):
-        self.model, self.processor, self.folder, self.limits = model, processor, folder, limits or Limits()
+    def __init__(self, model: Any, processor: Any, folder: Path, limits: Limits):
+        self.model, self.processor, self.folder, self.limits = model, processor, folder, limits
 
     def read(self, path: str | None) -> Image.Image:
         """The picture, upright RGB. Its size is checked before it is decoded. Raises gr.Error."""
@@ -180,7 +180,7 @@ class Demo:
         for old in self.folder.iterdir():
             if time.time() - old.stat().st_mtime > KEEP:
                 shutil.rmtree(old, ignore_errors=True)
-        if used(self.folder) >= self.limits.disk:
+        if bytes_in(self.folder) >= self.limits.disk:
             refuse("The server has no space left for results; try again later.")
         chat = MODES[mode] == "chat"
         results = Results(Path(tempfile.mkdtemp(dir=self.folder)), answers=chat)

@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from self1e.apps.measuring import Peak
 from self1e.model.configuration import DTYPES, Self1EConfig
-from self1e.model.layout import read_layout
-from self1e.model.losses import IGNORE_INDEX
+from self1e.model.layout import IGNORE_INDEX, read_layout
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import HIGH_RES_TILES
 from self1e.model.switches import SWITCHES

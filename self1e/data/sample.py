@@ -180,6 +180,21 @@ class Records(ABC):
         return {"images": len(np.unique(self.keys()))}
 
 
+class SharedRecords(Records):
+    """Answers from `self.data`, which the training set and the evaluation split of one format share."""
+
+    data: Any
+
+    def keys(self) -> np.ndarray:
+        return self.data.keys()
+
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
+        return self.data.annotations(item)
+
+    def remarks(self) -> list[str]:
+        return self.data.remarks()
+
+
 class TrainingSet(Records):
     """Numbered training samples of one data set; a sub-class and its entry in `config.FAMILIES` are all that it takes.
 
@@ -190,13 +205,14 @@ class TrainingSet(Records):
     segmentation: its samples carry masks
     redrawn:      the mixture "published" draws its samples with replacement
     rated:        the rate of its family multiplies it; otherwise it counts once
-    mark:         the path by which check-data knows that the set is there
+    folder:       the folder below dataset_dir by which check-data knows that the set is there; else see `mark`
     everything, annotations, faults, remarks, counts: what check-data looks at
     """
 
     name: str
     items: np.ndarray  # int32 (n,), record numbers
     cap: int | None = None
+    folder: str | None = None
     segmentation = True
     redrawn = False
     rated = True
@@ -216,8 +232,8 @@ class TrainingSet(Records):
 
     @classmethod
     def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
-        """The path whose presence says that a user has the set; by default the first that it needs."""
-        return cls.paths(dataset_dir, data_dir)[0]
+        """The path whose presence says that a user has the set: its folder, or else the first path that it needs."""
+        return Path(dataset_dir) / cls.folder if cls.folder else cls.paths(dataset_dir, data_dir)[0]
 
     @classmethod
     def everything(cls, dataset_dir: Path, data_dir: Path) -> dict[str, Any]:

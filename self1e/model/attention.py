@@ -1,35 +1,40 @@
-"""Dual perception pathways (paper, section 3.3): what image tokens may see beyond the causal past.
+"""Dual perception pathways (paper, section 3.3): what each token may see in a row that holds a `[SEG]`.
 
-A pathway is an overlay on the causal mask, for rows that hold a `[SEG]`: `causal OR overlay`. Queries that are not
-image tokens stay causal, padding keys are never seen, rows without `[SEG]` stay plain causal. The library builds the
-mask for eager, SDPA and FlexAttention from the predicate alone. To add a pathway, add one predicate to `PATHWAYS`
-and its name to `switches.SWITCHES`. A pathway adds to what the causal mask allows; one that forbids would pass an
-`and_mask_function` to `create_causal_mask`.
+A pathway is one rule: may query q of row b see key k? It answers for the causal past, too, so that a pathway can
+forbid as well as add. Those of the paper add: image tokens see more, every other query stays causal. Two things hold
+under any pathway: padding is never seen, and rows without `[SEG]`, and generation, are plain causal. The library
+builds the mask for eager, SDPA and FlexAttention from the rule alone.
+
+To add a pathway, add one function to `PATHWAYS` and its name to `switches.SWITCHES`. Each token must see itself: a
+query without any key has no attention weights.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# Row, head, query and key, as 0-d index tensors -> bool, True where the query sees the key.
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# Image tokens and `[SEG]` tokens, (rows, N) bool each -> the rule for these rows.
+Pathway = Callable[[Tensor, Tensor], Rule]
 
 
-def image_to_image(is_image: Tensor, is_seg: Tensor) -> Predicate:
+def image_to_image(is_image: Tensor, is_seg: Tensor) -> Rule:
     """Image tokens see every image token of their row."""
-    two_way = is_image & is_seg.any(1, keepdim=True)
-    return lambda b, head, q, k: two_way[b, q] & two_way[b, k]
+    return lambda b, head, q, k: (k <= q) | (is_image[b, q] & is_image[b, k])
 
 
-def image_to_image_and_seg(is_image: Tensor, is_seg: Tensor) -> Predicate:
+def image_to_image_and_seg(is_image: Tensor, is_seg: Tensor) -> Rule:
     """Image tokens see every image token and every `[SEG]` of their row."""
-    seeing = is_image & is_seg.any(1, keepdim=True)
-    seen = seeing | is_seg
-    return lambda b, head, q, k: seeing[b, q] & seen[b, k]
+    seen = is_image | is_seg
+    return lambda b, head, q, k: (k <= q) | (is_image[b, q] & seen[b, k])
 
 
-PATHWAYS = {"causal": None, "image": image_to_image, "image+seg": image_to_image_and_seg}
+# None is the library's causal mask, which it need not build where nothing is padded.
+PATHWAYS: dict[str, Pathway | None] = {"causal": None, "image": image_to_image, "image+seg": image_to_image_and_seg}
 
 
 def perception_mask(
@@ -51,17 +56,19 @@ def perception_mask(
             GPU.
         is_image, is_seg: (rows, N) bool, image tokens and `[SEG]` tokens.
     """
-    overlay = PATHWAYS[pathway]
-    if overlay is not None and "flash" in config._attn_implementation:
+    make_rule = PATHWAYS[pathway]
+    if make_rule is None:
+        skip = padding_mask is None
+        return create_causal_mask(config, embeds, padding_mask, past_key_values=None, allow_is_causal_skip=skip)
+    if "flash" in config._attn_implementation:
         raise ValueError(
             f"--attn_implementation {config._attn_implementation} knows causal masks only, the pathway {pathway!r} is "
             "not causal: use sdpa or eager"
         )
-    return create_causal_mask(
-        config,
-        embeds,
-        padding_mask,
-        past_key_values=None,
-        or_mask_function=None if overlay is None else overlay(is_image, is_seg),
-        allow_is_causal_skip=padding_mask is None,
-    )
+    rule, with_seg = make_rule(is_image, is_seg), is_seg.any(1)
+
+    def seen(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.where(with_seg[b], rule(b, head, q, k), k <= q)
+
+    # The library's bidirectional mask forbids nothing but padding: the rule alone decides about the rest.
+    return create_bidirectional_mask(config, embeds, padding_mask, and_mask_function=seen)

@@ -1,8 +1,6 @@
 """Configuration: InternVL's, plus the `[SEG]` id and the switches of the paper's ablations (one line each).
 
-InternVL with a Qwen2 or Qwen3 LLM is the only backbone. Another family would touch: `native_config` here (its
-config.json), the renamings of `checkpoints`, the parent class and `encode_images` of `modeling` (its ViT and
-projector), and tokens, template and tiling of `prompts` and `processing`.
+InternVL with a Qwen2 or Qwen3 LLM is the only backbone; CONTRIBUTING.md lists what another family would touch.
 """
 
 import re
@@ -29,7 +27,8 @@ class Self1EConfig(InternVLConfig):
     r"""
     Args:
         seg_token_id (`int`, *optional*): id of `[SEG]`; None in a base model that never learned to segment.
-        mask_features (`str`): `baseline`, `replication`, `rfr` or `rfa` (the full method); see `self1e.model.head`.
+        mask_features (`str`): `baseline`, `replication`, `rfr` (residual features refilling) or `rfa` (with the
+            residual features amplifier: the full method); see `self1e.model.head`.
         replication (`str`): `tile`, `window` or `interpolate`; see `self1e.model.grids`.
         attention_pathway (`str`): `causal`, `image` or `image+seg`; see `self1e.model.attention`.
         auxiliary_loss (`bool`): train the LLM's own image features with the mask losses too.

@@ -41,7 +41,7 @@ class InferenceMixin:
     trained_head: bool
     encode_images: Callable[..., Any]
     generate: Callable[..., Any]
-    read: Callable[..., Any]
+    layout_of: Callable[..., Any]
     __call__: Callable[..., Any]
 
     @torch.no_grad()
@@ -199,8 +199,8 @@ class InferenceMixin:
             features = self.encode_images(pixels, batch["tile_grids"])
             for start in range(0, len(batch["input_ids"]), rows_per_forward):
                 part = slice(start, start + rows_per_forward)
-                used = batch["attention_mask"][part].any(0)
-                inputs = {name: batch[name][part][:, used] for name in ("input_ids", "attention_mask")}
+                filled = batch["attention_mask"][part].any(0)  # columns that are not padding in every row
+                inputs = {name: batch[name][part][:, filled] for name in ("input_ids", "attention_mask")}
                 yield features, inputs | {"row_image": batch["row_image"][part]}
 
     def _masks(self, features, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -209,7 +209,7 @@ class InferenceMixin:
         features: of `encode_images`. inputs: `input_ids`, `attention_mask` and `row_image`.
         """
         inputs = {name: value.cpu() for name, value in inputs.items()}
-        layout = self.read(None, **inputs, labels=None, grids=features.grids, whole=False)
+        layout = self.layout_of(None, **inputs, labels=None, grids=features.grids, whole=False)
         ids = inputs.pop("input_ids").to(self.device, non_blocking=True)
         return self(input_ids=ids, layout=layout, **inputs, image_features=features).mask_logits
 
@@ -240,13 +240,13 @@ class InferenceMixin:
         )
         texts, answers, whole = [], [], []
         length = inputs["input_ids"].shape[1]
-        for prompt, used, new in zip(
+        for prompt, filled, new in zip(
             inputs["input_ids"], inputs["attention_mask"].bool(), generated[:, length:].tolist()
         ):
             answer = new[: new.index(end)] if end in new else new
             texts.append(tokenizer.decode(answer, skip_special_tokens=False))
             answers.append(answer.count(self.config.seg_token_id))
-            whole.append(prompt[used].tolist() + answer)
+            whole.append(prompt[filled].tolist() + answer)
         logits = [torch.zeros(0, 0, 0)] * len(texts)
         chosen = [row for row, count in enumerate(answers) if count]
         if chosen:

@@ -2,11 +2,13 @@
 
 Rows go through the LLM in at most two groups of similar length, each padded to its own longest row. What a row holds
 (its image tokens, the positions that predict `[SEG]`, the supervised text) is addressed by *packed* positions, which
-count through the tokens of the groups one after another. Everything the GPU needs is one index tensor, moved once.
+count through the tokens of the groups one after another. Everything the GPU needs is one index tensor, moved once, and
+one tensor of all masks (`PackedMasks`).
 
 Legend: R rows, N tokens of the longest row, P packed tokens of all groups, padding included.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from self1e.model.losses import IGNORE_INDEX
-
+IGNORE_INDEX = -100  # label of a token that the cross-entropy passes over
 PADDING_ALLOWED = 0.03  # share of the LLM's tokens above which rows are split into two groups
 Grid = tuple[int, int]
 
@@ -58,7 +59,7 @@ class Layout:
     grids: per image (rows, columns) of its tiles. row_image: per row its image; empty without photos.
     n_seg: per row. heads: rows with masks, by grid.
     index: int64 on one device; `parts` names its stretches:
-        source (P,) the token in `input_ids.flatten()`; used (P,) 1 at tokens, 0 at padding;
+        source (P,) the token in `input_ids.flatten()`; padding_mask (P,) 1 at tokens, 0 at padding;
         image (tokens,) packed image positions; tiles (tiles,) the tile that fills each `L * L` of them;
         text, labels (k,) packed positions that predict supervised tokens, and those tokens in `labels.flatten()`.
     """
@@ -89,6 +90,17 @@ class Layout:
             yield group, slice(start, stop)
             start = stop
 
+    def place_image_tokens(self, embeds: Tensor, tokens: Tensor) -> Tensor:
+        """Put each row's image tokens in their places: (P, C), (T, L*L, C) -> (P, C)."""
+        tokens = take(tokens, self.part("tiles")).flatten(0, 1).to(embeds)
+        return embeds.index_copy(0, self.part("image").to(embeds.device), tokens)
+
+    def check_masks(self, targets: Sequence[Tensor | None]) -> None:
+        """Raise ValueError unless every row has a mask for each `[SEG]` (or None)."""
+        given = [count if target is None else len(target) for count, target in zip(self.n_seg, targets)]
+        if len(targets) != len(self.n_seg) or given != list(self.n_seg):
+            raise ValueError(f"rows hold {list(self.n_seg)} [SEG] tokens, mask_targets hold {given} masks")
+
     def to(self, device, *args, non_blocking: bool = True, **kwargs) -> "Layout":
         """The layout with its index on `device`."""
         return replace(self, index=self.index.to(device, non_blocking=non_blocking))
@@ -96,6 +108,50 @@ class Layout:
     def pin_memory(self) -> "Layout":
         """As a DataLoader asks for, so that the copy to the GPU does not block."""
         return replace(self, index=self.index.pin_memory())
+
+
+class PackedMasks(Sequence):
+    """Masks of all rows of a batch in one tensor, so that one copy brings them to the GPU; reads like their list.
+
+    Item `row` is uint8 (n_seg, H, W), or None for a row without supervision.
+    """
+
+    def __init__(self, masks: Sequence[Tensor | None]):
+        self.shapes = [None if x is None else tuple(x.shape) for x in masks]
+        given = [x.flatten() for x in masks if x is not None]
+        wrong = [x.dtype for x in given if x.is_floating_point()]
+        if wrong:
+            raise ValueError(f"masks are {wrong[0]}; expected uint8 of 0 and 1")
+        self.flat = torch.cat([x.to(torch.uint8) for x in given]) if given else torch.zeros(0, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, row):
+        sizes = [0 if shape is None else math.prod(shape) for shape in self.shapes]
+        masks = [None if s is None else x.view(s) for x, s in zip(self.flat.split(sizes), self.shapes)]
+        return masks[row]
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter(self[:])
+
+    def to(self, device, *args, non_blocking: bool = True, **kwargs) -> "PackedMasks":
+        """The masks on `device`."""
+        return self._with(self.flat.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedMasks":
+        """As a DataLoader asks for, so that the copy to the GPU does not block."""
+        return self._with(self.flat.pin_memory())
+
+    def _with(self, flat: Tensor) -> "PackedMasks":
+        moved = PackedMasks([])
+        moved.shapes, moved.flat = self.shapes, flat
+        return moved
+
+
+def move_masks(targets: Sequence[Tensor | None], device: torch.device) -> Sequence[Tensor | None]:
+    """All masks of a packed batch in one copy; those of a plain list move where they are used."""
+    return targets.to(device) if isinstance(targets, PackedMasks) else targets
 
 
 def read_layout(
@@ -125,10 +181,10 @@ def read_layout(
     """
     ids = input_ids.cpu().numpy()
     count, longest = ids.shape
-    used = np.ones_like(ids, bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
+    present = np.ones_like(ids, bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
     shapes: tuple[Grid, ...] = tuple((int(rows), int(cols)) for rows, cols in grids)
     row_image = tuple(map(int, row_image))
-    first, last = used.argmax(1), longest - used[:, ::-1].argmax(1)
+    first, last = present.argmax(1), longest - present[:, ::-1].argmax(1)
     groups = [range(count)] if whole or not split else _similar(last - first)
     made, source = [], []
     for rows in groups:
@@ -137,9 +193,9 @@ def read_layout(
         picked = np.concatenate([row * longest + start + np.arange(length) for row, start in zip(rows, starts)])
         source.append(picked)
         segments = bool((ids.flat[picked] == seg_token_id).any())
-        made.append(Group(tuple(rows), length, not used.flat[picked].all(), segments))
+        made.append(Group(tuple(rows), length, not present.flat[picked].all(), segments))
     parts = {"source": np.concatenate(source)}
-    parts["used"] = used.flat[parts["source"]].astype(np.int64)
+    parts["padding_mask"] = present.flat[parts["source"]].astype(np.int64)
     row_of = np.concatenate([np.repeat(group.rows, group.length) for group in made])
     packed = ids.flat[parts["source"]]
 

@@ -1,13 +1,11 @@
 """Mask losses (paper, section 4.1; formulas of LISA's protocol): BCE and Dice on masks of short side at most 128."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100  # label of a token that the cross-entropy passes over
 SHORT_SIDE = 128  # pixels
 DICE_SCALE = 1000  # as published; in fp32 it only decides how much DICE_EPS weighs
 DICE_EPS = 1e-6
@@ -63,50 +61,3 @@ def mask_losses(predictions: Sequence[tuple[Tensor, ...]], targets: Sequence[Ten
         total["mask_bce"] = total["mask_bce"] + bce(logits, target).sum()
         total["mask_dice"] = total["mask_dice"] + dice(logits, target).sum()
     return {name: value / len(predictions) for name, value in total.items()}
-
-
-def check_targets(predictions: Sequence[tuple[Tensor, Tensor | None]], targets: Sequence[Tensor | None]) -> None:
-    """Raise ValueError unless every row has a mask for each `[SEG]` (or None)."""
-    found = [len(row[0]) for row in predictions]
-    given = [count if target is None else len(target) for count, target in zip(found, targets)]
-    if len(targets) != len(found) or given != found:
-        raise ValueError(f"rows hold {found} [SEG] tokens, mask_targets hold {given} masks")
-
-
-class PackedMasks(Sequence):
-    """Masks of all rows of a batch in one tensor, so that one copy brings them to the GPU; reads like their list.
-
-    Item `row` is uint8 (n_seg, H, W), or None for a row without supervision.
-    """
-
-    def __init__(self, masks: Sequence[Tensor | None]):
-        self.shapes = [None if x is None else tuple(x.shape) for x in masks]
-        given = [x.flatten() for x in masks if x is not None]
-        wrong = [x.dtype for x in given if x.is_floating_point()]
-        if wrong:
-            raise ValueError(f"masks are {wrong[0]}; expected uint8 of 0 and 1")
-        self.flat = torch.cat([x.to(torch.uint8) for x in given]) if given else torch.zeros(0, dtype=torch.uint8)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def __getitem__(self, row):
-        sizes = [0 if shape is None else math.prod(shape) for shape in self.shapes]
-        masks = [None if s is None else x.view(s) for x, s in zip(self.flat.split(sizes), self.shapes)]
-        return masks[row]
-
-    def __iter__(self) -> Iterator[Tensor | None]:
-        return iter(self[:])
-
-    def to(self, device, *args, non_blocking: bool = True, **kwargs) -> "PackedMasks":
-        """The masks on `device`."""
-        return self._with(self.flat.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "PackedMasks":
-        """As a DataLoader asks for, so that the copy to the GPU does not block."""
-        return self._with(self.flat.pin_memory())
-
-    def _with(self, flat: Tensor) -> "PackedMasks":
-        moved = PackedMasks([])
-        moved.shapes, moved.flat = self.shapes, flat
-        return moved

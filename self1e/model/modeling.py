@@ -26,8 +26,8 @@ from self1e.model.configuration import Self1EConfig
 from self1e.model.grids import REPLICATIONS, compress, stitch_tiles
 from self1e.model.head import HEADS, INITIAL_STD, ImageSide, SegmentationHead
 from self1e.model.inference import InferenceMixin
-from self1e.model.layout import Grid, Group, HeadGroup, Layout, as_grids, read_layout, take
-from self1e.model.losses import PackedMasks, check_targets, mask_losses
+from self1e.model.layout import Grid, Group, HeadGroup, Layout, as_grids, move_masks, read_layout, take
+from self1e.model.losses import mask_losses
 from self1e.model.recomputation import recompute_mlps
 
 
@@ -193,7 +193,8 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             labels: (R, N), -100 where unsupervised; asks for the CE loss.
             pixel_values, tile_grids: as for `encode_images`; or give `image_features`.
             row_image: (R,), the image of each row.
-            mask_targets: per row uint8 (n_seg, H, W) of any size, or None; asks for the mask losses.
+            mask_targets: per row uint8 (n_seg, H, W) of any size, or None; asks for the mask losses, in evaluation
+                mode too. They are 0 where no row has a mask.
             layout: where things stand in this very batch, as the processor read it on the host. Without one, or when
                 ids are on the CPU, it is read here; on a GPU that waits for the device.
             logits_to_keep: vocabulary logits of that many last positions (generation); 0: none.
@@ -201,11 +202,14 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             position_ids, inputs_embeds, kwargs: the library's.
 
         Raises:
-            ValueError: image tokens and tiles do not match, or masks and `[SEG]`s of a row do not.
+            ValueError: image tokens and tiles do not match, or masks and `[SEG]`s of a row do not; or masks are given
+                without photos, or with a cache.
         """
         generating = past_key_values is not None
-        pictured = image_features is not None or pixel_values is not None
-        if not pictured and labels is None:
+        with_photos = image_features is not None or pixel_values is not None
+        if mask_targets is not None and (generating or not with_photos):
+            raise ValueError("mask_targets need photos (pixel_values or image_features) and no past_key_values")
+        if not with_photos and labels is None:
             embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             out = self.run_llm(embeds, attention_mask, position_ids, past_key_values, **kwargs)
             logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:]) if logits_to_keep else None
@@ -213,9 +217,11 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         assert input_ids is not None, "photos and labels need input_ids"
         whole = generating or bool(logits_to_keep) or position_ids is not None or inputs_embeds is not None
         grids = tile_grids if image_features is None else image_features.grids
-        layout = self.read(layout, input_ids, attention_mask, labels, grids, row_image, whole=whole)
+        layout = self.layout_of(layout, input_ids, attention_mask, labels, grids, row_image, whole=whole)
         layout = layout.to(input_ids.device)
-        with_masks = pictured and not generating and (self.training or bool(layout.heads))
+        if mask_targets is not None:
+            layout.check_masks(mask_targets)
+        with_masks = with_photos and not generating and (self.training or bool(layout.heads))
         runs = self.head_runs(layout)
         # The text comes first, so that the embeddings' large gradient is made last, when the ViT's states are gone.
         ids = take(input_ids.flatten(), layout.part("source"))  # P
@@ -224,11 +230,13 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             for_photos = runs[0] if with_masks else 0
             image_features = self.encode_images(pixel_values, layout.grids, for_masks=with_masks, head_runs=for_photos)
         if image_features is not None:
-            embeds = place_image_tokens(embeds, layout, image_features.tokens)
+            embeds = layout.place_image_tokens(embeds, image_features.tokens)
         outputs = []
         for group, part in layout.split():
             rows = rearrange(embeds[part], "(r n) c -> r n c", r=len(group.rows))
-            mask = attention_mask if generating else self.mask(rows, ids[part], layout.part("used")[part], group)
+            mask = attention_mask
+            if not generating:
+                mask = self.attention_mask_of(rows, ids[part], layout.part("padding_mask")[part], group)
             outputs.append(self.run_llm(rows, mask, position_ids, past_key_values, **kwargs))
         states = torch.cat([out.last_hidden_state.flatten(0, 1) for out in outputs])  # P C, normalised
         result = Self1EOutput(past_key_values=outputs[-1].past_key_values)
@@ -238,11 +246,10 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         if image_features is not None and not generating:
             predictions = self.predict_masks(states, image_features, layout)
             result.mask_logits = [row[0] for row in predictions]
-            if mask_targets is not None and with_masks:
-                check_targets(predictions, mask_targets)
-                used = 2 if self.config.auxiliary_loss else 1  # the mask, and the auxiliary mask where there is one
-                kept = [tuple(x for x in row[:used] if x is not None) for row in predictions]
-                losses |= mask_losses(kept, move(mask_targets, states.device))
+            if mask_targets is not None:
+                kinds = 2 if self.config.auxiliary_loss else 1  # the mask, and the auxiliary mask where there is one
+                kept = [tuple(x for x in row[:kinds] if x is not None) for row in predictions]
+                losses |= mask_losses(kept, move_masks(mask_targets, states.device))
         if losses:
             result.losses = losses
             weights = {"ce": self.config.ce_loss_weight, "mask_bce": self.config.bce_loss_weight}
@@ -253,7 +260,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             result.loss = torch.stack(terms).sum()
         return result
 
-    def read(
+    def layout_of(
         self,
         layout: Layout | None,
         input_ids: Tensor,
@@ -282,14 +289,18 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             whole=whole,
         )
 
-    def mask(self, embeds: Tensor, ids: Tensor, used: Tensor, group: Group) -> dict[str, Tensor | None]:
-        """The LLM's attention mask for a group: (r, n, C), (r n,), (r n,) 1 at tokens."""
-        ids, used = (rearrange(x.to(embeds.device), "(r n) -> r n", r=len(group.rows)) for x in (ids, used))
+    def attention_mask_of(
+        self, embeds: Tensor, ids: Tensor, padding_mask: Tensor, group: Group
+    ) -> dict[str, Tensor | None]:
+        """The LLM's attention mask for a group: (r, n, C), (r n,), (r n,) 1 at tokens, 0 at padding."""
+        ids, padding_mask = (
+            rearrange(x.to(embeds.device), "(r n) -> r n", r=len(group.rows)) for x in (ids, padding_mask)
+        )
         mask = perception_mask(
             self.config.attention_pathway if group.segments else "causal",
             config=self.config.llm,
             embeds=embeds,
-            padding_mask=used if group.padded else None,
+            padding_mask=padding_mask if group.padded else None,
             is_image=ids == self.config.image_token_id,
             is_seg=ids == self.config.seg_token_id,
         )
@@ -373,17 +384,6 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         reached = [x.sum() for row in predictions + more for x in row if x is not None]
         reached += [x.sum().to(reached[0].device) for side in features.spare for x in (side.refill, side.origin)]
         return torch.stack(reached).sum().float().to(states.device) * 0.0
-
-
-def move(targets: Sequence[Tensor | None], device: torch.device) -> Sequence[Tensor | None]:
-    """All masks of a packed batch in one copy; those of a plain list move where they are used."""
-    return targets.to(device) if isinstance(targets, PackedMasks) else targets
-
-
-def place_image_tokens(embeds: Tensor, layout: Layout, tokens: Tensor) -> Tensor:
-    """Put each row's image tokens in their places: (P, C), (T, L*L, C) -> (P, C)."""
-    tokens = take(tokens, layout.part("tiles")).flatten(0, 1).to(embeds)
-    return embeds.index_copy(0, layout.part("image").to(embeds.device), tokens)
 
 
 @contextmanager

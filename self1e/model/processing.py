@@ -17,8 +17,7 @@ from transformers import BatchFeature, ProcessorMixin, Qwen2Tokenizer
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from self1e.model.configuration import Self1EConfig
-from self1e.model.layout import read_layout
-from self1e.model.losses import IGNORE_INDEX, PackedMasks
+from self1e.model.layout import IGNORE_INDEX, PackedMasks, read_layout
 from self1e.model.photos import as_rgb, resize_bicubic
 from self1e.model.prompts import (
     END_OF_TURN,
@@ -191,8 +190,7 @@ class Self1EProcessor(ProcessorMixin):
         if len(turns) % 2:
             opening = self.tokenizer.encode(f"{START_OF_TURN}assistant\n", add_special_tokens=False)
             ids, labels = ids + opening, labels + [IGNORE_INDEX] * len(opening)
-        pictured = ids.count(self.image_token_id)
-        if pictured != self.tile_tokens * n_tiles:
+        if ids.count(self.image_token_id) != self.tile_tokens * n_tiles:
             culprit = next(text for text in conversation if IMG_CONTEXT in text)
             raise ValueError(f"the text itself holds the reserved token {IMG_CONTEXT}: {culprit!r}")
         if max_length is not None and len(ids) > max_length:

@@ -30,6 +30,7 @@ def adapt(
     llm_lora: bool,
     vision_lora: bool,
     optimize_vision: bool,
+    freeze_llm: bool = False,
     r: int = 128,
     alpha: int | None = None,
     dropout: float = 0.05,
@@ -40,9 +41,10 @@ def adapt(
 
     Args:
         llm_lora: adapters on the LLM's linears from layer `from_layer` on; its layers are frozen otherwise, embeddings
-            and `lm_head` train whole. Without: the whole LLM trains.
+            and `lm_head` train whole. Without: the whole LLM trains, unless `freeze_llm`.
         vision_lora: adapters on the ViT; needs `optimize_vision`. Without: the whole ViT trains if `optimize_vision`.
         optimize_vision: train ViT (or its adapters) and projector; both are frozen otherwise.
+        freeze_llm: freeze the LLM's layers and final norm, without adapters; embeddings and `lm_head` train whole.
         r, alpha, dropout: of the adapters; `alpha` defaults to 2 r.
         llm_targets: linears of the LLM that get an adapter, of `LLM_LINEARS`.
 
@@ -51,6 +53,8 @@ def adapt(
     """
     if vision_lora and not optimize_vision:
         raise ValueError("--use_vision_lora adapts a ViT that stays frozen without --optimize_vision: add it")
+    if freeze_llm and llm_lora:
+        raise ValueError("--freeze_llm and --use_llm_lora contradict each other: give one of them")
     unknown = set(llm_targets) - set(LLM_LINEARS)
     if unknown:
         raise ValueError(f"--lora_target_modules: unknown {sorted(unknown)}; the LLM's linears are {LLM_LINEARS}")
@@ -71,7 +75,7 @@ def adapt(
     if targets:
         config = LoraConfig(r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules=targets)
         tuner = LoraModel(model, config, "default")
-    frozen = [LLM + "layers.", LLM + "norm."] if llm_lora else []
+    frozen = [LLM + "layers.", LLM + "norm."] if llm_lora or freeze_llm else []
     frozen += [] if optimize_vision else [VISION, PROJECTOR]
     frozen += [VISION] if vision_lora else []
     for name, parameter in model.named_parameters():

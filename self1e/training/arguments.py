@@ -32,198 +32,165 @@ def make_parser() -> argparse.ArgumentParser:
     count, natural, weight = whole(1), whole(0), between(0, included=True)
     rate, fraction = between(0), between(0, 1, included=True)
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
+    add = parser.add_argument_group("model").add_argument
+    add(
         "--version",
         type=checkpoint,
         required=True,
         help="checkpoint: its folder, its run's folder or a hub id (InternVL3, -hf, or Self1E)",
     )
-    model.add_argument("--model_weights", type=checkpoint, help="folder whose weights replace those of --version")
-    model.add_argument(
+    add("--model_weights", type=checkpoint, help="folder whose weights replace those of --version")
+    add(
         "--precision",
         choices=("fp32", "bf16", "fp16"),
         help="precision of the computation; unset: bf16, but fp32 when evaluating on a CPU",
     )
-    model.add_argument("--model_max_length", type=count, default=512, help="the most tokens of a row")
-    model.add_argument("--high_res", action=switch, default=False, help="cut a photo into up to 4 tiles")
-    model.add_argument(
-        "--attn_implementation", choices=("sdpa", "eager"), default="sdpa", help="attention kernel of LLM and ViT"
-    )
+    add("--model_max_length", type=count, default=512, help="the most tokens of a row")
+    add("--high_res", action=switch, default=False, help="cut a photo into up to 4 tiles")
+    add("--attn_implementation", choices=("sdpa", "eager"), default="sdpa", help="attention kernel of LLM and ViT")
     for name, entry in SWITCHES.items():
         if isinstance(entry.default, bool):
             text = f"{entry.help}; unset: the checkpoint's, or {'on' if entry.default else 'off'}"
-            model.add_argument(f"--{name}", action=switch, help=text)
+            add(f"--{name}", action=switch, help=text)
         elif entry.choices is not None:
-            model.add_argument(f"--{name}", **entry.flag())
+            add(f"--{name}", **entry.flag())
         else:
-            model.add_argument(f"--{name}", type=weight, default=entry.default, help=entry.help)
+            add(f"--{name}", type=weight, default=entry.default, help=entry.help)
 
-    trained = parser.add_argument_group("what is trained")
-    trained.add_argument(
+    add = parser.add_argument_group("what is trained").add_argument
+    add(
         "--use_llm_lora",
         action=switch,
         default=False,
-        help="train adapters in the LLM; without it, the whole LLM trains",
+        help="train adapters in the LLM; without it, the whole LLM trains, unless --freeze_llm",
     )
-    trained.add_argument(
-        "--optimize_vision", action=switch, default=False, help="train ViT and projector; without it, both are frozen"
+    add(
+        "--freeze_llm",
+        action=switch,
+        default=False,
+        help="freeze the LLM's layers, without adapters; its token embeddings and lm_head train as "
+        "--trainable_embeddings says",
     )
-    trained.add_argument(
+    add("--optimize_vision", action=switch, default=False, help="train ViT and projector; without it, both are frozen")
+    add(
         "--use_vision_lora",
         action=switch,
         default=False,
         help="train adapters in the ViT; without it, the whole ViT trains",
     )
-    trained.add_argument("--lora_r", type=count, default=128, help="rank of the adapters")
-    trained.add_argument("--lora_alpha", type=count, help="scale of the adapters; unset: twice --lora_r")
-    trained.add_argument(
-        "--lora_dropout", type=fraction, default=0.05, help="share of its inputs that an adapter drops"
-    )
-    trained.add_argument(
+    add("--lora_r", type=count, default=128, help="rank of the adapters")
+    add("--lora_alpha", type=count, help="scale of the adapters; unset: twice --lora_r")
+    add("--lora_dropout", type=fraction, default=0.05, help="share of its inputs that an adapter drops")
+    add(
         "--lora_target_modules",
         metavar="NAMES",
         help="linears of the LLM with adapters, joined by commas; unset: " + ", ".join(LLM_LINEARS),
     )
-    trained.add_argument(
+    add(
         "--trainable_embeddings",
         choices=("all", "new"),
         default="all",
         help="rows of the token embeddings and of lm_head that train: all, or those of the added tokens only",
     )
-    trained.add_argument("--lora_from_layer", type=natural, default=0, help="the first LLM layer with adapters")
+    add("--lora_from_layer", type=natural, default=0, help="the first LLM layer with adapters")
 
-    data = parser.add_argument_group("data")
-    data.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add(
         "--dataset_dir",
         type=Path,
         default=Path("./dataset"),
         help="folder of the segmentation sets and LLaVA-Instruct",
     )
-    data.add_argument("--data_dir", type=Path, default=Path("./data"), help="folder of the VQA sets")
-    data.add_argument(
+    add("--data_dir", type=Path, default=Path("./data"), help="folder of the VQA sets")
+    add(
         "--dataset",
         metavar="FAMILIES",
         default=DEFAULT_FAMILIES,
         help="families of training sets, joined by ||; the family custom is own data",
     )
-    data.add_argument(
-        "--sample_rates", metavar="RATES", help="one rate per family, joined by commas; unset: 1 for each"
-    )
+    add("--sample_rates", metavar="RATES", help="one rate per family, joined by commas; unset: 1 for each")
     for name, family in FAMILIES.items():
-        data.add_argument(f"--{name}_data", metavar="SETS", default=family.default, help=family.help)
-    data.add_argument(
+        add(f"--{name}_data", metavar="SETS", default=family.default, help=family.help)
+    add(
         "--explanatory",
         type=float,
         default=-1.0,
         help="share of the explained samples that are text only; -1 turns explanations off",
     )
-    data.add_argument("--num_classes_per_sample", type=count, default=3, help="the most rows per photo")
-    data.add_argument(
-        "--exclude_val", action=switch, default=False, help="leave out training photos that an evaluation split uses"
-    )
-    data.add_argument(
-        "--allow_outside", action=switch, default=False, help="take photos that annotations name outside their folder"
-    )
-    data.add_argument(
+    add("--num_classes_per_sample", type=count, default=3, help="the most rows per photo")
+    add("--exclude_val", action=switch, default=False, help="leave out training photos that an evaluation split uses")
+    add("--allow_outside", action=switch, default=False, help="take photos that annotations name outside their folder")
+    add(
         "--mixture",
         choices=MODES,
         default="published",
         help="published draws some samples anew; exact reads each sample once per epoch",
     )
-    data.add_argument("--workers", type=natural, default=4, help="data-loading processes per rank")
-    data.add_argument(
-        "--seed", type=natural, default=42, help="seed of the stream of samples, of a fresh head and of dropout"
-    )
+    add("--workers", type=natural, default=4, help="data-loading processes per rank")
+    add("--seed", type=natural, default=42, help="seed of the stream of samples, of a fresh head and of dropout")
 
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=count, default=1, help="passes over the mixture")
-    optimisation.add_argument(
-        "--start_epoch", type=natural, default=0, help="epochs of the stream that are passed over"
-    )
-    optimisation.add_argument(
-        "--steps_per_epoch", type=count, help="optimizer steps per epoch; unset: the whole epoch"
-    )
-    optimisation.add_argument("--max_steps", type=count, help="optimizer steps in all; unset: as many as --epochs has")
-    optimisation.add_argument("--batch_size", type=count, default=5, help="photos per device in a micro-batch")
-    optimisation.add_argument(
-        "--grad_accumulation_steps", type=count, default=8, help="micro-batches per optimizer step"
-    )
-    optimisation.add_argument(
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=count, default=1, help="passes over the mixture")
+    add("--start_epoch", type=natural, default=0, help="epochs of the stream that are passed over")
+    add("--steps_per_epoch", type=count, help="optimizer steps per epoch; unset: the whole epoch")
+    add("--max_steps", type=count, help="optimizer steps in all; unset: as many as --epochs has")
+    add("--batch_size", type=count, default=5, help="photos per device in a micro-batch")
+    add("--grad_accumulation_steps", type=count, default=8, help="micro-batches per optimizer step")
+    add(
         "--grad_accumulation_reduction",
         choices=("sum", "mean"),
         default="sum",
         help="how the gradients of a step's micro-batches are joined before clipping",
     )
-    optimisation.add_argument("--lr", type=rate, default=1e-4, help="peak rate of the LLM, its embeddings and lm_head")
-    optimisation.add_argument("--vision_lr", type=rate, default=1e-4, help="peak rate of ViT, projector and head")
-    optimisation.add_argument("--beta1", type=fraction, default=0.9, help="first beta of AdamW")
-    optimisation.add_argument("--beta2", type=fraction, default=0.95, help="second beta of AdamW")
-    optimisation.add_argument(
-        "--warmup_steps", type=natural, default=100, help="steps in which the rate rises; it falls to 0 after them"
-    )
-    optimisation.add_argument(
-        "--gradient_checkpointing", action=switch, default=False, help="recompute activations to save memory"
-    )
-    optimisation.add_argument(
-        "--deepspeed", type=Path, help="DeepSpeed JSON; unset: configs/zero2.json under a launcher"
-    )
-    optimisation.add_argument("--local_rank", type=int, help="launchers set it")
+    add("--lr", type=rate, default=1e-4, help="peak rate of the LLM, its embeddings and lm_head")
+    add("--vision_lr", type=rate, default=1e-4, help="peak rate of ViT, projector and head")
+    add("--beta1", type=fraction, default=0.9, help="first beta of AdamW")
+    add("--beta2", type=fraction, default=0.95, help="second beta of AdamW")
+    add("--warmup_steps", type=natural, default=100, help="steps in which the rate rises; it falls to 0 after them")
+    add("--gradient_checkpointing", action=switch, default=False, help="recompute activations to save memory")
+    add("--deepspeed", type=Path, help="DeepSpeed JSON; unset: configs/zero2.json under a launcher")
+    add("--local_rank", type=int, help="launchers set it")
 
-    log = parser.add_argument_group("logging and checkpoints")
-    log.add_argument("--exp_name", required=True, help="name of the run: its files go to LOG_BASE_DIR/EXP_NAME")
-    log.add_argument("--log_base_dir", type=Path, default=Path("./runs"), help="folder of all runs")
-    log.add_argument(
-        "--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"), help="where the curves go"
-    )
-    log.add_argument(
+    add = parser.add_argument_group("logging and checkpoints").add_argument
+    add("--exp_name", required=True, help="name of the run: its files go to LOG_BASE_DIR/EXP_NAME")
+    add("--log_base_dir", type=Path, default=Path("./runs"), help="folder of all runs")
+    add("--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"), help="where the curves go")
+    add(
         "--healthy_curves",
         type=Path,
         metavar="JSON",
         help="healthy runs of this recipe, drawn beside the run in TensorBoard and curves.png (docs/training.md)",
     )
-    log.add_argument("--print_freq", type=count, default=10, help="steps between log lines")
-    log.add_argument("--save_steps", type=count, default=200, help="steps between checkpoints")
-    log.add_argument("--save_total_limit", type=count, default=1, help="how many of the latest checkpoints are kept")
-    log.add_argument(
-        "--keep_best", metavar="SPLIT", help="also keep the best checkpoint by this split's headline figure"
-    )
-    log.add_argument("--resume", type=Path, help="the checkpoint-N folder to continue from")
-    log.add_argument("--auto_resume", action=switch, default=False, help="continue from the last checkpoint, if any")
-    log.add_argument("--resume_anyway", action="store_true", help="continue although settings of the run differ")
-    log.add_argument("--overwrite", action="store_true", help="remove an earlier run of this name and train anew")
-    log.add_argument("--save_published_layout", action=switch, default=False, help="also write ckpt_model_published")
-    log.add_argument(
-        "--timeout", type=between(1, 1e7), default=1800.0, help="seconds without progress that end the run"
-    )
+    add("--print_freq", type=count, default=10, help="steps between log lines")
+    add("--save_steps", type=count, default=200, help="steps between checkpoints")
+    add("--save_total_limit", type=count, default=1, help="how many of the latest checkpoints are kept")
+    add("--keep_best", metavar="SPLIT", help="also keep the best checkpoint by this split's headline figure")
+    add("--resume", type=Path, help="the checkpoint-N folder to continue from")
+    add("--auto_resume", action=switch, default=False, help="continue from the last checkpoint, if any")
+    add("--resume_anyway", action="store_true", help="continue although settings of the run differ")
+    add("--overwrite", action="store_true", help="remove an earlier run of this name and train anew")
+    add("--save_published_layout", action=switch, default=False, help="also write ckpt_model_published")
+    add("--timeout", type=between(1, 1e7), default=1800.0, help="seconds without progress that end the run")
 
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument(
+    add = parser.add_argument_group("evaluation").add_argument
+    add(
         "--val_dataset",
         metavar="SPLITS",
         default="ReasonSeg|val",
         help="splits to validate on while training, joined by ||; custom|PATH is own data",
     )
-    evaluation.add_argument("--eval_steps", type=count, default=200, help="steps between validations")
-    evaluation.add_argument(
-        "--val_batch_size", type=int, default=1, choices=(1,), help="photos per forward pass: each goes by itself"
-    )
-    evaluation.add_argument(
-        "--no_eval", action="store_true", help="do not validate while training, nor evaluate after it"
-    )
-    evaluation.add_argument("--eval_only", action="store_true", help="evaluate --val_dataset without training")
-    evaluation.add_argument(
+    add("--eval_steps", type=count, default=200, help="steps between validations")
+    add("--val_batch_size", type=int, default=1, choices=(1,), help="photos per forward pass: each goes by itself")
+    add("--no_eval", action="store_true", help="do not validate while training, nor evaluate after it")
+    add("--eval_only", action="store_true", help="evaluate --val_dataset without training")
+    add(
         "--eval_all_datasets",
         action="store_true",
         help=f"all {len(DEFAULT_SPLITS)} splits, whatever --val_dataset says",
     )
-    evaluation.add_argument("--eval_all_only", action="store_true", help="short for --eval_only --eval_all_datasets")
-    evaluation.add_argument(
-        "--eval_visualize", action="store_true", help="write pictures of the predictions, the worst first"
-    )
-    evaluation.add_argument(
-        "--overwrite_eval", action="store_true", help="evaluate anew what the results folder already holds"
-    )
+    add("--eval_all_only", action="store_true", help="short for --eval_only --eval_all_datasets")
+    add("--eval_visualize", action="store_true", help="write pictures of the predictions, the worst first")
+    add("--overwrite_eval", action="store_true", help="evaluate anew what the results folder already holds")
 
     parser.add_argument(
         "--config",
@@ -285,6 +252,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--start_epoch {args.start_epoch}: epochs are 0 to {args.epochs - 1}")
     if args.use_vision_lora and not args.optimize_vision:
         parser.error("--use_vision_lora adapts a ViT that stays frozen without --optimize_vision: add it")
+    if args.freeze_llm and args.use_llm_lora:
+        parser.error("--freeze_llm keeps the LLM's layers as they are, --use_llm_lora adapts them: give one of them")
     given = {flag.split("=")[0].removeprefix("--") for flag in argv}
     for flag in ("lora_target_modules", "lora_from_layer"):
         if flag in given and not args.use_llm_lora:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from self1e.distributed import everywhere, gather, is_main, on_main, share
+from self1e.distributed import everywhere, gather, on_main, say, share
 from self1e.files import digest, fault, read_json, sync_folder, write_json
 
 MANIFEST, SETTINGS, BEST = "manifest.json", "settings.json", "best.json"
@@ -26,8 +26,8 @@ FREE = frozenset(
 )
 # What the tensors of a checkpoint depend on: a difference here cannot be waived.
 STRUCTURE = frozenset(
-    "ranks zero_stage use_llm_lora optimize_vision use_vision_lora lora_r lora_target_modules lora_from_layer "
-    "trainable_embeddings mask_features precision".split()
+    "ranks zero_stage use_llm_lora freeze_llm optimize_vision use_vision_lora lora_r lora_target_modules "
+    "lora_from_layer trainable_embeddings mask_features precision".split()
 )
 # Classes, besides tensors and plain containers, that DeepSpeed's own checkpoint files hold.
 TRUSTED = ("deepspeed.", "torch.", "collections.", "argparse.Namespace", "numpy.")
@@ -112,6 +112,7 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any], *, max_steps: in
             f"{checkpoint} is beyond --max_steps {max_steps}: raise --max_steps, or start anew with --overwrite"
         )
     then = read_json(checkpoint / SETTINGS, dict)
+    then = {name: False for name, value in settings.items() if value is False} | then  # a switch it did not know
     differing = {name: (then.get(name), settings[name]) for name in settings if then.get(name) != settings[name]}
     fatal = STRUCTURE & differing.keys()
     if fatal or (differing and not anyway):
@@ -153,11 +154,6 @@ def prune(folder: Path, limit: int) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def say_on_main(text: str) -> None:
-    if is_main():
-        print(text, flush=True)
-
-
 def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
     """The checkpoint to continue from, if any: whole, and of a run with the same settings. All ranks call it together.
 
@@ -173,7 +169,7 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
             raise ValueError(f"--resume {args.resume} is not whole{advice}:\n  " + "\n  ".join(problems))
         found = args.resume
     elif args.auto_resume:
-        found = choose(checkpoints_in(args.run_dir / "checkpoints"), say_on_main)
+        found = choose(checkpoints_in(args.run_dir / "checkpoints"), say)
     else:
         return None
     if found is not None:

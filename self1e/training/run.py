@@ -46,11 +46,7 @@ CHAT_TOKENS = 30  # system text, role headers and a few words: the least a row n
 
 
 def main(argv: list[str]) -> int:
-    """Run the program and return its exit code.
-
-    It is 0 on success, 1 with one message for a known failure, 2 for wrong flags, 75 when the run was asked to stop
-    and can be continued (torchrun makes 1 of it), 130 after Ctrl-C.
-    """
+    """Run the program and return its exit code; docs/training.md lists them."""
     return start(parse(argv))
 
 
@@ -168,15 +164,13 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         healthy.check(recipe)
     if args.trainable_embeddings == "new":
         train_new_rows(model, processor.seg_token_id)
-    if distributed.is_main():
-        sizes = ", ".join(f"{name} {size:,}" for name, size in mixture.sizes.items())
-        size = f"{args.batch_size} photos x {args.grad_accumulation_steps} micro-batches x {settings.world_size} ranks"
-        print(
-            f"{training_table(model)}\n\n{short_run(args, steps)}samples on disk: {sizes}\n"
-            f"an epoch: {mixture.epoch_size:,} samples, {per_epoch:,} steps of {size}\n"
-            f"{'starting anew' if checkpoint is None else f'continuing from {checkpoint}'}",
-            flush=True,
-        )
+    sizes = ", ".join(f"{name} {size:,}" for name, size in mixture.sizes.items())
+    size = f"{args.batch_size} photos x {args.grad_accumulation_steps} micro-batches x {settings.world_size} ranks"
+    distributed.say(
+        f"{training_table(model)}\n\n{short_run(args, steps)}samples on disk: {sizes}\n"
+        f"an epoch: {mixture.epoch_size:,} samples, {per_epoch:,} steps of {size}\n"
+        f"{'starting anew' if checkpoint is None else f'continuing from {checkpoint}'}"
+    )
 
     def validate(step: int) -> dict[str, float]:
         folder = args.run_dir / "validation" / f"step_{step}"
@@ -207,15 +201,14 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     broken = [pair for part in distributed.gather(trainer.broken) for pair in part]
-    if broken and distributed.is_main():
-        print(f"{len(broken)} broken samples were replaced:\n{broken_list(broken)}", flush=True)
+    if broken:
+        distributed.say(f"{len(broken)} broken samples were replaced:\n{broken_list(broken)}")
     causes = [cause for cause in distributed.gather(stop.cause) if cause is not None]
     if not trainer.stopped:
         save(args, trainer, model, tuner, processor)
         log, folder = trainer.state.log_history, args.run_dir
         distributed.on_main(lambda: write_curves(log, folder, recipe=recipe, seed=args.seed, healthy=healthy))
-        if distributed.is_main():
-            print(f"saved {folder / 'ckpt_model'}, the curves are in {folder / 'curves.png'}", flush=True)
+        distributed.say(f"saved {folder / 'ckpt_model'}, the curves are in {folder / 'curves.png'}")
     return causes[0] if causes else None
 
 
@@ -312,6 +305,7 @@ def adapt_as_asked(args: Namespace, model: Self1EForSegmentation) -> LoraModel |
         llm_lora=args.use_llm_lora,
         vision_lora=args.use_vision_lora,
         optimize_vision=args.optimize_vision,
+        freeze_llm=args.freeze_llm,
         r=args.lora_r,
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,

@@ -34,7 +34,9 @@ def demo(loaded, tmp_path):
     from self1e.apps.page import Demo, Limits
 
     (tmp_path / "results").mkdir()
-    return Demo(*loaded, tmp_path / "results", Limits(megapixels=1.0, prompts=20, characters=50, tokens=64))
+    return Demo(
+        *loaded, tmp_path / "results", Limits(megapixels=1.0, prompts=20, characters=50, disk=10**9, tokens=64)
+    )
 
 
 @pytest.fixture
@@ -51,16 +53,16 @@ def ask(demo, path, text, mode=SEGMENT, opacity=0.5, threshold=0.5):
 def test_results_take_no_more_disk_than_allowed(demo, picture):
     import gradio as gr
 
-    from self1e.apps.gate import used
+    from self1e.apps.gate import bytes_in
 
     demo.limits = replace(demo.limits, disk=10_000)
     ask(demo, picture, "it")
-    while used(demo.folder) < 10_000:
+    while bytes_in(demo.folder) < 10_000:
         ask(demo, picture, "it")
-    before = used(demo.folder)
+    before = bytes_in(demo.folder)
     with pytest.raises(gr.Error, match="no space left for results"):
         ask(demo, picture, "it")
-    assert used(demo.folder) == before
+    assert bytes_in(demo.folder) == before
 
 
 def test_answer_has_overlay_text_and_downloads(demo, picture):

@@ -15,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from self1e import Self1EConfig, Self1EForSegmentation
 from self1e.apps.measuring import Peak
 from self1e.model.inference import predict_photo
-from self1e.model.layout import read_layout
-from self1e.model.losses import PackedMasks
+from self1e.model.layout import PackedMasks, read_layout
 from self1e.training.adaptation import adapt
 
 TEXT = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import noise
 
-from self1e.model.attention import PATHWAYS
+from self1e.model.attention import PATHWAYS, perception_mask
 from self1e.model.grids import REPLICATIONS, replicate_tile
 from self1e.model.head import HEADS, ImageSide, SegmentationHead
 from self1e.model.switches import SWITCHES
@@ -29,7 +29,12 @@ class GatedHead(SegmentationHead):
 
 
 def image_to_seg(is_image, is_seg):
-    return lambda b, head, q, k: is_image[b, q] & is_seg[b, k]
+    return lambda b, head, q, k: (k <= q) | (is_image[b, q] & is_seg[b, k])
+
+
+def image_alone(is_image, is_seg):
+    """A pathway that forbids: an image token sees itself and nothing else."""
+    return lambda b, head, q, k: (k == q) | ((k < q) & ~is_image[b, q])
 
 
 def replicate_negative(x, ratio=2):
@@ -41,6 +46,7 @@ def extension(monkeypatch):
     for name, registry, key, entry in (
         ("mask_features", HEADS, "gated", GatedHead),
         ("attention_pathway", PATHWAYS, "seg", image_to_seg),
+        ("attention_pathway", PATHWAYS, "alone", image_alone),
         ("replication", REPLICATIONS, "negative", replicate_negative),
     ):
         monkeypatch.setitem(registry, key, entry)
@@ -48,10 +54,15 @@ def extension(monkeypatch):
         monkeypatch.setitem(SWITCHES, name, replace(switch, choices=(*switch.choices, key)))
 
 
-VARIANTS = [{"mask_features": "gated"}, {"attention_pathway": "seg"}, {"replication": "negative"}]
+VARIANTS = [
+    {"mask_features": "gated"},
+    {"attention_pathway": "seg"},
+    {"attention_pathway": "alone"},
+    {"replication": "negative"},
+]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda x: next(iter(x)))
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda x: "-".join(*x.items()))
 def test_a_new_variant_trains_and_segments(extension, variant, load_tiny, tiny_processor, tmp_path):
     ((flag, value),) = variant.items()
     args = make_parser().parse_args(["--version", "x", "--exp_name", "y", f"--{flag}", value])
@@ -71,6 +82,17 @@ def test_a_new_variant_trains_and_segments(extension, variant, load_tiny, tiny_p
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert getattr(again.config, flag) == value and again.trained_head
+
+
+@torch.no_grad()
+def test_a_pathway_can_forbid(extension, load_tiny):
+    is_image = torch.tensor([[0, 1, 1, 0, 0]] * 2).bool()
+    is_seg = torch.tensor([[0, 0, 0, 1, 0], [0] * 5]).bool()
+    given = {"embeds": torch.zeros(2, 5, 8), "padding_mask": None, "is_image": is_image, "is_seg": is_seg}
+    mask = perception_mask("alone", config=load_tiny().config.llm, **given)
+    expected = torch.ones(2, 5, 5).tril().bool()
+    expected[0, 1:3] = torch.eye(5)[1:3].bool()  # the row without `[SEG]` stays causal
+    assert torch.equal(mask[:, 0], expected)
 
 
 def test_every_value_of_a_switch_has_its_code():

@@ -6,8 +6,7 @@ import torch
 from helpers import noise
 
 from self1e.model import modeling
-from self1e.model.layout import PADDING_ALLOWED, read_layout
-from self1e.model.losses import PackedMasks
+from self1e.model.layout import PADDING_ALLOWED, PackedMasks, read_layout
 
 PLACES = {"tile_tokens": 2, "image_token_id": 9, "seg_token_id": 7}
 
@@ -26,12 +25,13 @@ def test_every_token_is_in_one_group(lengths, side):
     layout = read_layout(ids, mask, **PLACES)
     assert sorted(row for group in layout.groups for row in group.rows) == list(range(len(lengths)))
     assert len(layout.groups) <= 2
-    source, used = layout.part("source"), layout.part("used").bool()
-    assert sorted(ids.flatten()[source[used]].tolist()) == ids[mask.bool()].tolist()
+    source, filled = layout.part("source"), layout.part("padding_mask").bool()
+    assert sorted(ids.flatten()[source[filled]].tolist()) == ids[mask.bool()].tolist()
     for group, part in layout.split():
         assert group.length == max(lengths[row] for row in group.rows)
         assert group.padded == any(lengths[row] < group.length for row in group.rows)
-        assert layout.part("used")[part].view(len(group.rows), -1).sum(1).tolist() == [lengths[r] for r in group.rows]
+        found = layout.part("padding_mask")[part].view(len(group.rows), -1).sum(1).tolist()
+        assert found == [lengths[row] for row in group.rows]
     whole = read_layout(ids, mask, whole=True, **PLACES)
     assert whole.whole and whole.part("source").tolist() == list(range(ids.numel()))
 

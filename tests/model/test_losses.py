@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from self1e.model.losses import SHORT_SIDE, PackedMasks, bce, dice, mask_losses, shrink_target
+from self1e.model.layout import PackedMasks
+from self1e.model.losses import SHORT_SIDE, bce, dice, mask_losses, shrink_target
 
 
 def example(seed: int, masks: int, h: int, w: int):

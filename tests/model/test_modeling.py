@@ -7,13 +7,14 @@ import pytest
 import torch
 from helpers import noise
 from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
 from self1e.model.layout import read_layout
 from self1e.model.losses import mask_losses
-from self1e.model.modeling import StochasticDepthLayer, place_image_tokens
+from self1e.model.modeling import StochasticDepthLayer
 
 SIDE = 2  # image tokens a tile side of the tiny model
 ENLARGED = {"baseline": 1, "replication": 2, "rfr": 2, "rfa": 4}
@@ -293,12 +294,31 @@ def test_masks_must_match_the_seg_tokens(tiny_processor, load_tiny, change):
         load_tiny()(**batch)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_masks_of_rows_without_seg_are_checked_and_cost_nothing(tiny_processor, load_tiny, training):
+    batch = tiny_processor([noise(56, 56)], [[["<image>\nhow many?", "two"]]], [[np.zeros((0, 9, 9), np.uint8)]])
+    model = load_tiny().train(training)
+    losses = model(**batch).losses
+    assert losses["mask_bce"] == losses["mask_dice"] == 0 and losses["ce"] > 0
+    batch["mask_targets"] = [torch.ones(1, 9, 9, dtype=torch.uint8)]
+    with pytest.raises(ValueError, match=r"rows hold \[0\] \[SEG\] tokens, mask_targets hold \[1\] masks"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_masks_without_photos_or_with_a_cache_are_refused(tiny_processor, load_tiny, with_labels):
+    batch = {name: x for name, x in mixed_batch(tiny_processor).items() if with_labels or name != "labels"}
+    for change in ({"pixel_values": None}, {"past_key_values": DynamicCache()}):
+        with pytest.raises(ValueError, match="mask_targets need photos .* and no past_key_values"):
+            load_tiny()(**{**batch, **change})
+
+
 def test_image_tokens_are_placed_in_order():
     tokens = torch.arange(3 * 2.0).reshape(3, 2, 1)  # three tiles of two tokens, width 1
     ids = torch.tensor([[0, 9, 9, 0, 0], [9, 9, 9, 9, 0], [0, 0, 0, 9, 9]])
     places = {"tile_tokens": 2, "image_token_id": 9, "seg_token_id": None, "split": False}
     layout = read_layout(ids, grids=[(1, 2), (1, 1)], row_image=[1, 0, 1], **places)
-    found = place_image_tokens(torch.full((15, 1), -1.0), layout, tokens)
+    found = layout.place_image_tokens(torch.full((15, 1), -1.0), tokens)
     assert found.view(3, 5).tolist() == [[-1, 4, 5, -1, -1], [0, 1, 2, 3, -1], [-1, -1, -1, 4, 5]]
 
 

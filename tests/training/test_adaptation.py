@@ -20,9 +20,9 @@ from self1e.training.adaptation import (
 )
 
 COMBINATIONS = [
-    dict(zip(("llm_lora", "optimize_vision", "vision_lora"), values))
-    for values in itertools.product((False, True), repeat=3)
-    if values[1] or not values[2]
+    dict(zip(("llm_lora", "optimize_vision", "vision_lora", "freeze_llm"), values))
+    for values in itertools.product((False, True), repeat=4)
+    if (values[1] or not values[2]) and not (values[0] and values[3])
 ]
 
 
@@ -40,14 +40,14 @@ def batch_of(version):
     )
 
 
-def expected_kind(name: str, *, llm_lora: bool, optimize_vision: bool, vision_lora: bool) -> str:
-    """The issue's words, by the parameter's name."""
+def expected_kind(name: str, *, llm_lora: bool, optimize_vision: bool, vision_lora: bool, freeze_llm: bool) -> str:
+    """The words of the documentation, by the parameter's name."""
     if ".lora_" in name:
         return "adapters"
     if name.startswith((VISION, PROJECTOR)):
         if not optimize_vision or (vision_lora and name.startswith(VISION)):
             return "frozen"
-    elif llm_lora and name.startswith((LLM + "layers.", LLM + "norm.")):
+    elif (llm_lora or freeze_llm) and name.startswith((LLM + "layers.", LLM + "norm.")):
         return "frozen"
     return "trained"
 
@@ -156,6 +156,8 @@ def test_nonsense_is_refused(load_tiny):
         adapt(load_tiny(), **flags, from_layer=2)
     with pytest.raises(ValueError, match="--optimize_vision"):
         adapt(load_tiny(), llm_lora=False, vision_lora=True, optimize_vision=False)
+    with pytest.raises(ValueError, match="--freeze_llm and --use_llm_lora"):
+        adapt(load_tiny(), **flags, freeze_llm=True)
 
 
 def test_the_table_counts_every_parameter_once(load_tiny):

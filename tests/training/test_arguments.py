@@ -22,6 +22,7 @@ DEFAULTS = {
     "high_res": False,
     "attn_implementation": "sdpa",
     "use_llm_lora": False,
+    "freeze_llm": False,
     "use_vision_lora": False,
     "optimize_vision": False,
     "lora_r": 128,
@@ -132,6 +133,8 @@ def test_published_flags_without_meaning_are_refused(capsys, name, form):
     ("flags", "says"),
     [
         ("--use_vision_lora", "--optimize_vision"),
+        ("--use_llm_lora --freeze_llm", "--freeze_llm keeps the LLM's layers"),
+        ("--freeze_llm --lora_r 8", "--use_llm_lora"),
         ("--lora_r 8", "--use_llm_lora"),
         ("--lora_alpha=8", "--use_llm_lora"),
         ("--lora_dropout 0.1", "--use_llm_lora"),

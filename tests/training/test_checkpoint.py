@@ -112,6 +112,16 @@ def test_another_number_of_ranks_is_refused_before_anything_loads(run, name, now
     )
 
 
+def test_a_switch_that_a_checkpoint_does_not_know_was_off(run):
+    folder = run / "checkpoints" / "checkpoint-4"
+    settings = read_json(folder / "settings.json")
+    assert settings["freeze_llm"] is False
+    (folder / "settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "freeze_llm"}))
+    check_resumable(folder, settings, max_steps=None, anyway=False)
+    with pytest.raises(ValueError, match="freeze_llm: None then, True now"):
+        check_resumable(folder, settings | {"freeze_llm": True}, max_steps=None, anyway=True)
+
+
 def test_what_may_change_is_taken(run, tiny_version, shapes, capsys):
     flags = ("--max_steps", "5", "--save_steps", "5", "--workers", "1", "--no_eval", "--report_to", "none")
     train(tiny_version, shapes, run.parent, "run", *flags, "--print_freq", "2", "--auto_resume")

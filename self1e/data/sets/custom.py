@@ -33,6 +33,7 @@ from self1e.data.sample import (
     EvalSplit,
     Sample,
     SampleError,
+    SharedRecords,
     TrainingSet,
     image_keys,
     load_oriented,
@@ -210,7 +211,7 @@ class CustomData:
             raise SampleError(id, f"{place}: malformed segmentation ({error})") from error
 
 
-class CustomSet(TrainingSet):
+class CustomSet(SharedRecords, TrainingSet):
     """Training photos of one source; a row is one sentence."""
 
     name = NAME
@@ -228,15 +229,6 @@ class CustomSet(TrainingSet):
     def paths(cls, dataset_dir: Path, data_dir: Path, source: str | Path | None = None) -> list[Path]:
         return [] if source is None else [find_source(source)]
 
-    def keys(self) -> np.ndarray:
-        return self.data.keys()
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        return self.data.annotations(item)
-
-    def remarks(self) -> list[str]:
-        return self.data.remarks()
-
     def read(self, item: int, rng: np.random.Generator) -> Sample:
         expressions = self.data.expressions(item)
         drawn = rng.choice(len(expressions), min(self.rows, len(expressions)), replace=False)
@@ -252,7 +244,7 @@ def _question(text: str, rng: np.random.Generator) -> str:
     return prompts.short_question(text.lower(), rng)
 
 
-class CustomSplit(EvalSplit):
+class CustomSplit(SharedRecords, EvalSplit):
     """One source for evaluation; `name` is "custom|<path>", a unit is one sentence."""
 
     def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
@@ -269,17 +261,8 @@ class CustomSplit(EvalSplit):
     def __len__(self) -> int:
         return len(self.data)
 
-    def keys(self) -> np.ndarray:
-        return self.data.keys()
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        return self.data.annotations(item)
-
     def faults(self) -> list[str]:
         return self.data.problems()
-
-    def remarks(self) -> list[str]:
-        return self.data.remarks()
 
     def read(self, item: int) -> EvalImage:
         return self.data.evaluation_image(item)

@@ -20,6 +20,7 @@ from self1e.data.sample import (
     Annotation,
     EvalImage,
     EvalSplit,
+    Records,
     Sample,
     SampleError,
     TrainingSet,
@@ -37,18 +38,6 @@ def _root(dataset_dir: Path) -> Path:
 
 def _photos(dataset_dir: Path, splits: list[str]) -> list[Path]:
     return [path for split in splits for path in sorted((_root(dataset_dir) / split).glob("*.jpg"))]
-
-
-def _unread(photos: list[Path]) -> list[str]:
-    """The JSON files beside the photos that belong to none of them, for example because a photo ends with .JPG."""
-    known = set(photos)
-    folders = sorted({photo.parent for photo in photos})
-    files = [path for folder in folders for path in sorted(folder.glob("*.json"))]
-    return [
-        f"{path} is not read: no {path.stem}.jpg is beside it"
-        for path in files
-        if path.with_suffix(".jpg") not in known
-    ]
 
 
 def read_record(photo: Path, id: str) -> dict:
@@ -81,7 +70,33 @@ def load_mask(photo: Path, shapes: list[dict], id: str) -> tuple[Image.Image, np
         raise SampleError(id, f"{photo.with_suffix('.json')}: {error}") from error
 
 
-class ReasonSeg(TrainingSet):
+class PhotoRecords(Records):
+    """What training set and splits answer alike from their photos."""
+
+    photos: list[Path]
+
+    def keys(self) -> np.ndarray:
+        return image_keys(photo.name for photo in self.photos)
+
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
+        for number, shape in enumerate(read_record(self.photos[item], self.photos[item].name)["shapes"]):
+            if shape["points"]:
+                points = [number for point in shape["points"] for number in point]
+                yield Annotation(f"shapes[{number}]", [points], image.height, image.width)
+
+    def faults(self) -> list[str]:
+        """The JSON files beside the photos that belong to none of them, for example because a photo ends with .JPG."""
+        known = set(self.photos)
+        folders = sorted({photo.parent for photo in self.photos})
+        files = [path for folder in folders for path in sorted(folder.glob("*.json"))]
+        return [
+            f"{path} is not read: no {path.stem}.jpg is beside it"
+            for path in files
+            if path.with_suffix(".jpg") not in known
+        ]
+
+
+class ReasonSeg(PhotoRecords, TrainingSet):
     """Training photos of one or several splits.
 
     splits:      names joined by "_", such as "train_val"
@@ -116,10 +131,6 @@ class ReasonSeg(TrainingSet):
         return [_root(dataset_dir) / split for split in split_names(splits)] + explained
 
     @classmethod
-    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
-        return _root(dataset_dir) / "train"
-
-    @classmethod
     def everything(cls, dataset_dir: Path, data_dir: Path) -> dict[str, Any]:
         return {"explanatory": 0.0} if _explanation_file(dataset_dir).exists() else {}
 
@@ -127,15 +138,6 @@ class ReasonSeg(TrainingSet):
     def explained(self) -> int:
         """Number of samples that have an explanation."""
         return sum(self.photos[item].name in self.explanations for item in self.items)
-
-    def keys(self) -> np.ndarray:
-        return image_keys(photo.name for photo in self.photos)
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        return _polygons(self.photos[item], image)
-
-    def faults(self) -> list[str]:
-        return _unread(self.photos)
 
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:
         photo = self.photos[item]
@@ -190,7 +192,7 @@ def split_names(splits: str) -> list[str]:
     return names
 
 
-class ReasoningSplit(EvalSplit):
+class ReasoningSplit(PhotoRecords, EvalSplit):
     """An evaluation split with one unit per photo, the first text; `name` is "ReasonSeg|<split>"."""
 
     def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
@@ -203,15 +205,6 @@ class ReasoningSplit(EvalSplit):
 
     def __len__(self) -> int:
         return len(self.photos)
-
-    def keys(self) -> np.ndarray:
-        return image_keys(photo.name for photo in self.photos)
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        return _polygons(self.photos[item], image)
-
-    def faults(self) -> list[str]:
-        return _unread(self.photos)
 
     def read(self, item: int) -> EvalImage:
         photo = self.photos[item]
@@ -228,13 +221,6 @@ class ReasoningSplit(EvalSplit):
             lower=False,
             load=partial(_load_unit, photo, record["shapes"], id),
         )
-
-
-def _polygons(photo: Path, image: Image.Image) -> Iterator[Annotation]:
-    for number, shape in enumerate(read_record(photo, photo.name)["shapes"]):
-        if shape["points"]:
-            points = [number for point in shape["points"] for number in point]
-            yield Annotation(f"shapes[{number}]", [points], image.height, image.width)
 
 
 def _load_unit(photo: Path, shapes: list[dict], id: str) -> tuple[Image.Image, np.ndarray]:

@@ -19,7 +19,16 @@ from self1e.data.coco import CocoIndex
 from self1e.data.index import open_index
 from self1e.data.masks import annotation_mask, decode_each, orient
 from self1e.data.readers import read_refs
-from self1e.data.sample import Annotation, EvalImage, EvalSplit, PhotoFolder, Sample, SampleError, TrainingSet
+from self1e.data.sample import (
+    Annotation,
+    EvalImage,
+    EvalSplit,
+    PhotoFolder,
+    Sample,
+    SampleError,
+    SharedRecords,
+    TrainingSet,
+)
 from self1e.model import prompts
 
 PHOTOS = {"refclef": "saiapr_tc-12", "refzom": "mscoco/images/trainval2014"}  # below refer_seg/images
@@ -100,6 +109,10 @@ class ReferringData:
         row = int(self.coco.image_rows(self.image_ids[item : item + 1])[0])
         return self.coco.placed(row, map(self.coco.annotation, wanted))
 
+    def remarks(self) -> list[str]:
+        """What is odd in the annotations but has a settled meaning."""
+        return self.coco.remarks(empty="are empty masks")
+
     def load(self, item: int, targets: list[list[int]]) -> tuple[Image.Image, np.ndarray]:
         """Photo, and for each list of annotation ids the union of their masks (n, H, W); -1 adds nothing."""
         file_name, height, width = self._image(item)
@@ -130,7 +143,7 @@ def _in_split(known: str, split: str, name: str) -> bool:
     return split.removeprefix("test") in known
 
 
-class ReferringTrain(TrainingSet):
+class ReferringTrain(SharedRecords, TrainingSet):
     """Training images of one set; sub-classes name it."""
 
     partition = "unc"
@@ -148,17 +161,8 @@ class ReferringTrain(TrainingSet):
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
         return list(ReferringData.paths(dataset_dir, cls.name, cls.partition))
 
-    def keys(self) -> np.ndarray:
-        return self.data.keys()
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        return self.data.annotations(item)
-
     def faults(self) -> list[str]:
         return self.data.coco.faults()
-
-    def remarks(self) -> list[str]:
-        return self.data.coco.remarks(empty="are empty masks")
 
     def counts(self) -> dict[str, int]:
         return self.data.counts()
@@ -197,7 +201,7 @@ class GRefCOCO(ReferringTrain):
     name = "grefcoco"
 
 
-class ReferringSplit(EvalSplit):
+class ReferringSplit(SharedRecords, EvalSplit):
     """An evaluation split; `name` is "<set>|<partition>|<split>"."""
 
     def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
@@ -210,15 +214,6 @@ class ReferringSplit(EvalSplit):
 
     def __len__(self) -> int:
         return len(self.data)
-
-    def keys(self) -> np.ndarray:
-        return self.data.keys()
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        return self.data.annotations(item)
-
-    def remarks(self) -> list[str]:
-        return self.data.coco.remarks(empty="are empty masks")
 
     def counts(self) -> dict[str, int]:
         return self.data.counts()

@@ -85,12 +85,9 @@ class LabelMapSet(TrainingSet):
 
 class ADE20K(LabelMapSet):
     name = "ade20k"
+    folder = "ade20k"
     listed = "photos"
     first_label = 1  # 0 = other
-
-    @classmethod
-    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
-        return Path(dataset_dir) / "ade20k"
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -100,11 +97,8 @@ class ADE20K(LabelMapSet):
 
 class COCOStuff(LabelMapSet):
     name = "cocostuff"
+    folder = "cocostuff"
     cap = 30_000
-
-    @classmethod
-    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
-        return Path(dataset_dir) / "cocostuff"
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -116,10 +110,7 @@ class COCOStuff(LabelMapSet):
 
 class Mapillary(LabelMapSet):
     name = "mapillary"
-
-    @classmethod
-    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
-        return Path(dataset_dir) / "mapillary"
+    folder = "mapillary"
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -193,11 +184,8 @@ class PartSet(TrainingSet):
 
 class PACO(PartSet):
     name = "paco_lvis"
+    folder = "vlpart/paco"
     cap = 30_000
-
-    @classmethod
-    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
-        return Path(dataset_dir) / "vlpart" / "paco"
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -213,10 +201,7 @@ class PACO(PartSet):
 
 class PascalPart(PartSet):
     name = "pascal_part"
-
-    @classmethod
-    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
-        return Path(dataset_dir) / "vlpart" / "pascal_part"
+    folder = "vlpart/pascal_part"
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:

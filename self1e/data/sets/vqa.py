@@ -25,6 +25,7 @@ class LLaVAInstruct(TrainingSet):
     """
 
     name = "llava_instruct_150k"
+    folder = "llava_dataset"
     segmentation = False
     redrawn = True
 
@@ -39,10 +40,6 @@ class LLaVAInstruct(TrainingSet):
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
         root = Path(dataset_dir)
         return [root / "llava_dataset" / "llava_instruct_150k.json", root / "coco" / "train2017"]
-
-    @classmethod
-    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
-        return Path(dataset_dir) / "llava_dataset"
 
     def keys(self) -> np.ndarray:
         return self._index.array("image_keys")
