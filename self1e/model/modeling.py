@@ -231,12 +231,10 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             image_features = self.encode_images(pixel_values, layout.grids, for_masks=with_masks, head_runs=for_photos)
         if image_features is not None:
             embeds = layout.place_image_tokens(embeds, image_features.tokens)
-        outputs = []
+        outputs, padding = [], layout.part("padding_mask")
         for group, part in layout.split():
             rows = rearrange(embeds[part], "(r n) c -> r n c", r=len(group.rows))
-            mask = attention_mask
-            if not generating:
-                mask = self.attention_mask_of(rows, ids[part], layout.part("padding_mask")[part], group)
+            mask = attention_mask if generating else self.attention_mask_of(rows, ids[part], padding[part], group)
             outputs.append(self.run_llm(rows, mask, position_ids, past_key_values, **kwargs))
         states = torch.cat([out.last_hidden_state.flatten(0, 1) for out in outputs])  # P C, normalised
         result = Self1EOutput(past_key_values=outputs[-1].past_key_values)
