@@ -97,7 +97,7 @@ def quiet_libraries() -> None:
     first = distributed.is_main()
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
     logging.getLogger("self1e").setLevel(logging.INFO if first else logging.WARNING)  # broken samples of any rank
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the hub's requests
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)  # accumulation is the Trainer's, not its own
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls

@@ -17,10 +17,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
 import yaml
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from self1e.data.masks import check_size, decode_segmentation, orient
@@ -119,7 +119,7 @@ def find_files(source: str, split: str) -> list[Path]:
         return [Path(hf_hub_download(source, name, repo_type="dataset")) for name in of_split(names, split)]
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    except (httpx.HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise FileNotFoundError(f"there is no folder {source}, and the hub did not serve it: {error}") from error
 
 
