@@ -26,9 +26,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 mask`, `2,000 masks`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 mask`, `2,000 masks`, or another plural."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ Everything takes and returns RGB `PIL.Image`s; masks are (H, W) or (n, H, W) at 
 """
 
 import re
+import subprocess
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,8 @@ PALETTE: tuple[Color, ...] = (
 GROUND_TRUTH, PREDICTION, IGNORED = PALETTE[0], PALETTE[4], (200, 200, 205)
 INK, PAPER, MUTED = (24, 24, 27), (255, 255, 255), (105, 105, 112)
 
-# Names of fonts, wide coverage first, because sentences can be in any script. Pillow's own font is the last.
+# Names of fonts, wide coverage first, because sentences can be in any script. Pillow's own font is the last; letters
+# that none of them holds are looked for among the fonts that fontconfig knows.
 FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
@@ -40,9 +42,6 @@ FONTS = (
     "wqy-microhei.ttc",
     "wqy-zenhei.ttc",
     "DroidSansFallbackFull.ttf",
-    "NotoSansDevanagari-Regular.ttf",
-    "NotoSansArabic-Regular.ttf",
-    "NotoSansThai-Regular.ttf",
 )
 BOXES = "(boxes: letters that no font found here holds; the Noto font of their script would)"
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -67,10 +66,25 @@ def _holds(font: Font, letter: str) -> bool:
     return pictures[0].size != pictures[1].size or bytes(pictures[0]) != bytes(pictures[1])
 
 
+@cache
+def _font_of(letter: str, size: int) -> list[Font]:
+    """The font that fontconfig names for a letter, where it is installed and the font does hold it."""
+    command = ["fc-match", "--format=%{file}", f"sans:charset={ord(letter):x}"]
+    try:
+        file = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        font = ImageFont.truetype(file, size)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [font] if _holds(font, letter) else []
+
+
 def _font(size: int, text: str) -> tuple[Font, bool]:
     """The font that draws most of a text, and whether it draws all of it."""
-    letters = set("".join(text.split()))
-    held = {font: sum(_holds(font, letter) for letter in letters) for font in _fonts(size)}
+    letters, fonts = set("".join(text.split())), [*_fonts(size)]
+    for letter in sorted(letters):
+        if not any(_holds(font, letter) for font in fonts):
+            fonts += _font_of(letter, size)
+    held = {font: sum(_holds(font, letter) for letter in letters) for font in fonts}
     best = max(held, key=lambda font: held[font])  # the first of equals
     return best, held[best] == len(letters)
 

@@ -1,7 +1,12 @@
 """Pictures are checked by their pixels and sizes; how they look is for the eye."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image, ImageChops
 
 from self1e import visualize
@@ -59,6 +64,7 @@ def test_panel_holds_any_caption(caption):
 def test_every_script_is_drawn_or_its_boxes_are_explained(monkeypatch, fonts, boxes):
     """With a font for it, Japanese is drawn; without, a line says what the boxes are; Latin needs no such line."""
     monkeypatch.setattr(visualize, "FONTS", fonts)
+    monkeypatch.setattr(visualize, "_font_of", lambda letter, size: [])  # fontconfig is asked in a test of its own
     visualize._fonts.cache_clear()
     if fonts == FONTS and not any(visualize._holds(font, "日") for font in visualize._fonts(20)):
         boxes = True  # no font for it on this machine
@@ -70,6 +76,37 @@ def test_every_script_is_drawn_or_its_boxes_are_explained(monkeypatch, fonts, bo
 def test_letters_that_a_font_lacks_are_known():
     font = visualize._fonts(20)[-1]  # Pillow's own
     assert visualize._holds(font, "a") and not visualize._holds(font, "日")
+
+
+@pytest.mark.skipif(shutil.which("fc-match") is None, reason="fontconfig is not installed")
+def test_fontconfig_is_asked_for_letters_that_no_listed_font_holds(monkeypatch, tmp_path):
+    """An installed font of any name draws its script: here one that holds a single letter of Thai."""
+    letter = "\N{THAI CHARACTER KO KAI}"
+    pen = TTGlyphPen(None)
+    for point, place in enumerate([(50, 0), (50, 700), (300, 350)]):
+        (pen.lineTo if point else pen.moveTo)(place)
+    pen.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "thai"])
+    font.setupCharacterMap({ord(letter): "thai"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "thai": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (500, 0), "thai": (400, 50)})
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "One letter", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    (tmp_path / "fonts").mkdir()
+    font.save(tmp_path / "fonts/one.ttf")
+    configuration = f"<fontconfig><dir>{tmp_path}/fonts</dir><cachedir>{tmp_path}</cachedir></fontconfig>"
+    (tmp_path / "fonts.conf").write_text(configuration)
+    monkeypatch.setenv("FONTCONFIG_FILE", str(tmp_path / "fonts.conf"))
+    visualize._font_of.cache_clear()
+    found, whole = visualize._font(20, letter * 3)
+    assert whole and Path(found.path).name == "one.ttf"
+    assert visualize._font(20, "\N{DEVANAGARI LETTER A}")[1] is False
+    monkeypatch.setenv("PATH", str(tmp_path))  # without fontconfig
+    visualize._font_of.cache_clear()
+    assert visualize._font(20, letter)[1] is False
 
 
 def test_panel_shows_tall_and_wide_photos_whole():

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
+    AddedToken,
     GenerationConfig,
     GotOcr2ImageProcessor,
     InternVLConfig,
@@ -25,7 +26,7 @@ from self1e.files import write_json
 from self1e.model import checkpoints
 from self1e.model.configuration import DTYPES
 from self1e.model.processing import CHAT_TEMPLATE, MEAN, STD
-from self1e.model.prompts import END_OF_TURN, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING
+from self1e.model.prompts import END_OF_TURN, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING, SEG, SEGT
 from self1e.training.model_card import write_model_card
 
 HEADLESS = ("internvl", "hf")
@@ -97,13 +98,16 @@ def digests(model, *, with_head: bool) -> dict[str, bytes]:
 def stock_processor(folder: Path, config: Self1EConfig) -> InternVLProcessor:
     """The processor that transformers' own InternVL needs, for the tokenizer in `folder`: text and tiles as ours.
 
-    Its image tag is the image token. It never cuts a photo into tiles unless asked (`crop_to_patches=True`). The model
-    knows no videos; the padding token stands where the class wants a token for them.
+    Its image tag is the image token. It cuts a photo into tiles when it is called with `max_patches`. The model knows
+    no videos; the padding token stands where the class wants a token for them.
     """
     named = {"start_image_token": IMG_START, "end_image_token": IMG_END, "context_image_token": IMG_CONTEXT}
     tokenizer = Qwen2Tokenizer.from_pretrained(folder, extra_special_tokens=named | {"video_token": PADDING})
+    learnt = [token for token in (SEG, SEGT) if token in tokenizer.get_vocab()]
+    # A pipeline leaves special tokens out of its answers, and these are part of the answer.
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in learnt])
     size = {"height": config.tile_size, "width": config.tile_size}
-    images = GotOcr2ImageProcessor(size=size, image_mean=MEAN, image_std=STD, crop_to_patches=False)
+    images = GotOcr2ImageProcessor(size=size, image_mean=MEAN, image_std=STD, max_patches=1)
     template = CHAT_TEMPLATE.replace(IMAGE_TAG, IMG_CONTEXT)
     return InternVLProcessor(
         images, tokenizer, InternVLVideoProcessor(size=size), image_seq_length=config.tile_tokens,
@@ -120,7 +124,9 @@ def write(model: Self1EForSegmentation, texts, folder: Path, layout: str) -> Non
     model.segmentation_head = torch.nn.Module()  # type: ignore[assignment]
     model.config.mask_features = "rfa"  # what the head was does not matter any more
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN), pad_token_id=tokenizer.pad_token_id
+        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[tokenizer.convert_tokens_to_ids(IMG_CONTEXT)],  # as our own chat
     )
     checkpoints.save(model, tokenizer, folder, published=layout == "internvl")
     stock_processor(folder, Self1EConfig.from_pretrained(folder)).save_pretrained(folder)
@@ -137,7 +143,8 @@ def write(model: Self1EForSegmentation, texts, folder: Path, layout: str) -> Non
 def reload(folder: Path, layout: str, dtype: torch.dtype):
     """The written checkpoint as its readers load it."""
     if layout == "hf":
-        return InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+        with checkpoints.quiet():
+            return InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     return load(str(folder), None, dtype)[0]
 
 

@@ -47,8 +47,14 @@ CSS = """
 #downloads td:has(.label-clear-button) {display: none}
 footer {display: none !important}
 """
-# On a phone the result lies below the fold; bring it into view with Cancel above it when Run is pressed.
-SHOW_RESULT = "() => { if (window.innerWidth < 768) document.querySelector('#cancel').scrollIntoView() }"
+# On a phone the result lies below the fold; bring it into view with Cancel above it when Run is pressed. Run waits for
+# a Cancel just before it, until which the library drops the click: until the work has ended, 3 seconds at most.
+RUN = """async () => {
+    if (window.innerWidth < 768) document.querySelector('#cancel').scrollIntoView()
+    await window.stopping
+}"""
+CANCEL = "() => { window.stopping = new Promise(done => { window.stopped = done; setTimeout(done, 3000) }) }"
+ENDED = "() => { window.stopped?.() }"
 
 
 @dataclass(frozen=True)
@@ -265,12 +271,13 @@ def build(demo: Demo, name: str, *, queue: int, high_res: bool = False) -> gr.Bl
                                      interactive=False, elem_id="downloads")  # fmt: skip
         gr.Examples(examples(), [image, prompts], label="Examples", cache_examples=False)
         settings = [image, prompts, mode, threshold, tiles, length, opacity]
-        gr.on([run.click, prompts.submit], None, js=SHOW_RESULT, api_visibility="private")
-        work = gr.on(
-            [run.click, prompts.submit], demo.answer, settings, [result, answer, downloads, shown],
+        asked = gr.on([run.click, prompts.submit], None, js=RUN, api_visibility="private")
+        work = asked.then(
+            demo.answer, settings, [result, answer, downloads, shown],
             api_name="answer", concurrency_limit=1, show_progress_on=result,
         )  # fmt: skip
-        stopped = cancel.click(None, cancels=[work], api_visibility="private")
+        work.then(None, js=ENDED, api_visibility="private")
+        stopped = cancel.click(None, js=CANCEL, cancels=[work], api_visibility="private")
         stopped.then(pack, shown, downloads, queue=False, show_progress="hidden", api_visibility="private")
         opacity.change(paint, [shown, opacity], result, trigger_mode="always_last", show_progress="hidden",
                        api_visibility="private")  # fmt: skip

@@ -6,6 +6,9 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 DATASETS = "docs/data.md, section Datasets"
+# Sets that `self1e data get` does not bring: a user's own, and those that only their authors hand out.
+UNFETCHED = ("custom", "parquet", "refcocom", "refzom", "rrefcoco", "rrefcoco+", "rrefcocog")
+FEW = 3  # missing paths of one missing folder that are named one by one
 LINKED_LEVELS = 2  # folders below a photo folder that may be links to anywhere
 
 
@@ -15,16 +18,37 @@ def missing(wanted: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
 
 
 def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
-    """Raise one FileNotFoundError that names every path of the (set or split, path) pairs that is not on disk."""
+    """Raise one FileNotFoundError that names every path of the (set or split, path) pairs that is not on disk.
+
+    Several of them below one folder that is missing itself, such as a mistyped `--dataset_dir`, are one line.
+    """
     users: dict[Path, list[str]] = {}
     for name, path in missing(wanted):
         if name not in users.setdefault(path, []):
             users[path].append(name)
-    if users:
-        lines = "\n".join(f"  {path}   ({', '.join(names)})" for path, names in users.items())
-        raise FileNotFoundError(
-            f"missing data; {DATASETS}, says what goes where, and `self1e data get` brings most sets:\n{lines}"
-        )
+    if not users:
+        return
+    below: dict[Path, list[Path]] = {}
+    for path in users:
+        below.setdefault(_first_missing(path), []).append(path)
+    lines = []
+    for folder, paths in below.items():
+        if len(paths) > FEW:
+            sets = {name for path in paths for name in users[path]}
+            lines.append(f"{folder}   (the folder is missing: {len(paths)} files and folders of {len(sets)} sets)")
+        else:
+            lines += [f"{path}   ({', '.join(users[path])})" for path in paths]
+    wanted_sets = dict.fromkeys(name.split("|")[0] for names in users.values() for name in names)
+    get = " ".join(name for name in wanted_sets if name not in UNFETCHED)
+    brings = f", and `self1e data get {get}` brings what can be downloaded" if get else ""
+    raise FileNotFoundError(f"missing data; {DATASETS}, says what goes where{brings}:\n  " + "\n  ".join(lines))
+
+
+def _first_missing(path: Path) -> Path:
+    """The path itself or the folder above it that is missing while the one above that is there."""
+    while not path.parent.exists():
+        path = path.parent
+    return path
 
 
 def inside(folder: Path, name: str, *, allow_outside: bool = False) -> Path:

@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from logging import ERROR, LogRecord, getLogger
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -32,6 +33,7 @@ from self1e.model.switches import SWITCHES
 
 HEAD, INDEX, CHECKSUMS = "segmentation_head.", "model.safetensors.index.json", "checksums.json"
 SCREEN = 40  # lines; longer lists of misfits are joined by layer
+PATIENCE = 5  # seconds of loading or writing weights without a progress bar
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Applied in this order to every key, reversed on writing: (original, native).
 _RENAMINGS = (
@@ -108,7 +110,7 @@ def load(
     _check_index(Path(source))
     _check_bytes(Path(source))
     try:
-        with _quiet():
+        with quiet():
             model, report = from_pretrained(
                 source, config=base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
@@ -204,14 +206,31 @@ def _resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> 
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Silence the library's loading report: `_check` raises what it would only warn of."""
-    level = logging.get_verbosity()
+def quiet():
+    """Silence what the libraries say while they load and write weights.
+
+    The report of loading goes because `_check` raises what it would only warn of, bars where the work is short, and
+    DeepSpeed's warning of a machine without GPU, because saving asks it for its own engine alone.
+    """
+    level, hook = logging.get_verbosity(), logging.set_tqdm_hook(_late_bar)
     logging.set_verbosity_error()
+    deepspeed = getLogger("DeepSpeed")
+    deepspeed.addFilter(_is_error)
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        logging.set_tqdm_hook(hook)
+        deepspeed.removeFilter(_is_error)
+
+
+def _is_error(record: LogRecord) -> bool:
+    return record.levelno >= ERROR
+
+
+def _late_bar(bar: Callable, args: tuple, options: dict) -> Any:
+    """A progress bar of the library that shows only where the work takes long."""
+    return bar(*args, **options | {"delay": PATIENCE})
 
 
 def save(model: PreTrainedModel, processor, folder: str | Path, *, published: bool = False) -> None:
@@ -226,10 +245,11 @@ def save(model: PreTrainedModel, processor, folder: str | Path, *, published: bo
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if published:
-            _write_published(model, partial)
-        else:
-            model.save_pretrained(partial)
+        with quiet():
+            if published:
+                _write_published(model, partial)
+            else:
+                model.save_pretrained(partial)
         processor.save_pretrained(partial)
         write_json(partial / CHECKSUMS, {path.name: digest(path) for path in sorted(partial.glob("*.safetensors"))})
         if folder.exists():

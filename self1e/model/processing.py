@@ -86,9 +86,7 @@ class Self1EProcessor(ProcessorMixin):
         absent = [token for token in (IMG_START, IMG_CONTEXT, IMG_END) if token not in tokenizer.get_vocab()]
         if absent:
             raise ValueError(f"{tokenizer.name_or_path}: the tokenizer lacks {absent}; expected InternVL3's tokenizer")
-        for token in (SEG, SEGT):
-            if token not in tokenizer.get_vocab():
-                tokenizer.add_tokens([token], special_tokens=True)
+        tokenizer.add_tokens([SEG, SEGT], special_tokens=True)  # or makes those special that are there
         super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
         self.image_size, self.tile_tokens = image_size, tile_tokens
         self.seg_token_id, self.segt_token_id, self.image_token_id = (

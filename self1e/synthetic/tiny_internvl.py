@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
 
 from self1e.files import write_json
+from self1e.model.checkpoints import quiet
 from self1e.synthetic.tiny_tokenizer import save_tokenizer
 
 
@@ -305,7 +306,8 @@ def make_tiny_internvl(
     write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
     if layout == "hf":
         model = to_hf(config, weights, ids).bfloat16()
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         Qwen2Tokenizer.from_pretrained(folder).save_pretrained(folder)
         return folder
     write_json(folder / "generation_config.json", {"_from_model_config": True}, indent=2)

@@ -24,7 +24,7 @@ from self1e.data.sample import SampleError
 from self1e.data.splits import DEFAULT_SPLITS, get_splits, load_split, split_paths
 from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
-from self1e.flags import check_writable
+from self1e.flags import check_writable, counted
 from self1e.model import checkpoints
 from self1e.model.configuration import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
@@ -165,10 +165,11 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
     if args.trainable_embeddings == "new":
         train_new_rows(model, processor.seg_token_id)
     sizes = ", ".join(f"{name} {size:,}" for name, size in mixture.sizes.items())
-    size = f"{args.batch_size} photos x {args.grad_accumulation_steps} micro-batches x {settings.world_size} ranks"
+    micro_batches = counted(args.grad_accumulation_steps, "micro-batch", "micro-batches")
+    size = f"{counted(args.batch_size, 'photo')} x {micro_batches} x {counted(settings.world_size, 'rank')}"
     distributed.say(
         f"{training_table(model)}\n\n{short_run(args, steps)}samples on disk: {sizes}\n"
-        f"an epoch: {mixture.epoch_size:,} samples, {per_epoch:,} steps of {size}\n"
+        f"an epoch: {counted(mixture.epoch_size, 'sample')}, {counted(per_epoch, 'step')} of {size}\n"
         f"{'starting anew' if checkpoint is None else f'continuing from {checkpoint}'}"
     )
 
@@ -202,7 +203,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     broken = [pair for part in distributed.gather(trainer.broken) for pair in part]
     if broken:
-        distributed.say(f"{len(broken)} broken samples were replaced:\n{broken_list(broken)}")
+        distributed.say(f"replaced {counted(len(broken), 'broken sample')}:\n{broken_list(broken)}")
     causes = [cause for cause in distributed.gather(stop.cause) if cause is not None]
     if not trainer.stopped:
         save(args, trainer, model, tuner, processor)
@@ -217,8 +218,8 @@ def short_run(args: Namespace, steps: int) -> str:
     if steps >= args.warmup_steps:
         return ""
     return (
-        f"warning: the run has {steps} steps, fewer than --warmup_steps {args.warmup_steps}: the learning rate never "
-        "reaches its peak. For little data see configs/small.yaml: more --epochs, a smaller "
+        f"warning: the run has {counted(steps, 'step')}, fewer than --warmup_steps {args.warmup_steps}: the learning "
+        "rate never reaches its peak. For little data see configs/small.yaml: more --epochs, a smaller "
         "--grad_accumulation_steps, a shorter warm-up\n\n"
     )
 

@@ -21,6 +21,7 @@ from self1e.data.sample import EvalImage
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.segmentation.report import examples
 from self1e.evaluation.segmentation.run import Left
+from self1e.flags import counted
 from self1e.training import checkpoint, curves
 from self1e.training.adaptation import optimizer_groups
 from self1e.training.stream import Collate, MicroBatches, Stream, TooManyBroken, broken_list
@@ -50,7 +51,7 @@ def log_line(step: int, logs: dict[str, Any]) -> str:
         figures = [f"loss {logs['loss']:.4f} ({terms})"]
         figures += [f"grad norm {logs['grad_norm']:.3f}"] if "grad_norm" in logs else []  # absent after fp16 overflow
         figures += [f"lr {rates}", f"{logs['samples_per_second']:.1f} samples/s"]
-        figures += [f"{logs['broken_samples']} broken samples"] if logs["broken_samples"] else []
+        figures += [counted(logs["broken_samples"], "broken sample")] if logs["broken_samples"] else []
     else:
         figures = [f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "total_flos")]
     return f"step {step}  epoch {logs['epoch']:.3f}  " + "  ".join(figures)

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 from helpers import each_pack, make_base, make_trained
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, InternVLForConditionalGeneration, pipeline
+from transformers import InternVLForConditionalGeneration
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps import conversion as converter
@@ -123,42 +122,3 @@ def test_published_weights_become_ours(pack, tmp_path):
     base, trained = pack / "base_internvl_chat", pack / "trained_self1e"
     assert convert(str(trained), tmp_path / "ours", "self1e", version=str(base)) < 1e-2
     assert_same(weights(tmp_path / "ours"), weights(base, weights=trained))
-
-
-def test_stock_transformers_answers_as_we_do(tmp_path):
-    """`hf` with the processors that it writes: no file of ours is needed to chat."""
-    base = make_base(tmp_path / "base", image_size=56)
-    convert(str(base), tmp_path / "hf", "hf")
-    photo = Image.linear_gradient("L").resize((56, 56)).convert("RGB")  # a tile's size: no resampling to differ in
-    model, processor = (
-        Self1EForSegmentation.from_pretrained(base, dtype=torch.float32),
-        Self1EProcessor.from_pretrained(base),
-    )
-    question = "What is in the picture?"
-    ours = processor(images=[photo], conversations=[[["<image>\n" + question]]])
-    stock = AutoProcessor.from_pretrained(tmp_path / "hf")
-    assert type(stock).__name__ == "InternVLProcessor" and type(stock.image_processor).__module__.startswith(
-        "transformers."
-    )
-    messages = [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": question}]}]
-    theirs = stock.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    assert theirs["input_ids"].tolist() == ours["input_ids"].tolist()
-    torch.testing.assert_close(theirs["pixel_values"], ours["pixel_values"], rtol=0, atol=1e-5)
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    assert type(plain) is InternVLForConditionalGeneration
-    length = theirs["input_ids"].shape[1]
-    answer = plain.generate(**theirs, max_new_tokens=8, do_sample=False)[0, length:]
-    model.trained_head = True  # chat needs no head for an answer without [SEG]
-    reply = model.chat(processor, photo, question, max_new_tokens=8)
-    assert stock.decode(answer, skip_special_tokens=False).removesuffix("<|im_end|>") == reply.text
-    piped = pipeline("image-text-to-text", model=str(tmp_path / "hf"), dtype=torch.float32)
-    (said,) = piped(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)
-    assert said["generated_text"] == stock.decode(answer, skip_special_tokens=True)
-
-
-def test_the_original_layout_has_its_processors(sources, tmp_path):
-    convert(str(sources["self1e"]), tmp_path / "out", "internvl", drop_head=True)
-    assert type(AutoProcessor.from_pretrained(tmp_path / "out")).__name__ == "InternVLProcessor"
-    assert (tmp_path / "out/chat_template.jinja").is_file()

@@ -329,6 +329,22 @@ def test_two_hundred_prompts_can_be_cancelled_or_waited_for(server, browser, tmp
         page.screenshot(path=Path(os.environ["SELF1E_SCREENSHOT"]).with_suffix(".many.png"), full_page=True)
 
 
+def test_run_right_after_cancel_is_heard(server, browser, tmp_path):
+    from playwright.sync_api import expect
+
+    photo = tmp_path / "small.png"
+    noise(30, 20).save(photo)
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.goto(server[0])
+    page.locator("#picture input[type=file]").set_input_files(photo)
+    page.locator("#picture img").wait_for()
+    page.locator("#prompts textarea").fill("\n".join(f"thing {number}" for number in range(100)))
+    page.locator("#run").click()
+    expect(page.get_by_text("of 100 prompts are done")).to_be_visible(timeout=60_000)
+    page.evaluate("document.querySelector('#cancel').click(), document.querySelector('#run').click()")
+    expect(page.locator("#answer .seg")).to_have_count(100, timeout=120_000)  # the first run has stopped before
+
+
 def test_uploads_take_no_more_disk_than_allowed(server):
     """The next to last test of this file, because it leaves no space: twenty megabytes are allowed."""
     url, _, folder = server

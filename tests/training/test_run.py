@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_a_run_reads_well(reference):
     for text in (
         "segmentation head",
         "trained      adapters        frozen",
-        "steps of 2 photos x 2 micro-batches x 1 ranks",
+        "steps of 2 photos x 2 micro-batches x 1 rank\n",
     ):
         assert text in printed
     assert "step 4  epoch " in printed and "starting anew" in printed
@@ -231,7 +232,7 @@ def test_broken_photos_are_replaced_and_counted(tiny_version, damaged, runs, cap
     flags = ("--dataset", "refer_seg", "--refer_seg_data", "refcoco", "--max_steps", "2", "--no_eval")
     train(tiny_version, damaged, runs, "broken", *flags)
     printed = capsys.readouterr().out
-    assert "broken samples were replaced:" in printed and "x refcoco/COCO_train2014_" in printed
+    assert re.search(r"replaced \d+ broken samples?:", printed) and "x refcoco/COCO_train2014_" in printed
     assert any("broken sample refcoco/COCO_train2014_" in message for message in caplog.messages)
     assert history(runs / "broken")[-1]["broken_samples"] >= 1
 
