@@ -2,7 +2,7 @@
 
     python examples/segment.py --version V photo.jpg "the red car" "Which of these can fly?"
 
-Prints a line a prompt and writes `overlay.jpg`, every mask in its own colour.
+Prints a line per prompt and writes `overlay.jpg`, every mask in its own colour.
 """
 
 import argparse

@@ -80,6 +80,12 @@ def start(backend: str | None = None, *, timeout: timedelta | None = None) -> No
         dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"), timeout=timeout)
 
 
+def quiet_deepspeed() -> None:
+    """Tell DeepSpeed where there is no GPU, which it would find out, and warn about."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

@@ -4,7 +4,7 @@
     self1e check-data own/train.csv           # own data: CSV, COCO-style JSON, or a folder with one CSV
     self1e check-data dataset --limit 500     # a first look: 500 records of each set, evenly spread
 
-Cost: every photo is decoded: 1,000 records take about 5 s a core; with --limit 500 the whole tree takes minutes.
+Cost: every photo is decoded: 1,000 records take about 5 s on one core; with --limit 500 the whole tree takes minutes.
 Result: a table (photos, sentences, masks, empty masks, problems, and how the files compare with the known totals), the
 first problems of each set with their record or line, and a contact sheet of what training sees (photo, mask, text).
 What is found: photos and masks that are missing or truncated, a mask of another size than its photo, an empty phrase,
@@ -70,8 +70,8 @@ class Seen:
 class Source:
     """A set, split or benchmark: `read(number)` gives one of its `records` or raises SampleError.
 
-    remarks:   what is odd in its files but has a settled meaning, and is no problem
-    published: how it compares with the known totals
+    remarks:  what is odd in its files but has a settled meaning, and is no problem
+    totals:   how it compares with the known totals
     """
 
     name: str
@@ -80,7 +80,7 @@ class Source:
     read: Callable[[int], Seen] | None = None
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    published: str = "-"
+    totals: str = "-"
 
 
 def training_source(name: str, data: TrainingSet) -> Source:
@@ -213,15 +213,14 @@ def tree_sources(dataset_dir: Path, data_dir: Path, *, allow_outside: bool) -> I
             load_one = partial(load_split, name, dataset_dir, allow_outside=allow_outside)
             yield open_source(name, load_one, evaluation_source)
     for name, benchmark in VQA_BENCHMARKS.items():
-        title = f"{name} (evaluation)"
         try:
             questions = benchmark.questions(data_dir)
         except FileNotFoundError:
             yield name
         except ValueError as error:
-            yield Source(title, problems=[str(error)])
+            yield Source(name, problems=[str(error)])
         else:
-            yield question_source(title, questions, reference_problems(benchmark, questions, data_dir))
+            yield question_source(name, questions, reference_problems(benchmark, questions, data_dir))
 
 
 def open_source(name: str, load: Callable, source: Callable, paths: Iterable[Path] = ()) -> Source:
@@ -280,7 +279,7 @@ def check(source: Source, *, limit: int | None, samples: int, workers: int) -> R
     items = np.linspace(0, source.records - 1, count).astype(int).tolist() if count else []
     drawn = set(np.random.default_rng(0).permutation(count)[:samples].tolist())
     waiting = iter(items)
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=count, desc=source.name, unit="record") as bar:
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=count, desc=source.name, unit="record", leave=False) as bar:
         # In portions: one submission of a million records would hold a million results.
         while portion := list(islice(waiting, 64)):
             for seen in pool.map(partial(read_safely, source), portion):
@@ -321,10 +320,12 @@ def table(reports: list[Report]) -> str:
                 report.source.name.replace("|", " "),
                 records,
                 *(f"{count:,}" for count in counts),
-                report.source.published,
+                report.source.totals.removeprefix("partly: "),
             ]
         )
-    header = ["set", "records read", "photos", "sentences", "masks", "empty masks", "problems", "published"]
+    header = ["set", "read", "photos", "sentences", "masks", "empty", "problems", "of the known total"]
+    if all(report.source.totals == "-" for report in reports):  # own data
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return markdown_table(header, rows)
 
 

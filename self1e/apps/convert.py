@@ -15,7 +15,7 @@ The source's layout is recognised; published weights carry no tokenizer, so they
 trained head is dropped only with `--drop_head`; the vocabulary then still holds `[SEG]` and `[SEGT]`. Weights keep
 their precision unless `--dtype` says otherwise.
 
-Cost: seconds a GB, on a CPU. Memory: one model plus its fused ViT qkv (a tenth of the 2B model): shards are streamed
+Cost: seconds per GB, on a CPU. Memory: one model plus its fused ViT qkv (a tenth of the 2B model): shards are streamed
 in and out; of the source, digests of its tensors and its outputs on random inputs are kept (a few MB), and it is
 released before the result is loaded to be compared. DST appears only when it is whole and verified.
 """
@@ -51,11 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     source, target = args.pop("source"), args.pop("target")
     check_writable(target.parent)
     from self1e.apps.conversion import convert
+    from self1e.distributed import quiet_deepspeed
 
+    quiet_deepspeed()  # the library that writes weights loads it
     try:
         difference = convert(source, target, args.pop("layout"), **args)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; {target} was not written") from None
-    verified = "not verified" if difference is None else f"the same weights, outputs within {difference:.0e}"
-    print(f"converted, {verified}")
+    verified = "its outputs were not compared with the source's"
+    if difference is not None:
+        outputs = f"outputs within {difference:.0e} of the largest" if difference else "equal outputs"
+        verified = f"with the weights of its source and {outputs}"
+    print(f"{target} is written, {verified}")
     return 0

@@ -26,6 +26,8 @@ FIELDS = ("image_id", "category_id", "image", "width", "height", "prompt", "segm
 def read_predictions(folder: Path) -> list[dict]:
     """The records of a folder. Raises ValueError naming the file and the record that is none, OSError without one."""
     path = folder / "predictions.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no predictions.json; expected the --output of self1e segment or chat")
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -53,4 +53,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     processor = Self1EProcessor.from_pretrained(args.version)
     model = Self1EForSegmentation.from_pretrained(args.version, attn_implementation="eager")
     draw(compute_parts(model, processor, image, args.prompt), image, args.prompt, args.output)
+    print(f"similarity.png, features.png and attention.png are in {args.output}")
     return 0

@@ -201,7 +201,7 @@ def make_plan(args: Namespace) -> dict[str, Any]:
     flops = count_flops(args, model, few)
     usable = args.gpu_memory * 1e9 * (1 - args.headroom)
     cases = []
-    for stage in (2,) if args.high_res else (2, 3):  # training refuses ZeRO-3 with --high_res
+    for stage in (2, 3):
         for offload in (False, True):
             width = DTYPES[args.precision].itemsize
             fixed = fixed_memory(parameters, trained, width=width, gpus=args.gpus, stage=stage, offload=offload)

@@ -104,9 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         raise ValueError(f"out of GPU memory, try a smaller --batch_size or --quantize 8 ({error})") from error
     pictures = len(args.pictures) - len(unreadable)
-    print(f"{counted(len(results.records), 'mask')} of {counted(pictures, 'picture')} in {args.output}")
+    masks = counted(len(results.records), "mask")
+    print(f"{masks} of {counted(pictures, 'picture')} in {args.output}; *_overlay.jpg show them on the pictures")
     if unreadable:
-        print(
-            f"{counted(len(unreadable), 'picture')} could not be read:\n  " + "\n  ".join(unreadable), file=sys.stderr
-        )
+        print(f"{counted(len(unreadable), 'picture')} could not be read, see above", file=sys.stderr)
     return 1 if unreadable else 0

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.results import Results, picture_names
 from self1e.data.sample import SampleError, load_image
+from self1e.flags import counted
 from self1e.model.inference import Reply
 
 
@@ -85,7 +86,7 @@ def predict(
             done = min(start + together, len(paths))
             bar.update(done - start)
     except KeyboardInterrupt:
-        message = f"stopped: {done} of {len(paths)} pictures are done; their results are in {results.folder}"
+        message = f"stopped after {done} of {counted(len(paths), 'picture')}; their results are in {results.folder}"
         raise KeyboardInterrupt(message) from None
     finally:
         bar.close()

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from self1e.data.sample import UNREADABLE, SampleError
+from self1e.data.sample import UNREADABLE, SampleError, why_unreadable
 
 # What each EXIF orientation asks of an array, as Pillow's exif_transpose does to the photo.
 ORIENT = {
@@ -206,9 +206,9 @@ def load_label_map(path: Path, id: str) -> np.ndarray:
                 raise SampleError(id, f"{path} is a JPEG, which blurs the labels at every edge; store it as a PNG")
             labels = np.asarray(image)
     except UNREADABLE as error:
-        raise SampleError(id, f"cannot read {path}: {error}") from error
+        raise SampleError(id, f"cannot read {path}: {why_unreadable(error)}") from error
     if labels.ndim != 2:
-        raise SampleError(id, f"{path} is no label map: it has {labels.shape[2]} channels")
+        raise SampleError(id, f"{path} has {labels.shape[2]} channels; a mask or label map has one")
     return labels
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from self1e.data.paths import DATASETS, inside
 from self1e.model.photos import as_rgb
@@ -68,6 +68,15 @@ class Sample:
     replaced: tuple[tuple[str, str], ...] = ()
 
 
+def why_unreadable(error: BaseException) -> str:
+    """What Pillow found wrong with a file, without the name that stands in front of it anyway."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no picture of a known format, or an empty file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
+
+
 def load_oriented(path: Path | str | BinaryIO, id: str | None = None) -> tuple[Image.Image, int]:
     """The photo in RGB, EXIF orientation applied, and the orientation tag it had (1 to 8, 1 = stored upright).
 
@@ -78,7 +87,7 @@ def load_oriented(path: Path | str | BinaryIO, id: str | None = None) -> tuple[I
             orientation = stored.getexif().get(ORIENTATION_TAG, 1)
             image = as_rgb(stored)
     except UNREADABLE as error:
-        raise SampleError(id or str(path), f"cannot read {path}: {error}") from error
+        raise SampleError(id or str(path), f"cannot read {path}: {why_unreadable(error)}") from error
     return image, orientation if orientation in range(1, 9) else 1
 
 

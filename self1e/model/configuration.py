@@ -130,7 +130,8 @@ def check_source(source: str | Path, subfolder: str | None = None) -> None:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no config.json; {advice}")
     elif not HUB_ID.fullmatch(str(source)) or Path(source).parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {source}; {advice}")
+        what = f"{source} is a file" if Path(source).is_file() else f"there is no folder {source}"
+        raise FileNotFoundError(f"{what}; {advice}")
 
 
 # Original InternVL vision keys -> transformers' names.

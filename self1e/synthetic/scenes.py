@@ -53,7 +53,7 @@ class Scene:
     width: int
     jpeg: bytes
     shapes: list[Shape]
-    simple: bool = False  # one expression a shape
+    simple: bool = False  # one expression per shape
 
     @property
     def coco_name(self) -> str:

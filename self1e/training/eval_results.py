@@ -44,10 +44,8 @@ def hub_entries(summary: Path | None, benchmarks: Mapping[str, str]) -> list[Eva
     results = json.loads(summary.read_text(encoding="utf-8")) if summary is not None else {}
     unknown = [split for split in benchmarks if split not in results]
     if unknown:
-        known = ", ".join(results) or "none"
-        raise ValueError(
-            f"--benchmarks names {', '.join(unknown)}, but the evaluated splits of these weights: {known}"
-        )
+        known = ", ".join(results) or "none yet"
+        raise ValueError(f"--benchmarks names {', '.join(unknown)}; the splits evaluated with these weights: {known}")
     settings = SettingsFile(summary.parent).read() if summary is not None else {}
     entries = []
     for split, figures in results.items():

@@ -150,8 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--datasets", nargs="+", default=[], metavar="ID", help="hub ids of the training data")
     add("--benchmarks", nargs="+", default=[], metavar="SPLIT=DATASET[:TASK]", help="the hub id of a split's data set")
     args = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
-    named = [text.rpartition("=") for text in args.pop("benchmarks")]
-    wrong = ["=".join(parts[::2]) for parts in named if not (parts[0] and parts[2])]
+    texts = args.pop("benchmarks")
+    named = [text.rpartition("=") for text in texts]
+    wrong = [text for text, parts in zip(texts, named) if not (parts[0] and parts[2])]
     if wrong:
         parser.error(f"--benchmarks {wrong[0]!r}: expected SPLIT=DATASET, such as 'refcoco|unc|val=USER/NAME:val'")
     folder = Path(args.pop("folder"))
@@ -159,5 +160,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{folder}: no checkpoint there (config.json is missing)")
     if args["results"] is not None and not args["results"].is_dir():
         parser.error(f"--results {args['results']}: no such folder; expected one with eval/ or eval_vqa/")
-    print(write_model_card(folder, benchmarks={split: dataset for split, _, dataset in named}, **args))
+    print(f"written: {write_model_card(folder, benchmarks={split: dataset for split, _, dataset in named}, **args)}")
     return 0

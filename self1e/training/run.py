@@ -101,8 +101,7 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)  # accumulation is the Trainer's, not its own
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out, and warn
+    distributed.quiet_deepspeed()
     disable_progress_bar()  # of loading and writing shards, amid our own
 
 

@@ -92,5 +92,5 @@ class MicroBatches:
 def broken_list(broken: list[tuple[str, str]], *, lines: int = 30) -> str:
     """One line per broken sample, those drawn most often first: how often, id, cause. At most `lines` of them."""
     counts = Counter(broken).most_common()
-    rest = [f"  and {len(counts) - lines} others"] if len(counts) > lines else []
+    rest = [f"  and {len(counts) - lines:,} more"] if len(counts) > lines else []
     return "\n".join([f"  {times} x {id}: {cause}" for (id, cause), times in counts[:lines]] + rest)

@@ -86,6 +86,7 @@ def test_no_head_is_invented_and_nothing_overwritten(sources, tmp_path, capsys):
         arguments = ["convert", str(sources["published"]), str(tmp_path / "out"), "--layout", "self1e"]
         assert main(arguments) == 1 and "--version" in capsys.readouterr().err
         assert main([*arguments, "--version", str(sources["internvl"])]) == 0
+        assert f"{tmp_path / 'out'} is written, with the weights of its source and " in capsys.readouterr().out
     finally:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (tmp_path / name).rename(sources["published"] / name)

@@ -36,6 +36,8 @@ def test_one_command_writes_three_pictures(version, tmp_path, capsys):
     assert main([*flags, "--image", str(tmp_path / "photo.png")]) == 0
     names = {"similarity.png", "features.png", "attention.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names) and str(tmp_path / "out") in printed
     assert all(Image.open(tmp_path / "out" / name).width > 400 for name in names)
     with pytest.raises(SystemExit, match="2"):
         main([*flags, "--image", str(tmp_path / "none.png")])

@@ -51,7 +51,9 @@ def test_folder_of_pictures(version, pictures, tmp_path, capsys):
     for _ in range(2):
         assert run(version, *arguments, "--output", output, "--save_logits", "--batch_size", 4) == 1
         errors = capsys.readouterr().err
-        assert "broken.jpg" in errors and "1 picture could not be read" in errors and ".hidden" not in errors
+        assert (
+            "broken.jpg" in errors and "1 picture could not be read, see above" in errors and ".hidden" not in errors
+        )
     found = records(output)
     assert [(r["prompt"], r["width"], r["height"]) for r in found] == [
         (prompt, *size)
@@ -244,7 +246,7 @@ def test_ctrl_c_says_what_is_done(version, pictures, tmp_path, monkeypatch, caps
     monkeypatch.setattr(Self1EForSegmentation, "segment", interrupt)
     images = [pictures / "cat.png", pictures / "deeper/CAT.jpg"]
     assert run(version, "--image", *images, "--prompt", "it", "--output", tmp_path / "out", "--batch_size", 1) == 130
-    assert "1 of 2 pictures are done" in capsys.readouterr().err and len(records(tmp_path / "out")) == 1
+    assert "stopped after 1 of 2 pictures;" in capsys.readouterr().err and len(records(tmp_path / "out")) == 1
 
 
 def test_a_run_folder_stands_for_its_model(version, pictures, tmp_path):

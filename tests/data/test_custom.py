@@ -291,5 +291,5 @@ def test_broken_files_are_named(tmp_path):
     data = train(table(tmp_path, [("cut.jpg", "m.png", "x"), ("a.jpg", "colour.png", "x")]))
     with pytest.raises(SampleError, match="cannot read .*cut.jpg"):
         data.sample(0, np.random.default_rng(0))
-    with pytest.raises(SampleError, match="colour.png is no label map: it has 3 channels"):
+    with pytest.raises(SampleError, match="colour.png has 3 channels; a mask or label map has one"):
         data.sample(1, np.random.default_rng(0))

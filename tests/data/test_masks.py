@@ -203,7 +203,7 @@ def test_label_maps_keep_their_values(tmp_path):
     palette.save(tmp_path / "labels.png")
     assert (load_label_map(tmp_path / "labels.png", "x") == labels).all()
     Image.new("RGB", (3, 3)).save(tmp_path / "colour.png")
-    with pytest.raises(SampleError, match="no label map"):
+    with pytest.raises(SampleError, match="a mask or label map has one"):
         load_label_map(tmp_path / "colour.png", "x")
 
 

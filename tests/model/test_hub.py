@@ -179,12 +179,15 @@ def test_figures_in_the_form_of_the_hub(folder, tmp_path, capsys):
     assert (named.dataset_id, named.task_id, named.value) == ("org/reasonseg", "short", 50.0)
     assert named.notes.startswith("gIoU in percent; cIoU 41.24;")
 
-    for benchmark, message in ("grefcoco|unc|val=org/g", "but the evaluated splits"), ("ReasonSeg|val=a b/c", "a b/c"):
+    for benchmark, message in (
+        ("grefcoco|unc|val=org/g", "grefcoco.unc.val; the splits evaluated with these weights: "),
+        ("ReasonSeg|val=a b/c", "a b/c"),
+    ):
         with pytest.raises(ValueError, match=message):
             model_card([str(checkpoint), "--benchmarks", benchmark])
     with pytest.raises(SystemExit):
         model_card([str(checkpoint), "--benchmarks", "org/reasonseg"])
-    assert "expected SPLIT=DATASET" in capsys.readouterr().err
+    assert "--benchmarks 'org/reasonseg': expected SPLIT=DATASET" in capsys.readouterr().err
     os.utime(tmp_path / "exp/eval/summary.json", (0, 0))
     write_model_card(checkpoint)
     assert not file.exists(), "figures of weights that are replaced now"

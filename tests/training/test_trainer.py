@@ -94,7 +94,7 @@ def test_a_set_that_is_broken_throughout_says_so(tiny_processor):
 def test_lists_are_short_and_counted():
     assert broken_list([("a/1", "x"), ("b/2", "y"), ("a/1", "x")]) == "  2 x a/1: x\n  1 x b/2: y"
     many = broken_list([(f"a/{i}", "x") for i in range(50)]).splitlines()
-    assert len(many) == 31 and many[-1].strip() == "and 20 others"
+    assert len(many) == 31 and many[-1].strip() == "and 20 more"
 
 
 def test_only_whole_checkpoints_count(tmp_path):

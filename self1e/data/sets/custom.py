@@ -39,6 +39,7 @@ from self1e.data.sample import (
     load_oriented,
 )
 from self1e.data.sets.custom_source import HELP, READERS, find_source
+from self1e.flags import counted
 from self1e.model import prompts
 
 NAME = "custom"
@@ -105,7 +106,7 @@ class CustomData:
         if problems:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
             lines = "\n  ".join(problems[:SHOWN] + more)
-            raise ValueError(f"{self.source}, {len(problems)} problems ({HELP}):\n  {lines}")
+            raise ValueError(f"{self.source}, {counted(len(problems), 'problem')} ({HELP}):\n  {lines}")
 
     def keys(self) -> np.ndarray:
         """`image_key` of each photo: COCO's number, or one of the file's place, since own names mean little."""
