@@ -17,6 +17,8 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from self1e.flags import told
+
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # ask a run to stop
@@ -204,13 +206,13 @@ def _run(program: Callable[[], int], expected: tuple[type[BaseException], ...]) 
         if not launched():
             if not known:
                 raise
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+            print(f"\nerror: {told(error)}", file=sys.stderr, flush=True)
             return 1
         if not is_main():
             time.sleep(PATIENCE)
         if is_main() or not vars(error).get("alike"):
             if known:
-                print(f"\nerror{'' if is_main() else f' (rank {rank()})'}: {error}", file=sys.stderr)
+                print(f"\nerror{'' if is_main() else f' (rank {rank()})'}: {told(error)}", file=sys.stderr)
             else:
                 sys.excepthook(type(error), error, error.__traceback__)
         leave(1)

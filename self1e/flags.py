@@ -31,6 +31,13 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def told(error: BaseException) -> str:
+    """An error as users read it: one of the system as `file: what is wrong`, without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that suggests the flag or value that was meant, and takes no abbreviated flags."""
 
@@ -90,6 +97,11 @@ def between(low: float, high: float = math.inf, *, included: bool = False) -> Ca
     return parse
 
 
+def device(text: str) -> str:
+    """A flag's type: a device as torch names it, and `gpu` for the one that most have."""
+    return {"gpu": "cuda"}.get(text, text)
+
+
 def checkpoint(text: str) -> str:
     """A flag's type: a checkpoint's folder or hub id; for the folder of a run, the `ckpt_model` in it."""
     inside = Path(text, "ckpt_model")
@@ -135,5 +147,5 @@ def guarded(program: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1

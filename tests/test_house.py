@@ -10,7 +10,8 @@ from helpers import ROOT
 PACKAGE = ROOT / "self1e"
 # From the ground up; a room may import its own modules and those of rooms further down.
 LAYERS = (
-    ("files", "flags", "visualize", "distributed"),
+    ("files", "flags", "visualize"),
+    ("distributed",),
     ("model",),
     ("data",),
     ("evaluation",),

@@ -279,7 +279,8 @@ def check(source: Source, *, limit: int | None, samples: int, workers: int) -> R
     items = np.linspace(0, source.records - 1, count).astype(int).tolist() if count else []
     drawn = set(np.random.default_rng(0).permutation(count)[:samples].tolist())
     waiting = iter(items)
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=count, desc=source.name, unit="record", leave=False) as bar:
+    progress = tqdm(total=count, desc=source.name, unit=" records", leave=False, disable=not count)
+    with ThreadPoolExecutor(workers) as pool, progress as bar:
         # In portions: one submission of a million records would hold a million results.
         while portion := list(islice(waiting, 64)):
             for seen in pool.map(partial(read_safely, source), portion):
@@ -374,7 +375,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"  {problem}" for problem in report.problems[:SHOWN]))
         if len(report.problems) > SHOWN:
             print(f"  and {len(report.problems) - SHOWN:,} more")
-    print(f"\n{table(reports)}")
+    read = any(report.records for report in reports)
+    if read:
+        print(f"\n{table(reports)}")
     for remark in dict.fromkeys(remark for report in reports for remark in report.source.remarks):
         print(remark)
     if absent:
@@ -385,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grid(pictures, 4, cell=CELL).save(args.output)
         print(f"look at {args.output}")
     problems = sum(len(report.problems) for report in reports)
-    if not reports or not any(report.records for report in reports):
+    if not read:
         near = next((path for path in (args.path / "dataset", args.path.absolute().parent) if is_tree(path)), None)
         hint = f"; did you mean {near}?" if near is not None and args.kind == "custom" else ""
         print(f"nothing to check in {args.path}{hint}", file=sys.stderr)

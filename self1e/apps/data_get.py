@@ -43,7 +43,7 @@ from self1e.apps.download import (
     size,
 )
 from self1e.apps.unpack import check_format, is_archive, unpack
-from self1e.flags import Parser
+from self1e.flags import Parser, counted, did_you_mean
 
 UNCHECKED = "The addresses are unchecked: they come from the sets' documentation and one may be dead by now."
 
@@ -140,9 +140,11 @@ class Plan:
     def total(self) -> str:
         """The size of what is missing."""
         sizes = [self.remaining(each, file) for each, file in self.missing() if file.addresses]
-        unknown = f", and {sizes.count(None)} of unknown size" if None in sizes else ""
-        known = human(sum(size for size in sizes if size is not None))
-        return f"files to download: {len(sizes)}, {known}{unknown}; the contents of archives take about as much again"
+        known, unknown = [size for size in sizes if size is not None], sizes.count(None)
+        amounts = [human(sum(known))] * bool(known) + [f"{unknown} of unknown size"] * bool(unknown)
+        archives = any(is_archive(file.name) for _, file in self.missing())
+        text = f"{counted(len(sizes), 'file')} to download" + (f", {' and '.join(amounts)}" if amounts else "")
+        return text + ("; the contents of archives take about as much again" if archives else "")
 
 
 class Getter:
@@ -279,7 +281,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     words = [*(sys.argv[1:] if argv is None else argv)]
     parser = Parser(prog="self1e data get", usage="%(prog)s [SET ...] [flags]", description=__doc__)
     if words and words[0] != "get" and not words[0].startswith("-"):
-        parser.error(f"self1e data {words[0]}: the only command is get, as in self1e data get {words[0]}")
+        hint = did_you_mean(words[0], ["get"]) or f", as in self1e data get {words[0]}"
+        parser.error(f"self1e data {words[0]}: the only command is get{hint}")
     add = parser.add_argument
     add("sets", nargs="*", metavar="SET", help="names of sets or groups; --list shows them")
     add("--to", type=Path, default=Path("dataset"), metavar="DIR", help="the dataset folder; default: dataset")

@@ -6,7 +6,7 @@ import argparse
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from self1e.flags import checkpoint
+from self1e.flags import checkpoint, device
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=checkpoint,
         help="trained weights over --version; default: the head inside --version",
     )
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--device", type=device, choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add(
         "--dtype",
         type=lambda name: PRECISIONS.get(name, name),

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from self1e.apps.pictures import find_pictures
-from self1e.flags import Parser, check_writable, checkpoint
+from self1e.flags import Parser, check_writable, checkpoint, told
 from self1e.model.prompts import check_prompt
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--image {args.image}: a folder with several pictures; name one of them")
         check_writable(args.output)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(told(error))
     from self1e import Self1EForSegmentation, Self1EProcessor
     from self1e.apps.method_parts import compute_parts, draw
     from self1e.data.sample import SampleError, load_image

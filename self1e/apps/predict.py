@@ -24,7 +24,7 @@ from pathlib import Path
 
 from self1e.apps.loading import add_model_arguments
 from self1e.apps.pictures import find_pictures, read_prompts
-from self1e.flags import Parser, between, check_writable, counted, whole
+from self1e.flags import Parser, between, check_writable, counted, told, whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             check_prompt(prompt)
         check_writable(args.output)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(told(error))
     return args
 
 

@@ -11,7 +11,7 @@ import yaml
 from self1e.data.config import DEFAULT_FAMILIES, FAMILIES
 from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
-from self1e.flags import Parser, between, checkpoint, whole
+from self1e.flags import Parser, between, checkpoint, told, whole
 from self1e.model.switches import SWITCHES
 from self1e.training.deepspeed_config import read_deepspeed, zero_stage
 from self1e.training.flags import LLM_LINEARS, REFUSED, Help, Refuse
@@ -207,7 +207,9 @@ def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     """The flags of a YAML file as a command line."""
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        parser.error(f"--config {told(error)}")
+    except (ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path}: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {path}: expected lines of 'flag: value'")

@@ -283,6 +283,7 @@ def test_long_lists_are_cut_and_counted(tmp_path, run):
 def test_what_cannot_be_opened(tmp_path, run, capsys):
     code, _, text = run(table(tmp_path, [], header=("photo", "text")))
     assert code == 1 and "line 1: no column image, mask, prompt; found photo, text" in text
+    assert "| set" not in text  # a table of nothing would bury it
     (tmp_path / "refer_seg").mkdir()
     assert run(tmp_path)[0] == 1  # a tree without a set
 

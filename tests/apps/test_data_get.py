@@ -246,7 +246,7 @@ def test_disk_is_looked_at_before_anything_is_fetched(tmp_path, monkeypatch, cap
     (tmp_path / "dataset/downloads/coco_train2017").mkdir(parents=True)
     (tmp_path / "dataset/downloads/coco_train2017/train2017.zip").touch()  # only the contents are wanting
     assert get(tmp_path, "coco_train2017", "--dry_run") == 0
-    assert "files to download: 1, 0 B;" in capsys.readouterr().out
+    assert "1 file to download, 0 B;" in capsys.readouterr().out
     assert get(tmp_path, "coco_train2017") == 1
     assert "needs" not in capsys.readouterr().err
 

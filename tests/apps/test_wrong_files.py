@@ -156,4 +156,5 @@ def test_a_wrong_path_is_one_message(program, name, kind, right, tmp_path, monke
     out, error = capfd.readouterr()
     assert code in (1, 2), f"{code}: {out}{error}"
     assert (f"wrong-{name}" in error + out or kind == "system" and "/proc" in error) and "Traceback" not in error
+    assert "[Errno" not in error
     assert len(error.strip().splitlines()) < 12

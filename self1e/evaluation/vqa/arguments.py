@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
-from self1e.flags import Parser, checkpoint, whole
+from self1e.flags import Parser, checkpoint, device, whole
 from self1e.model.switches import SWITCHES
 
 OWN_WEIGHTS = "none"
@@ -98,7 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--attn_implementation", default="sdpa", choices=("eager", "sdpa", "flash_attention_2"))
     add("--rope_precision", **SWITCHES["rope_precision"].flag())
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", type=device, choices=("auto", "cpu", "cuda"), default="auto")
     add("--batch_size", type=whole(1), default=8, help="questions per forward pass of a process")
     add("--workers", type=whole(0), default=4, help="processes per rank that decode and tile photos")
     add("--score_only", action="store_true", help="score the replies that are on disk; no model is loaded")

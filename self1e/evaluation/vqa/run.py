@@ -26,7 +26,7 @@ from self1e.evaluation.vqa.generation import answer_questions
 from self1e.evaluation.vqa.predictions import Predictions
 from self1e.evaluation.vqa.report import summary_table
 from self1e.files import write_json, write_text
-from self1e.flags import check_writable
+from self1e.flags import check_writable, told
 from self1e.model.configuration import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
@@ -183,7 +183,7 @@ def _progress(results: dict[str, list[dict | None]], predictions: Predictions, l
 
 
 def _report(failures: dict[str, str], what: str, error: Exception) -> None:
-    failures[what] = f"{error} ({README})"
+    failures[what] = f"{told(error)} ({README})"
     if distributed.is_main():
         print(f"error: {what}: {failures[what]}", file=sys.stderr, flush=True)
 
