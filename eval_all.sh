@@ -15,6 +15,9 @@ EXTRA=""           # any other flags
 set -euo pipefail
 python=${PYTHON:-python}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# Ctrl-C ends the counting of the GPUs without a traceback.
+gpus="import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); import torch; print(max(1, torch.cuda.device_count()))"
 
 if [ $# -eq 0 ]; then
     if [ -z "$VERSION" ] || [ -z "$EXP_NAME" ]; then
@@ -40,7 +43,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 if [ -z "$processes" ]; then
-    processes=$("$python" -c "import torch; print(max(1, torch.cuda.device_count()))")
+    processes=$("$python" -c "$gpus")
 fi
 case $processes in
     '' | *[!0-9]* | 0) echo "--num_processes $processes: a number from 1 on was expected" >&2; exit 2 ;;
@@ -48,6 +51,6 @@ esac
 
 program=("$root/train_hf_ivl_seq.py" --eval_only ${which[@]+"${which[@]}"} "${args[@]}")
 if [ "$processes" -gt 1 ]; then # --standalone takes a free port
-    exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" "${program[@]}"
+    exec "$python" -m self1e launch --standalone --nproc_per_node "$processes" "${program[@]}"
 fi
 exec "$python" "${program[@]}"

@@ -16,6 +16,8 @@ set -euo pipefail
 python=${PYTHON:-python}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# Ctrl-C ends the counting of the GPUs without a traceback.
+gpus="import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); import torch; print(max(1, torch.cuda.device_count()))"
 
 if [ $# -eq 0 ]; then
     if [ -z "$VERSION" ] || [ -z "$EXP_NAME" ]; then
@@ -44,7 +46,7 @@ done
 if [ -z "$processes" ]; then
     processes=1
     if [ "$device" != cpu ]; then
-        processes=$("$python" -c "import torch; print(max(1, torch.cuda.device_count()))")
+        processes=$("$python" -c "$gpus")
     fi
 fi
 case $processes in
@@ -52,6 +54,6 @@ case $processes in
 esac
 
 if [ "$processes" -gt 1 ]; then # --standalone takes a free port
-    exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m self1e.evaluation.vqa "${args[@]}"
+    exec "$python" -m self1e launch --standalone --nproc_per_node "$processes" -m self1e.evaluation.vqa "${args[@]}"
 fi
 exec "$python" -m self1e.evaluation.vqa "${args[@]}"

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from self1e.files import read_json, write_json
+from self1e.flags import guarded
 from self1e.training.curves import draw_curves
 from self1e.training.healthy import HealthyCurves, gather
 
@@ -71,13 +72,16 @@ def draw(healthy: HealthyCurves, path: Path) -> None:
     draw_curves([lines[step] for step in sorted(lines)], path, healthy)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/healthy", help="folder of the runs")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/evidence", help="folder of the two files")
     args = parser.parse_args()
-    runs = [read_json(path, dict) for path in train(args.runs.resolve(), args.seeds)]
+    try:
+        runs = [read_json(path, dict) for path in train(args.runs.resolve(), args.seeds)]
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; finished seeds are kept, the same command continues") from None
     write_json(args.output / "healthy.json", gather(runs), indent=None)
     healthy = HealthyCurves(args.output / "healthy.json")
     draw(healthy, args.output / "healthy.png")
@@ -88,7 +92,8 @@ def main() -> None:
         for margin in (0, 1, 2):
             ill = called_ill(healthy, name, margin)
             print(f"{name}: {len(ill)} of {len(healthy.seeds)} leave the others' band, widened by {margin} widths")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -29,6 +29,7 @@ COMMANDS = {
     "check-data": Command("self1e.apps.check_data", "counts and faults of the data trees or of own data"),
     "convert": Command("self1e.apps.convert", "checkpoints from one layout to another, verified"),
     "score": Command("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),
+    "launch": Command("self1e.apps.launch", "training or an evaluation on several GPUs: torchrun with a clean end"),
     "card": Command("self1e.training.model_card", "the model card of a checkpoint, with its scores"),
     "ablate": Command("self1e.apps.ablation.run", "variants of the method compared on synthetic scenes"),
     "pictures": Command("self1e.apps.method_pictures", "what each part of the method does to a photo"),

@@ -6,11 +6,12 @@ ends that rank through `run_program`: its message first, then the process, and t
 collective could have reached.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -171,10 +172,9 @@ def run_program(program: Callable[[], int], *, expected: tuple[type[BaseExceptio
     Ctrl-C is one line of the first rank, the sentence that the program raises KeyboardInterrupt with, and exit code
     130.
     """
-    if launched():
-        signal.signal(signal.SIGINT, _interrupt)
     try:
-        return _run(program, expected)
+        with _ctrl_c():
+            return _run(program, expected)
     except KeyboardInterrupt as interruption:
         if is_main():
             print(f"\n{str(interruption) or 'interrupted'}", file=sys.stderr, flush=True)
@@ -183,11 +183,39 @@ def run_program(program: Callable[[], int], *, expected: tuple[type[BaseExceptio
         return INTERRUPTED
 
 
-def _interrupt(number: int, frame) -> NoReturn:
-    """Ctrl-C under a launcher, which passes it on once more, or as SIGTERM: one is enough."""
-    for each in [signal.SIGINT, *STOPS]:
-        signal.signal(each, lambda *_: None)  # Python complains when one that waits already is to be ignored
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt in this block, once, because a launcher passes it on again, or as SIGTERM.
+
+    Python drops what is raised in a destructor, such as a data loader's: it is raised again until it ends the block.
+    """
+    timer = hasattr(signal, "setitimer")
+    signals = [signal.SIGINT, *STOPS, *([signal.SIGALRM] if timer else [])]
+    before = {each: signal.getsignal(each) for each in signals}
+    hook = sys.unraisablehook
+
+    def interrupt(number: int, frame) -> NoReturn:
+        if timer:
+            signal.signal(signal.SIGALRM, raise_it)
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
+            sys.unraisablehook = lambda dropped: signal.setitimer(signal.ITIMER_REAL, 0.1, PATIENCE)
+        for each in [signal.SIGINT, *STOPS]:
+            signal.signal(each, lambda *_: None)  # Python complains when one that waits already is to be ignored
+        raise KeyboardInterrupt
+
+    def raise_it(number: int, frame) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if timer:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if not launched():
+            sys.unraisablehook = hook
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
 
 def ignore_requests_to_stop(worker: int = 0) -> None:

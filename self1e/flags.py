@@ -141,7 +141,8 @@ def guarded(program: Callable[[], int]) -> int:
     try:
         return program()
     except KeyboardInterrupt as stop:
-        print(f"\n{stop if stop.args else 'stopped before anything was written'}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\n{stop if stop.args else 'stopped before anything was written'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -121,12 +121,19 @@ def pictures(folder: Path) -> dict[str, list[tuple[int, Image.Image]]]:
 
 
 def launch(*args: Path | str, launcher: str = "deepspeed") -> subprocess.Popen:
-    """Two CPU processes under deepspeed or torchrun, in a process group of their own, killed after `LIMIT` seconds."""
+    """Two CPU processes under a launcher, in a process group of their own, killed after `LIMIT` seconds.
+
+    launcher: deepspeed, torchrun or `self1e launch`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    two = {"deepspeed": "--num_accelerators=2", "torchrun": "--nproc_per_node=2"}[launcher]
-    program = [LAUNCHER.with_name(launcher), two, f"--master_port={port}", ROOT / "train_hf_ivl_seq.py"]
+    start = {
+        "deepspeed": [LAUNCHER, "--num_accelerators=2"],
+        "torchrun": [LAUNCHER.with_name("torchrun"), "--nproc_per_node=2"],
+        "self1e launch": [sys.executable, "-m", "self1e", "launch", "--nproc_per_node=2"],
+    }[launcher]
+    program = [*start, f"--master_port={port}", ROOT / "train_hf_ivl_seq.py"]
     process = subprocess.Popen(
         [*map(str, program), *command(*args)],
         stdout=subprocess.PIPE,

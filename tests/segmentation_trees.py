@@ -1,4 +1,4 @@
-"""gRefCOCO val with three photos, ReasonSeg val with two, in the real formats, and a program that evaluates them."""
+"""gRefCOCO val with three photos, ReasonSeg val with two or more, in the real formats, and a program for them."""
 
 import os
 import subprocess
@@ -58,8 +58,8 @@ sys.exit(distributed.run_program(program, expected=(SampleError, ValueError, OSE
 """
 
 
-def make_dataset(root: Path) -> Path:
-    """gRefCOCO val with three photos and ReasonSeg val with two, in the formats of the real ones."""
+def make_dataset(root: Path, *, reasoning: int = 2) -> Path:
+    """gRefCOCO val with three photos and ReasonSeg val with a number of them, in the formats of the real ones."""
     photos = root / "refer_seg/images/mscoco/images/train2014"
     photos.mkdir(parents=True)
     images, annotations, refs = [], [], []
@@ -79,7 +79,8 @@ def make_dataset(root: Path) -> Path:
     instances = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     write_json(root / "refer_seg/grefcoco/instances.json", instances)
     write_json(root / "refer_seg/grefcoco/grefs(unc).json", refs)
-    for number, (text, is_sentence) in enumerate([("Which one is it?", True), ("the one on the left", False)]):
+    for number in range(reasoning):
+        text, is_sentence = [("Which one is it?", True), ("the one on the left", False)][number % 2]
         folder = root / "reason_seg/ReasonSeg/val"
         corners = {"target": [[4, 4], [30, 4], [30, 30], [4, 30]], "ignore": [[40, 4], [48, 4], [48, 12], [40, 12]]}
         shapes = [{"label": label, "labels": [label], "shape_type": "polygon", "image_name": f"{number}.jpg",

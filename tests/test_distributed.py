@@ -1,6 +1,11 @@
 """What the processes of a run share; several real ones run in the tests of training and evaluation."""
 
+import os
+import subprocess
+import sys
+
 import pytest
+from helpers import ROOT, hear_ctrl_c
 
 from self1e import distributed
 
@@ -15,3 +20,36 @@ def test_blocks_cover_everything_once(monkeypatch, items, size):
     assert [item for block in blocks for item in block] == list(range(items))
     lengths = [len(block) for block in blocks]
     assert lengths == sorted(lengths, reverse=True) and max(lengths) - min(lengths) <= 1
+
+
+DESTRUCTOR = """
+import os, signal, sys, time
+from self1e.distributed import run_program
+
+
+class Loader:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+
+def program():
+    Loader()
+    time.sleep(60)
+    return 0
+
+
+sys.exit(run_program(program, expected=(ValueError,)))
+"""
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_ctrl_c_in_a_destructor_ends_the_program(launched):
+    """Python drops what is raised there; a data loader that ends its workers is such a place."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
+    environment |= {"LOCAL_RANK": "0", "RANK": "0"} if launched else {}
+    command = [sys.executable, "-c", DESTRUCTOR]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, preexec_fn=hear_ctrl_c
+    )
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")

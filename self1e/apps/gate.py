@@ -1,7 +1,7 @@
 """A gate before the demo's web framework: it bounds the disk that uploads take, and answers calls of no known kind."""
 
 import asyncio
-import sys
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,6 +10,7 @@ UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 MARGIN = 10_000  # bytes of a form around its file
 DRAINED = 10**8  # bytes of a refused upload that are read, or its sender would not see the answer
 Message: TypeAlias = MutableMapping[str, Any]
+logger = logging.getLogger(__name__)
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
@@ -34,7 +35,8 @@ class Gate:
     """An ASGI application in front of another one.
 
     It refuses an upload that is larger than one file may be, or for which `folder` has no space left. What the other
-    application raises, as it does for a call of an unknown function, becomes one line of the log and an answer 400.
+    application raises, as it does for a call of an unknown function, is one sentence to the client, with status 400,
+    and its whole traceback in the log.
 
     Args:
         folder: where uploads are put; the other application removes old ones itself.
@@ -80,15 +82,10 @@ class Gate:
 
         try:
             await self.app(scope, receive, note)
-        except Exception as error:  # the framework has no answer to it
-            say(error)
+        except Exception:  # the framework has no answer to it
+            logger.exception("a call failed")
             if not started:
-                await _refuse(send, 400, "The request could not be understood.")
-
-
-def say(error: Exception) -> None:
-    """Write one line about a call that failed into the log."""
-    print(f"a call was refused: {type(error).__name__}: {str(error)[:200]!r}", file=sys.stderr, flush=True)
+                await _refuse(send, 400, "The request could not be answered.")
 
 
 async def _refuse(send: Send, status: int, message: str, receive: Receive | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import logging
 import shutil
 import tempfile
 import threading
@@ -18,16 +19,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from self1e.apps.gate import bytes_in, say
+from self1e.apps.gate import bytes_in
 from self1e.apps.results import Results
 from self1e.apps.segmenting import ask
 from self1e.data.sample import UNREADABLE, SampleError, load_image
 from self1e.files import replacing
 from self1e.model.inference import Reply
+from self1e.model.photos import open_picture
 from self1e.model.processing import HIGH_RES_TILES
 from self1e.model.prompts import SEG
 from self1e.visualize import PALETTE, overlay
 
+logger = logging.getLogger(__name__)
 Image.MAX_IMAGE_PIXELS = None  # `Demo.read` looks at the size before it decodes, with a message for the page
 MODES = {"Segment: one mask per prompt": "segment", "Chat: the model answers": "chat"}
 KEEP = 3600  # seconds that a request's files stay
@@ -147,7 +150,7 @@ class Demo:
             refuse("Choose a picture first.")
         unreadable = "This file is no picture that can be read: choose a JPEG, PNG or WebP."
         try:
-            with Image.open(path) as opened:
+            with open_picture(path) as opened:
                 size = opened.width * opened.height / 1e6
         except UNREADABLE:
             refuse(unreadable)
@@ -221,7 +224,7 @@ class Demo:
 
 
 class Page(gr.Blocks):
-    """Blocks that answer a call they cannot make sense of with one line, to the client and in the log."""
+    """Blocks that answer a call which fails with one sentence; the log alone holds the traceback."""
 
     async def process_api(self, *args, **kwargs) -> dict[str, Any]:
         try:
@@ -229,9 +232,9 @@ class Page(gr.Blocks):
         except gr.Error as error:
             error.print_exception = False
             raise
-        except Exception as error:  # whatever a forged call makes the library raise
-            say(error)
-            refuse("The request could not be understood.")
+        except Exception:  # a fault of ours, or whatever a forged call makes the library raise
+            logger.exception("a call failed")
+            refuse("The request could not be answered.")
 
 
 def examples() -> list[list[str]]:

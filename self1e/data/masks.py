@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from self1e.data.sample import UNREADABLE, SampleError, why_unreadable
+from self1e.model.photos import open_picture
 
 # What each EXIF orientation asks of an array, as Pillow's exif_transpose does to the photo.
 ORIENT = {
@@ -201,7 +202,7 @@ def _paint(mask: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
 def load_label_map(path: Path, id: str) -> np.ndarray:
     """One-channel label image -> integers (H, W), as stored. Raises SampleError under `id`."""
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             if image.format == "JPEG":
                 raise SampleError(id, f"{path} is a JPEG, which blurs the labels at every edge; store it as a PNG")
             labels = np.asarray(image)

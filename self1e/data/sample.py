@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from self1e.data.paths import DATASETS, inside
-from self1e.model.photos import as_rgb
+from self1e.model.photos import as_rgb, open_picture
 from self1e.model.prompts import IMAGE_TAG, RESERVED, SEG, evaluation_prompt
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def load_oriented(path: Path | str | BinaryIO, id: str | None = None) -> tuple[I
     Raises SampleError, under `id` or the path, when the file is missing, truncated or no image.
     """
     try:
-        with Image.open(path) as stored:
+        with open_picture(path) as stored:
             orientation = stored.getexif().get(ORIENTATION_TAG, 1)
             image = as_rgb(stored)
     except UNREADABLE as error:

@@ -1,7 +1,29 @@
 """Photos in one mode and at one size, without torch: what reads data needs no more."""
 
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
 import numpy as np
 from PIL import Image, ImageOps
+
+# What photos and masks come in. Pillow opens more, and would start Ghostscript for a file that turns out to be EPS.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+
+
+@cache
+def _readable() -> tuple[str, ...]:
+    """Those of `FORMATS` that the installed Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_picture(source: Path | str | BinaryIO) -> Image.Image:
+    """A file that may come from a stranger, opened and not decoded yet, whatever its name says.
+
+    Raises OSError when it is none of `FORMATS`; decoding may raise more (`data.sample.UNREADABLE`).
+    """
+    return Image.open(source, formats=_readable())
 
 
 def resize_bicubic(image: Image.Image, width: int, height: int) -> Image.Image:

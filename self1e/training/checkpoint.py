@@ -127,11 +127,13 @@ def check_unused(run_dir: Path, *, overwrite: bool) -> None:
 
     Raises ValueError that names both ways out.
     """
-    left = [*checkpoints_in(run_dir / "checkpoints"), *run_dir.glob("ckpt_model*")]
+    checkpoints = checkpoints_in(run_dir / "checkpoints")
+    left = [*checkpoints, *run_dir.glob("ckpt_model*"), *run_dir.glob("eval/*.json")]
     if left and not overwrite:
+        ways = "continue it with --auto_resume, " if checkpoints else ""
         raise ValueError(
-            f"{run_dir} holds an earlier run ({left[0].name}): continue it with --auto_resume, replace it with "
-            "--overwrite, or give another --exp_name"
+            f"{run_dir} holds an earlier run ({left[0].relative_to(run_dir)}): {ways}replace it with --overwrite, or "
+            "give another --exp_name"
         )
     for name in ("checkpoints", "ckpt_model", "ckpt_model_published", "tensorboard", "validation", "eval"):
         shutil.rmtree(run_dir / name, ignore_errors=True)

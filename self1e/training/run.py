@@ -24,6 +24,7 @@ from self1e.data.sample import SampleError
 from self1e.data.splits import DEFAULT_SPLITS, get_splits, load_split, split_paths
 from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
+from self1e.evaluation.watchdog import Watchdog
 from self1e.flags import check_writable, counted
 from self1e.model import checkpoints
 from self1e.model.configuration import DTYPES
@@ -38,9 +39,9 @@ from self1e.training.flags import LLM_LINEARS
 from self1e.training.healthy import HealthyCurves, recipe_of
 from self1e.training.model_card import write_model_card
 from self1e.training.new_rows import merge_new_rows, train_new_rows
+from self1e.training.stop import REQUEUE, StopRequest
 from self1e.training.stream import Encode, TooManyBroken, broken_list
 from self1e.training.trainer import NotSaved, Self1ETrainer
-from self1e.training.watch import REQUEUE, StopRequest, Watchdog
 
 CHAT_TOKENS = 30  # system text, role headers and a few words: the least a row needs beside its image
 
@@ -128,7 +129,8 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         **{name: getattr(args, name) for name in DataConfig.flags()},
     )
     require_paths(data.paths() + split_paths(splits, args.dataset_dir))
-    if distributed.is_main() and not (args.resume or args.auto_resume):
+    continued = args.resume or args.auto_resume and checkpoints_in(args.run_dir / "checkpoints")
+    if distributed.is_main() and not continued:
         check_unused(args.run_dir, overwrite=args.overwrite)
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor.tile_tokens)
@@ -174,8 +176,16 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
 
     def validate(step: int) -> dict[str, float]:
         folder = args.run_dir / "validation" / f"step_{step}"
-        options = {"show": trainer.show, "before_photo": trainer.before_photo, **evaluation_options(args)}
-        results = evaluate_splits(model, processor, splits, output_dir=folder, **options)
+        results = evaluate_splits(
+            model,
+            processor,
+            splits,
+            output_dir=folder,
+            show=trainer.show,
+            watchdog=watchdog,
+            asked_to_stop=lambda: stop.cause is not None,
+            **evaluation_options(args),
+        )
         return {f"{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
 
     if healthy and args.report_to == "tensorboard":
@@ -358,23 +368,25 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
     device = distributed.device()
     if device.type == "cpu":
         torch.set_num_threads(1)  # figures to the pixel on any number of processes; those are what uses more cores
-    distributed.start()
+    distributed.start(timeout=timedelta(seconds=args.timeout + 60))  # as in training
     model = load_model(args, training=False).to(device)  # type: ignore[arg-type]  # transformers annotates `self` of `to`
     if not model.trained_head:
         raise ValueError(
             f"{args.version} is a base model without a segmentation head, and {trained} does not exist: train first, "
             "or name trained weights with --model_weights"
         )
-    evaluate_splits(
-        model,
-        processor,
-        args.splits,
-        output_dir=args.run_dir / "eval",
-        visualize=args.eval_visualize,
-        skip_missing=skip_missing,
-        checkpoint=checkpoint_settings(args.version, args.model_weights),
-        overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
-        **evaluation_options(args),
-    )
+    with Watchdog(args.run_dir / ".ranks" / "eval", args.timeout) as watchdog:
+        evaluate_splits(
+            model,
+            processor,
+            args.splits,
+            output_dir=args.run_dir / "eval",
+            visualize=args.eval_visualize,
+            skip_missing=skip_missing,
+            checkpoint=checkpoint_settings(args.version, args.model_weights),
+            overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
+            watchdog=watchdog,
+            **evaluation_options(args),
+        )
     if args.version == str(trained) and distributed.is_main():
         write_model_card(trained)  # with the table

@@ -21,11 +21,12 @@ from self1e.data.sample import EvalImage
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.segmentation.report import examples
 from self1e.evaluation.segmentation.run import Left
+from self1e.evaluation.watchdog import Watchdog
 from self1e.flags import counted
 from self1e.training import checkpoint, curves
 from self1e.training.adaptation import optimizer_groups
+from self1e.training.stop import StopRequest
 from self1e.training.stream import Collate, MicroBatches, Stream, TooManyBroken, broken_list
-from self1e.training.watch import StopRequest, Watchdog
 
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on
 TERMS = tuple(curves.TERMS)
@@ -272,11 +273,6 @@ class Self1ETrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def before_photo(self, name: str) -> bool:
-        """Tell the watchdog which photo is validated; whether this rank was asked to stop."""
-        self.watchdog.validating(name)
-        return self.stop.cause is not None
 
     def show(self, name: str, split: Sequence[EvalImage], units: Sequence[Unit]) -> None:
         """Add pictures of a validated split to TensorBoard: `<split>/worst`, `/median` and `/best`, by IoU.

@@ -1,5 +1,6 @@
 """The demo's work without its server: answers, files, limits, escaping, refusals before a model loads."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -144,6 +145,44 @@ def test_errors_are_for_the_page(demo, tmp_path, content, text, message):
     with pytest.raises(gradio.Error, match=message) as error:
         ask(demo, path, text)
     assert str(tmp_path) not in str(error.value)
+
+
+def test_a_fault_of_the_page_is_told_to_the_log_alone(demo, picture, monkeypatch, caplog):
+    import gradio as gr
+    from gradio.state_holder import SessionState
+
+    from self1e.apps import page
+
+    def broken(*args, **options):
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(page, "ask", broken)
+    blocks = page.build(demo, "tiny", queue=1)
+    function = next(each for each in blocks.fns.values() if each.api_name == "answer")
+    inputs = [{"path": picture, "meta": {"_type": "gradio.FileData"}}, "it", SEGMENT, 0.5, False, 8, 0.5]
+    with pytest.raises(gr.Error) as told:
+        asyncio.run(blocks.process_api(function, inputs, SessionState(blocks)))
+    assert told.value.message == "The request could not be answered." and not told.value.print_exception
+    (record,) = caplog.records
+    assert record.levelname == "ERROR" and "in broken" in caplog.text and "KeyError: 'a fault of ours'" in caplog.text
+
+
+def test_a_fault_of_the_framework_is_told_to_the_log_alone(tmp_path, caplog):
+    from self1e.apps.gate import Gate
+
+    async def broken(scope, receive, send):
+        raise KeyError("a fault of the framework")
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    gate = Gate(broken, tmp_path, largest=10, space=10)
+    asyncio.run(gate({"type": "http", "method": "GET", "path": "/"}, None, send))
+    assert sent[0]["status"] == 400 and sent[1]["body"] == b"The request could not be answered."
+    (record,) = caplog.records
+    assert record.levelname == "ERROR" and "in broken" in caplog.text and "a fault of the framework" in caplog.text
 
 
 def test_settings_outside_their_range_are_refused(demo, picture):

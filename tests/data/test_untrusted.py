@@ -15,9 +15,10 @@ from self1e.apps import check_data
 from self1e.data.config import FAMILIES, DataConfig
 from self1e.data.index import open_index
 from self1e.data.loading import build_mixture
+from self1e.data.masks import load_label_map
 from self1e.data.paths import inside
 from self1e.data.readers import load_plain_pickle, read_coco, read_instructions, read_questions, read_refs
-from self1e.data.sample import SampleError
+from self1e.data.sample import SampleError, load_image
 from self1e.data.sets.reasoning import read_record
 from self1e.data.splits import load_split
 
@@ -296,3 +297,18 @@ def test_json_nested_without_end_is_refused(tmp_path):
     (tmp_path / "reason_seg/ReasonSeg/train/a.json").write_text(deep)
     with pytest.raises(SampleError, match="a.json"):
         read_record(tmp_path / "reason_seg/ReasonSeg/train/a.jpg", "x")
+
+
+def test_no_picture_starts_another_program(tmp_path, monkeypatch):
+    """Pillow hands EPS, whatever its name, to Ghostscript."""
+    from PIL import EpsImagePlugin
+
+    def started(*args, **options):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n(%pipe%id) (r) file\n")
+    for read in load_image, lambda path: load_label_map(path, "a"):
+        with pytest.raises(SampleError, match="a.jpg.*cannot identify"):
+            read(path)

@@ -39,6 +39,6 @@ def test_a_data_worker_that_hangs_is_named(tiny_version, damaged, tmp_path, wher
         expected = r"rank 0 reads the samples that come after .*refcoco/COCO_train2014_\d+\.jpg"
         assert re.search(expected, message), message
     else:
-        assert f"rank 0 validates ReasonSeg|val {photo.name}" in message, message
+        assert f"rank 0 reads ReasonSeg|val {photo.name}" in message, message
     left = [each for each in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(each.info["cmdline"] or [])]
     assert not left, "a worker outlives its run"

@@ -12,8 +12,8 @@ from runs import EVENTS, count_events, history, train, train_in_a_child
 
 from self1e import Self1EForSegmentation
 from self1e.evaluation.journal import Journal
+from self1e.training.stop import StopRequest
 from self1e.training.trainer import Self1ETrainer
-from self1e.training.watch import StopRequest
 
 POINTS = int(os.environ.get("SELF1E_KILL_POINTS", 6))
 FLAGS = ("--max_steps", "3", "--save_steps", "1", "--no_eval", "--report_to", "none")

@@ -131,15 +131,16 @@ def test_a_rank_that_hangs_is_named(tiny_version, shapes, runs):
     assert re.search(r"rank 1 (computes|reads) .*/.* and has given no sign of life", printed), printed
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_ctrl_c_is_one_message(tiny_version, shapes, runs, launcher):
-    """A terminal sends it to every process; each launcher passes it on once more and adds a traceback of its own."""
+@pytest.mark.parametrize(("launcher", "tracebacks"), [("self1e launch", 0), ("deepspeed", 1), ("torchrun", 1)])
+def test_ctrl_c_is_one_message(tiny_version, shapes, runs, launcher, tracebacks):
+    """A terminal sends it to every process; each launcher passes it on once more, and the others add a traceback."""
     flags = ("--max_steps", "500", "--save_steps", "1")
     process = launch(tiny_version, shapes, runs, launcher, *FLAGS, *flags, launcher=launcher)
     until(process, "2")
     os.killpg(process.pid, signal.SIGINT)
     printed = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
+    assert process.returncode == 130 or tracebacks and process.returncode != 0
     assert printed.count("interrupted; continue from") == 1 and "with --auto_resume" in printed, printed
-    assert printed.count("Traceback") == 1 and "self1e/" not in printed.split("Traceback")[1], printed
-    assert "train_hf_ivl_seq.py" not in printed.split("Traceback")[1]
+    assert printed.count("Traceback") == tracebacks, printed
+    if tracebacks:
+        assert not re.search("self1e/|train_hf_ivl_seq.py", printed.split("Traceback")[1]), printed

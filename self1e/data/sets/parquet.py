@@ -27,6 +27,7 @@ from self1e.data.masks import check_size, decode_segmentation, orient
 from self1e.data.paths import inside
 from self1e.data.sample import UNREADABLE, EvalImage, EvalSplit, SampleError, image_keys, load_oriented
 from self1e.data.sets.referring import unique
+from self1e.model.photos import open_picture
 from self1e.model.prompts import looks_like_sentence
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def read_mask(cell: Any, height: int, width: int) -> np.ndarray:
     if isinstance(cell, np.ndarray):
         return _binary(cell)
     if isinstance(cell, bytes):
-        with Image.open(io.BytesIO(cell)) as picture:
+        with open_picture(io.BytesIO(cell)) as picture:
             array = np.asarray(picture)
         return _binary(array if array.ndim == 2 else array[..., 0])
     if isinstance(cell, dict):

@@ -32,6 +32,7 @@ from self1e.evaluation.loading import read_ahead
 from self1e.evaluation.provenance import describe
 from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score
 from self1e.evaluation.segmentation.report import SplitResults, summary_table, unit_text
+from self1e.evaluation.watchdog import Watchdog
 from self1e.model.inference import predict_photo
 from self1e.model.processing import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER
@@ -41,7 +42,7 @@ READING = (ValueError, OSError, SampleError)  # what data and results on disk ma
 
 
 class Left(Exception):
-    """An evaluation was left before its end because `before_photo` said so."""
+    """An evaluation was left before its end because `asked_to_stop` said so."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,14 @@ def evaluate_units(
     rows_per_forward: int = 16,
     model_max_length: int = 512,
     high_res: bool = False,
-    before_photo: Callable[[str], bool] | None = None,
+    watchdog: Watchdog | None = None,
+    asked_to_stop: Callable[[], bool] | None = None,
     title: str = "",
 ) -> list[Unit]:
     """The units of a whole split in its order, on every rank.
 
     kept: units that are known already; photos all of whose units are among them are passed over. journal: where each
-    rank writes the units of a photo as soon as it has them. before_photo: see `evaluate_splits`.
+    rank writes the units of a photo as soon as it has them. watchdog, asked_to_stop: see `evaluate_splits`.
 
     Raises SampleError for a broken photo or annotation or a dead worker process, ValueError for a sentence that does
     not fit `model_max_length`, OSError for a full disk, each on all ranks; RuntimeError for whatever else one rank
@@ -163,12 +165,13 @@ def evaluate_units(
         [turn.photo for turn in turns],
         workers=workers,
         name=name,
+        watchdog=watchdog,
     )
     I, U = (sum(getattr(unit, key) for units in found.values() for unit in units) for key in ("I", "U"))
     bar = tqdm(turns, total=len(ids) // world, initial=len(found) // world, desc=title, unit="photo", disable=rank > 0)
     failure: Exception | None = None
     for step, turn in enumerate(bar):
-        if before_photo is not None and before_photo(name(turn.photo)):
+        if asked_to_stop is not None and asked_to_stop():
             failure = failure or Left(f"left before {name(turn.photo)}")
         with _naming(name(turn.photo)):
             item = next(items)
@@ -185,6 +188,8 @@ def evaluate_units(
                 bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
     agree(failure, len(turns))
     together = {photo: units for part in distributed.gather(found) for photo, units in part.items()}
+    if watchdog is not None:
+        watchdog.pause()
     assert len(together) == len(split), "a photo is lost"
     return [unit for photo in range(len(split)) for unit in together[photo]]
 
@@ -237,7 +242,8 @@ def evaluate_splits(
     skip_missing: bool = False,
     checkpoint: Mapping[str, str | None] | None = None,
     overwrite: bool = False,
-    before_photo: Callable[[str], bool] | None = None,
+    watchdog: Watchdog | None = None,
+    asked_to_stop: Callable[[], bool] | None = None,
 ) -> dict[str, dict]:
     """Score `model` on `splits` and write the files that `segmentation.report` describes.
 
@@ -254,8 +260,8 @@ def evaluate_splits(
         checkpoint: what tells the model's weights from others (`provenance.checkpoint_settings`). With it, what
             `output_dir` holds of the same settings is kept and continued. None: nothing can be kept.
         overwrite: evaluate anew whatever `output_dir` holds.
-        before_photo: called on every rank with the name of each photo before it is read; where it returns True on
-            one of them, all ranks raise `Left`.
+        watchdog: hears which photo this rank is at.
+        asked_to_stop: called on every rank before each photo; where it returns True on one of them, all raise `Left`.
 
     Returns split -> figures (`metrics.score`), the same on every rank.
 
@@ -288,8 +294,8 @@ def evaluate_splits(
             files = SplitResults(output_dir, name)
             kept = distributed.on_main(partial(files.open, split, settings, overwrite=fresh), catch=READING)
             units = evaluate_units(
-                model, processor, split, entries[name], kept=kept, journal=files.journal, workers=workers,
-                model_max_length=model_max_length, before_photo=before_photo, title=name, **options,
+                model, processor, split, entries[name], kept=kept, journal=files.journal, workers=workers, title=name,
+                model_max_length=model_max_length, watchdog=watchdog, asked_to_stop=asked_to_stop, **options,
             )  # fmt: skip
             notes = {"note": split.note} if split.note else {}
             results[name] = {"split": name, "data": compare(name, split.counts()), **notes, **score(units)}

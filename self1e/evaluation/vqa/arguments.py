@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
-from self1e.flags import Parser, checkpoint, device, whole
+from self1e.flags import Parser, between, checkpoint, device, whole
 from self1e.model.switches import SWITCHES
 
 OWN_WEIGHTS = "none"
@@ -101,6 +101,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", type=device, choices=("auto", "cpu", "cuda"), default="auto")
     add("--batch_size", type=whole(1), default=8, help="questions per forward pass of a process")
     add("--workers", type=whole(0), default=4, help="processes per rank that decode and tile photos")
+    add("--allow_outside", action="store_true", help="take photos that question files name outside --data_dir")
+    add("--timeout", type=between(1, 1e7), default=1800.0, help="seconds without progress that end the run")
     add("--score_only", action="store_true", help="score the replies that are on disk; no model is loaded")
     add("--overwrite_eval", action="store_true", help="drop the replies that are on disk and ask every question anew")
     args = parser.parse_args(argv)

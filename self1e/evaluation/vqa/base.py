@@ -29,6 +29,11 @@ class Question:
     prompt: str
     record: dict
 
+    @property
+    def name(self) -> str:
+        """The question with its photo, for messages."""
+        return f"question {self.id}" + (f" ({self.image.name})" if isinstance(self.image, Path) else "")
+
     def open_image(self) -> Image.Image:
         """The photo, RGB. Raises SampleError naming the question when it cannot be decoded."""
         source = self.image if isinstance(self.image, Path) else io.BytesIO(self.image)
@@ -75,7 +80,7 @@ def reading(path: Path) -> Iterator[None]:
         raise FileNotFoundError(f"{path} is missing") from error
     except KeyError as error:
         raise ValueError(f"{path} is malformed: no {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is malformed: {error}") from error
 
 
@@ -87,7 +92,7 @@ def read_jsonl(path: Path) -> list[dict]:
             if line.strip():
                 try:
                     records.append(json.loads(line))
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"line {number} is not JSON ({error})") from error
         if not records:
             raise ValueError("it holds no record")

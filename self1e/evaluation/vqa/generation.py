@@ -11,6 +11,7 @@ from tqdm import tqdm
 from self1e.data.sample import SampleError
 from self1e.evaluation.loading import read_ahead
 from self1e.evaluation.vqa.base import Question
+from self1e.evaluation.watchdog import Watchdog
 from self1e.model.prompts import END_OF_TURN, IMAGE_TAG
 
 
@@ -91,6 +92,7 @@ def answer_questions(
     max_tiles: int = 1,
     workers: int = 0,
     progress: str | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Iterator[tuple[list[int], list[str]]]:
     """Replies to `questions[i]`, i in `indices`, batch by batch: (their indices, replies).
 
@@ -98,6 +100,7 @@ def answer_questions(
         max_tiles: 1 for the one resized image, more for InternVL's dynamic tiling with a thumbnail.
         workers: processes that decode and tile.
         progress: title of a bar; None for none.
+        watchdog: hears which questions this rank is at.
 
     Raises:
         ValueError: a photo cannot be decoded, or a text holds a reserved token; the message names it.
@@ -108,9 +111,9 @@ def answer_questions(
     dataset = _Prompts(questions, batches, processor, tiling)
 
     def name(number: int) -> str:
-        return " or ".join(f"question {questions[index].id}" for index in batches[number])
+        return " or ".join(questions[index].name for index in batches[number])
 
-    items = read_ahead(dataset, range(len(batches)), workers=workers, name=name)
+    items = read_ahead(dataset, range(len(batches)), workers=workers, name=name, watchdog=watchdog)
     with tqdm(total=len(indices), desc=progress, unit="question", disable=progress is None) as bar:
         for item in items:
             if isinstance(item, Exception):

@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from self1e import distributed
+from self1e.data.paths import inside
 from self1e.data.sample import SampleError
 from self1e.evaluation.provenance import Settings, checkpoint_settings, describe
 from self1e.evaluation.vqa.arguments import Candidate, parse_args
@@ -25,6 +26,7 @@ from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
 from self1e.evaluation.vqa.generation import answer_questions
 from self1e.evaluation.vqa.predictions import Predictions
 from self1e.evaluation.vqa.report import summary_table
+from self1e.evaluation.watchdog import Watchdog
 from self1e.files import write_json, write_text
 from self1e.flags import check_writable, told
 from self1e.model.configuration import DTYPES
@@ -41,17 +43,24 @@ class CannotLoad(Exception):
 
 
 def read_questions(
-    benchmark: VQABenchmark, data_dir: Path, *, with_images: bool, with_references: bool
+    benchmark: VQABenchmark, data_dir: Path, *, with_images: bool, with_references: bool, allow_outside: bool
 ) -> list[Question]:
     """Questions of a benchmark. Raises FileNotFoundError or ValueError naming the file that is missing or malformed.
 
     with_images: every photo must be there. with_references: score blank replies, which reads all reference files.
+    allow_outside: photos may lie outside the data folder (see `paths.inside`).
     """
     questions = benchmark.questions(data_dir)
     if with_references and benchmark.metric is not None:
         benchmark.metric([Answer(question, "") for question in questions], data_dir)
     if with_images:
-        paths = {question.image for question in questions if isinstance(question.image, Path)}
+        paths = {question.image: question for question in questions if isinstance(question.image, Path)}
+        for path, question in paths.items() if not allow_outside else ():
+            name = path.relative_to(data_dir) if path.is_relative_to(data_dir) else path.absolute()
+            try:
+                inside(data_dir, str(name))
+            except ValueError as error:
+                raise ValueError(f"question {question.id}: {error}") from error
         missing = sorted(path for path in paths if not path.is_file())
         if missing:
             raise FileNotFoundError(f"{missing[0]} is missing, one of {len(missing)} missing photos")
@@ -66,9 +75,13 @@ def predict(
     *,
     title: str,
     overwrite: bool,
+    watchdog: Watchdog | None,
     **options: Any,
 ) -> None:
-    """Answer what is unanswered, on all ranks, and join the files. `options`: see `answer_questions`."""
+    """Answer what is unanswered, on all ranks, and join the files.
+
+    watchdog: hears what this rank does. options: see `answer_questions`.
+    """
     settings = settings | {"figures": settings["figures"] | {"max_new_tokens": benchmark.max_new_tokens}}
     done = distributed.on_main(lambda: predictions.open(settings, overwrite=overwrite))
     unanswered = [index for index in range(len(predictions.questions)) if index not in done]
@@ -84,12 +97,19 @@ def predict(
             distributed.share(unanswered),
             max_new_tokens=benchmark.max_new_tokens,
             progress=title if distributed.is_main() else None,
+            watchdog=watchdog,
             **options,
         )
-        for asked, replies in batches:
-            predictions.append(asked, replies)
+        try:
+            for asked, replies in batches:
+                predictions.append(asked, replies)
+        finally:
+            if watchdog is not None:
+                watchdog.waiting()
 
     distributed.everywhere(work, catch=EXPECTED)
+    if watchdog is not None:
+        watchdog.pause()
     distributed.on_main(predictions.finish)
 
 
@@ -121,6 +141,8 @@ def evaluate(
     workers: int = 0,
     score_only: bool = False,
     overwrite: bool = False,
+    allow_outside: bool = False,
+    watchdog: Watchdog | None = None,
 ) -> dict[str, str]:
     """Answer and score every benchmark with every model, and write `summary.md` and `summary.json` to `output_dir`.
 
@@ -130,12 +152,18 @@ def evaluate(
     failures: dict[str, str] = {}
     questions: dict[str, list[Question]] = {}
     checks = {"with_images": not score_only, "with_references": not score_only and distributed.is_main()}
+    checks["allow_outside"] = allow_outside
     for name, benchmark in benchmarks.items():  # all of them first: what is missing shows before the long work starts
         try:
             questions[name] = distributed.everywhere(partial(read_questions, benchmark, data_dir, **checks))
         except EXPECTED as error:
             _report(failures, name, error)
-    options = {"batch_size": batch_size, "max_tiles": max_tiles, "workers": workers}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_tiles": max_tiles,
+        "workers": workers,
+        "watchdog": watchdog,
+    }
     results: dict[str, list[dict | None]] = {name: [] for name in benchmarks}
     for candidate in candidates:
         chosen = {"attn_implementation": attn_implementation}
@@ -222,21 +250,25 @@ def run(args: argparse.Namespace) -> int:
             check_writable(candidate.folder)
             weights = candidate.weights or "its own weights"
             print(f"{candidate.label}: {candidate.version}, {weights} -> {candidate.folder}", flush=True)
-    failures = evaluate(
-        args.candidates,
-        args.benchmarks,
-        data_dir=args.data_dir,
-        output_dir=args.log_base_dir / args.exp_name / "eval_vqa",
-        device=device,
-        precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"),
-        attn_implementation=args.attn_implementation,
-        rope_precision=args.rope_precision,
-        max_tiles=args.max_num if args.dynamic else 1,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        score_only=args.score_only,
-        overwrite=args.overwrite_eval,
-    )
+    run_dir = args.log_base_dir / args.exp_name
+    with Watchdog(run_dir / ".ranks" / "eval_vqa", args.timeout) as watchdog:
+        failures = evaluate(
+            args.candidates,
+            args.benchmarks,
+            data_dir=args.data_dir,
+            output_dir=run_dir / "eval_vqa",
+            device=device,
+            precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"),
+            attn_implementation=args.attn_implementation,
+            rope_precision=args.rope_precision,
+            max_tiles=args.max_num if args.dynamic else 1,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            score_only=args.score_only,
+            overwrite=args.overwrite_eval,
+            allow_outside=args.allow_outside,
+            watchdog=watchdog,
+        )
     return 1 if failures else 0
 
 

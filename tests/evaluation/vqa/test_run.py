@@ -15,6 +15,7 @@ from vqa_trees import (
     load_model,
     results,
     run,
+    save_photo,
     write_gqa,
     write_lines,
     write_mmbench,
@@ -113,6 +114,23 @@ def test_one_broken_benchmark_does_not_stop_the_others(tiny, tmp_path, capsys, s
     assert "failed" in (results(tmp_path) / "summary.md").read_text()
     late = culprit == "1.jpg" and (tmp_path / "data" / "pope" / "val2014" / culprit).exists()
     assert ("pope" in load(results(tmp_path) / "settings.json")) == late  # all else is seen before the first question
+
+
+@pytest.mark.parametrize(
+    "name", ["data/../secret.jpg", "{outside}/secret.jpg", "data/vqav2/val2014/../../../secret.jpg"]
+)
+def test_photos_stay_in_the_data_folder_unless_allowed(tiny, tmp_path, capsys, name):
+    write_vqav2(tmp_path / "data", 1)
+    save_photo(tmp_path / "secret.jpg", 0)
+    row = {"image": name.format(outside=tmp_path), "question": "What is this?", "question_id": 7}
+    write_lines(tmp_path / "data/vqav2/vqav2_val.jsonl", [row])
+    (tmp_path / "data/vqav2/v2_mscoco_val2014_annotations.json").write_text(
+        (tmp_path / "data/vqav2/v2_mscoco_val2014_annotations.json").read_text().replace(": 70", ": 7")
+    )
+    assert run(tmp_path, tiny) == 1
+    message = capsys.readouterr().err
+    assert "question 7: " in message and "leads out of" in message and "--allow_outside" in message
+    assert run(tmp_path, tiny, "--allow_outside") == 0
 
 
 def test_base_and_fine_tuned_side_by_side(tiny, tmp_path, capsys):

@@ -1,0 +1,73 @@
+"""One process per GPU, as torchrun starts them, with an end that a user and a queue understand.
+
+    self1e launch --nproc_per_node 8 train_hf_ivl_seq.py --version PATH/InternVL3-2B --exp_name NAME ...
+
+All arguments are torchrun's (`torchrun --help`). Ctrl-C, SIGTERM and SIGUSR1 go to the ranks, which say how they end
+and what is saved; torchrun would add a traceback of its own. The exit code is 130 after Ctrl-C, 75 after SIGTERM or
+SIGUSR1 (the same command with --auto_resume continues), and otherwise that of the first rank that failed. A second
+Ctrl-C ends ranks that do not end by themselves.
+"""
+
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+import psutil
+
+from self1e.flags import INTERRUPTED
+
+AGAIN = 3  # seconds after which another Ctrl-C is no impatient key but a second request
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the ranks and wait for all of them; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    heard: dict[int, float] = {}
+
+    def tell(number: int, frame) -> None:
+        if number == signal.SIGINT and time.monotonic() - heard.setdefault(number, time.monotonic()) > AGAIN:
+            number = signal.SIGKILL
+        heard.setdefault(number, time.monotonic())
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # that ranks end is meant
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+        if not ranks:
+            raise KeyboardInterrupt
+
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, tell) for number in signals}
+    try:
+        code = launch(argv)
+    except KeyboardInterrupt:
+        if signal.SIGINT in heard:
+            raise
+        code = 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if heard:
+        from self1e.training.stop import REQUEUE
+
+        return INTERRUPTED if signal.SIGINT in heard else REQUEUE
+    return code
+
+
+def launch(argv: Sequence[str]) -> int:
+    """Run torchrun; returns the exit code of the first rank that failed (128 + N where signal N ended it), or 0."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(["--signals_to_handle=SIGQUIT", *argv])  # the others are handled above, or end everything as usual
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    return 0
