@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from self1e.flags import INTERRUPTED
+from self1e.flags import INTERRUPTED, Parser
 
 AGAIN = 3  # seconds after which another Ctrl-C is no impatient key but a second request
 
@@ -25,9 +25,12 @@ AGAIN = 3  # seconds after which another Ctrl-C is no impatient key but a second
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the ranks and wait for all of them; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.strip(), file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
+    parser = Parser(prog="self1e launch", usage="self1e launch [TORCHRUN'S FLAGS] PROGRAM ...", description=__doc__)
+    if not argv:
+        parser.error("it needs a program to start")
+    if argv[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0
     heard: dict[int, float] = {}
 
     def tell(number: int, frame) -> None:
