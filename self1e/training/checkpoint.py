@@ -4,13 +4,15 @@ Beside the Trainer's files a `checkpoint-N` holds `settings.json`, the settings 
 `manifest.json` with the size and SHA-256 of every file.
 """
 
+import importlib
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.serialization import get_unsafe_globals_in_checkpoint
+from torch.serialization import add_safe_globals, get_unsafe_globals_in_checkpoint
 
 from self1e.distributed import everywhere, gather, on_main, say, share
 from self1e.files import digest, fault, read_json, sync_folder, write_json
@@ -29,8 +31,15 @@ STRUCTURE = frozenset(
     "ranks zero_stage use_llm_lora freeze_llm optimize_vision use_vision_lora lora_r lora_target_modules "
     "lora_from_layer trainable_embeddings mask_features precision".split()
 )
-# Classes, besides tensors and plain containers, that DeepSpeed's own checkpoint files hold.
-TRUSTED = ("deepspeed.", "torch.", "collections.", "argparse.Namespace", "numpy.")
+# What a checkpoint's pickles hold besides tensors and plain containers: states of the random generators, which the
+# Trainer loads, and classes of DeepSpeed. A whole package is too much: `numpy.testing` runs any text.
+GENERATORS = frozenset(
+    "numpy.ndarray numpy.dtype numpy._core.multiarray._reconstruct numpy.core.multiarray._reconstruct".split()
+)
+DEEPSPEED = frozenset(
+    "deepspeed.runtime.zero.config.ZeroStageEnum deepspeed.utils.tensor_fragment.fragment_address "
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler".split()
+)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -69,15 +78,32 @@ def faults(folder: Path) -> list[str]:
 
 
 def code_in(folder: Path) -> list[str]:
-    """What loading the checkpoint's pickles would call, beyond the classes that the libraries write."""
-    found = []
+    """What loading the checkpoint's pickles would call, beyond the classes that the libraries write.
+
+    A link, or DeepSpeed's file `latest` with a path to elsewhere, would have pickles loaded that nobody looked at.
+    """
+    found = [f"{path.relative_to(folder)} is a link" for path in sorted(folder.rglob("*")) if path.is_symlink()]
+    latest = folder / "latest"
+    if latest.is_file() and latest.read_text(errors="replace").strip() not in {path.name for path in folder.iterdir()}:
+        found.append("latest names no folder of the checkpoint")
     for path in sorted(folder.rglob("*.p[th]*")):
         try:
             names = get_unsafe_globals_in_checkpoint(path)
         except Exception as error:  # a pickle that is no checkpoint of torch may raise almost anything
             return [f"{path.name} is no file of torch ({error})"]
-        found += [f"{path.name} asks for {name}" for name in names if not name.startswith(TRUSTED)]
+        found += [f"{path.name} asks for {name}" for name in names if name not in GENERATORS | DEEPSPEED]
     return found
+
+
+def load_tensors_only(*, deepspeed: bool) -> None:
+    """Have torch refuse code in every pickle that it loads from here on, also where a library asks for less.
+
+    It is a second lock behind `code_in`. deepspeed: its own classes are let through.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    if deepspeed:
+        names = [name.rpartition(".") for name in sorted(DEEPSPEED)]
+        add_safe_globals([getattr(importlib.import_module(module), name) for module, _, name in names])
 
 
 def choose(checkpoints: list[Path], say: Callable[[str], None]) -> Path | None:
@@ -176,4 +202,5 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
         return None
     if found is not None:
         check_resumable(found, settings, max_steps=args.max_steps, anyway=args.resume_anyway)
+        load_tensors_only(deepspeed=bool(args.deepspeed))
     return found

@@ -85,6 +85,12 @@ PICKLES = {
     "date": b"\x80\x02cdatetime\ndate\nU\x04aaaa\x85R.",
     "after the end": pickle.dumps([], 2)[:-1],
     "stack underflow": b"\x80\x02R.",
+    "GLOBAL thrown away": b"]" + GLOBAL + b"0.",
+    "EXT2": b"\x80\x02\x83\x01\x00.",
+    "NEWOBJ_EX": b"\x80\x04\x8c\x02os\x8c\x06system\x93)}\x92.",
+    "READONLY_BUFFER": b"\x80\x05]\x98.",
+    "FRAME of 2^62": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"].",
+    "number of 5,000 digits": b"I" + b"9" * 5_000 + b"\n.",
     "LONG4 of 2^31": b"\x80\x02\x8b\xff\xff\xff\x7fa.",
 }
 

@@ -21,6 +21,7 @@ from self1e.training.trainer import Self1ETrainer
 def no_launcher(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TENSORBOARD_LOGGING_DIR"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # a continued run sets it for good
 
 
 @pytest.fixture(scope="session")

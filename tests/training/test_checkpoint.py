@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import read_json
+from numpy.testing import runstring
 from runs import train
 
 from self1e.files import digest
 from self1e.training import checkpoint as module
-from self1e.training.checkpoint import check_resumable, checkpoints_in, choose, faults, prune, remember_best
+from self1e.training.checkpoint import (
+    check_resumable,
+    check_unused,
+    checkpoints_in,
+    choose,
+    faults,
+    prune,
+    remember_best,
+)
 
 FLAGS = ("--max_steps", "4", "--save_steps", "2", "--no_eval", "--report_to", "none")
 
@@ -164,6 +173,52 @@ def test_a_strangers_checkpoint_runs_no_code(run, tiny_version, shapes, capsys, 
     assert not (run / "pwned").exists()
     (folder / "optimizer.pt").write_bytes(pickle.dumps(Evil()))
     assert module.code_in(folder) and not (run / "pwned").exists()
+
+
+class EvilText:
+    """By way of a package that checkpoints may name: numpy has a function that runs any text."""
+
+    def __reduce__(self):
+        return runstring, ("open('pwned', 'w')", {})
+
+
+def test_what_a_scan_could_miss_is_refused_too(run, monkeypatch):
+    monkeypatch.chdir(run)
+    folder = run / "checkpoints" / "checkpoint-4"
+    assert module.code_in(folder) == []
+    torch.save({"state": EvilText()}, folder / "scheduler.pt")
+    assert module.code_in(folder) == ["scheduler.pt asks for numpy.testing._private.utils.runstring"]
+    (run / "elsewhere").mkdir()
+    (folder / "scheduler.pt").rename(run / "elsewhere/scheduler.pt")
+    (folder / "global_step4").symlink_to(run / "elsewhere")
+    assert module.code_in(folder) == ["global_step4 is a link"]
+    (folder / "global_step4").unlink()
+    (folder / "latest").write_text("../../elsewhere")
+    assert module.code_in(folder) == ["latest names no folder of the checkpoint"]
+    module.load_tensors_only(deepspeed=False)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(run / "elsewhere/scheduler.pt", weights_only=False)  # as DeepSpeed does
+    assert not (run / "pwned").exists()
+
+
+def test_results_and_models_are_not_trained_over(tmp_path):
+    (tmp_path / "eval").mkdir()
+    check_unused(tmp_path, overwrite=False)
+    for name in "eval/summary.json", "ckpt_model/config.json":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ValueError, match="replace it with --overwrite") as refusal:
+            check_unused(tmp_path, overwrite=False)
+        assert "--auto_resume" not in str(refusal.value)  # there is no checkpoint
+        assert (tmp_path / name).exists()
+    check_unused(tmp_path, overwrite=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_resume_does_not_replace_a_finished_model(run, tiny_version, shapes, capsys):
+    shutil.rmtree(run / "checkpoints")
+    train(tiny_version, shapes, run.parent, "run", *FLAGS, "--auto_resume", code=1)
+    assert "holds an earlier run (ckpt_model)" in capsys.readouterr().err
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):
