@@ -7,13 +7,14 @@ python train_hf_ivl_seq.py ...                                                # 
 
 import sys
 
-from self1e.flags import guarded
+from self1e.flags import guarded, uncollected
 from self1e.training.arguments import parse
 
 
 def main() -> int:
     args = parse(sys.argv[1:])  # before anything heavy is imported: --help and a wrong flag are answered at once
-    from self1e.training.run import start
+    with uncollected():
+        from self1e.training.run import start
 
     return start(args)
 

@@ -12,6 +12,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from self1e.flags import uncollected
+
 if TYPE_CHECKING:
     from self1e.model.auto import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 
@@ -28,7 +30,8 @@ _AUTO = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'self1e' has no attribute {name!r}")
-    return getattr(importlib.import_module(_REGISTRY), name)
+    with uncollected():
+        return getattr(importlib.import_module(_REGISTRY), name)
 
 
 class _AutoClassHook:

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from self1e.apps.loading import add_model_arguments
-from self1e.flags import Parser, between, whole
+from self1e.flags import Parser, between, uncollected, whole
 
 
 def upload_size(text: str) -> str:
@@ -81,14 +81,17 @@ def serve(args: argparse.Namespace, folder: Path, stopped: threading.Event) -> i
     """Load the model and serve the page until `stopped`; whatever it writes lies in `folder`."""
     # Gradio reads these when it is imported.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder / "uploads")}
-    import gradio as gr
-    from starlette.middleware import Middleware
+    with uncollected():
+        import gradio as gr
+        from starlette.middleware import Middleware
 
-    from self1e.apps.gate import Gate, size_in_bytes
-    from self1e.apps.loading import load
-    from self1e.apps.page import CSS, Demo, Limits, build
+        from self1e.apps.gate import Gate, size_in_bytes
+        from self1e.apps.loading import load
+        from self1e.apps.page import CSS, Demo, Limits, build
 
-    model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
+        model, processor = load(
+            args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize
+        )
     results = folder / "results"
     results.mkdir()
     space = size_in_bytes(args.max_disk)

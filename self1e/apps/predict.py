@@ -24,7 +24,7 @@ from pathlib import Path
 
 from self1e.apps.loading import add_model_arguments
 from self1e.apps.pictures import find_pictures, read_prompts
-from self1e.flags import Parser, between, check_writable, counted, told, whole
+from self1e.flags import Parser, between, check_writable, counted, told, uncollected, whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -78,14 +78,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with command line `argv`; returns the exit code. Errors are for `self1e.flags.guarded`."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    import torch
+    with uncollected():
+        import torch
 
-    from self1e.apps.loading import load
-    from self1e.apps.results import Results
-    from self1e.apps.segmenting import predict
-    from self1e.model.processing import HIGH_RES_TILES
+        from self1e.apps.loading import load
+        from self1e.apps.results import Results
+        from self1e.apps.segmenting import predict
+        from self1e.model.processing import HIGH_RES_TILES
 
-    model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
+        model, processor = load(
+            args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize
+        )
     results = Results(args.output, save_logits=args.save_logits, answers=args.mode == "chat")
     try:
         unreadable = predict(
