@@ -8,10 +8,11 @@ python train_hf_ivl_seq.py ...                                                # 
 import sys
 
 from self1e.flags import guarded, uncollected
-from self1e.training.arguments import parse
 
 
 def main() -> int:
+    from self1e.training.arguments import parse  # here, so that Ctrl-C ends it by the guard below
+
     args = parse(sys.argv[1:])  # before anything heavy is imported: --help and a wrong flag are answered at once
     with uncollected():
         from self1e.training.run import start

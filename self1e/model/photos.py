@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 # What photos and masks come in. Pillow opens more, and would start Ghostscript for a file that turns out to be EPS.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
+MAX_SIDE = 65_535  # pixels, as in JPEG: to shrink a long side, Pillow takes 32 bytes for each of its pixels
+
 
 @cache
 def _readable() -> tuple[str, ...]:
@@ -21,9 +23,14 @@ def _readable() -> tuple[str, ...]:
 def open_picture(source: Path | str | BinaryIO) -> Image.Image:
     """A file that may come from a stranger, opened and not decoded yet, whatever its name says.
 
-    Raises OSError when it is none of `FORMATS`; decoding may raise more (`data.sample.UNREADABLE`).
+    Raises OSError when it is none of `FORMATS`, or longer than `MAX_SIDE`; decoding may raise more
+    (`data.sample.UNREADABLE`).
     """
-    return Image.open(source, formats=_readable())
+    picture = Image.open(source, formats=_readable())
+    if max(picture.size) > MAX_SIDE:
+        picture.close()
+        raise OSError(f"it is {picture.width:,} x {picture.height:,} pixels, and no side may be over {MAX_SIDE:,}")
+    return picture
 
 
 def resize_bicubic(image: Image.Image, width: int, height: int) -> Image.Image:

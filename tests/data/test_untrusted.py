@@ -9,6 +9,7 @@ import struct
 
 import numpy as np
 import pytest
+from PIL import Image
 from trees import SQUARE, instances, photo, questions, reasoning_photo, reference, referring_set, write_json
 
 from self1e.apps import check_data
@@ -303,6 +304,14 @@ def test_json_nested_without_end_is_refused(tmp_path):
     (tmp_path / "reason_seg/ReasonSeg/train/a.json").write_text(deep)
     with pytest.raises(SampleError, match="a.json"):
         read_record(tmp_path / "reason_seg/ReasonSeg/train/a.jpg", "x")
+
+
+@pytest.mark.parametrize("size", [(70_000, 1), (1, 70_000)])
+def test_a_picture_of_one_long_line_is_refused(tmp_path, size):
+    """A file of a few bytes that would take gigabytes when it is shrunk."""
+    Image.new("1", size).save(tmp_path / "a.png")
+    with pytest.raises(SampleError, match="a.png.*70,000.* pixels, and no side may be over 65,535"):
+        load_image(tmp_path / "a.png")
 
 
 def test_no_picture_starts_another_program(tmp_path, monkeypatch):

@@ -2,11 +2,12 @@
 
 import sys
 
-from self1e.evaluation.vqa.arguments import parse_args
 from self1e.flags import guarded
 
 
 def main() -> int:
+    from self1e.evaluation.vqa.arguments import parse_args  # here, so that Ctrl-C ends it by the guard below
+
     args = parse_args()
     from self1e.evaluation.vqa.run import start
 
