@@ -184,6 +184,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
             show=trainer.show,
             watchdog=watchdog,
             asked_to_stop=lambda: stop.cause is not None,
+            print_table=False,
             **evaluation_options(args),
         )
         return {f"{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}

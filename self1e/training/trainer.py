@@ -53,8 +53,16 @@ def log_line(step: int, logs: dict[str, Any]) -> str:
         figures += [f"grad norm {logs['grad_norm']:.3f}"] if "grad_norm" in logs else []  # absent after fp16 overflow
         figures += [f"lr {rates}", f"{logs['samples_per_second']:.1f} samples/s"]
         figures += [counted(logs["broken_samples"], "broken sample")] if logs["broken_samples"] else []
+    elif "train_runtime" in logs:
+        rate = f"{logs['train_samples_per_second']:.1f} samples/s"
+        figures = [f"trained for {logs['train_runtime']:,.0f} s, validations included, at {rate}"]
     else:
-        figures = [f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "total_flos")]
+        scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        splits = dict.fromkeys(name.rpartition("_")[0] for name in scores)
+        figures = ["validation:"] + [
+            f"{split.replace('|', ' ')} gIoU {scores[f'{split}_giou']:.1%}, cIoU {scores[f'{split}_ciou']:.1%}"
+            for split in splits
+        ]
     return f"step {step}  epoch {logs['epoch']:.3f}  " + "  ".join(figures)
 
 

@@ -113,10 +113,10 @@ def test_log_lines_fit_a_terminal():
     )
     assert log_line(1, logs | {"broken_samples": 2}).endswith("2 broken samples")
     assert "grad norm" not in log_line(1, {key: value for key, value in logs.items() if key != "grad_norm"})
-    assert (
-        log_line(2, {"eval_ReasonSeg|val_giou": 0.5, "epoch": 1.0})
-        == "step 2  epoch 1.000  eval_ReasonSeg|val_giou 0.5"
-    )
+    scores = {"eval_ReasonSeg|val_giou": 0.5, "eval_ReasonSeg|val_ciou": 0.25, "epoch": 1.0}
+    assert log_line(2, scores) == "step 2  epoch 1.000  validation:  ReasonSeg val gIoU 50.0%, cIoU 25.0%"
+    times = {"train_runtime": 1200.4, "train_samples_per_second": 15.02, "train_loss": 1.0, "epoch": 2.0}
+    assert "trained for 1,200 s, validations included, at 15.0 samples/s" in log_line(9, times)
 
 
 @pytest.mark.parametrize(

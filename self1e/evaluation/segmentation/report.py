@@ -121,10 +121,10 @@ def summary_table(results: dict[str, dict]) -> str:
         published = entries[name].published
         theirs = (" / ".join(f"{value:.1f}" for value in published.get(model, ())) or "-" for model in models)
         rows.append([title[name], str(figures["n"]), percent(figures["giou"]), percent(figures["ciou"]), *theirs])
-    header = ["split", "n", "gIoU", "cIoU", *(f"published {model}" for model in models)]
+    header = ["split", "n", "gIoU", "cIoU", *models]
     text = markdown_table(header, rows)
     if models:
-        text += "\nPublished: cIoU; on ReasonSeg gIoU / cIoU.\n"
+        text += f"\n{models[0]} to {models[-1]}: published figures, cIoU; on ReasonSeg gIoU / cIoU.\n"
     foreign = [
         f"{title[name]} ({figures['data']})"
         for name, figures in results.items()

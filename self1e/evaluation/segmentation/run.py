@@ -244,6 +244,7 @@ def evaluate_splits(
     overwrite: bool = False,
     watchdog: Watchdog | None = None,
     asked_to_stop: Callable[[], bool] | None = None,
+    print_table: bool = True,
 ) -> dict[str, dict]:
     """Score `model` on `splits` and write the files that `segmentation.report` describes.
 
@@ -262,6 +263,7 @@ def evaluate_splits(
         overwrite: evaluate anew whatever `output_dir` holds.
         watchdog: hears which photo this rank is at.
         asked_to_stop: called on every rank before each photo; where it returns True on one of them, all raise `Left`.
+        print_table: print what `summary.md` holds at the end.
 
     Returns split -> figures (`metrics.score`), the same on every rank.
 
@@ -310,7 +312,7 @@ def evaluate_splits(
         raise KeyboardInterrupt(f"interrupted at {name}; splits that are done: {done}; {again}") from error
     finally:
         model.train(was_training)
-    if results:
+    if results and print_table:
         say(summary_table(results))
     return results
 
