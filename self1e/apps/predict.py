@@ -26,6 +26,8 @@ from self1e.apps.loading import add_model_arguments
 from self1e.apps.pictures import find_pictures, read_prompts
 from self1e.flags import Parser, between, check_writable, counted, told, uncollected, whole
 
+SHOWN, LONGEST = 10, 80  # answers of chat that are printed, and characters of their prompts
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     chat = argv is not None and list(argv[:2]) == ["--mode", "chat"]
@@ -107,8 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         raise ValueError(f"out of GPU memory, try a smaller --batch_size or --quantize 8 ({error})") from error
     pictures = len(args.pictures) - len(unreadable)
+    for answer in (results.answers or [])[:SHOWN]:
+        print(f"{answer['image']}, {answer['prompt'][:LONGEST]!r}: {answer['text']}")
     masks = counted(len(results.records), "mask")
-    print(f"{masks} of {counted(pictures, 'picture')} in {args.output}; *_overlay.jpg show them on the pictures")
+    shown = "; *_overlay.jpg show them on the pictures" if results.records else ""
+    print(f"{masks} of {counted(pictures, 'picture')} in {args.output}{shown}")
     if unreadable:
         print(f"{counted(len(unreadable), 'picture')} could not be read, see above", file=sys.stderr)
     return 1 if unreadable else 0

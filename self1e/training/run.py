@@ -102,6 +102,8 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)  # accumulation is the Trainer's, not its own
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)  # it is set, they say
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # --workers suits a larger machine
     distributed.quiet_deepspeed()
     disable_progress_bar()  # of loading and writing shards, amid our own
 

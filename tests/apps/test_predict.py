@@ -122,11 +122,13 @@ def test_chat_records(version, pictures, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
-def test_chat_generates(version, pictures, tmp_path):
+def test_chat_generates(version, pictures, tmp_path, capsys):
     arguments = ["--image", pictures / "cat.png", "--prompt", "Where is it?", "What is it?", "--max_new_tokens", 5]
     assert run(version, *arguments, "--mode", "chat", "--output", tmp_path / "out") == 0
     answers = json.loads((tmp_path / "out/answers.json").read_text())
     assert {r["prompt"] for r in answers} == {"Where is it?", "What is it?"}
+    printed = capsys.readouterr().out
+    assert all(f"{r['image']}, {r['prompt']!r}: {r['text']}\n" in printed for r in answers)
 
 
 def test_an_error_half_way_keeps_what_was_done(version, pictures, tmp_path, monkeypatch, capsys):
