@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from self1e.flags import counted
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -46,7 +48,7 @@ class Reply:
 
     def __repr__(self) -> str:
         scores = ", ".join(map(_short, self.scores))
-        return f"Reply({self.text!r}, {len(self.masks)} masks{f' with scores {scores}' if scores else ''})"
+        return f"Reply({self.text!r}, {counted(len(self.masks), 'mask')}{f' with scores {scores}' if scores else ''})"
 
 
 def _short(score: float | None) -> str:

@@ -273,4 +273,4 @@ def test_results_print_as_one_line(tiny):
     result = model.segment(processor, image, "the ring\nor star")[0]
     reply = inference.Reply("It is [SEG].\nYes.", np.ones((1, 4, 5), bool), np.zeros((1, 2, 2), np.float32), [0.75])
     assert repr(result).startswith("Segmentation('the ring\\nor star': ") and "\n" not in repr(result)
-    assert repr(reply) == "Reply('It is [SEG].\\nYes.', 1 masks with scores 0.750)"
+    assert repr(reply) == "Reply('It is [SEG].\\nYes.', 1 mask with scores 0.750)"

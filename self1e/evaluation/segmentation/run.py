@@ -313,7 +313,7 @@ def evaluate_splits(
     finally:
         model.train(was_training)
     if results and print_table:
-        say(summary_table(results))
+        say(f"{summary_table(results)}\nthe figures are in {output_dir / 'summary.md'}, also as JSON and per sentence")
     return results
 
 

@@ -102,7 +102,8 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
     assert results[REASON]["protocol"] == "reasonseg" and results[REASON]["long"]["n"] == 1
     assert results[GREF]["rela"]["n_no_target"] == 2
     table = (tmp_path / "summary.md").read_text()
-    assert table == summary_table(results) and table in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert table == summary_table(results) and table in printed and str(tmp_path / "summary.md") in printed
     assert "59.4 / 68.8" in table and "N-acc" in table
     assert "published figures do not compare: ReasonSeg val (partly: 2 of 200 images).\n" in table
     assert json.loads((tmp_path / "summary.json").read_text()) == results
