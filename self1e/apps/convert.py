@@ -51,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source, target = args.pop("source"), args.pop("target")
     check_writable(target.parent)
     from self1e.apps.conversion import convert
-    from self1e.distributed import quiet_deepspeed
 
-    quiet_deepspeed()  # the library that writes weights loads it
     try:
         difference = convert(source, target, args.pop("layout"), **args)
     except KeyboardInterrupt:
