@@ -207,13 +207,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"file": str(path), **score(read_units(path))}, indent=2))
         return 0
     comparison = compare_units(*(read_units(path) for path in args.files))
+    print(f"A: {args.files[0]}\nB: {args.files[1]}\ngIoU and cIoU in percent\n")
     print(comparison_table(comparison, args.most), end="")
     if args.json:
         write_json(args.json, comparison_record(comparison, args.files))
+        print(f"\nevery unit that differs is in {args.json}")
     if args.pictures and comparison.differing:
         split = args.split or split_of(args.files[0])
         try:
-            print(save_comparison_pictures(comparison, split, args.dataset_dir, args.pictures))
+            overview = save_comparison_pictures(comparison, split, args.dataset_dir, args.pictures)
+            print(f"pictures, those that B lost most on first: {overview}")
         except SampleError as error:
             raise ValueError(error) from error
     return 0

@@ -47,6 +47,10 @@ def test_differences_come_worst_first_with_figures_and_interval(files, tmp_path,
     printed, record = capsys.readouterr().out, json.loads((tmp_path / "c.json").read_text())
     assert [entry["id"] for entry in record["differing"]] == ["worst", "worse", "better"]
     assert printed.index("worst") < printed.index("worse ") < printed.index("better") and "same" not in printed
+    assert (
+        all(f"{name.upper()}: {record[name]}\n" in printed for name in ("a", "b"))
+        and str(tmp_path / "c.json") in printed
+    )
     assert (record["n"], record["only_a"], record["only_b"]) == (4, 1, 0) and "1 that only A holds" in printed
     common = [score(a[:4]), score(b)]
     for name in ("giou", "ciou"):
@@ -106,7 +110,7 @@ def predicted(files, tmp_path):
 def test_pictures_show_what_b_lost_most_on_first(predicted, tmp_path, capsys):
     assert self1e(["score", "--compare", *predicted, "--pictures", str(tmp_path / "drawn")]) == 0
     overview = tmp_path / "drawn/overview.png"
-    assert capsys.readouterr().out.endswith(f"{overview}\n")
+    assert capsys.readouterr().out.endswith(f"pictures, those that B lost most on first: {overview}\n")
     drawn = sorted(path.name for path in (tmp_path / "drawn").glob("*.jpg"))
     assert drawn == ["0001_change-1.00_1.jpg", "0002_change-0.67_0.jpg"]
     with Image.open(tmp_path / "drawn" / drawn[0]) as picture, Image.open(overview) as sheet:
