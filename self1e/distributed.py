@@ -6,7 +6,9 @@ ends that rank through `run_program`: its message first, then the process, and t
 collective could have reached.
 """
 
+import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -172,6 +174,7 @@ def run_program(program: Callable[[], int], *, expected: tuple[type[BaseExceptio
     Ctrl-C is one line of the first rank, the sentence that the program raises KeyboardInterrupt with, and exit code
     130.
     """
+    atexit.register(_end_data_workers)
     try:
         with _ctrl_c():
             return _run(program, expected)
@@ -222,6 +225,14 @@ def ignore_requests_to_stop(worker: int = 0) -> None:
     """Ignore what a terminal or a cluster sends to all processes alike: a data worker is still needed then."""
     for each in [signal.SIGINT, *STOPS]:
         signal.signal(each, signal.SIG_IGN)
+
+
+def _end_data_workers() -> None:
+    """End the workers that a traceback still holds: Python sends them a SIGTERM, which they ignore, and waits."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise at the end of each
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _run(program: Callable[[], int], expected: tuple[type[BaseException], ...]) -> int:

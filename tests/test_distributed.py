@@ -53,3 +53,27 @@ def test_ctrl_c_in_a_destructor_ends_the_program(launched):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, preexec_fn=hear_ctrl_c
     )
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
+
+
+BUG = """
+import sys
+from torch.utils.data import DataLoader
+from self1e.distributed import ignore_requests_to_stop, run_program
+
+
+def program():
+    batches = iter(DataLoader(range(99), num_workers=1, worker_init_fn=ignore_requests_to_stop))
+    next(batches)
+    raise RuntimeError("a fault of the program")  # its traceback holds the loader
+
+
+sys.exit(run_program(program, expected=(ValueError,)))
+"""
+
+
+def test_a_fault_of_the_program_does_not_wait_for_its_data_workers():
+    """They ignore the SIGTERM with which Python ends them, because a cluster sends it to all processes alike."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
+    command = [sys.executable, "-c", BUG]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: a fault of the program\n")

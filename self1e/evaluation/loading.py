@@ -1,6 +1,6 @@
 """Photos that worker processes read ahead of the model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def read_ahead(
     workers: int,
     name: Callable[[int], str],
     watchdog: Watchdog | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """The items of `dataset` in the given order, read by worker processes, or by this one when `workers` is 0.
 
     An error is an item too: passing through a worker as an exception would bury its message, and all ranks have to

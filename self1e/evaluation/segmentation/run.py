@@ -9,7 +9,7 @@ Units are written as photos finish, and an interrupted evaluation continues behi
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -160,7 +160,7 @@ def evaluate_units(
             _name_the_lost(schedules, step, name)
             raise
 
-    items = read_ahead(
+    reading = read_ahead(
         _Photos(split, processor, model_max_length, HIGH_RES_TILES if high_res else 1),
         [turn.photo for turn in turns],
         workers=workers,
@@ -170,22 +170,23 @@ def evaluate_units(
     I, U = (sum(getattr(unit, key) for units in found.values() for unit in units) for key in ("I", "U"))
     bar = tqdm(turns, total=len(ids) // world, initial=len(found) // world, desc=title, unit="photo", disable=rank > 0)
     failure: Exception | None = None
-    for step, turn in enumerate(bar):
-        if asked_to_stop is not None and asked_to_stop():
-            failure = failure or Left(f"left before {name(turn.photo)}")
-        with _naming(name(turn.photo)):
-            item = next(items)
-        agree(item if isinstance(item, Exception) else failure, step)
-        batch, targets = item
-        with _naming(name(turn.photo)):
-            size = tuple(targets.shape[1:])
-            masks = predict_photo(model, batch, size, rows_per_forward=rows_per_forward, forwards=turn.forwards)
-            if turn.counts:
-                arrays = masks.cpu().numpy()  # the only copy from the device
-                found[turn.photo] = units = make_units(split[turn.photo], entry, arrays, targets)
-                failure = _write(journal, units)  # the others learn of it at the next photo
-                I, U = I + sum(unit.I for unit in units), U + sum(unit.U for unit in units)
-                bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
+    with closing(reading) as items:  # so that no worker outlives an error
+        for step, turn in enumerate(bar):
+            if asked_to_stop is not None and asked_to_stop():
+                failure = failure or Left(f"left before {name(turn.photo)}")
+            with _naming(name(turn.photo)):
+                item = next(items)
+            agree(item if isinstance(item, Exception) else failure, step)
+            batch, targets = item
+            with _naming(name(turn.photo)):
+                size = tuple(targets.shape[1:])
+                masks = predict_photo(model, batch, size, rows_per_forward=rows_per_forward, forwards=turn.forwards)
+                if turn.counts:
+                    arrays = masks.cpu().numpy()  # the only copy from the device
+                    found[turn.photo] = units = make_units(split[turn.photo], entry, arrays, targets)
+                    failure = _write(journal, units)  # the others learn of it at the next photo
+                    I, U = I + sum(unit.I for unit in units), U + sum(unit.U for unit in units)
+                    bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
     agree(failure, len(turns))
     together = {photo: units for part in distributed.gather(found) for photo, units in part.items()}
     if watchdog is not None:

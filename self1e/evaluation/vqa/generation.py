@@ -1,6 +1,7 @@
 """Replies to questions: batches of one photo's questions, left-padded, greedy, decoded and tiled in workers."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import chain
 from typing import Any
 
@@ -113,8 +114,9 @@ def answer_questions(
     def name(number: int) -> str:
         return " or ".join(questions[index].name for index in batches[number])
 
-    items = read_ahead(dataset, range(len(batches)), workers=workers, name=name, watchdog=watchdog)
-    with tqdm(total=len(indices), desc=progress, unit="question", disable=progress is None) as bar:
+    reading = read_ahead(dataset, range(len(batches)), workers=workers, name=name, watchdog=watchdog)
+    bar = tqdm(total=len(indices), desc=progress, unit="question", disable=progress is None)
+    with closing(reading) as items, bar:
         for item in items:
             if isinstance(item, Exception):
                 raise item
