@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from self1e import files
 from self1e.apps.unpack import open_archive
+from self1e.data.masks import encode_mask
 
 # How a part of any object is called without its position, where dropping the number does not say it already.
 # Letters in front: l, r = left, right; f, b = front, back; u, l = upper, lower; in trains h = head, c = coach.
@@ -97,12 +98,12 @@ def read_parts(content: bytes, source: str) -> Iterator[tuple[str, np.ndarray]]:
 
 def record(id: int, image_id: int, category: int, mask: np.ndarray) -> dict:
     """One COCO annotation of a mask uint8 (H, W)."""
-    encoded = coco_mask.encode(np.asfortranarray(mask))
+    encoded = encode_mask(mask)
     return {
         "id": id,
         "image_id": image_id,
         "category_id": category,
-        "segmentation": {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")},
+        "segmentation": encoded,
         "area": int(coco_mask.area(encoded)),
         "bbox": coco_mask.toBbox(encoded).tolist(),
         "iscrowd": 0,

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
+from self1e.data.masks import encode_mask
 from self1e.files import replacing, write_json
 from self1e.visualize import overlay
 
@@ -47,9 +48,9 @@ def picture_names(paths: Sequence[Path]) -> list[str]:
 
 def describe(mask: np.ndarray, score: float | None) -> dict:
     """COCO's fields of a mask, bool (H, W); `counts` is text, so that it fits into JSON."""
-    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    rle = encode_mask(mask)
     return {
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+        "segmentation": rle,
         "bbox": coco.toBbox(rle).tolist(),
         "area": int(mask.sum()),
         "score": 0.0 if score is None else score,

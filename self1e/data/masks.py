@@ -199,6 +199,12 @@ def _paint(mask: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
     return cv2.fillPoly(mask, [points], color=value)
 
 
+def encode_mask(mask: np.ndarray) -> dict:
+    """bool or {0, 1} (H, W) -> COCO's compressed RLE as JSON holds it, a few hundred bytes."""
+    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
 def load_label_map(path: Path, id: str) -> np.ndarray:
     """One-channel label image -> integers (H, W), as stored. Raises SampleError under `id`."""
     try:

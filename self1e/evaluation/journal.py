@@ -10,12 +10,7 @@ from glob import escape
 from pathlib import Path
 
 from self1e import distributed
-from self1e.files import write_text
-
-
-def to_jsonl(records: Iterable[dict]) -> str:
-    """One JSON object per line."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+from self1e.files import to_jsonl, write_text
 
 
 class Journal:

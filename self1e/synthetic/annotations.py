@@ -24,10 +24,6 @@ def write_png(path: Path, labels: np.ndarray) -> None:
     write(path, cv2.imencode(".png", labels)[1].tobytes())
 
 
-def jsonl(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def annotation(shape: Shape, ann_id: int, image_id: int, mask: np.ndarray | None = None, **fields) -> dict:
     """A COCO annotation of the shape, or of `mask`, a part of it.
 

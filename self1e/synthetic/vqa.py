@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from self1e.synthetic.annotations import jsonl, share, write
+from self1e.files import to_jsonl
+from self1e.synthetic.annotations import share, write
 from self1e.synthetic.scenes import Scene, with_text
 from self1e.synthetic.words import RIDDLES, a, absent, facts
 
@@ -86,7 +87,7 @@ def write_open_ended(root: Path, name: str, split: str, scenes: list[Scene], see
         "data_type": "mscoco",
         "data_subtype": f"{split}2014",
     }
-    write(root / name / f"{name}_{split}.jsonl", jsonl(lines))
+    write(root / name / f"{name}_{split}.jsonl", to_jsonl(lines))
     write(root / name / f"{stem[0].format(split)}.json", header | {"task_type": "Open-Ended", "questions": questions})
     write(root / name / f"{stem[1].format(split)}.json", header | {"annotations": annotations})
 
@@ -115,11 +116,11 @@ def write_gqa(root: Path, split: str, scenes: list[Scene], seed: int) -> None:
                 "equivalent": [question_id], "annotations": {"question": {}, "answer": {}, "fullAnswer": {}},
             }  # fmt: skip
     if split == "train":
-        write(root / "train_balanced.jsonl", jsonl(lines))
+        write(root / "train_balanced.jsonl", to_jsonl(lines))
         write(root / "train_balanced_questions.json", questions)
         return
     for name in ("llava_gqa_testdev_balanced_qwen_format", "testdev_balanced"):
-        write(root / f"{name}.jsonl", jsonl(lines))
+        write(root / f"{name}.jsonl", to_jsonl(lines))
     for name in ("testdev_balanced_questions", "testdev_balanced_all_questions"):
         write(root / f"{name}.json", questions)
 
@@ -140,8 +141,8 @@ def write_pope(root: Path, scenes: list[Scene], seed: int) -> None:
                 lines.append(
                     {"question_id": len(lines), "image": image, "text": f"{question}\n{PROMPT}", "category": category}
                 )
-        write(root / f"coco/coco_pope_{category}.json", jsonl(labels))
-    write(root / "llava_pope_test.jsonl", jsonl(lines))
+        write(root / f"coco/coco_pope_{category}.json", to_jsonl(labels))
+    write(root / "llava_pope_test.jsonl", to_jsonl(lines))
 
 
 def write_mme(root: Path, scenes: list[Scene], seed: int) -> None:

@@ -22,9 +22,9 @@ from segmentation_trees import GREF, REASON, make_dataset
 from test_project import PROJECT
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.data.masks import decode_segmentation
+from self1e.data.masks import decode_segmentation, encode_mask
 from self1e.data.splits import DEFAULT_SPLITS, file_stem
-from self1e.evaluation.segmentation.run import encode_mask, evaluate_splits
+from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.evaluation.vqa.generation import generate_replies
 
 TASKS = ROOT / "self1e/apps/lmms_eval/tasks"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from self1e.evaluation.journal import Journal, to_jsonl
+from self1e.evaluation.journal import Journal
+from self1e.files import to_jsonl
 
 
 def records(journal: Journal) -> list[int]:

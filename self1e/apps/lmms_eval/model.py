@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from self1e.evaluation.segmentation.run import encode_mask
+from self1e.data.masks import encode_mask
 from self1e.evaluation.vqa.generation import generate_replies
 from self1e.model.configuration import DTYPES
 from self1e.model.inference import conversation_turns, predict_photo

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as rle_codec
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from self1e import distributed
+from self1e.data.masks import encode_mask
 from self1e.data.paths import missing, require_paths
 from self1e.data.sample import EvalImage, SampleError
 from self1e.data.splits import SplitEntry, get_splits, load_split, split_paths
@@ -92,12 +92,6 @@ class _Photos(Dataset):
             return ValueError(f"{photo.image_id}: {error}")
         del batch["labels"]
         return batch, masks
-
-
-def encode_mask(mask: np.ndarray) -> dict:
-    """bool (H, W) -> COCO's compressed RLE as JSON holds it, a few hundred bytes."""
-    rle = rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
 
 
 def make_units(photo: EvalImage, entry: SplitEntry, masks: np.ndarray, targets: np.ndarray) -> list[Unit]:

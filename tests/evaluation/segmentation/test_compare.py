@@ -10,10 +10,10 @@ from segmentation_trees import REASON, make_dataset
 
 from self1e.cli import main as self1e
 from self1e.data.splits import SPLITS, load_split
-from self1e.evaluation.journal import to_jsonl
 from self1e.evaluation.segmentation.compare import compare_units, paired_bootstrap
 from self1e.evaluation.segmentation.metrics import Unit, score
 from self1e.evaluation.segmentation.run import make_units
+from self1e.files import to_jsonl
 
 
 def unit(id, I, predicted=10, target=10, **more):

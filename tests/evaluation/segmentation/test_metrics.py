@@ -5,8 +5,8 @@ import pytest
 import torch
 from helpers import GOLDEN, read_json
 
-from self1e.evaluation.journal import to_jsonl
 from self1e.evaluation.segmentation.metrics import Unit, bootstrap, count_pixels, read_units, score
+from self1e.files import to_jsonl
 
 
 def unit(I, predicted, target, **marks):
