@@ -4,9 +4,9 @@ RFR, residual features refilling, adds what the LLM changed in its image feature
 kept at the ViT's resolution. RFA, the residual features amplifier, first unfolds both to grids of twice the side.
 
 Shape legend: n rows, k masks (queries) per row, h w image-token grid (L per tile side), H W = 2h 2w patch grid,
-C LLM width, r = 2 the ratio. V1 are the image features that the LLM is given; VHQ ("high quality") the self-replicated
-ones, one per patch; IMG and SEG the LLM's states at image tokens and before each `[SEG]`. `e` is `grids.expand`, `up`
-is `grids.resize`.
+C LLM width, r = 2 the ratio. V1 are the image features that the LLM is given; VHQ, as the paper calls them, the
+self-replicated ones, one per patch; IMG and SEG the LLM's states at image tokens and before each `[SEG]`. `e` is
+`grids.expand`, `up` is `grids.resize`.
 
 | `mask_features` | image side F                                                        | mask    |
 |-----------------|---------------------------------------------------------------------|---------|
