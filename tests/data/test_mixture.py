@@ -291,8 +291,11 @@ def explained(root):
 
 
 def test_missing_data_is_one_error(tmp_path):
+    flags = {"sem_seg_data": "ade20k||cocostuff||mapillary", "explanatory": 0.1}
+    for _, path in DataConfig.parse(dataset_dir=tmp_path, data_dir=tmp_path / "data", **flags).paths():
+        path.parent.mkdir(parents=True, exist_ok=True)  # several paths of a missing folder would be one line
     with pytest.raises(FileNotFoundError) as error:
-        build(tmp_path, sem_seg_data="ade20k||cocostuff||mapillary", explanatory=0.1)
+        build(tmp_path, **flags)
     message = str(error.value)
     for word in (
         "docs/data.md, section Datasets",
