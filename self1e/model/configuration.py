@@ -27,8 +27,8 @@ class Self1EConfig(InternVLConfig):
     r"""
     Args:
         seg_token_id (`int`, *optional*): id of `[SEG]`; None in a base model that never learned to segment.
-        mask_features (`str`): `baseline`, `replication`, `rfr` (residual features refilling) or `rfa` (with the
-            residual features amplifier: the full method); see `self1e.model.head`.
+        mask_features (`str`): `baseline`, `replication`, `rfr` (refilled with the LLM's residual) or `rfa`
+            (amplified as well: the full method); see `self1e.model.head`.
         replication (`str`): `tile`, `window` or `interpolate`; see `self1e.model.grids`.
         attention_pathway (`str`): `causal`, `image` or `image+seg`; see `self1e.model.attention`.
         auxiliary_loss (`bool`): train the LLM's own image features with the mask losses too.

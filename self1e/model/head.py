@@ -1,7 +1,7 @@
 """The segmentation heads (paper, section 3.2): from the LLM's hidden states to mask logits.
 
-RFR, residual features refilling, adds what the LLM changed in its image features, the residual, to features that were
-kept at the ViT's resolution. RFA, the residual features amplifier, first unfolds both to grids of twice the side.
+RFR refills: it adds what the LLM changed in its image features, the residual, to features that were kept at the ViT's
+resolution. RFA amplifies: its MLPs first unfold the features of both to grids of twice the side.
 
 Shape legend: n rows, k masks (queries) per row, h w image-token grid (L per tile side), H W = 2h 2w patch grid,
 C LLM width, r = 2 the ratio. V1 are the image features that the LLM is given; VHQ, as the paper calls them, the
