@@ -67,7 +67,8 @@ def test_interrupted_hanging_and_continued(program, tmp_path):
     assert re.search(kept, printed), printed
 
     terminal = at_work(start(timeout=HANGS))
-    second = next(rank for rank in psutil.Process(terminal.process.pid).children() if rank.environ().get("RANK") == "1")
+    ranks = psutil.Process(terminal.process.pid).children()
+    second = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
     state = tmp_path / f"runs/e/.ranks/{journal.parent.name}/rank_1.json"
     while not (state.is_file() and re.search(at, state.read_text())):  # it has said what it does
         assert second.is_running() and not journal.exists()
