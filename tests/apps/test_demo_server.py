@@ -288,16 +288,22 @@ def test_on_a_phone(server, browser, tmp_path):
         page.screenshot(path=Path(os.environ["SELF1E_SCREENSHOT"]).with_suffix(".phone.png"), full_page=True)
 
 
-def test_two_hundred_prompts_can_be_cancelled_or_waited_for(server, browser, tmp_path):
-    from playwright.sync_api import expect
-
+def page_with_prompts(server, browser, tmp_path, count):
+    """The page on a desktop with a small picture and as many prompts, not run yet."""
     photo = tmp_path / "small.png"
     noise(30, 20).save(photo)
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.goto(server[0])
     page.locator("#picture input[type=file]").set_input_files(photo)
     page.locator("#picture img").wait_for()
-    page.locator("#prompts textarea").fill("\n".join(f"thing {number}" for number in range(200)))
+    page.locator("#prompts textarea").fill("\n".join(f"thing {number}" for number in range(count)))
+    return page
+
+
+def test_two_hundred_prompts_can_be_cancelled_or_waited_for(server, browser, tmp_path):
+    from playwright.sync_api import expect
+
+    page = page_with_prompts(server, browser, tmp_path, 200)
     run, waiting, marks = (
         page.locator("#run"),
         page.get_by_text("of 200 prompts are done"),
@@ -333,13 +339,7 @@ def test_two_hundred_prompts_can_be_cancelled_or_waited_for(server, browser, tmp
 def test_run_right_after_cancel_is_heard(server, browser, tmp_path):
     from playwright.sync_api import expect
 
-    photo = tmp_path / "small.png"
-    noise(30, 20).save(photo)
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    page.goto(server[0])
-    page.locator("#picture input[type=file]").set_input_files(photo)
-    page.locator("#picture img").wait_for()
-    page.locator("#prompts textarea").fill("\n".join(f"thing {number}" for number in range(100)))
+    page = page_with_prompts(server, browser, tmp_path, 100)
     page.locator("#run").click()
     expect(page.get_by_text("of 100 prompts are done")).to_be_visible(timeout=60_000)
     page.evaluate("document.querySelector('#cancel').click(), document.querySelector('#run').click()")
