@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,18 +113,17 @@ def checkpoint(text: str) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Try to make a folder and a file in it, before the work whose results go there; nothing of them stays.
+    """Try whether a folder can be made and written in, before the work whose results go there.
+
+    The folder itself is not touched, since other processes may be making it at this moment: what is missing of it is
+    made in a temporary folder within its nearest parent that exists.
 
     Raises OSError naming the folder.
     """
-    probe = folder / f".writable.{os.getpid()}"
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-        for place in made:
-            place.rmdir()
+        with tempfile.TemporaryDirectory(prefix=".writable.", dir=existing) as probe:
+            Path(probe, folder.relative_to(existing), "made").mkdir(parents=True)
     except OSError as error:
         raise OSError(f"{folder}: cannot be written to ({error.strerror or error}); choose another folder") from error
 
