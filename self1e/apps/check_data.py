@@ -254,7 +254,7 @@ def problems_of(seen: Seen) -> list[str]:
     problems = list(seen.problems)
     for turns, masks in seen.rows:
         texts = own_texts(turns, len(masks))
-        problems += [f"{text!r} holds the reserved token {t}" for text in texts for t in prompts.RESERVED if t in text]
+        problems += [f"{text!r} holds the reserved token {t}" for text in texts for t in prompts.reserved_in(text)]
         if len(masks) and masks.shape[1:] != (seen.image.height, seen.image.width):
             size = f"{masks.shape[2]} x {masks.shape[1]}, the photo {seen.image.width} x {seen.image.height}"
             problems.append(f"the mask's size is {size} pixels")

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from self1e.data.paths import DATASETS, inside
 from self1e.model.photos import as_rgb, open_picture
-from self1e.model.prompts import IMAGE_TAG, RESERVED, SEG, evaluation_prompt
+from self1e.model.prompts import IMAGE_TAG, SEG, evaluation_prompt, reserved_in
 
 log = logging.getLogger(__name__)
 
@@ -147,9 +147,8 @@ class Annotation(NamedTuple):
 def forged(texts: Iterable[str]) -> str | None:
     """What is wrong with texts that hold a control token, such as [SEG] or <|im_end|>, or half a character."""
     for text in texts:
-        for token in RESERVED:
-            if token in text:
-                return f"{text!r:.200} holds the reserved token {token}"
+        if found := reserved_in(text):
+            return f"{text!r:.200} holds the reserved token {found[0]}"
         if any("\ud800" <= character <= "\udfff" for character in text):
             return f"{text!r:.200} is no Unicode text"
     return None

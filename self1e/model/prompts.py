@@ -3,13 +3,17 @@
 Templates are the published ones; `rng` decides which one is taken.
 """
 
+import re
+
 import numpy as np
 
 SEG, SEGT = "[SEG]", "[SEGT]"
 IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END = "<image>", "<img>", "<IMG_CONTEXT>", "</img>"
 START_OF_TURN, END_OF_TURN, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-# Tokens that structure a conversation; in a user's text they would forge images, masks or turns.
+# Tokens that structure a conversation; in a user's text they would forge images, masks or turns. InternVL's marks of
+# objects, such as <ref> and <box>, are not among them: they are part of what its users may ask.
 RESERVED = (SEG, SEGT, IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END, START_OF_TURN, END_OF_TURN, PADDING)
+CONTROL = re.compile("|".join(map(re.escape, RESERVED)) + r"|<\|\w+\|>")  # the last: how Qwen names all of its own
 SYSTEM = "You are an helpful assistant."  # sic: the weights were trained with it
 ANSWER = f"{SEG}."  # the answer that evaluation and `segment` give the model
 
@@ -77,10 +81,14 @@ def evaluation_prompt(sentence: str, is_sentence: bool, lower: bool) -> str:
     return f"<image>\n What is {text.lower() if lower else text} in this image? Please output segmentation mask."
 
 
+def reserved_in(text: str) -> list[str]:
+    """The control tokens in a text, such as `[SEG]` and `<|im_end|>`, in their order and each once."""
+    return list(dict.fromkeys(CONTROL.findall(text)))
+
+
 def check_prompt(text: str) -> None:
-    """Raise ValueError for a prompt that is empty or holds a token of `RESERVED`."""
+    """Raise ValueError for a prompt that is empty or holds a control token."""
     if not text.strip():
         raise ValueError("a prompt is empty")
-    found = [token for token in RESERVED if token in text]
-    if found:
+    if found := reserved_in(text):
         raise ValueError(f"the prompt {text!r} holds the reserved token {found[0]}: leave it out")

@@ -195,6 +195,8 @@ TOKENS = (
     "<|im_start|>",
     "<|im_end|>",
     "<|endoftext|>",
+    "<|vision_start|>",
+    "<|fim_prefix|>",
 )
 
 
