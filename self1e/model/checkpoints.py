@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import re
-import shutil
 from collections.abc import Callable
 from logging import ERROR, LogRecord, getLogger
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
-from self1e.files import digest, fault, read_json, write_json
+from self1e.files import digest, fault, read_json, replacing_folder, write_json
 from self1e.model.configuration import DAMAGE, Self1EConfig, original_config
 from self1e.model.prompts import END_OF_TURN
 from self1e.model.switches import SWITCHES
@@ -36,7 +35,7 @@ SCREEN = 40  # lines; longer lists of misfits are joined by layer
 PATIENCE = 5  # seconds of loading or writing weights without a progress bar
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Applied in this order to every key, reversed on writing: (original, native).
-_RENAMINGS = (
+RENAMINGS = (
     (r"^vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
     (r"^vision_model\.embeddings\.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
     (r"^vision_model\.embeddings\.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
@@ -63,7 +62,7 @@ _HF_PREFIXES = (("^vision_tower", "model.vision_tower"), ("^multi_modal_projecto
 
 def published_names() -> list[WeightRenaming | WeightConverter]:
     """`internvl` and `published` -> native names, reversible; the ViT's fused qkv holds rows of q, k, v in turn."""
-    renamings = [WeightRenaming(old, new) for old, new in _RENAMINGS]
+    renamings = [WeightRenaming(old, new) for old, new in RENAMINGS]
     split = WeightConverter(r"\.attn\.qkv", [f".attention.{x}_proj" for x in "qkv"], operations=[Chunk(dim=0)])
     return [*renamings, split]
 
@@ -241,28 +240,18 @@ def save(model: PreTrainedModel, processor, folder: str | Path, *, published: bo
     Raises OSError naming the folder when the disk is full or not writable; what stood there before stays.
     """
     folder = Path(folder)
-    partial, previous = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "previous"))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with quiet():
-            if published:
-                _write_published(model, partial)
-            else:
-                model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        write_json(partial / CHECKSUMS, {path.name: digest(path) for path in sorted(partial.glob("*.safetensors"))})
-        if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
-        partial.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
+        with replacing_folder(folder) as partial:
+            with quiet():
+                if published:
+                    _write_published(model, partial)
+                else:
+                    model.save_pretrained(partial)
+            processor.save_pretrained(partial)
+            sums = {path.name: digest(path) for path in sorted(partial.glob("*.safetensors"))}
+            write_json(partial / CHECKSUMS, sums)
     except (OSError, SafetensorError) as error:
-        if not folder.exists() and previous.exists():
-            previous.rename(folder)
         raise OSError(f"{folder}: the checkpoint was not saved ({error}); an earlier one stays as it was") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_published(model: PreTrainedModel, folder: Path) -> None:

@@ -4,6 +4,8 @@ The command, with the meaning of its options, is `apps.make_tiny`.
 """
 
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +13,8 @@ from safetensors.torch import save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
 
 from self1e.files import write_json
-from self1e.model.checkpoints import quiet
+from self1e.model.checkpoints import RENAMINGS, quiet
+from self1e.model.configuration import native_config
 from self1e.synthetic.tiny_tokenizer import save_tokenizer
 
 
@@ -173,67 +176,27 @@ def internvl_config(options: dict, n_vocab: int, ids: dict[str, int]) -> dict:
     }
 
 
-def to_hf(config: dict, weights: dict[str, torch.Tensor], ids: dict[str, int]) -> InternVLForConditionalGeneration:
+def to_hf(config: dict, weights: dict[str, torch.Tensor], image_token_id: int) -> InternVLForConditionalGeneration:
     """The same model as transformers' own class, float32."""
-    vit, llm = dict(config["vision_config"]), dict(config["llm_config"])
-    vision = {
-        key: vit[key]
-        for key in (
-            "attention_dropout",
-            "hidden_act",
-            "hidden_size",
-            "image_size",
-            "intermediate_size",
-            "layer_norm_eps",
-            "norm_type",
-            "num_attention_heads",
-            "num_channels",
-            "num_hidden_layers",
-            "patch_size",
-        )
-    }
-    vision |= {"attention_bias": True, "layer_scale_init_value": vit["initializer_factor"]}
-    model = InternVLForConditionalGeneration(
-        InternVLConfig(
-            vision_config=vision,
-            text_config={key: value for key, value in llm.items() if key not in ("architectures", "torch_dtype")},
-            image_token_id=ids["<IMG_CONTEXT>"],
-            image_seq_length=(vit["image_size"] // vit["patch_size"] // 2) ** 2,
-            downsample_ratio=config["downsample_ratio"],
-            tie_word_embeddings=llm["tie_word_embeddings"],
-        )
-    )
+    values = native_config(config, "the tiny model") | {"model_type": "internvl", "image_token_id": image_token_id}
+    del values["drop_path_rate"]
+    values["vision_config"]["layer_scale_init_value"] = config["vision_config"]["initializer_factor"]
+    values["image_seq_length"] = (config["force_image_size"] // config["vision_config"]["patch_size"] // 2) ** 2
+    model = InternVLForConditionalGeneration(InternVLConfig(**values))
     missing, unexpected = model.load_state_dict(dict(hf_names(weights)), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
     return model
 
 
-def hf_names(weights: dict[str, torch.Tensor]):
-    """Yield (name in transformers' InternVL, tensor); a fused qkv becomes three projections."""
-    renames = (
-        ("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
-        ("vision_model.embeddings.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
-        ("vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
-        ("vision_model.encoder.layers.", "model.vision_tower.encoder.layer."),
-        (".attn.proj.", ".attention.projection_layer."),
-        (".attn.qkv.", ".attention.qkv."),
-        (".norm1.", ".layernorm_before."),
-        (".norm2.", ".layernorm_after."),
-        (".ls1", ".lambda_1"),
-        (".ls2", ".lambda_2"),
-        ("mlp1.0.", "model.multi_modal_projector.layer_norm."),
-        ("mlp1.1.", "model.multi_modal_projector.linear_1."),
-        ("mlp1.3.", "model.multi_modal_projector.linear_2."),
-        ("language_model.lm_head.", "lm_head."),
-        ("language_model.model.", "model.language_model."),
-    )
+def hf_names(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in transformers' InternVL, tensor) of tensors of layout `internvl`; a fused qkv becomes three."""
     for name, tensor in weights.items():
-        for old, new in renames:
-            name = name.replace(old, new)
+        for old, new in RENAMINGS:
+            name = re.sub(old, new, name)
         if ".qkv." in name:
             for part, rows in zip("qkv", tensor.chunk(3)):
-                yield name.replace(".qkv.", f".{part}_proj."), rows
+                yield name.replace(".attn.qkv.", f".attention.{part}_proj."), rows
         else:
             yield name, tensor
 
@@ -305,7 +268,7 @@ def make_tiny_internvl(
     }
     write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
     if layout == "hf":
-        model = to_hf(config, weights, ids).bfloat16()
+        model = to_hf(config, weights, ids["<IMG_CONTEXT>"]).bfloat16()
         with quiet():
             model.save_pretrained(folder)
         Qwen2Tokenizer.from_pretrained(folder).save_pretrained(folder)
