@@ -59,7 +59,7 @@ class Frames(TrainingSet):
         image = load_image(self.photos[item])
         mask = np.zeros((1, image.height, image.width), np.uint8)
         mask[:, :, : image.width // 2] = 1
-        question = prompts.short_question("left half", rng)
+        question = prompts.question("left half", rng, is_sentence=False)
         return Sample(f"frames/{self.photos[item].name}", image, [[question, prompts.answer(rng)]], [mask])
 
 

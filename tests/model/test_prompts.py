@@ -18,14 +18,14 @@ def test_templates_hold_image_and_mask_tokens_once():
 def test_draws_come_from_the_generator_alone():
     def draw(seed):
         rng = np.random.default_rng(seed)
-        return [prompts.short_question("cat", rng) + prompts.answer(rng) for _ in range(20)]
+        return [prompts.question("cat", rng, is_sentence=False) + prompts.answer(rng) for _ in range(20)]
 
     assert draw(1) == draw(1) != draw(2)
     assert len(set(draw(1))) > 5
 
 
 def test_braces_in_a_text_are_kept():
-    assert "{0} {}" in prompts.long_question("{0} {}", np.random.default_rng(0))
+    assert "{0} {}" in prompts.question("{0} {}", np.random.default_rng(0), is_sentence=True)
 
 
 def test_evaluation_prompt():

@@ -234,15 +234,12 @@ class CustomSet(SharedRecords, TrainingSet):
         expressions = self.data.expressions(item)
         drawn = rng.choice(len(expressions), min(self.rows, len(expressions)), replace=False)
         chosen = [expressions[i] for i in drawn]
-        conversations = [[_question(text, rng), prompts.answer(rng)] for text, _ in chosen]
+        conversations = [
+            [prompts.question(text, rng, is_sentence=prompts.looks_like_sentence(text)), prompts.answer(rng)]
+            for text, _ in chosen
+        ]
         image, masks = self.data.load(item, [numbers for _, numbers in chosen])
         return Sample(f"{self.name}/{self.data.file_name(item)}", image, conversations, list(masks[:, None]))
-
-
-def _question(text: str, rng: np.random.Generator) -> str:
-    if prompts.looks_like_sentence(text):
-        return prompts.long_question(text, rng)
-    return prompts.short_question(text.lower(), rng)
 
 
 class CustomSplit(SharedRecords, EvalSplit):

@@ -164,8 +164,7 @@ def _turns(text: str, is_sentence: bool, kind: str, explanation: str, rng: np.ra
         return [f"{prompts.IMAGE_TAG}\n{text}", explanation]
     if kind == "both":
         return [prompts.explanatory_question(text, rng), f"{prompts.answer(rng)} {explanation}"]
-    question = prompts.long_question(text, rng) if is_sentence else prompts.short_question(text.lower(), rng)
-    return [question, prompts.answer(rng)]
+    return [prompts.question(text, rng, is_sentence=is_sentence), prompts.answer(rng)]
 
 
 def _explanation_file(dataset_dir: Path) -> Path:

@@ -173,9 +173,8 @@ class ReferringTrain(SharedRecords, TrainingSet):
             return None
         drawn = rng.choice(len(expressions), min(self.rows, len(expressions)), replace=False)
         chosen = [expressions[i] for i in drawn]
-        conversations = [
-            [prompts.short_question(sentence.strip().lower(), rng), prompts.answer(rng)] for sentence, _, _ in chosen
-        ]
+        texts = [sentence.strip() for sentence, _, _ in chosen]
+        conversations = [[prompts.question(text, rng, is_sentence=False), prompts.answer(rng)] for text in texts]
         image, masks = self.data.load(item, [ids for _, ids, _ in chosen])
         return Sample(f"{self.name}/{self.data.file_name(item)}", image, conversations, list(masks[:, None]))
 

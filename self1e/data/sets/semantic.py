@@ -78,7 +78,7 @@ class LabelMapSet(TrainingSet):
         conversations, masks = [], []
         for value in rng.choice(present, min(self.rows, len(present)), replace=False):
             name = self.names[value - self.first_label]
-            conversations.append([prompts.short_question(name, rng), prompts.answer(rng)])
+            conversations.append([prompts.question(name, rng, is_sentence=False), prompts.answer(rng)])
             masks.append((labels == value).astype(np.uint8)[None])
         return Sample(id, image, conversations, masks)
 
@@ -178,7 +178,7 @@ class PartSet(TrainingSet):
             names = self.names[usable[k]["category_id"]]
             phrases = (" ".join(names), f"the {names[1]} of the {names[0]}") if len(names) == 2 else names
             name = phrases[rng.integers(len(phrases))]
-            conversations.append([prompts.short_question(name, rng), prompts.answer(rng)])
+            conversations.append([prompts.question(name, rng, is_sentence=False), prompts.answer(rng)])
         return Sample(id, image, conversations, [mask[None] for mask in masks.values()])
 
 
