@@ -13,13 +13,14 @@ import cv2
 import numpy as np
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.data.loading import load_split
-from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, rela
+from self1e.data.splits import SPLITS, load_split
+from self1e.evaluation.segmentation.metrics import Unit, iou, mean, rela
+from self1e.evaluation.segmentation.run import make_units
 from self1e.model.inference import Segmentation
 from self1e.synthetic.benchmark import FAMILIES
 
 BOUNDARY = 0.02  # of the diagonal
-COUNTS = ("id", "image", "text", "I", "U", "target_pixels", "predicted_pixels", "no_target")
+SPLIT = "grefcoco|unc|val"  # of each family's tree
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
@@ -34,33 +35,19 @@ def measure(model: Self1EForSegmentation, processor: Self1EProcessor, benchmark:
     """The units of every held-out split below `benchmark`, with `split`, `boundary_I` and `boundary_U`."""
     units = []
     for family in FAMILIES:
-        for photo in load_split("grefcoco|unc|val", benchmark / family):
+        for photo in load_split(SPLIT, benchmark / family):
             image, targets = photo.load()
             results = cast(list[Segmentation], model.segment(processor, image, photo.sentences))
             masks = np.stack([result.mask for result in results])
-            counts = count_pixels(masks, targets)
-            for i, text in enumerate(photo.sentences):
-                unit = Unit(
-                    id=photo.unit_ids[i],
-                    image=photo.image_id,
-                    text=text,
-                    I=counts["I"][i],
-                    U=counts["U"][i],
-                    target_pixels=counts["target_pixels"][i],
-                    predicted_pixels=counts["predicted_pixels"][i],
-                    no_target=bool(photo.no_target[i]),
-                )
-                found, wanted = boundary(masks[i]), boundary(targets[i] == 1)
+            for unit, mask, target in zip(make_units(photo, SPLITS[SPLIT], masks, targets), masks, targets == 1):
+                found, wanted = boundary(mask), boundary(target)
                 edges = {"boundary_I": int((found & wanted).sum()), "boundary_U": int((found | wanted).sum())}
-                units.append({"split": family, **{name: getattr(unit, name) for name in COUNTS}, **edges})
+                units.append({"split": family, **unit.record(), **edges})
     return units
 
 
 def figures(units: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """cIoU, gIoU and N-acc by the generalised protocol, boundary IoU as the mean over sentences with a target."""
-    scores = rela([Unit(**{name: unit[name] for name in COUNTS}) for unit in units])
+    scores = rela([Unit.read(unit, unit["id"]) for unit in units])
     edges = [iou(unit["boundary_I"], unit["boundary_U"]) for unit in units if not unit["no_target"]]
-    return {
-        **{name: scores[name] for name in ("ciou", "giou", "n_acc")},
-        "boundary_iou": math.fsum(edges) / len(edges) if edges else None,
-    }
+    return {**{name: scores[name] for name in ("ciou", "giou", "n_acc")}, "boundary_iou": mean(edges)}

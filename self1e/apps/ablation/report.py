@@ -9,6 +9,7 @@ from typing import Any
 
 from self1e.apps.ablation.measure import figures
 from self1e.apps.ablation.suites import CLAIMS, MEASURES, SUITES, label
+from self1e.evaluation.tables import markdown_table
 from self1e.files import write_json, write_text
 
 # Student's t at 97.5%, by degrees of freedom: half the width of a 95% interval of a mean, in standard errors.
@@ -86,14 +87,9 @@ def write_report(output: Path, suites: Sequence[str], seeds: int) -> str:
         for claim in CLAIMS
         if claim.suite in suites
     ]
-    settings = json.loads((output / "settings.json").read_text())
-    content = {
-        "settings": settings,
-        "seconds_per_row": list(seconds.values()),
-        "scores": scores,
-        "claims": claims,
-    }
-    text = markdown(scores, claims, list(seconds.values()))
+    settings, took = json.loads((output / "settings.json").read_text()), list(seconds.values())
+    content = {"settings": settings, "seconds_per_row": took, "scores": scores, "claims": claims}
+    text = markdown(scores, claims, took)
     write_json(report / "ablation.json", content)
     write_text(report / "ablation.md", text)
     draw_bars(scores, report / "bars.png")
@@ -110,33 +106,28 @@ def known(scores: Scores, measure: str) -> list[float]:
 
 
 def markdown(scores: dict[str, dict[str, Scores]], claims: Sequence[dict[str, Any]], seconds: Sequence[int]) -> str:
-    lines = []
+    parts = []
     for suite, rows in scores.items():
-        lines += [f"### {suite}", "", "| row | seeds | " + " | ".join(m.label for m in MEASURES.values()) + " |"]
-        lines.append("|---|---|" + "---|" * len(MEASURES))
+        table = []
         for row, found in rows.items():
-            cells = []
-            for name in MEASURES:
-                values = known(found, name)
-                cells.append(f"{statistics.mean(values):.3f} ± {spread(values):.3f}" if values else "")
-            lines.append(f"| {label(suite, row)} | {len(found)} | " + " | ".join(cells) + " |")
-        lines.append("")
-    lines += [
-        "### Claims of the paper",
-        "",
-        "| claim | measure | difference (95% interval), paired by seed | verdict |",
-    ]
-    lines.append("|---|---|---|---|")
+            figures = [known(found, name) for name in MEASURES]
+            cells = [f"{statistics.mean(x):.3f} ± {spread(x):.3f}" if x else "" for x in figures]
+            table.append([label(suite, row), str(len(found)), *cells])
+        header = ["row", "seeds", *(measure.label for measure in MEASURES.values())]
+        parts.append(f"### {suite}\n\n{markdown_table(header, table)}")
+    table = []
     for claim in claims:
         for result in claim["results"]:
             span = result["interval"]
             mean = "" if result["mean"] is None else f"{result['mean']:+.3f}"
             mean += f" ({span[0]:+.3f} to {span[1]:+.3f})" if span else ""
-            lines.append(f"| {claim['claim']} | {MEASURES[result['measure']].label} | {mean} | {result['verdict']} |")
+            table.append([claim["claim"], MEASURES[result["measure"]].label, mean, result["verdict"]])
+    header = ["claim", "measure", "difference (95% interval), paired by seed", "verdict"]
+    parts.append(f"### Claims of the paper\n\n{markdown_table(header, table, text_columns=4)}")
     if seconds:
         longest, middle = max(seconds), statistics.median(seconds)
-        lines += ["", f"{len(seconds)} rows; a row took {middle:.0f} s in the median and {longest} s at most."]
-    return "\n".join(lines) + "\n"
+        parts.append(f"{len(seconds)} rows; a row took {middle:.0f} s in the median and {longest} s at most.\n")
+    return "\n".join(parts)
 
 
 def draw_bars(scores: dict[str, dict[str, Scores]], path: Path) -> None:
