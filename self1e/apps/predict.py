@@ -34,30 +34,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog=f"self1e {'chat' if chat else 'segment'}", description=__doc__)
     add = parser.add_argument
     add_model_arguments(parser)
+    # fmt: off
+    # A flag is one line, and where that is too long its help another.
     add("--image", nargs="+", required=True, metavar="PATH", help="pictures, or folders of them")
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="asked of every picture, each by itself")
     add("--prompts_file", type=Path, metavar="FILE", help="more prompts, one per line")
     add("--output", type=Path, required=True, metavar="FOLDER", help="files of the same names are replaced")
-    add(
-        "--mode",
-        choices=("segment", "chat"),
-        default="segment",
-        help="segment: one mask per prompt, the answer is given; chat: the model writes, one mask for every [SEG]",
-    )
-    add(
-        "--prompt_kind",
-        choices=("auto", "phrase", "sentence"),
-        help="how segment asks; auto (default): what ends with . ? or ! is a sentence",
-    )
-    add(
-        "--threshold",
-        type=between(0, 1),
-        default=0.5,
-        help="foreground probability above which a pixel belongs to the mask",
-    )
+    add("--mode", choices=("segment", "chat"), default="segment",
+        help="segment: one mask per prompt, the answer is given; chat: the model writes, one mask for every [SEG]")
+    add("--prompt_kind", choices=("auto", "phrase", "sentence"),
+        help="how segment asks; auto (default): what ends with . ? or ! is a sentence")
+    add("--threshold", type=between(0, 1), default=0.5,
+        help="foreground probability above which a pixel belongs to the mask")
     add("--max_new_tokens", type=whole(1), help="length limit of chat's answers; default: 256")
     add("--batch_size", type=whole(1), default=8, help="prompts in one forward pass")
     add("--save_logits", action="store_true", help="also <name>.npy: float32 logits before the resize")
+    # fmt: on
     args = parser.parse_args(argv)
     idle = "prompt_kind" if args.mode == "chat" else "max_new_tokens"
     if getattr(args, idle) is not None:

@@ -32,19 +32,14 @@ def make_parser() -> argparse.ArgumentParser:
     count, natural, weight = whole(1), whole(0), between(0, included=True)
     rate, fraction = between(0), between(0, 1, included=True)
 
+    # fmt: off
+    # A flag is one line, and where that is too long its help another.
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--version",
-        type=checkpoint,
-        required=True,
-        help="checkpoint: its folder, its run's folder or a hub id (InternVL3, -hf, or Self1E)",
-    )
+    add("--version", type=checkpoint, required=True,
+        help="checkpoint: its folder, its run's folder or a hub id (InternVL3, -hf, or Self1E)")
     add("--model_weights", type=checkpoint, help="folder whose weights replace those of --version")
-    add(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        help="precision of the computation; unset: bf16, but fp32 when evaluating on a CPU",
-    )
+    add("--precision", choices=("fp32", "bf16", "fp16"),
+        help="precision of the computation; unset: bf16, but fp32 when evaluating on a CPU")
     add("--model_max_length", type=count, default=512, help="the most tokens of a row")
     add("--high_res", action=switch, default=False, help="cut a photo into up to 4 tiles")
     add("--attn_implementation", choices=("sdpa", "eager"), default="sdpa", help="attention kernel of LLM and ViT")
@@ -58,74 +53,39 @@ def make_parser() -> argparse.ArgumentParser:
             add(f"--{name}", type=weight, default=entry.default, help=entry.help)
 
     add = parser.add_argument_group("what is trained").add_argument
-    add(
-        "--use_llm_lora",
-        action=switch,
-        default=False,
-        help="train adapters in the LLM; without it, the whole LLM trains, unless --freeze_llm",
-    )
-    add(
-        "--freeze_llm",
-        action=switch,
-        default=False,
+    add("--use_llm_lora", action=switch, default=False,
+        help="train adapters in the LLM; without it, the whole LLM trains, unless --freeze_llm")
+    add("--freeze_llm", action=switch, default=False,
         help="freeze the LLM's layers, without adapters; its token embeddings and lm_head train as "
-        "--trainable_embeddings says",
-    )
+             "--trainable_embeddings says")
     add("--optimize_vision", action=switch, default=False, help="train ViT and projector; without it, both are frozen")
-    add(
-        "--use_vision_lora",
-        action=switch,
-        default=False,
-        help="train adapters in the ViT; without it, the whole ViT trains",
-    )
+    add("--use_vision_lora", action=switch, default=False,
+        help="train adapters in the ViT; without it, the whole ViT trains")
     add("--lora_r", type=count, default=128, help="rank of the adapters")
     add("--lora_alpha", type=count, help="scale of the adapters; unset: twice --lora_r")
     add("--lora_dropout", type=fraction, default=0.05, help="share of its inputs that an adapter drops")
-    add(
-        "--lora_target_modules",
-        metavar="NAMES",
-        help="linears of the LLM with adapters, joined by commas; unset: " + ", ".join(LLM_LINEARS),
-    )
-    add(
-        "--trainable_embeddings",
-        choices=("all", "new"),
-        default="all",
-        help="rows of the token embeddings and of lm_head that train: all, or those of the added tokens only",
-    )
+    add("--lora_target_modules", metavar="NAMES",
+        help="linears of the LLM with adapters, joined by commas; unset: " + ", ".join(LLM_LINEARS))
+    add("--trainable_embeddings", choices=("all", "new"), default="all",
+        help="rows of the token embeddings and of lm_head that train: all, or those of the added tokens only")
     add("--lora_from_layer", type=natural, default=0, help="the first LLM layer with adapters")
 
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--dataset_dir",
-        type=Path,
-        default=Path("./dataset"),
-        help="folder of the segmentation sets and LLaVA-Instruct",
-    )
+    add("--dataset_dir", type=Path, default=Path("./dataset"),
+        help="folder of the segmentation sets and LLaVA-Instruct")
     add("--data_dir", type=Path, default=Path("./data"), help="folder of the VQA sets")
-    add(
-        "--dataset",
-        metavar="FAMILIES",
-        default=DEFAULT_FAMILIES,
-        help="families of training sets, joined by ||; the family custom is own data",
-    )
+    add("--dataset", metavar="FAMILIES", default=DEFAULT_FAMILIES,
+        help="families of training sets, joined by ||; the family custom is own data")
     add("--sample_rates", metavar="RATES", help="one rate per family, joined by commas; unset: 1 for each")
     for name, family in FAMILIES.items():
         add(f"--{name}_data", metavar="SETS", default=family.default, help=family.help)
-    add(
-        "--explanatory",
-        type=float,
-        default=-1.0,
-        help="share of the explained samples that are text only; -1 turns explanations off",
-    )
+    add("--explanatory", type=float, default=-1.0,
+        help="share of the explained samples that are text only; -1 turns explanations off")
     add("--num_classes_per_sample", type=count, default=3, help="the most rows per photo")
     add("--exclude_val", action=switch, default=False, help="leave out training photos that an evaluation split uses")
     add("--allow_outside", action=switch, default=False, help="take photos that annotations name outside their folder")
-    add(
-        "--mixture",
-        choices=MODES,
-        default="published",
-        help="published draws some samples anew; exact reads each sample once per epoch",
-    )
+    add("--mixture", choices=MODES, default="published",
+        help="published draws some samples anew; exact reads each sample once per epoch")
     add("--workers", type=natural, default=4, help="data-loading processes per rank")
     add("--seed", type=natural, default=42, help="seed of the stream of samples, of a fresh head and of dropout")
 
@@ -136,12 +96,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_steps", type=count, help="optimizer steps in all; unset: as many as --epochs has")
     add("--batch_size", type=count, default=5, help="photos per device in a micro-batch")
     add("--grad_accumulation_steps", type=count, default=8, help="micro-batches per optimizer step")
-    add(
-        "--grad_accumulation_reduction",
-        choices=("sum", "mean"),
-        default="sum",
-        help="how the gradients of a step's micro-batches are joined before clipping",
-    )
+    add("--grad_accumulation_reduction", choices=("sum", "mean"), default="sum",
+        help="how the gradients of a step's micro-batches are joined before clipping")
     add("--lr", type=rate, default=1e-4, help="peak rate of the LLM, its embeddings and lm_head")
     add("--vision_lr", type=rate, default=1e-4, help="peak rate of ViT, projector and head")
     add("--beta1", type=fraction, default=0.9, help="first beta of AdamW")
@@ -155,12 +111,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--exp_name", required=True, help="name of the run: its files go to LOG_BASE_DIR/EXP_NAME")
     add("--log_base_dir", type=Path, default=Path("./runs"), help="folder of all runs")
     add("--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"), help="where the curves go")
-    add(
-        "--healthy_curves",
-        type=Path,
-        metavar="JSON",
-        help="healthy runs of this recipe, drawn beside the run in TensorBoard and curves.png (docs/training.md)",
-    )
+    add("--healthy_curves", type=Path, metavar="JSON",
+        help="healthy runs of this recipe, drawn beside the run in TensorBoard and curves.png (docs/training.md)")
     add("--print_freq", type=count, default=10, help="steps between log lines")
     add("--save_steps", type=count, default=200, help="steps between checkpoints")
     add("--save_total_limit", type=count, default=1, help="how many of the latest checkpoints are kept")
@@ -173,31 +125,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--timeout", type=between(1, 1e7), default=1800.0, help="seconds without progress that end the run")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add(
-        "--val_dataset",
-        metavar="SPLITS",
-        default="ReasonSeg|val",
-        help="splits to validate on while training, joined by ||; custom|PATH is own data",
-    )
+    add("--val_dataset", metavar="SPLITS", default="ReasonSeg|val",
+        help="splits to validate on while training, joined by ||; custom|PATH is own data")
     add("--eval_steps", type=count, default=200, help="steps between validations")
     add("--val_batch_size", type=int, default=1, choices=(1,), help="photos per forward pass: each goes by itself")
     add("--no_eval", action="store_true", help="do not validate while training, nor evaluate after it")
     add("--eval_only", action="store_true", help="evaluate --val_dataset without training")
-    add(
-        "--eval_all_datasets",
-        action="store_true",
-        help=f"all {len(DEFAULT_SPLITS)} splits, whatever --val_dataset says",
-    )
+    add("--eval_all_datasets", action="store_true",
+        help=f"all {len(DEFAULT_SPLITS)} splits, whatever --val_dataset says")
     add("--eval_all_only", action="store_true", help="short for --eval_only --eval_all_datasets")
     add("--eval_visualize", action="store_true", help="write pictures of the predictions, the worst first")
     add("--overwrite_eval", action="store_true", help="evaluate anew what the results folder already holds")
 
-    parser.add_argument(
-        "--config",
-        type=Path,
-        nargs="+",
-        help="YAML files of flags; a later file overrides an earlier one, the command line overrides all",
-    )
+    parser.add_argument("--config", type=Path, nargs="+",
+        help="YAML files of flags; a later file overrides an earlier one, the command line overrides all")
+    # fmt: on
     for name in REFUSED:
         parser.add_argument(f"--{name}", nargs="?", action=Refuse, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     return parser

@@ -64,35 +64,19 @@ def _label(checkpoint: str) -> str:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="eval_vqas.sh", description=DESCRIPTION)
     add = parser.add_argument
-    add(
-        "--version",
-        type=checkpoint,
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="V",
-        help="model folder, run folder or hub id; two for base and fine-tuned side by side (also as a repeated flag)",
-    )
-    add(
-        "--model_weights",
-        type=checkpoint,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="W",
+    # fmt: off
+    # A flag is one line, and where that is too long its help another.
+    add("--version", type=checkpoint, nargs="+", action="extend", required=True, metavar="V",
+        help="model folder, run folder or hub id; two for base and fine-tuned side by side (also as a repeated flag)")
+    add("--model_weights", type=checkpoint, nargs="+", action="extend", default=[], metavar="W",
         help=f"weights over --version, one for each, or several over one; `{OWN_WEIGHTS}` means the version's own. "
-        "Default: <log_base_dir>/<exp_name>/ckpt_model if it is there (with one --version), else the version's own",
-    )
+             "Default: <log_base_dir>/<exp_name>/ckpt_model if it is there (with one --version), else the version's "
+             "own")
     add("--exp_name", required=True, help="results go to <log_base_dir>/<exp_name>/eval_vqa")
     add("--log_base_dir", type=Path, default=Path("runs"))
     add("--data_dir", type=Path, default=Path("data"), help="InternVL's data folder; `data/` in image paths means it")
-    add(
-        "--datasets",
-        nargs="+",
-        default=list(VQA_BENCHMARKS),
-        metavar="NAME",
-        help="benchmarks, separated by blanks, quoted or not; default: " + " ".join(VQA_BENCHMARKS),
-    )
+    add("--datasets", nargs="+", default=list(VQA_BENCHMARKS), metavar="NAME",
+        help="benchmarks, separated by blanks, quoted or not; default: " + " ".join(VQA_BENCHMARKS))
     add("--dynamic", action="store_true", help="cut photos to tiles, InternVL's rule, and add a thumbnail")
     add("--max_num", type=whole(1), default=6, help="the most tiles per photo with --dynamic, without the thumbnail")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 on a CPU")
@@ -105,6 +89,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--timeout", type=between(1, 1e7), default=1800.0, help="seconds without progress that end the run")
     add("--score_only", action="store_true", help="score the replies that are on disk; no model is loaded")
     add("--overwrite_eval", action="store_true", help="drop the replies that are on disk and ask every question anew")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.score_only and args.overwrite_eval:
         parser.error("--score_only scores the replies that --overwrite_eval drops: give one of them")
