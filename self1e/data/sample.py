@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -25,6 +25,7 @@ from self1e.model.photos import as_rgb, open_picture
 from self1e.model.prompts import IMAGE_TAG, SEG, evaluation_prompt, reserved_in
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ORIENTATION_TAG = 0x0112
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.(?:jpg|png)")
@@ -188,21 +189,6 @@ class Records(ABC):
         return {"images": len(np.unique(self.keys()))}
 
 
-class SharedRecords(Records):
-    """Answers from `self.data`, which the training set and the evaluation split of one format share."""
-
-    data: Any
-
-    def keys(self) -> np.ndarray:
-        return self.data.keys()
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        return self.data.annotations(item)
-
-    def remarks(self) -> list[str]:
-        return self.data.remarks()
-
-
 class TrainingSet(Records):
     """Numbered training samples of one data set; a sub-class and its entry in `config.FAMILIES` are all that it takes.
 
@@ -218,6 +204,7 @@ class TrainingSet(Records):
     """
 
     name: str
+    rows: int  # conversations per sample, at most
     items: np.ndarray  # int32 (n,), record numbers
     cap: int | None = None
     folder: str | None = None
@@ -251,6 +238,10 @@ class TrainingSet(Records):
     @abstractmethod
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:
         """The sample of one record; None when it has no usable label. Raises SampleError when it is broken."""
+
+    def draw(self, items: Sequence[T], rng: np.random.Generator) -> list[T]:
+        """At most `rows` of the items of one record, without repetition."""
+        return [items[i] for i in rng.choice(len(items), min(self.rows, len(items)), replace=False)]
 
     def choose(self, records: int, source: Path) -> None:
         """Take all records that `source`, a file or folder, holds. Raises ValueError when there are none."""

@@ -100,10 +100,10 @@ def test_segmentations_of_every_kind(tmp_path):
     )
     data = CustomData(source)
     expressions = data.expressions(0)
-    _, masks = data.load(0, [numbers for _, numbers in expressions[:4]])
+    _, masks = data.load(0, [each.targets for each in expressions[:4]])
     assert masks.sum((1, 2)).tolist() == [AREA + 24, AREA, AREA, 0]
     with pytest.raises(SampleError, match=r"a\.jpg: annotations\[4\]: malformed segmentation"):
-        data.load(0, [expressions[4][1]])
+        data.load(0, [expressions[4].targets])
 
 
 def test_photos_beside_the_file_or_in_images(tmp_path):

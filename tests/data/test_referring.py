@@ -170,7 +170,7 @@ def test_training_counts_equal_the_published_loaders(name):
     expressions = [data.data.expressions(item) for item in range(len(data))]
     assert len(data) == counts["samples"]
     assert sum(map(len, expressions)) == counts["sentences"]
-    assert len({place.split("/")[0] for image in expressions for _, _, place in image}) == counts["refs"]
+    assert len({each.place.split("/")[0] for image in expressions for each in image}) == counts["refs"]
 
 
 def test_every_malformed_annotation_of_a_photo_is_named(tmp_path):

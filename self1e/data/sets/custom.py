@@ -16,38 +16,27 @@ lower-cased ("the red car").
 
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from self1e.data.index import open_index
-from self1e.data.masks import decode_each, decode_segmentation, load_label_map, orient
+from self1e.data.masks import decode_segmentation, load_label_map
 from self1e.data.paths import inside
 from self1e.data.readers import remarks_on
-from self1e.data.sample import (
-    Annotation,
-    EvalImage,
-    EvalSplit,
-    Sample,
-    SampleError,
-    SharedRecords,
-    TrainingSet,
-    image_keys,
-    load_oriented,
-)
+from self1e.data.sample import Annotation, SampleError, image_keys
 from self1e.data.sets.custom_source import HELP, READERS, find_source
+from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSet, ExpressionSplit
 from self1e.flags import counted
-from self1e.model import prompts
+from self1e.model.prompts import looks_like_sentence
 
 NAME = "custom"
 SHOWN = 50  # problems in one error message
 
 
-class CustomData:
-    """The photos of one source that have sentences, in file order; `name` is "custom|<path>".
+class CustomData(ExpressionData):
+    """The photos of one source that have sentences, in file order; `name` is "custom|<path>". A target is a number.
 
     Faulty records are left out; `check` refuses them.
     """
@@ -134,45 +123,32 @@ class CustomData:
         """Of the photo, as in the source."""
         return self._photo(item)[0]
 
-    def size(self, item: int) -> list[int] | None:
-        """[height, width] as COCO-style files state it."""
-        return self._photo(item)[1]
-
-    def expressions(self, item: int) -> list[tuple[str, list[int]]]:
-        """(sentence, numbers of its targets) of a photo; sentences that are asked alike are one."""
+    def expressions(self, item: int) -> list[Expression]:
+        """Sentences that are asked alike are one. Which of them mean nothing is known only to their masks."""
         found: dict[str, tuple[str, list[int]]] = {}
         for number in self._numbers(item):
             sentences, _, _ = self._targets[number]
             for text in sentences if isinstance(sentences, list) else [self._categories[sentences]]:
-                asked = text if prompts.looks_like_sentence(text) else text.lower()
+                asked = text if looks_like_sentence(text) else text.lower()
                 found.setdefault(asked, (text, []))[1].append(number)
-        return list(found.values())
+        return [
+            Expression(text, numbers, str(k), looks_like_sentence(text))
+            for k, (text, numbers) in enumerate(found.values())
+        ]
 
-    def segmentation(self, number: int) -> tuple[Any, str]:
-        """A target's segmentation, or [mask file, value], as in the source, and its place there."""
-        _, segmentation, place = self._targets[number]
-        return segmentation, place
+    def where(self, target: int) -> str:
+        return self._targets[target][2]
 
-    def annotations(self, item: int) -> Iterator[Annotation]:
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
         """The segmentations of a photo of a COCO-style source."""
-        size = self.size(item)
+        _, size, _ = self._photo(item)
         if size is not None:
-            for number in {number for _, numbers in self.expressions(item) for number in numbers}:
-                segmentation, place = self.segmentation(number)
+            for number in {number for each in self.expressions(item) for number in each.targets}:
+                _, segmentation, place = self._targets[number]
                 yield Annotation(place, segmentation, *size)
 
-    def evaluation_image(self, item: int) -> EvalImage:
-        """A photo with all its sentences. Which of them mean nothing is known only to their masks."""
-        expressions, file_name = self.expressions(item), self.file_name(item)
-        return EvalImage(
-            image_id=file_name,
-            sentences=[text for text, _ in expressions],
-            is_sentence=[prompts.looks_like_sentence(text) for text, _ in expressions],
-            unit_ids=[f"{file_name}/{k}" for k in range(len(expressions))],
-            no_target=[False] * len(expressions),
-            lower=True,
-            load=partial(self.load, item, [numbers for _, numbers in expressions]),
-        )
+    def photo(self, item: int, id: str) -> Path:
+        return self._open(self.file_name(item), "images", id)
 
     def _open(self, name: str, below: str, id: str) -> Path:
         """`_find` that raises SampleError."""
@@ -181,27 +157,9 @@ class CustomData:
         except ValueError as error:
             raise SampleError(id, str(error)) from error
 
-    def load(self, item: int, wanted: list[list[int]]) -> tuple[Image.Image, np.ndarray]:
-        """Photo, and for each list of target numbers the union of their masks (n, H, W). Raises SampleError."""
-        name, size, _ = self._photo(item)
-        id = f"{self.name}/{name}"
-        image, orientation = load_oriented(self._open(name, "images", id), id)
-
-        def decode(number: int) -> np.ndarray:
-            mask = orient(self._mask(number, size, id), image, orientation)
-            if mask.shape != (image.height, image.width):
-                place = self.segmentation(number)[1]
-                sizes = f"{mask.shape[1]} x {mask.shape[0]}, the photo {image.width} x {image.height}"
-                raise SampleError(id, f"{place}: the mask's size is {sizes} pixels")
-            return mask
-
-        decoded = decode_each(sorted({number for numbers in wanted for number in numbers}), decode, id)
-        masks = [np.bitwise_or.reduce([decoded[number] for number in numbers]) for numbers in wanted]
-        return image, np.stack(masks)
-
-    def _mask(self, number: int, size: list[int] | None, id: str) -> np.ndarray:
-        """uint8 {0, 1} (H, W) of one target, in the stored frame."""
-        segmentation, place = self.segmentation(number)
+    def mask(self, item: int, target: int, id: str) -> np.ndarray:
+        _, size, _ = self._photo(item)
+        _, segmentation, place = self._targets[target]
         if size is None:  # a CSV
             file, value = segmentation
             labels = load_label_map(self._open(file, "masks", id), id)
@@ -212,9 +170,10 @@ class CustomData:
             raise SampleError(id, f"{place}: malformed segmentation ({error})") from error
 
 
-class CustomSet(SharedRecords, TrainingSet):
+class CustomSet(ExpressionSet):
     """Training photos of one source; a row is one sentence."""
 
+    data: CustomData
     name = NAME
 
     def __init__(
@@ -230,20 +189,11 @@ class CustomSet(SharedRecords, TrainingSet):
     def paths(cls, dataset_dir: Path, data_dir: Path, source: str | Path | None = None) -> list[Path]:
         return [] if source is None else [find_source(source)]
 
-    def read(self, item: int, rng: np.random.Generator) -> Sample:
-        expressions = self.data.expressions(item)
-        drawn = rng.choice(len(expressions), min(self.rows, len(expressions)), replace=False)
-        chosen = [expressions[i] for i in drawn]
-        conversations = [
-            [prompts.question(text, rng, is_sentence=prompts.looks_like_sentence(text)), prompts.answer(rng)]
-            for text, _ in chosen
-        ]
-        image, masks = self.data.load(item, [numbers for _, numbers in chosen])
-        return Sample(f"{self.name}/{self.data.file_name(item)}", image, conversations, list(masks[:, None]))
 
-
-class CustomSplit(SharedRecords, EvalSplit):
+class CustomSplit(ExpressionSplit):
     """One source for evaluation; `name` is "custom|<path>", a unit is one sentence."""
+
+    data: CustomData
 
     def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
         self.name = name
@@ -256,14 +206,8 @@ class CustomSplit(SharedRecords, EvalSplit):
     def paths(name: str, dataset_dir: Path) -> list[Path]:
         return [find_source(_path(name))]
 
-    def __len__(self) -> int:
-        return len(self.data)
-
     def faults(self) -> list[str]:
         return self.data.problems()
-
-    def read(self, item: int) -> EvalImage:
-        return self.data.evaluation_image(item)
 
 
 def _path(name: str) -> str:

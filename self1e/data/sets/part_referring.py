@@ -8,24 +8,21 @@ Keys and masks follow code that reads the set, the names of the JSON files are a
 files themselves were not seen.
 """
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from self1e.data.masks import decode_each, load_label_map, orient
+from self1e.data.masks import load_label_map
 from self1e.data.readers import expected_schema, stream_json, take
-from self1e.data.sample import EvalImage, EvalSplit, PhotoFolder, SampleError, forged, image_keys
-from self1e.data.sets.referring import unique
+from self1e.data.sample import PhotoFolder, forged, image_keys
+from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSplit
 
 
-class RefCOCOmSplit(EvalSplit):
-    """One split; `name` is "refcocom|<split>". The photos are sorted by name; a unit is one sentence."""
+class RefCOCOmData(ExpressionData):
+    """The photos of one split, sorted by name. A target is a segment's id."""
 
-    def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
+    def __init__(self, name: str, source: Path, masks: Path, photos: Path, *, allow_outside: bool):
         self.name = name
-        source, masks, photos = self.paths(name, dataset_dir)
         self.masks, self.photos = PhotoFolder(masks, allow_outside), PhotoFolder(photos, allow_outside)
         found: dict[str, list[tuple[str, str]]] = {}  # photo -> (segment, sentence)
         count = 0
@@ -40,7 +37,33 @@ class RefCOCOmSplit(EvalSplit):
                     raise TypeError(fault)
                 found.setdefault(photo, []).extend((segment, text) for text in texts)
                 count += 1
-        self.expressions = sorted((photo, asked) for photo, asked in found.items() if asked)
+        self._expressions = sorted((photo, asked) for photo, asked in found.items() if asked)
+
+    def __len__(self) -> int:
+        return len(self._expressions)
+
+    def keys(self) -> np.ndarray:
+        return image_keys(photo for photo, _ in self._expressions)
+
+    def expressions(self, item: int) -> list[Expression]:
+        return [Expression(text, [segment], f"{segment}/{text}") for segment, text in self._expressions[item][1]]
+
+    def file_name(self, item: int) -> str:
+        return self._expressions[item][0]
+
+    def where(self, target: str) -> str:
+        return str(self.masks.folder / f"{target}.png")
+
+    def mask(self, item: int, target: str, id: str) -> np.ndarray:
+        return (load_label_map(self.masks.path(f"{target}.png", id), id) > 0).astype(np.uint8)
+
+
+class RefCOCOmSplit(ExpressionSplit):
+    """One split; `name` is "refcocom|<split>". A unit is one sentence."""
+
+    def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
+        self.name = name
+        self.data = RefCOCOmData(name, *self.paths(name, dataset_dir), allow_outside=allow_outside)
 
     @staticmethod
     def paths(name: str, dataset_dir: Path) -> list[Path]:
@@ -48,37 +71,3 @@ class RefCOCOmSplit(EvalSplit):
         root = Path(dataset_dir) / "refer_seg"
         own = root / "refcocom"
         return [own / f"{name.split('|')[1]}.json", own / "masks", root / "images/mscoco/images/train2014"]
-
-    def __len__(self) -> int:
-        return len(self.expressions)
-
-    def keys(self) -> np.ndarray:
-        return image_keys(photo for photo, _ in self.expressions)
-
-    def read(self, item: int) -> EvalImage:
-        photo, asked = self.expressions[item]
-        return EvalImage(
-            image_id=photo,
-            sentences=[text for _, text in asked],
-            is_sentence=[False] * len(asked),
-            unit_ids=unique([f"{photo}/{segment}/{text}" for segment, text in asked]),
-            no_target=[False] * len(asked),
-            lower=True,
-            load=partial(self._load, photo, [segment for segment, _ in asked]),
-        )
-
-    def _load(self, photo: str, segments: list[str]) -> tuple[Image.Image, np.ndarray]:
-        id = f"{self.name}/{photo}"
-        image, orientation = self.photos.load(photo, id)
-        masks = decode_each(
-            dict.fromkeys(segments), partial(self._mask, image=image, orientation=orientation, id=id), id
-        )
-        return image, np.stack([masks[segment] for segment in segments])
-
-    def _mask(self, segment: str, image: Image.Image, orientation: int, id: str) -> np.ndarray:
-        path = self.masks.path(f"{segment}.png", id)
-        mask = orient((load_label_map(path, id) > 0).astype(np.uint8), image, orientation)
-        if mask.shape != (image.height, image.width):
-            sizes = f"{mask.shape[1]} x {mask.shape[0]}, the photo {image.width} x {image.height}"
-            raise SampleError(id, f"{path}: the mask's size is {sizes} pixels")
-        return mask

@@ -153,8 +153,8 @@ class ReasonSeg(PhotoRecords, TrainingSet):
         if photo.name in self.explanations:
             kind = "text" if rng.random() < self.explanatory else ("mask", "both")[rng.integers(2)]
         conversations, masks = [], []
-        for i in rng.choice(len(texts), min(self.rows, len(texts)), replace=False):
-            conversations.append(_turns(texts[i], record["is_sentence"], kind, explanation, rng))
+        for text in self.draw(texts, rng):
+            conversations.append(_turns(text, record["is_sentence"], kind, explanation, rng))
             masks.append(target[:0] if kind == "text" else target)
         return Sample(id, image, conversations, masks)
 

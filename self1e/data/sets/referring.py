@@ -9,7 +9,6 @@ mscoco/images/trainval2014), where a sentence may mean nothing, as in gRefCOCO.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +16,16 @@ from PIL import Image
 
 from self1e.data.coco import CocoIndex
 from self1e.data.index import open_index
-from self1e.data.masks import annotation_mask, decode_each, orient
+from self1e.data.masks import annotation_mask
 from self1e.data.readers import read_refs
-from self1e.data.sample import (
-    Annotation,
-    EvalImage,
-    EvalSplit,
-    PhotoFolder,
-    Sample,
-    SampleError,
-    SharedRecords,
-    TrainingSet,
-)
-from self1e.model import prompts
+from self1e.data.sample import Annotation, PhotoFolder, SampleError
+from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSet, ExpressionSplit
 
 PHOTOS = {"refclef": "saiapr_tc-12", "refzom": "mscoco/images/trainval2014"}  # below refer_seg/images
 
 
-class ReferringData:
-    """The images of one split of one set, sorted by image id.
+class ReferringData(ExpressionData):
+    """The images of one split of one set, sorted by image id. A target is an annotation id; -1 means nothing.
 
     dataset_dir: holds `refer_seg`
     name:        refclef, refcoco, refcoco+, refcocog, grefcoco, refzom, or one of R-RefCOCO
@@ -43,6 +33,8 @@ class ReferringData:
     split:       train and val by equality; testA, testB, testC are the splits whose name holds that letter, test those
                  whose name holds "test" (the REFER toolbox's rule); all by equality in grefcoco
     """
+
+    sized = False  # instances.json states sizes of its own
 
     def __init__(self, dataset_dir: Path, name: str, partition: str, split: str, *, allow_outside: bool = False):
         self.name = name
@@ -77,13 +69,13 @@ class ReferringData:
         except KeyError as error:
             raise ValueError(f"{self.coco.path} has no {error}, which {self.refs.name} names") from error
 
-    def expressions(self, item: int) -> list[tuple[str, list[int], str]]:
-        """(sentence as read, annotation ids, "<ref id>/<sentence id>") of every expression of an image."""
+    def expressions(self, item: int) -> list[Expression]:
+        """The sentences as read; the place of one is "<ref id>/<sentence id>"."""
         stop = self._starts[item + 1] if item + 1 < len(self) else len(self._rows)
         return [
-            (sentence, annotation_ids, f"{ref_id}/{sent_id}")
+            Expression(sentence, ids or [-1], f"{ref_id}/{sent_id}", no_target=set(ids) <= {-1})
             for row in self._rows[self._starts[item] : stop]
-            for ref_id, annotation_ids, sentences in self._groups[int(row)][1]
+            for ref_id, ids, sentences in self._groups[int(row)][1]
             for sent_id, sentence in sentences
         ]
 
@@ -103,9 +95,9 @@ class ReferringData:
         except KeyError as error:
             raise SampleError(f"{self.name}/{self.image_ids[item]}", f"{self.coco.path} has no {error}") from error
 
-    def annotations(self, item: int) -> Iterator[Annotation]:
+    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
         """The annotations that an image's expressions name."""
-        wanted = sorted({id for _, ids, _ in self.expressions(item) for id in ids} - {-1})
+        wanted = sorted({id for each in self.expressions(item) for id in each.targets} - {-1})
         row = int(self.coco.image_rows(self.image_ids[item : item + 1])[0])
         return self.coco.placed(row, map(self.coco.annotation, wanted))
 
@@ -113,26 +105,14 @@ class ReferringData:
         """What is odd in the annotations but has a settled meaning."""
         return self.coco.remarks(empty="are empty masks")
 
-    def load(self, item: int, targets: list[list[int]]) -> tuple[Image.Image, np.ndarray]:
-        """Photo, and for each list of annotation ids the union of their masks (n, H, W); -1 adds nothing."""
-        file_name, height, width = self._image(item)
-        id = f"{self.name}/{file_name}"
-        image, orientation = self.photos.load(file_name, id)
-
-        def decode(annotation_id: int) -> np.ndarray:
-            try:
-                annotation = self.coco.annotation(annotation_id)
-            except KeyError as error:
-                raise SampleError(id, f"{self.coco.path} has no {error}") from error
-            return annotation_mask(annotation, height, width, id)
-
-        decoded = decode_each(sorted({a for ids in targets for a in ids} - {-1}), decode, id)
-        empty = np.zeros((height, width), np.uint8)
-        masks = [
-            orient(np.bitwise_or.reduce([empty, *(decoded[a] for a in ids if a != -1)]), image, orientation)
-            for ids in targets
-        ]
-        return image, np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+    def mask(self, item: int, target: int, id: str) -> np.ndarray:
+        _, height, width = self._image(item)
+        if target == -1:
+            return np.zeros((height, width), np.uint8)
+        try:
+            return annotation_mask(self.coco.annotation(target), height, width, id)
+        except KeyError as error:
+            raise SampleError(id, f"{self.coco.path} has no {error}") from error
 
 
 def _in_split(known: str, split: str, name: str) -> bool:
@@ -143,9 +123,10 @@ def _in_split(known: str, split: str, name: str) -> bool:
     return split.removeprefix("test") in known
 
 
-class ReferringTrain(SharedRecords, TrainingSet):
+class ReferringTrain(ExpressionSet):
     """Training images of one set; sub-classes name it."""
 
+    data: ReferringData
     partition = "unc"
 
     def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
@@ -163,20 +144,6 @@ class ReferringTrain(SharedRecords, TrainingSet):
 
     def faults(self) -> list[str]:
         return self.data.coco.faults()
-
-    def counts(self) -> dict[str, int]:
-        return self.data.counts()
-
-    def read(self, item: int, rng: np.random.Generator) -> Sample | None:
-        expressions = self.data.expressions(item)
-        if not expressions:
-            return None
-        drawn = rng.choice(len(expressions), min(self.rows, len(expressions)), replace=False)
-        chosen = [expressions[i] for i in drawn]
-        texts = [sentence.strip() for sentence, _, _ in chosen]
-        conversations = [[prompts.question(text, rng, is_sentence=False), prompts.answer(rng)] for text in texts]
-        image, masks = self.data.load(item, [ids for _, ids, _ in chosen])
-        return Sample(f"{self.name}/{self.data.file_name(item)}", image, conversations, list(masks[:, None]))
 
 
 class RefCLEF(ReferringTrain):
@@ -200,7 +167,7 @@ class GRefCOCO(ReferringTrain):
     name = "grefcoco"
 
 
-class ReferringSplit(SharedRecords, EvalSplit):
+class ReferringSplit(ExpressionSplit):
     """An evaluation split; `name` is "<set>|<partition>|<split>"."""
 
     def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
@@ -210,28 +177,3 @@ class ReferringSplit(SharedRecords, EvalSplit):
     @staticmethod
     def paths(name: str, dataset_dir: Path) -> list[Path]:
         return list(ReferringData.paths(dataset_dir, *name.split("|")[:2]))
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def counts(self) -> dict[str, int]:
-        return self.data.counts()
-
-    def read(self, item: int) -> EvalImage:
-        expressions = self.data.expressions(item)
-        n = len(expressions)
-        file_name = self.data.file_name(item)
-        return EvalImage(
-            image_id=file_name,
-            sentences=[sentence for sentence, _, _ in expressions],
-            is_sentence=[False] * n,
-            unit_ids=unique([f"{file_name}/{place}" for _, _, place in expressions]),
-            no_target=[set(ids) <= {-1} for _, ids, _ in expressions],
-            lower=True,
-            load=partial(self.data.load, item, [ids for _, ids, _ in expressions]),
-        )
-
-
-def unique(ids: list[str]) -> list[str]:
-    """The ids; a repeated one gets its number appended."""
-    return [f"{id}#{ids[:k].count(id)}" if id in ids[:k] else id for k, id in enumerate(ids)]

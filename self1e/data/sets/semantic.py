@@ -76,7 +76,7 @@ class LabelMapSet(TrainingSet):
         image, orientation = load_oriented(self.photos / f"{stem}.jpg", id)
         labels = orient(labels, image, orientation)
         conversations, masks = [], []
-        for value in rng.choice(present, min(self.rows, len(present)), replace=False):
+        for value in self.draw(present, rng):
             name = self.names[value - self.first_label]
             conversations.append([prompts.question(name, rng, is_sentence=False), prompts.answer(rng)])
             masks.append((labels == value).astype(np.uint8)[None])
@@ -171,8 +171,7 @@ class PartSet(TrainingSet):
                 raise SampleError(id, f"annotation {usable[k]['id']}: unknown category {usable[k]['category_id']}")
             return orient(annotation_mask(usable[k], height, width, id), image, orientation)
 
-        drawn = rng.choice(len(usable), min(self.rows, len(usable)), replace=False)
-        masks = decode_each(drawn.tolist(), decode, id)
+        masks = decode_each(self.draw(range(len(usable)), rng), decode, id)
         conversations = []
         for k in masks:
             names = self.names[usable[k]["category_id"]]
