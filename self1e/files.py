@@ -45,14 +45,15 @@ def to_jsonl(records: Iterable[dict]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def read_json(path: Path, kind: type[T]) -> T:
-    """The value of a small JSON file. Raises ValueError naming the file when it is no JSON of that kind."""
+def read_json(path: Path, kind: type[T], *, remedy: str = "") -> T:
+    """The value of a small JSON file. Raises ValueError naming the file and the remedy when it is no such JSON."""
+    advice = remedy and f"; {remedy}"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
+        raise ValueError(f"{path} is no JSON ({error}){advice}") from error
     if not isinstance(value, kind):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}")
+        raise ValueError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}{advice}")
     return value
 
 

@@ -25,8 +25,18 @@ CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, or nothing where no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    spelled = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(word.lower(), spelled, n=1)
+    return f"; did you mean {spelled[near[0]]}?" if near else ""
+
+
+def check_known(what: str, names: Iterable[str], known: Iterable[str], *, note: str = "") -> None:
+    """Raise ValueError, `<what> 'x'; known: ...`, naming those of `names` that are unknown and all that are known."""
+    known = list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"{what} {', '.join(map(repr, unknown))}; known: {', '.join(known)}{note}{hint}")
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

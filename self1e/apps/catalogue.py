@@ -1,7 +1,6 @@
 """What `self1e data get` knows of each data set: `data_sources/*.yaml`, read into records."""
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from self1e.apps.download import Address
+from self1e.flags import check_known
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,7 @@ class Catalogue:
 
         Raises ValueError for an unknown name, with the known ones.
         """
-        known = [*self.groups, "all", *self.sets]
-        for name in names:
-            if name not in known:
-                close = get_close_matches(name, known, 1) or [n for n in known if n.lower() == name.lower()]
-                hint = f"did you mean {close[0]}? " if close else ""
-                raise ValueError(f"unknown set {name!r}; {hint}Known: {', '.join(known)}")
+        check_known("unknown set", names, [*self.groups, "all", *self.sets])
         chosen: dict[str, DataSet] = {}
         for name in names:
             for member in self.sets if name == "all" else self.groups.get(name, [name]):

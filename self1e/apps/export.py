@@ -12,12 +12,12 @@ default is its local storage, `/data/local-files/?d=`.
 Cost: seconds per thousand masks; no model is loaded.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
+from self1e.files import read_json, write_json
 from self1e.flags import Parser, check_writable_file, counted
 
 FIELDS = ("image_id", "category_id", "image", "width", "height", "prompt", "segmentation", "bbox", "area", "score")
@@ -28,12 +28,7 @@ def read_predictions(folder: Path) -> list[dict]:
     path = folder / "predictions.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no predictions.json; expected the --output of self1e segment or chat")
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a list of predictions, found {type(records).__name__}")
+    records = read_json(path, list, remedy="write it with self1e segment")
     for number, record in enumerate(records):
         absent = [name for name in FIELDS if not isinstance(record, dict) or name not in record]
         if absent:
@@ -128,8 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = read_predictions(args.folder)
     target = args.output or args.folder / {"coco": "coco.json", "label-studio": "label_studio.json"}[args.to]
     check_writable_file(target)
-    from self1e.files import write_json
-
     if args.to == "coco":
         write_json(target, to_coco(records))
     else:

@@ -19,7 +19,7 @@ from self1e.data.sets.reasoning import ReasonSeg, split_names
 from self1e.data.sets.referring import GRefCOCO, RefCLEF, RefCOCO, RefCOCOg, RefCOCOPlus
 from self1e.data.sets.semantic import ADE20K, PACO, COCOStuff, Mapillary, PascalPart
 from self1e.data.sets.vqa import GQA, OKVQA, LLaVAInstruct, TextVQA, VizWiz, VQAv2
-from self1e.flags import did_you_mean
+from self1e.flags import check_known
 
 SEPARATOR = "||"
 
@@ -195,12 +195,7 @@ class DataConfig:
 
 def _names(value: str, known: Iterable[str], flag: str) -> list[str]:
     names = [name.strip() for name in value.split(SEPARATOR)]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        hint = did_you_mean(unknown[0], known)
-        raise ValueError(
-            f"{flag}: unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}, joined by ||{hint}"
-        )
+    check_known(f"{flag}: unknown", names, known, note=", joined by ||")
     return names
 
 

@@ -21,7 +21,7 @@ from self1e.data.sets.parquet import ParquetSplit
 from self1e.data.sets.part_referring import RefCOCOmSplit
 from self1e.data.sets.reasoning import ReasoningSplit
 from self1e.data.sets.referring import ReferringSplit
-from self1e.flags import did_you_mean
+from self1e.flags import check_known
 
 MODELS = ("2B", "SEG-2B", "8B", "SEG-8B")
 
@@ -84,26 +84,15 @@ PREFIXES: dict[str, SplitEntry] = {
     "parquet|": SplitEntry(reader=ParquetSplit, default=False),
 }
 
-ALL = SPLITS.keys()
 DEFAULT_SPLITS: tuple[str, ...] = tuple(name for name, entry in SPLITS.items() if entry.default)
 
 
 def get_splits(names: Iterable[str]) -> dict[str, SplitEntry]:
     """The entries of `names`, in that order. Raises ValueError listing every unknown name and the known ones."""
-    found, unknown = {}, []
-    for name in names:
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        if name in SPLITS:
-            found[name] = SPLITS[name]
-        elif prefix is not None:
-            found[name] = PREFIXES[prefix]
-        else:
-            unknown.append(name)
-    if unknown:
-        known = ", ".join([*SPLITS, *(f"{prefix}<path>" for prefix in PREFIXES)])
-        known += did_you_mean(unknown[0], SPLITS)
-        raise ValueError(f"unknown evaluation split {', '.join(map(repr, unknown))}; known: {known}")
-    return found
+    kinds = {name: next(filter(name.startswith, PREFIXES), None) for name in names}
+    own = "".join(f", {prefix}<path>" for prefix in PREFIXES)
+    check_known("unknown evaluation split", [name for name, kind in kinds.items() if kind is None], SPLITS, note=own)
+    return {name: SPLITS[name] if kind is None else PREFIXES[kind] for name, kind in kinds.items()}
 
 
 def split_paths(names: Iterable[str], dataset_dir: str | Path) -> list[tuple[str, Path]]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from self1e import distributed
-from self1e.files import write_json
+from self1e.files import read_json, write_json
 
 BLOCK, BLOCKS = 4096, 64
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "opencv-python-headless", "pycocotools")
@@ -115,15 +115,9 @@ class SettingsFile:
 
     def read(self) -> dict[str, Settings]:
         """Split or benchmark -> its settings. Raises ValueError where the file is damaged."""
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not self.path.is_file():
             return {}
-        except ValueError as error:
-            raise ValueError(f"{self.path} is not JSON ({error}); delete it and use --overwrite_eval") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{self.path} is not a settings file; delete it and use --overwrite_eval")
-        return content
+        return read_json(self.path, dict, remedy="delete it and use --overwrite_eval")
 
     def check(self, name: str, settings: Settings) -> None:
         """Raise ValueError, naming each difference, when what is on disk of `name` was made with other settings."""

@@ -36,25 +36,12 @@ def write_semantic(root: Path, scenes: list[Scene]) -> None:
         write(root / f"mapillary/training/images/shapes_{scene.id}.jpg", scene.jpeg)
         labels = label_map(scene, paints, "colour", paints["background"])
         write_png(root / f"mapillary/training/v2.0/labels/shapes_{scene.id}.png", labels)
+    names = [(f"object--paint--{colour}", f"{colour.title()} Paint", rgb) for colour, rgb in COLOURS.items()]
+    names.append(("construction--barrier--wall", "Wall", (128, 128, 128)))
     paint_labels = [
-        {
-            "name": f"object--paint--{colour}",
-            "readable": f"{colour.title()} Paint",
-            "color": list(rgb),
-            "evaluate": True,
-            "instances": False,
-        }
-        for colour, rgb in COLOURS.items()
+        {"name": name, "readable": readable, "color": list(rgb), "evaluate": True, "instances": False}
+        for name, readable, rgb in names
     ]
-    paint_labels.append(
-        {
-            "name": "construction--barrier--wall",
-            "readable": "Wall",
-            "color": [128, 128, 128],
-            "evaluate": True,
-            "instances": False,
-        }
-    )
     write(root / "mapillary/config_v2.0.json", {"version": "2.0", "labels": paint_labels})
 
 

@@ -5,7 +5,6 @@ needs the hub id of that data set, so one is written for each split of a ready P
 for those splits whose data set the user names.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from self1e.data.sets.parquet import ready_sets
 from self1e.data.splits import get_splits
 from self1e.evaluation.provenance import SettingsFile
-from self1e.files import write_text
+from self1e.files import read_json, write_text
 
 TITLES = {"ciou": "cIoU", "giou": "gIoU"}
 
@@ -41,7 +40,7 @@ def write_eval_results(folder: Path, summary: Path | None, benchmarks: Mapping[s
 
 def hub_entries(summary: Path | None, benchmarks: Mapping[str, str]) -> list[EvalResultEntry]:
     """The entries, each with the first figure that its split is reported by, in percent."""
-    results = json.loads(summary.read_text(encoding="utf-8")) if summary is not None else {}
+    results = read_json(summary, dict) if summary is not None else {}
     unknown = [split for split in benchmarks if split not in results]
     if unknown:
         known = ", ".join(results) or "none yet"

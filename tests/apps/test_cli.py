@@ -153,10 +153,10 @@ def test_missing_files_are_one_line_without_a_traceback(command, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not a JSON file"),
+        ("{", "no JSON"),
         ("{}", "expected a list"),
         ('[{"image": 1}]', "is missing"),
-        ("[" * 5000, "not a JSON"),
+        ("[" * 5000, "no JSON"),
     ],
 )
 def test_malformed_predictions_are_named(tmp_path, capsys, content, message):

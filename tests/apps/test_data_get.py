@@ -229,7 +229,8 @@ def test_dry_run_and_list_touch_nothing(site: Site, tmp_path, capsys):
 def test_wrong_arguments(site: Site, tmp_path, capsys):
     (tmp_path / "file").touch()
     for arguments, message in [
-        (["refcocco"], "unknown set 'refcocco'; did you mean refcoco? Known: sem_seg"),
+        (["refcocco"], "unknown set 'refcocco'; known: sem_seg"),
+        (["REFCOCO"], "did you mean refcoco?"),
         ([], "name a set or a group"),
         (["refcoco", "--downloads", str(tmp_path / "file")], "is a file; expected a folder"),
     ]:

@@ -272,7 +272,7 @@ def test_rates_go_with_names_and_spare_the_question_sets(tmp_path):
         ({"dataset": "vqa||vqa", "sample_rates": "1,1"}, ["--dataset", "twice"]),
         ({"sem_seg_data": "ade"}, ["--sem_seg_data", "'ade'", "mapillary"]),
         ({"refer_seg_data": "refcoco++"}, ["--refer_seg_data", "grefcoco"]),
-        ({"reason_seg_data": "ReasonSeg|dev"}, ["unknown ReasonSeg split dev", "train"]),
+        ({"reason_seg_data": "ReasonSeg|dev"}, ["unknown ReasonSeg split 'dev'", "train"]),
         ({"vqa_data": ""}, ["--vqa_data", "gqa"]),
         ({"explanatory": 3}, ["--explanatory"]),
         ({"num_classes_per_sample": 0}, ["--num_classes_per_sample"]),

@@ -156,7 +156,7 @@ def test_ready_sets_are_described(set_name):
         ("parquet|nothing|test", "neither a path.*muse_val"),
         ("parquet|{folder}/no.yaml|test", "no.yaml"),
         ("parquet|{folder}/bad.yaml|test", "bad.yaml does not describe.*source, columns, query, note"),
-        ("parquet|{folder}/odd.yaml|test", "odd.yaml does not describe.*unknown column picture"),
+        ("parquet|{folder}/odd.yaml|test", "odd.yaml does not describe.*unknown column 'picture'"),
         ("parquet|{folder}|val", "none of its Parquet files is of the split 'val': broken.parquet, test.parquet"),
         ("parquet|{folder}|test", "test.parquet: no column image, text among mask; name them in a YAML"),
         ("parquet|{folder}/broken.parquet|test", "broken.parquet"),

@@ -68,7 +68,7 @@ def test_splits_join_and_photos_without_text_are_skipped(tmp_path):
     reasoning_photo(tmp_path, "val", "b", ["x"])
     data = train(tmp_path, splits="train_val")
     assert len(data) == 2 and data.sample(0, np.random.default_rng(0)).id == "ReasonSeg/b.jpg"
-    with pytest.raises(ValueError, match="unknown ReasonSeg split dev; known: train, val, test"):
+    with pytest.raises(ValueError, match="unknown ReasonSeg split 'dev'; known: train, val, test"):
         train(tmp_path, splits="train_dev")
     with pytest.raises(SampleError, match="no image of this set"):
         train(tmp_path).sample(0, np.random.default_rng(0))

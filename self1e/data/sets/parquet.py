@@ -27,6 +27,7 @@ from self1e.data.masks import check_size, decode_segmentation, orient
 from self1e.data.paths import inside
 from self1e.data.sample import UNREADABLE, EvalImage, EvalSplit, SampleError, image_keys, load_oriented
 from self1e.data.sets.expressions import unique
+from self1e.flags import check_known
 from self1e.model.photos import open_picture
 from self1e.model.prompts import looks_like_sentence
 
@@ -56,9 +57,7 @@ class ParquetSet:
     note: str = ""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.columns if name not in COLUMNS]
-        if unknown:
-            raise ValueError(f"unknown column {', '.join(unknown)}; known: {', '.join(COLUMNS)}")
+        check_known("unknown column", self.columns, COLUMNS)
         if self.query not in QUERIES:
             raise ValueError(f"query is {self.query!r}; expected one of {', '.join(QUERIES)}")
 

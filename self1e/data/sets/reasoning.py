@@ -27,6 +27,7 @@ from self1e.data.sample import (
     image_keys,
     load_image,
 )
+from self1e.flags import check_known
 from self1e.model import prompts
 
 SPLITS = ("train", "val", "test")
@@ -185,9 +186,7 @@ def _explanations(dataset_dir: Path) -> dict[str, str]:
 def split_names(splits: str) -> list[str]:
     """ "train_val" -> ["train", "val"]. Raises ValueError for an unknown one."""
     names = splits.split("_")
-    unknown = [name for name in names if name not in SPLITS]
-    if unknown:
-        raise ValueError(f"unknown ReasonSeg split {', '.join(unknown)}; known: {', '.join(SPLITS)}, joined by _")
+    check_known("unknown ReasonSeg split", names, SPLITS, note=", joined by _")
     return names
 
 

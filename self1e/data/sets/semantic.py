@@ -3,7 +3,6 @@
 dataset/README.md shows the folders. A row asks for one class, or for one part annotation.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from importlib.resources import files
@@ -16,6 +15,7 @@ from self1e.data.coco import CocoIndex
 from self1e.data.masks import annotation_mask, decode_each, load_label_map, orient
 from self1e.data.readers import expected_schema, take
 from self1e.data.sample import Annotation, PhotoFolder, Sample, SampleError, TrainingSet, image_keys, load_oriented
+from self1e.files import read_json
 from self1e.model import prompts
 
 IGNORED = 255
@@ -119,10 +119,7 @@ class Mapillary(LabelMapSet):
 
     def read_names(self, dataset_dir: Path) -> list[str]:
         path = self.paths(dataset_dir, dataset_dir)[2]
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no JSON ({error}); download it again") from error
+        config = read_json(path, dict, remedy="download it again")
         with expected_schema(path):
             return [take(label, "readable", str) for label in take(config, "labels", list)]
 

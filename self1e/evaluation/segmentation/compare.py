@@ -48,16 +48,10 @@ class Comparison:
 
     def figures(self) -> dict[str, dict]:
         """gIoU and cIoU of both, B minus A, and the interval of the difference; fractions."""
-        scores = [lisa([pair[side] for pair in self.pairs]) for side in (0, 1)]
-        intervals = paired_bootstrap(self.pairs)
+        a, b = (lisa(units) for units in zip(*self.pairs))
         return {
-            name: {
-                "a": scores[0][name],
-                "b": scores[1][name],
-                "difference": scores[1][name] - scores[0][name],
-                "interval": intervals[name],
-            }
-            for name in ("giou", "ciou")
+            name: {"a": a[name], "b": b[name], "difference": b[name] - a[name], "interval": interval}
+            for name, interval in paired_bootstrap(self.pairs).items()
         }
 
 
@@ -93,17 +87,9 @@ def comparison_table(comparison: Comparison, most: int) -> str:
     """Both evaluations in percent, then the units that differ, those that B lost most on first."""
     rows = []
     for name, values in comparison.figures().items():
-        low, high = (f"{100 * value:+.2f}" for value in values["interval"])
+        change, low, high = (f"{100 * value:+.2f}" for value in (values["difference"], *values["interval"]))
         title = {"giou": "gIoU", "ciou": "cIoU"}[name]
-        rows.append(
-            [
-                title,
-                percent(values["a"]),
-                percent(values["b"]),
-                f"{100 * values['difference']:+.2f}",
-                f"{low} to {high}",
-            ]
-        )
+        rows.append([title, percent(values["a"]), percent(values["b"]), change, f"{low} to {high}"])
     text = markdown_table(["figure", "A", "B", "B - A", "95% interval"], rows)
     differing = comparison.differing
     text += f"\n{len(differing)} of {len(comparison.pairs)} units differ"

@@ -81,12 +81,7 @@ def count_pixels(prediction, target) -> dict[str, list[int]]:
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     predicted, wanted = prediction & (target != IGNORE), target == 1
-    counts = {
-        "I": predicted & wanted,
-        "U": predicted | wanted,
-        "target_pixels": wanted,
-        "predicted_pixels": predicted,
-    }
+    counts = {"I": predicted & wanted, "U": predicted | wanted, "target_pixels": wanted, "predicted_pixels": predicted}
     return {name: pixels.sum((-2, -1)).tolist() for name, pixels in counts.items()}
 
 

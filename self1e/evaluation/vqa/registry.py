@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from self1e.evaluation.vqa import gqa, mmbench, mme, open_ended, pope
 from self1e.evaluation.vqa.base import VQABenchmark
-from self1e.flags import did_you_mean
+from self1e.flags import check_known
 
 VQA_BENCHMARKS: dict[str, VQABenchmark] = {
     **open_ended.BENCHMARKS,
@@ -18,8 +18,5 @@ VQA_BENCHMARKS: dict[str, VQABenchmark] = {
 def get_vqa_benchmarks(names: Iterable[str]) -> dict[str, VQABenchmark]:
     """The entries of `names`, in that order. Raises ValueError listing unknown names and the known ones."""
     names = list(names)
-    unknown = [name for name in names if name not in VQA_BENCHMARKS]
-    if unknown:
-        hint = did_you_mean(unknown[0], VQA_BENCHMARKS)
-        raise ValueError(f"unknown VQA benchmark {', '.join(unknown)}; known: {', '.join(VQA_BENCHMARKS)}{hint}")
+    check_known("unknown VQA benchmark", names, VQA_BENCHMARKS)
     return {name: VQA_BENCHMARKS[name] for name in names}
