@@ -14,7 +14,7 @@ def main() -> int:
     from self1e.training.arguments import parse  # here, so that Ctrl-C ends it by the guard below
 
     args = parse(sys.argv[1:])  # before anything heavy is imported: --help and a wrong flag are answered at once
-    with uncollected():
+    with uncollected(lasting=True):
         from self1e.training.run import start
 
     return start(args)

@@ -146,13 +146,19 @@ def check_writable_file(path: Path) -> None:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Pause the garbage collector: it takes a fifth of the time in which torch and transformers are imported."""
+def uncollected(*, lasting: bool = False) -> Iterator[None]:
+    """Pause the garbage collector: it takes a fifth of the time in which torch and transformers are imported.
+
+    lasting: what exists at the end stays for good, so that the collector never looks through it again. That is for
+    programs; someone else's process may hold garbage at that moment.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if lasting:
+            gc.freeze()
         if collecting:
             gc.enable()
 

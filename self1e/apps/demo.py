@@ -81,7 +81,7 @@ def serve(args: argparse.Namespace, folder: Path, stopped: threading.Event) -> i
     """Load the model and serve the page until `stopped`; whatever it writes lies in `folder`."""
     # Gradio reads these when it is imported.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder / "uploads")}
-    with uncollected():
+    with uncollected(lasting=True):
         import gradio as gr
         from starlette.middleware import Middleware
 
@@ -89,9 +89,7 @@ def serve(args: argparse.Namespace, folder: Path, stopped: threading.Event) -> i
         from self1e.apps.loading import load
         from self1e.apps.page import CSS, Demo, Limits, build
 
-        model, processor = load(
-            args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize
-        )
+    model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
     results = folder / "results"
     results.mkdir()
     space = size_in_bytes(args.max_disk)

@@ -72,7 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with command line `argv`; returns the exit code. Errors are for `self1e.flags.guarded`."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    with uncollected():
+    with uncollected(lasting=True):
         import torch
 
         from self1e.apps.loading import load
@@ -80,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from self1e.apps.segmenting import predict
         from self1e.model.processing import HIGH_RES_TILES
 
-        model, processor = load(
-            args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize
-        )
+    model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
     results = Results(args.output, save_logits=args.save_logits, answers=args.mode == "chat")
     try:
         unreadable = predict(
