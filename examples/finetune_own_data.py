@@ -3,8 +3,9 @@
     python examples/finetune_own_data.py --version V --data mine/train.csv --val mine/val.csv --output runs/mine
 
 A CSV has the columns `image,mask,prompt`: a photo, a PNG whose foreground is above 0, and what it shows ("the red
-car"); files are named relative to it (more in the README, "Own data"). Further flags go to the training program, e.g.
-`--epochs 3 --lr 2e-5`; on several GPUs call that program itself with `deepspeed`.
+car"); files are named relative to it (more in the README, "Own data"). The recipe is `configs/small.yaml`, for
+hundreds of photos; further flags go to the training program and override it, such as `--epochs 3`. On several
+GPUs call that program itself with `deepspeed`.
 
 Below OUTPUT: `train_sheet.png` and `val_sheet.png` to look at, `ckpt_model`, with `--val` also `eval/summary.md`, and
 `predictions`: the mask of the first row of `--val` (without one, of `--data`).
@@ -33,8 +34,8 @@ for name, table in {"train": args.data, "val": args.val}.items():
 
 evaluation = ["--val_dataset", f"custom|{args.val}"] if args.val else ["--no_eval"]
 code = train.main([
-    "--version", args.version, "--dataset", "custom", "--custom_data", str(args.data), "--mixture", "exact",
-    "--use_llm_lora", "--optimize_vision", "--use_vision_lora", *evaluation,
+    "--config", str(ROOT / "configs/small.yaml"), "--version", args.version,
+    "--dataset", "custom", "--custom_data", str(args.data), *evaluation,
     "--exp_name", args.output.name, "--log_base_dir", str(args.output.parent), *flags,
 ])  # fmt: skip
 if code:

@@ -226,6 +226,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 f"--dataset {args.dataset}: {missing[0]} is not there, and the family vqa reads all of its sets; name "
                 "those that you have with --vqa_data"
             )
+    own = "custom" in families and {*families} <= {"custom", "vqa"}  # what is in the tree is none of its business
+    args.final_splits = args.splits if own else list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits]))
     launched = "LOCAL_RANK" in os.environ
     if args.deepspeed and not launched:
         parser.error("--deepspeed needs a launcher: start with deepspeed or torchrun instead of python")

@@ -24,7 +24,7 @@ FREE = frozenset(
     "report_to healthy_curves exp_name log_base_dir resume auto_resume resume_anyway overwrite timeout config "
     "local_rank deepspeed attn_implementation gradient_checkpointing save_published_layout val_dataset eval_steps "
     "val_batch_size no_eval eval_only eval_all_datasets eval_all_only eval_visualize overwrite_eval allow_outside "
-    "splits command run_dir eval_precision".split()
+    "splits final_splits command run_dir eval_precision".split()
 )
 # What the tensors of a checkpoint depend on: a difference here cannot be waived.
 STRUCTURE = frozenset(

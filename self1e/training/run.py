@@ -21,7 +21,7 @@ from self1e.data.config import DataConfig
 from self1e.data.loading import build_mixture
 from self1e.data.paths import require_paths
 from self1e.data.sample import SampleError
-from self1e.data.splits import DEFAULT_SPLITS, get_splits, load_split, split_paths
+from self1e.data.splits import get_splits, load_split, split_paths
 from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.evaluation.watchdog import Watchdog
@@ -87,7 +87,7 @@ def train_and_evaluate(args: Namespace) -> int:
                 print(message, file=sys.stderr, flush=True)
             return REQUEUE
         if not args.no_eval:
-            args.splits, args.model_weights = list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits])), None
+            args.splits, args.model_weights = args.final_splits, None
             args.version = str(args.run_dir / "ckpt_model")
             evaluate(args, skip_missing=True)
     return 0

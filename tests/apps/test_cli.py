@@ -56,7 +56,7 @@ UNNEEDED |= {"self1e.training", "self1e.evaluation", "self1e.synthetic", "self1e
 
 
 def test_segment_has_its_model_without_what_it_does_not_need(version, tmp_path):
-    """Neither modules nor garbage collections while the libraries are imported; it works afterwards, on what is new."""
+    """Neither modules nor garbage collections while the libraries are imported; it works later, on what is new."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     argv = ["--version", version, "--image", str(tmp_path / "a.png"), "--prompt", "it", "--output", str(tmp_path)]
     code = f"""
@@ -78,7 +78,9 @@ print("collecting", gc.isenabled(), gc.get_freeze_count() > 100_000)
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.splitlines()[0] == "libraries 0 loaded" and done.stdout.splitlines()[-1] == "collecting True True"
+    assert (
+        done.stdout.splitlines()[0] == "libraries 0 loaded" and done.stdout.splitlines()[-1] == "collecting True True"
+    )
 
 
 @pytest.mark.parametrize("program", ["eval_all.sh", "eval_vqas.sh"])

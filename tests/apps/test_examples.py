@@ -60,8 +60,8 @@ def own_data(photo, tmp_path):
 def finetune(monkeypatch, tmp_path, data, *flags):
     """Exit code and output folder of the example with a tiny base."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.chdir(tmp_path)  # without the tree: the other splits are skipped
-    tiny = ["--precision", "fp32", "--batch_size", 2, "--grad_accumulation_steps", 1, "--workers", 0, "--lora_r", 4]
+    monkeypatch.chdir(tmp_path)
+    tiny = "--precision fp32 --batch_size 2 --workers 0 --lora_r 4 --epochs 1".split()
     arguments = ["--version", make_base(tmp_path / "base"), "--data", data / "train.csv", "--output", "runs/own"]
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, "finetune_own_data.py", *arguments, *flags, *tiny, "--report_to", "none")

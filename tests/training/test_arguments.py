@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from self1e.data.splits import DEFAULT_SPLITS
 from self1e.training.arguments import ROOT, make_parser, parse
 from self1e.training.checkpoint import FREE, STRUCTURE
 from self1e.training.flags import REFUSED
@@ -237,6 +238,13 @@ def test_own_data_says_what_else_it_needs(capsys, tmp_path):
     assert "--val_dataset" in refusal(capsys, *own) and parse([*NEEDED, *own, "--no_eval"]).no_eval
     mixed = ("--dataset", "custom||vqa", "--custom_data", "a.csv", "--data_dir", str(tmp_path / "none"))
     assert "--vqa_data" in refusal(capsys, *mixed)
+
+
+def test_own_data_alone_is_evaluated_on_own_data_alone():
+    own = ["--custom_data", "a.csv", "--val_dataset", "custom|b.csv", "--vqa_data", "vqav2"]
+    for families in ("custom", "custom||vqa"):
+        assert parse([*NEEDED, "--dataset", families, *own]).final_splits == ["custom|b.csv"]
+    assert parse([*NEEDED, "--dataset", "custom||refer_seg", *own]).final_splits == [*DEFAULT_SPLITS, "custom|b.csv"]
 
 
 def test_runs_that_contradict_themselves_are_refused(capsys):
