@@ -10,14 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import repeat
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.data.splits import load_split
 from self1e.visualize import compare, grid
 
 PANELS, COLUMNS = 8, 2
-ENLARGE = 4  # the scenes are small; outlines are a pixel wide at least
 
 
 def main() -> None:
@@ -41,8 +39,7 @@ def main() -> None:
     chosen = [found[round(place)] for place in np.linspace(0, len(found) - 1, PANELS)]
     panels = []
     for iou, image, target, result in chosen:
-        target, mask = (repeat(x, "h w -> (h a) (w b)", a=ENLARGE, b=ENLARGE) for x in (target, result.mask))
-        panels.append(compare(image.resize(target.shape[::-1]), target, mask, result.prompt, iou))
+        panels.append(compare(image.resize(target.shape[::-1]), target, result.mask, result.prompt, iou))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     grid(panels, COLUMNS).save(args.output)
 

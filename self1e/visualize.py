@@ -25,6 +25,7 @@ PALETTE: tuple[Color, ...] = (
     (240, 228, 66),
 )
 GROUND_TRUTH, PREDICTION, IGNORED = PALETTE[0], PALETTE[4], (200, 200, 205)
+CLEAR = 448  # pixels of a photo's longer side from which on outlines, three of them wide at least, hide little
 INK, PAPER, MUTED = (24, 24, 27), (255, 255, 255), (105, 105, 112)
 
 # Names of fonts, wide coverage first, because sentences can be in any script. Pillow's own font is the last; letters
@@ -89,13 +90,25 @@ def _font(size: int, text: str) -> tuple[Font, bool]:
     return best, held[best] == len(letters)
 
 
+def enlarge(image: Image.Image) -> Image.Image:
+    """A photo times the smallest whole number that makes its longer side at least `CLEAR` pixels."""
+    times = -(-CLEAR // max(image.size))
+    return image if times == 1 else image.resize((times * image.width, times * image.height), Image.Resampling.BICUBIC)
+
+
 def overlay(
-    image: Image.Image, masks: np.ndarray, colors: Sequence[Color] | None = None, alpha: float = 0.5
+    image: Image.Image,
+    masks: np.ndarray,
+    colors: Sequence[Color] | None = None,
+    alpha: float = 0.5,
+    *,
+    enlarged: bool = False,
 ) -> Image.Image:
     """Paint masks on a photo, each in its colour with an outline; later masks lie on top.
 
     masks: bool or uint8, (H, W) or (n, H, W) at the photo's size; 1 is foreground, 255 (ignored) is painted grey.
     colors: one a mask, `PALETTE` in turn by default. alpha: opacity of the filling, 0..1.
+    enlarged: draw on a photo made larger by `enlarge`, where outlines hide little.
     Raises ValueError when the sizes differ.
     """
     import cv2  # drawing is all that needs it, and command lines import this module
@@ -104,6 +117,10 @@ def overlay(
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.shape[1:] != (image.height, image.width):
         raise ValueError(f"masks are {masks.shape[1:]} (height, width), the photo {(image.height, image.width)}")
+    if enlarged:
+        image = enlarge(image)
+        times = image.width // masks.shape[2]
+        masks = masks.repeat(times, axis=1).repeat(times, axis=2)
     picture = np.array(image.convert("RGB"))
     width = max(1, round(max(image.size) / 300))
     for index, mask in enumerate(masks):
@@ -174,8 +191,9 @@ def compare(
     truth = "ground truth" if (target == 1).any() else "ground truth: nothing"
     truth += " (grey: ignored)" if (target == 255).any() else ""
     guess = "prediction" if prediction.any() else "prediction: nothing"
-    painted = overlay(image, target, [GROUND_TRUTH]), overlay(image, prediction, [PREDICTION])
-    return panel({"photo": image, truth: painted[0], guess: painted[1]}, sentence, f"IoU {iou:.2f}", width=width)
+    marked = overlay(image, target, [GROUND_TRUTH], enlarged=True)
+    found = overlay(image, prediction, [PREDICTION], enlarged=True)
+    return panel({"photo": image, truth: marked, guess: found}, sentence, f"IoU {iou:.2f}", width=width)
 
 
 def grid(pictures: Sequence[Image.Image], columns: int = 2, *, cell: int = 900, margin: int = 12) -> Image.Image:

@@ -10,7 +10,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image, ImageChops
 
 from self1e import visualize
-from self1e.visualize import FONTS, PALETTE, compare, grid, overlay, panel, safe_name, save_worst_first
+from self1e.visualize import FONTS, PALETTE, compare, enlarge, grid, overlay, panel, safe_name, save_worst_first
 
 
 def photo(width=120, height=80, color=(40, 40, 40)):
@@ -42,6 +42,15 @@ def test_overlay_of_nothing_is_the_photo():
     empty = np.zeros((80, 120), np.uint8)
     assert ImageChops.difference(overlay(photo(), empty), photo()).getbbox() is None
     assert ImageChops.difference(overlay(photo(), np.zeros((0, 80, 120), bool)), photo()).getbbox() is None
+
+
+def test_a_small_photo_is_enlarged_so_that_outlines_leave_its_masks_to_be_seen():
+    mask = square(start=20, stop=28)  # the white of an outline is three pixels wide, where both sides need six
+    small, large = (np.array(overlay(photo(), mask, [(240, 0, 0)], alpha=1, enlarged=it)) for it in (False, True))
+    assert (small.shape, large.shape) == ((80, 120, 3), (320, 480, 3))
+    filled = [(picture == (240, 0, 0)).all(axis=2).mean() for picture in (small, large)]
+    assert filled[0] < 0.5 * filled[1] < mask.mean() < 1.5 * filled[1]
+    assert enlarge(photo(4, 2)).size == (448, 224) and enlarge(photo(448, 200)).size == (448, 200)
 
 
 def test_overlay_refuses_masks_of_another_size():

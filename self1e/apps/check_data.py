@@ -305,7 +305,8 @@ def picture(name: str, seen: Seen, turn: int) -> Image.Image:
     pictures = {seen.id[-60:]: seen.image}
     if len(masks):
         size = masks.shape[:0:-1]  # annotations are not always at the photo's size
-        pictures["mask" if (masks == 1).any() else "mask: nothing"] = overlay(seen.image.resize(size), masks)
+        painted = overlay(seen.image.resize(size), masks, enlarged=True)
+        pictures["mask" if (masks == 1).any() else "mask: nothing"] = painted
     caption = " / ".join(turns).removeprefix(f"{prompts.IMAGE_TAG}\n")
     return panel(pictures, caption if len(caption) <= 300 else f"{caption[:300]} ...", name[-30:], width=CELL)
 

@@ -28,7 +28,7 @@ from self1e.model.inference import Reply
 from self1e.model.photos import open_picture
 from self1e.model.processing import HIGH_RES_TILES
 from self1e.model.prompts import SEG
-from self1e.visualize import PALETTE, overlay
+from self1e.visualize import PALETTE, enlarge, overlay
 
 logger = logging.getLogger(__name__)
 Image.MAX_IMAGE_PIXELS = None  # `Demo.read` looks at the size before it decodes, with a message for the page
@@ -130,7 +130,7 @@ def paint(folder: str | None, opacity: float) -> Image.Image | None:
     if folder is None or not picture.is_file():
         return None
     with Image.open(picture) as opened:
-        image = opened.convert("RGB")
+        image = enlarge(opened.convert("RGB"))
     for number, record in enumerate(masks_of(folder)):
         with Image.open(Path(folder, record["mask"])) as mask:
             small = np.asarray(mask.resize(image.size, Image.Resampling.NEAREST)) > 0

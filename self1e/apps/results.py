@@ -84,7 +84,7 @@ class Results:
         if len(reply.masks):
             base = self.names.claim(name, str(turn), prompt[:40])
             with replacing(self.folder / f"{base}_overlay.jpg") as file:
-                overlay(image, reply.masks).save(file, format="JPEG", quality=90)
+                overlay(image, reply.masks, enlarged=True).save(file, format="JPEG", quality=90)
         for index, (mask, logits, score) in enumerate(zip(reply.masks, reply.logits, reply.scores)):
             own = base if len(reply.masks) == 1 else self.names.claim(base, f"seg{index}")
             with replacing(self.folder / f"{own}.png") as file:

@@ -143,9 +143,10 @@ def save_comparison_pictures(comparison: Comparison, split: str, dataset_dir: Pa
         image, targets = photo.load()
         height, width = targets.shape[1:]
         image = image.resize((width, height))
-        pictures = {"photo": image, "ground truth": overlay(image, targets[row], [GROUND_TRUTH])}
+        pictures = {"photo": image, "ground truth": overlay(image, targets[row], [GROUND_TRUTH], enlarged=True)}
         for name, unit in (("A", a), ("B", b)):
-            pictures[f"{name}, IoU {unit.iou:.2f}"] = overlay(image, unit.decode(height, width), [PREDICTION])
+            mask = unit.decode(height, width)
+            pictures[f"{name}, IoU {unit.iou:.2f}"] = overlay(image, mask, [PREDICTION], enlarged=True)
         return panel(pictures, photo.sentences[row], f"{b.iou - a.iou:+.2f}")
 
     changes = [b.iou - a.iou for a, b in pairs]
