@@ -1,6 +1,6 @@
 """Figures from the per-unit JSONL of evaluations, without model or data: `self1e score`.
 
-    self1e score runs/NAME/eval/*.jsonl                        # every figure, as JSON
+    self1e score runs/NAME/eval/*.jsonl                        # a table; with --json FILE every figure
     self1e score --compare A.jsonl B.jsonl                     # B minus A, its interval, and the units that differ
     self1e score --compare A.jsonl B.jsonl --pictures FOLDER --dataset_dir dataset
 
@@ -11,7 +11,7 @@ drawn with replacement, and both evaluations are scored on the same draw.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from PIL import Image
 from self1e.data.sample import SampleError
 from self1e.data.splits import load_split
 from self1e.evaluation.segmentation.metrics import Unit, lisa, read_units, score
-from self1e.evaluation.tables import markdown_table, percent
+from self1e.evaluation.tables import markdown_table, percent, protocol_tables
 from self1e.files import write_json
 from self1e.flags import Parser, check_writable, check_writable_file, whole
 from self1e.visualize import GROUND_TRUTH, PREDICTION, overlay, panel, save_worst_first
@@ -81,6 +81,13 @@ def paired_bootstrap(pairs: Sequence[tuple[Unit, Unit]]) -> dict[str, list[float
         sample[:] = (ious[1] - ious[0]) / len(pairs), ciou[1] - ciou[0]
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     return dict(zip(("giou", "ciou"), np.quantile(samples, tails, axis=0).T.tolist()))
+
+
+def score_table(results: Mapping[str, dict]) -> str:
+    """The figures of each file in percent, `file -> metrics.score(units)`."""
+    columns = {"gIoU": "giou", "cIoU": "ciou", **{f"Pr@0.{tenth}": f"pr@0.{tenth}" for tenth in range(5, 10)}}
+    rows = [[name, str(of["n"]), *(percent(of[key]) for key in columns.values())] for name, of in results.items()]
+    return markdown_table(["file", "n", *columns], rows) + protocol_tables(results)
 
 
 def comparison_table(comparison: Comparison, most: int) -> str:
@@ -168,15 +175,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("files", nargs="+", type=Path, metavar="FILE.jsonl", help="units that an evaluation wrote")
     add("--compare", action="store_true", help="compare two files of one split: B minus A")
     add("--most", type=whole(0), default=20, help="units that differ in the table of a comparison")
-    add("--json", type=Path, metavar="FILE", help="also write the comparison and all units that differ to this file")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write every figure, of a comparison all units that differ",
+    )
     add("--pictures", type=Path, metavar="FOLDER", help="draw the units that differ; needs --dataset_dir")
     add("--dataset_dir", type=Path, help="where the data of the split lies")
     add("--split", help="the split's name; default: what the .json beside the first file says")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.compare and len(args.files) != 2:
         parser.error(f"--compare takes two files, not {len(args.files)}")
-    if not args.compare and (args.json or args.pictures or args.split or args.dataset_dir):
-        parser.error("--json, --pictures, --dataset_dir and --split belong to --compare")
+    if not args.compare and (args.pictures or args.split or args.dataset_dir):
+        parser.error("--pictures, --dataset_dir and --split belong to --compare")
     if (args.pictures is None) != (args.dataset_dir is None):
         parser.error("--pictures and --dataset_dir go together")
     return args
@@ -190,8 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.pictures:
         check_writable(args.pictures)
     if not args.compare:
-        for path in args.files:
-            print(json.dumps({"file": str(path), **score(read_units(path))}, indent=2))
+        figures = {str(path): score(read_units(path)) for path in args.files}
+        print(score_table(figures), end="")
+        if args.json:
+            write_json(args.json, figures, indent=2)
+            print(f"\nthe figures are in {args.json}")
         return 0
     comparison = compare_units(*(read_units(path) for path in args.files))
     print(f"A: {args.files[0]}\nB: {args.files[1]}\ngIoU and cIoU in percent\n")

@@ -16,7 +16,7 @@ from self1e.data.splits import MODELS, file_stem, get_splits
 from self1e.evaluation.journal import Journal
 from self1e.evaluation.provenance import Settings, SettingsFile
 from self1e.evaluation.segmentation.metrics import Unit
-from self1e.evaluation.tables import markdown_table, percent
+from self1e.evaluation.tables import markdown_table, percent, protocol_tables
 from self1e.files import write_json, write_text
 from self1e.visualize import compare, save_worst_first
 
@@ -133,20 +133,6 @@ def summary_table(results: dict[str, dict]) -> str:
     if foreign:
         text += f"\nNot the whole benchmark, so that its published figures do not compare: {', '.join(foreign)}.\n"
 
-    rela = [(name, figures["rela"]) for name, figures in results.items() if "rela" in figures]
-    if rela:
-        columns = {"gIoU": "giou", "cIoU": "ciou", "Pr@0.7": "pr@0.7", "Pr@0.8": "pr@0.8", "Pr@0.9": "pr@0.9"}
-        columns |= {"N-acc": "n_acc", "T-acc": "t_acc"}
-        rows = [[title[name], *(percent(figures[key]) for key in columns.values())] for name, figures in rela]
-        text += "\n" + markdown_table(["ReLA protocol", *columns], rows)
-    reasoning = [(name, figures) for name, figures in results.items() if "bootstrap" in figures]
-    if reasoning:
-        rows = []
-        for name, figures in reasoning:
-            intervals = [" to ".join(map(percent, figures["bootstrap"][key])) for key in ("giou", "ciou")]
-            parts = [f"{percent(figures[q]['giou'])} / {percent(figures[q]['ciou'])}" for q in ("short", "long")]
-            rows.append([title[name], *intervals, *parts])
-        header = ["reasoning", "gIoU, 95% interval", "cIoU, 95% interval", "short gIoU / cIoU", "long gIoU / cIoU"]
-        text += "\n" + markdown_table(header, rows)
+    text += protocol_tables({title[name]: figures for name, figures in results.items()})
     notes = [f"- {title[name]}: {figures['note']}\n" for name, figures in results.items() if "note" in figures]
     return text + ("\n" + "".join(notes) if notes else "")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,11 +33,15 @@ def files(tmp_path):
     return write
 
 
-def test_figures_are_recomputed(files, capsys):
+def test_figures_are_recomputed(files, tmp_path, capsys):
     units = [unit("x", 3), unit("y", 10)]
-    (path,) = files(units)
-    assert self1e(["score", str(path)]) == 0
-    assert json.loads(capsys.readouterr().out) == {"file": str(path), **score(units)}
+    first, second = map(str, files(units, [replace(each, is_sentence=False) for each in units]))
+    assert self1e(["score", first, second, "--json", str(tmp_path / "all.json")]) == 0
+    printed, record = capsys.readouterr().out, json.loads((tmp_path / "all.json").read_text())
+    assert record[first] == score(units) and record[second]["protocol"] == "reasonseg"
+    giou, ciou = (f"{100 * record[first][name]:.1f}" for name in ("giou", "ciou"))
+    assert f"| {first} | 2 | {giou} | {ciou} |" in " ".join(printed.split())
+    assert printed.count("95% interval") == 2 and str(tmp_path / "all.json") in printed.splitlines()[-1]
 
 
 def test_differences_come_worst_first_with_figures_and_interval(files, tmp_path, capsys):
@@ -83,7 +88,7 @@ def test_other_splits_and_other_data_are_refused(files, capsys):
         compare_units([unit("x", 1)], [unit("x", 1, target=11)])
 
 
-@pytest.mark.parametrize("flags", [["--compare"], ["--json", "x"], ["--compare", "b", "--pictures", "f"]])
+@pytest.mark.parametrize("flags", [["--compare"], ["--split", "x"], ["--compare", "b", "--pictures", "f"]])
 def test_flags_that_do_not_fit_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         self1e(["score", "a.jsonl", *flags])
