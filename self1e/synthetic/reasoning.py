@@ -34,13 +34,9 @@ def write_reasoning(root: Path, groups: dict[str, list[Scene]], seed: int) -> No
             write(root / split / f"{name}.jpg", scene.jpeg)
             write(root / split / f"{name}.json", record)
             if split == "train" and i % 2:
+                reason = f"The {kind} is meant, because {reason}."
                 explained.append(
-                    {
-                        "query": question,
-                        "outputs": f"The {kind} is meant, because {reason}.",
-                        "image": f"{name}.jpg",
-                        "json": f"{name}.json",
-                    }
+                    {"query": question, "outputs": reason, "image": f"{name}.jpg", "json": f"{name}.json"}
                 )
     write(root / "explanatory/train.json", explained)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import cv2
 import numpy as np
@@ -121,18 +120,10 @@ def place(
         visible = masks & (front == 0)
         if (visible.sum((1, 2)) >= 0.6 * masks.sum((1, 2))).all():
             break
+    rles, hidden = coco_mask.encode(np.asfortranarray(visible.transpose(1, 2, 0))), (visible != masks).any((1, 2))
     shapes = [
-        Shape(
-            colour,
-            kind,
-            float(x),
-            float(y),
-            float(r),
-            part,
-            coco_mask.encode(np.asfortranarray(seen)),
-            occluded=bool((seen != mask).any()),
-        )
-        for (colour, kind), (x, y), r, part, seen, mask in zip(pairs, centres, radii, parts, visible, masks)
+        Shape(colour, kind, float(x), float(y), float(r), part, rle, bool(occluded))
+        for (colour, kind), (x, y), r, part, rle, occluded in zip(pairs, centres, radii, parts, rles, hidden)
     ]
     return shapes, masks
 
@@ -160,14 +151,13 @@ def outline(
     elif kind == "cross":
         parts = [bar(1.05, arm), bar(arm, 1.05)]
     else:
-        parts = [
-            {
-                "circle": partial(polar, 40, 1.0, 0),
-                "square": partial(polar, 4, 1.1, np.pi / 4),
-                "triangle": partial(polar, 3, 1.2, up),
-                "star": partial(polar, 10, [1.2, 0.5], up),
-            }[kind]()
-        ]
+        corners: dict[str, tuple[int, float | list[float], float]] = {
+            "circle": (40, 1.0, 0),
+            "square": (4, 1.1, np.pi / 4),
+            "triangle": (3, 1.2, up),
+            "star": (10, [1.2, 0.5], up),
+        }
+        parts = [polar(*corners[kind])]
     turn = rng.uniform(-0.25, 0.25)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     return [np.round(part @ rotation * radius / 1.2 + (x, y), 2).ravel().tolist() for part in parts]

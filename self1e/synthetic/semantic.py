@@ -72,18 +72,10 @@ def write_parts(root: Path, scenes: list[Scene]) -> None:
             upper[: round(shape.y)], left[:, : round(shape.x)] = 1, 1
             for i, part in enumerate((None, mask & upper, mask & ~upper & 1)):
                 ann_id = len(paco["annotations"]) + 1
-                whole = ann_id - i
+                entry = annotation(shape, ann_id, scene.id, part, category_id=3 * first + 1 + i)
+                # `obj_ann_id` is the id of the whole shape.
                 paco["annotations"].append(
-                    annotation(
-                        shape,
-                        ann_id,
-                        scene.id,
-                        part,
-                        category_id=3 * first + 1 + i,
-                        obj_ann_id=whole,
-                        attribute_ids=[],
-                        dom_color_ids=[],
-                    )
+                    entry | {"obj_ann_id": ann_id - i, "attribute_ids": [], "dom_color_ids": []}
                 )
             for i, part in enumerate((mask & left, mask & ~left & 1)):
                 ann_id = len(pascal["annotations"]) + 1

@@ -102,78 +102,36 @@ def internvl_config(options: dict, n_vocab: int, ids: dict[str, int]) -> dict:
     """config.json of layout `internvl`, with the keys of InternVL3's (InternVL3.5's for qwen3)."""
     llm = {
         "architectures": [{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[options["llm"]]],
-        "attention_dropout": 0.0,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "head_dim": options["width"] // options["heads"],
-        "hidden_act": "silu",
-        "hidden_size": options["width"],
-        "initializer_range": 0.02,
-        "intermediate_size": 3 * options["width"],
-        "max_position_embeddings": 32768,
-        "max_window_layers": 70,
-        "model_type": options["llm"],
-        "num_attention_heads": options["heads"],
-        "num_hidden_layers": options["layers"],
-        "num_key_value_heads": options["kv_heads"],
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
-        "rope_theta": 1e6,
-        "sliding_window": None,
-        "tie_word_embeddings": options["tie_word_embeddings"],
-        "torch_dtype": "bfloat16",
-        "use_cache": False,
-        "use_sliding_window": False,
-        "vocab_size": n_vocab,
-    }
+        "attention_dropout": 0.0, "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+        "head_dim": options["width"] // options["heads"], "hidden_act": "silu", "hidden_size": options["width"],
+        "initializer_range": 0.02, "intermediate_size": 3 * options["width"], "max_position_embeddings": 32768,
+        "max_window_layers": 70, "model_type": options["llm"], "num_attention_heads": options["heads"],
+        "num_hidden_layers": options["layers"], "num_key_value_heads": options["kv_heads"], "rms_norm_eps": 1e-6,
+        "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}, "rope_theta": 1e6,
+        "sliding_window": None, "tie_word_embeddings": options["tie_word_embeddings"], "torch_dtype": "bfloat16",
+        "use_cache": False, "use_sliding_window": False, "vocab_size": n_vocab,
+    }  # fmt: skip
     if options["llm"] == "qwen3":
         llm["attention_bias"] = False
     vision = {
-        "architectures": ["InternVisionModel"],
-        "attention_dropout": 0.0,
-        "drop_path_rate": options["drop_path_rate"],
-        "dropout": 0.0,
-        "hidden_act": "gelu",
-        "hidden_size": options["vision_width"],
-        "image_size": options["image_size"],
-        "initializer_factor": options["layer_scale"],
-        "initializer_range": 0.02,
-        "intermediate_size": 4 * options["vision_width"],
-        "layer_norm_eps": 1e-6,
-        "model_type": "intern_vit_6b",
-        "norm_type": "layer_norm",
-        "num_attention_heads": options["vision_heads"],
-        "num_channels": 3,
-        "num_hidden_layers": options["vision_layers"],
-        "patch_size": options["patch_size"],
-        "qk_normalization": False,
-        "qkv_bias": True,
-        "torch_dtype": "bfloat16",
-        "use_flash_attn": False,
-    }
+        "architectures": ["InternVisionModel"], "attention_dropout": 0.0, "drop_path_rate": options["drop_path_rate"],
+        "dropout": 0.0, "hidden_act": "gelu", "hidden_size": options["vision_width"],
+        "image_size": options["image_size"], "initializer_factor": options["layer_scale"], "initializer_range": 0.02,
+        "intermediate_size": 4 * options["vision_width"], "layer_norm_eps": 1e-6, "model_type": "intern_vit_6b",
+        "norm_type": "layer_norm", "num_attention_heads": options["vision_heads"], "num_channels": 3,
+        "num_hidden_layers": options["vision_layers"], "patch_size": options["patch_size"], "qk_normalization": False,
+        "qkv_bias": True, "torch_dtype": "bfloat16", "use_flash_attn": False,
+    }  # fmt: skip
     return {
         "architectures": ["InternVLChatModel"],
-        "auto_map": {
-            "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
-            "AutoModel": "modeling_internvl_chat.InternVLChatModel",
-        },
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "force_image_size": options["image_size"],
-        "llm_config": llm,
-        "max_dynamic_patch": 12,
-        "min_dynamic_patch": 1,
-        "model_type": "internvl_chat",
-        "ps_version": "v2",
-        "select_layer": -1,
-        "template": "internvl2_5",
-        "tie_word_embeddings": options["tie_word_embeddings"],
-        "torch_dtype": "bfloat16",
-        "use_backbone_lora": 0,
-        "use_llm_lora": 0,
-        "use_thumbnail": True,
-        "vision_config": vision,
-    }
+        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+                     "AutoModel": "modeling_internvl_chat.InternVLChatModel"},
+        "downsample_ratio": 0.5, "dynamic_image_size": True, "force_image_size": options["image_size"],
+        "llm_config": llm, "max_dynamic_patch": 12, "min_dynamic_patch": 1, "model_type": "internvl_chat",
+        "ps_version": "v2", "select_layer": -1, "template": "internvl2_5",
+        "tie_word_embeddings": options["tie_word_embeddings"], "torch_dtype": "bfloat16",
+        "use_backbone_lora": 0, "use_llm_lora": 0, "use_thumbnail": True, "vision_config": vision,
+    }  # fmt: skip
 
 
 def to_hf(config: dict, weights: dict[str, torch.Tensor], image_token_id: int) -> InternVLForConditionalGeneration:
@@ -214,11 +172,8 @@ def save_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) ->
         save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     total = sum(tensor.nbytes for tensor in weights.values())
-    write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
-        indent=2,
-    )
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index, indent=2)
 
 
 def make_tiny_internvl(
@@ -256,16 +211,10 @@ def make_tiny_internvl(
     config = internvl_config(options, n_vocab=max(ids.values()) + 1, ids=ids)
     weights = {name: tensor.bfloat16() for name, tensor in random_weights(config, seed).items()}
     preprocessor = {
-        "crop_size": image_size,
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-        "resample": 3,
-        "size": image_size,
-    }
+        "crop_size": image_size, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": image_size,
+    }  # fmt: skip
     write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
     if layout == "hf":
         model = to_hf(config, weights, ids["<IMG_CONTEXT>"]).bfloat16()
@@ -280,15 +229,13 @@ def make_tiny_internvl(
 
 
 def check_sizes(options: dict) -> None:
+    patch, width, heads, vit = (options[name] for name in ("patch_size", "width", "heads", "vision_width"))
     rules = {
-        f"--image_size must be an even multiple of --patch_size {options['patch_size']}": options["image_size"]
-        % (2 * options["patch_size"])
-        == 0,
-        "--width must be a multiple of 4 and of 2 * --heads": options["width"] % 4 == 0
-        and options["width"] % (2 * options["heads"]) == 0,
-        "--vision_width must be a multiple of 4 and of --vision_heads": options["vision_width"] % 4 == 0
-        and options["vision_width"] % options["vision_heads"] == 0,
-        "--heads must be a multiple of --kv_heads": options["heads"] % options["kv_heads"] == 0,
+        f"--image_size must be an even multiple of --patch_size {patch}": options["image_size"] % (2 * patch) == 0,
+        "--width must be a multiple of 4 and of 2 * --heads": width % 4 == 0 and width % (2 * heads) == 0,
+        "--vision_width must be a multiple of 4 and of --vision_heads": vit % 4 == 0
+        and vit % options["vision_heads"] == 0,
+        "--heads must be a multiple of --kv_heads": heads % options["kv_heads"] == 0,
         "--layout hf has no drop_path_rate and is written by transformers in one file": options["layout"] == "internvl"
         or (options["drop_path_rate"] == 0 and options["shards"] == 1),
         "--shards must be at least 1": options["shards"] >= 1,

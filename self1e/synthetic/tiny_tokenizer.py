@@ -53,15 +53,10 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     if vocab_size < 256:
         raise ValueError(f"--vocab_size {vocab_size}: a byte-level vocabulary needs at least the 256 byte symbols")
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=to_bytes.alphabet(), show_progress=False)
     lines = CORPUS.strip().splitlines()
     tokenizer.train_from_iterator(lines + [f" {line}" for line in lines], trainer)
     return tokenizer
@@ -78,25 +73,14 @@ def save_tokenizer(folder: Path, vocab_size: int) -> dict[str, int]:
         "eos_token": {"content": "<|im_end|>", **flags},
         "pad_token": {"content": "<|endoftext|>", **flags},
     }
+    added = {str(i): {"content": token, **flags, "special": token not in QWEN_PLAIN} for token, i in ids.items()}
     config = {
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "add_prefix_space": False,
-        "added_tokens_decoder": {
-            str(i): {"content": token, **flags, "special": token not in QWEN_PLAIN} for token, i in ids.items()
-        },
-        "additional_special_tokens": QWEN_SPECIAL[1:],
-        "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "model_max_length": 12288,
-        "pad_token": "<|endoftext|>",
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
+        "add_bos_token": False, "add_eos_token": False, "add_prefix_space": False, "added_tokens_decoder": added,
+        "additional_special_tokens": QWEN_SPECIAL[1:], "bos_token": None, "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
+        "model_max_length": 12288, "pad_token": "<|endoftext|>", "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
+    }  # fmt: skip
     write_json(folder / "added_tokens.json", ids, indent=2)
     write_json(folder / "special_tokens_map.json", special, indent=2)
     write_json(folder / "tokenizer_config.json", config, indent=2)

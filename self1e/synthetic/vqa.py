@@ -68,28 +68,22 @@ def write_open_ended(root: Path, name: str, split: str, scenes: list[Scene], see
             texts = [answer] * 8 + ["not sure"] * 2
             answers = [{"answer": text, "answer_confidence": "yes", "answer_id": n} for n, text in enumerate(texts, 1)]
             key = {"image_id": image_id, "question_id": question_id}
-            lines.append(
-                {
-                    "image": f"data/{name}/{folder}/{file_name}",
-                    "question": question,
-                    "question_id": question_id,
-                    "answer": answer,
-                }
-            )
+            lines.append(line(f"data/{name}/{folder}/{file_name}", question, question_id, answer))
             questions.append(key | {"question": question})
             annotations.append(key | {
                 "question_type": " ".join(question.lower().split()[:2]), "answer_type": answer_type,
                 "multiple_choice_answer": answer, "answers": answers,
             })  # fmt: skip
-    header = {
-        "info": {"description": "synthetic shapes"},
-        "license": {},
-        "data_type": "mscoco",
-        "data_subtype": f"{split}2014",
-    }
+    info = {"description": "synthetic shapes"}
+    header = {"info": info, "license": {}, "data_type": "mscoco", "data_subtype": f"{split}2014"}
     write(root / name / f"{name}_{split}.jsonl", to_jsonl(lines))
     write(root / name / f"{stem[0].format(split)}.json", header | {"task_type": "Open-Ended", "questions": questions})
     write(root / name / f"{stem[1].format(split)}.json", header | {"annotations": annotations})
+
+
+def line(image: str, question: str, question_id: int | str, answer: str) -> dict:
+    """A line of the question files in use."""
+    return {"image": image, "question": question, "question_id": question_id, "answer": answer}
 
 
 def write_gqa(root: Path, split: str, scenes: list[Scene], seed: int) -> None:
@@ -100,14 +94,7 @@ def write_gqa(root: Path, split: str, scenes: list[Scene], seed: int) -> None:
         write(root / f"images/n{scene.id}.jpg", scene.jpeg)
         for j, (question, answer, kind) in enumerate(facts(rng, scene)[:2]):
             question_id = str(20_000_000 + scene.id * 10 + j)
-            lines.append(
-                {
-                    "image": f"data/gqa/images/n{scene.id}.jpg",
-                    "question": question,
-                    "question_id": question_id,
-                    "answer": answer,
-                }
-            )
+            lines.append(line(f"data/gqa/images/n{scene.id}.jpg", question, question_id, answer))
             questions[question_id] = {
                 "question": question, "answer": answer, "fullAnswer": f"{answer}.", "imageId": f"n{scene.id}",
                 "isBalanced": True, "types": {"structural": "verify" if kind == "yes/no" else "query",
@@ -169,12 +156,8 @@ def write_mme(root: Path, scenes: list[Scene], seed: int) -> None:
                 "code_reasoning": (code, code + "5", "The image shows a python code. Does it print {}?"),
                 "scene": ("shapes on a wall", "a beach", "Is this picture captured in a place of {}?"),
             }.get(table, (a(shape.name), a(wrong), "Does this image show {}?"))
-            text = {
-                "OCR": code,
-                "numerical_calculation": f"{code} + 2 =",
-                "text_translation": code,
-                "code_reasoning": f"print({code})",
-            }.get(table)
+            shown = {"numerical_calculation": f"{code} + 2 =", "code_reasoning": f"print({code})"}
+            text = shown.get(table, code if table in ("OCR", "text_translation") else None)
             if text:
                 jpeg = with_text(scene, text)
             pair = [

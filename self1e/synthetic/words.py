@@ -21,24 +21,20 @@ def a(name: str) -> str:
 def extremes(scene: Scene, shape: Shape, rivals: list[Shape]) -> tuple[list[str], list[str]]:
     """Size words and place words that single out `shape` among `rivals` by a clear margin."""
     margin = 0.12 * max(scene.height, scene.width)
-    place = [
-        word
-        for word, gaps in {
-            "leftmost": [other.x - shape.x for other in rivals],
-            "rightmost": [shape.x - other.x for other in rivals],
-            "top": [other.y - shape.y for other in rivals],
-            "bottom": [shape.y - other.y for other in rivals],
-        }.items()
-        if rivals and min(gaps) > margin
-    ]
-    size = [
-        word
-        for word, ratios in {
-            "largest": [shape.radius / other.radius for other in rivals],
-            "smallest": [other.radius / shape.radius for other in rivals],
-        }.items()
-        if rivals and min(ratios) > 1.2
-    ]
+    ratios = {
+        "largest": [shape.radius / other.radius for other in rivals],
+        "smallest": [other.radius / shape.radius for other in rivals],
+    }
+    gaps = {
+        "leftmost": [other.x - shape.x for other in rivals],
+        "rightmost": [shape.x - other.x for other in rivals],
+        "top": [other.y - shape.y for other in rivals],
+        "bottom": [shape.y - other.y for other in rivals],
+    }
+    size, place = (
+        [word for word, values in found.items() if rivals and min(values) > limit]
+        for found, limit in ((ratios, 1.2), (gaps, margin))
+    )
     return size, place
 
 
@@ -68,10 +64,7 @@ def sentence(rng: np.random.Generator, scene: Scene, shape: Shape) -> str:
     size, place = extremes(scene, shape, [other])
     spots = {"leftmost": "to the left of", "rightmost": "to the right of", "top": "above", "bottom": "below"}
     relations = [f"{spots[word]} the {other.name}" for word in place]
-    relations += [
-        f"that is {word} than the {other.name}"
-        for word in (w.replace("largest", "larger").replace("smallest", "smaller") for w in size)
-    ]
+    relations += [f"that is {word.replace('est', 'er')} than the {other.name}" for word in size]
     relations.append(f"in the picture with the {other.name}")
     return f"The {shape.name} {relations[rng.integers(len(relations))]}."
 
