@@ -16,9 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from self1e.data.sets.parquet import ready_sets
 from self1e.data.splits import get_splits
 from self1e.evaluation.provenance import SettingsFile
+from self1e.evaluation.tables import TITLES
 from self1e.files import read_json, write_text
-
-TITLES = {"ciou": "cIoU", "giou": "gIoU"}
 
 
 def write_eval_results(folder: Path, summary: Path | None, benchmarks: Mapping[str, str]) -> None:

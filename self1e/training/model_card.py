@@ -13,13 +13,13 @@ from pathlib import Path
 
 import yaml
 
+from self1e.evaluation.tables import TITLES
 from self1e.files import write_text
 from self1e.flags import Parser, checkpoint
 
 EVALUATIONS = {"Segmentation": "eval/summary.md", "Visual question answering": "eval_vqa/summary.md"}
 COMMAND = re.compile(r"^## Training\n\n```bash\n(.*?)\n```", re.MULTILINE | re.DOTALL)
 HEADER = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
-FIGURES = {"ciou": "cIoU", "giou": "gIoU"}
 CARD = """---
 {metadata}---
 
@@ -129,7 +129,7 @@ def structured_results(summary: Path) -> list[dict]:
                 "task": {"type": "image-segmentation", "name": "Segmentation by a sentence"},
                 "dataset": dict(zip(("type", "name", "split"), (names[0], " ".join(names), names[-1]))),
                 "metrics": [
-                    {"type": key, "name": name, "value": round(100 * figures[key], 2)} for key, name in FIGURES.items()
+                    {"type": key, "name": name, "value": round(100 * figures[key], 2)} for key, name in TITLES.items()
                 ],
             }
             for split, figures in splits.items()

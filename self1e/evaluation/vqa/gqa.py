@@ -70,15 +70,5 @@ def export(answers: list[Answer], folder: Path, model: str) -> None:
     write_json(folder / "testdev_balanced_predictions.json", predictions)
 
 
-BENCHMARKS = {
-    "vqa-gqa-testdev": VQABenchmark(
-        questions=partial(
-            jsonl_questions,
-            file="gqa/llava_gqa_testdev_balanced_qwen_format.jsonl",
-            instruction=VQA_INSTRUCTION,
-        ),
-        max_new_tokens=10,
-        metric=score,
-        export=export,
-    )
-}
+_ASKED = partial(jsonl_questions, file="gqa/llava_gqa_testdev_balanced_qwen_format.jsonl", instruction=VQA_INSTRUCTION)
+BENCHMARKS = {"vqa-gqa-testdev": VQABenchmark(questions=_ASKED, max_new_tokens=10, metric=score, export=export)}

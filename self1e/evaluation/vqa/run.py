@@ -126,59 +126,40 @@ def score(name: str, benchmark: VQABenchmark, predictions: Predictions, candidat
     return result
 
 
-def evaluate(
-    candidates: Sequence[Candidate],
-    benchmarks: dict[str, VQABenchmark],
-    *,
-    data_dir: Path,
-    output_dir: Path,
-    device: torch.device,
-    precision: str = "fp32",
-    attn_implementation: str = "sdpa",
-    rope_precision: str | None = None,
-    max_tiles: int = 1,
-    batch_size: int = 8,
-    workers: int = 0,
-    score_only: bool = False,
-    overwrite: bool = False,
-    allow_outside: bool = False,
-    watchdog: Watchdog | None = None,
-) -> dict[str, str]:
+def evaluate(args: argparse.Namespace, output_dir: Path, device: torch.device, watchdog: Watchdog) -> dict[str, str]:
     """Answer and score every benchmark with every model, and write `summary.md` and `summary.json` to `output_dir`.
 
     What is wrong with one benchmark does not stop the others. Returns what failed: "<benchmark>, <model>" -> why.
     Raises CannotLoad for a checkpoint; KeyboardInterrupt with a message that says what is done.
     """
+    candidates, benchmarks, data_dir = args.candidates, args.benchmarks, args.data_dir
     failures: dict[str, str] = {}
     questions: dict[str, list[Question]] = {}
-    checks = {"with_images": not score_only, "with_references": not score_only and distributed.is_main()}
-    checks["allow_outside"] = allow_outside
+    checks = {"with_images": not args.score_only, "with_references": not args.score_only and distributed.is_main()}
+    checks["allow_outside"] = args.allow_outside
     for name, benchmark in benchmarks.items():  # all of them first: what is missing shows before the long work starts
         try:
             questions[name] = distributed.everywhere(partial(read_questions, benchmark, data_dir, **checks))
         except EXPECTED as error:
             _report(failures, name, error)
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "max_tiles": max_tiles,
-        "workers": workers,
-        "watchdog": watchdog,
-    }
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    max_tiles = args.max_num if args.dynamic else 1
+    options = {"batch_size": args.batch_size, "max_tiles": max_tiles, "workers": args.workers, "watchdog": watchdog}
     results: dict[str, list[dict | None]] = {name: [] for name in benchmarks}
     for candidate in candidates:
-        chosen = {"attn_implementation": attn_implementation}
-        chosen |= {"rope_precision": rope_precision} if rope_precision else {}
+        chosen = {"attn_implementation": args.attn_implementation}
+        chosen |= {"rope_precision": args.rope_precision} if args.rope_precision else {}
         model = _Lazy(candidate, device, dtype=DTYPES[precision], **chosen)
         figures = {"precision": precision, "max_tiles": max_tiles, **chosen}
-        figures |= {} if score_only else checkpoint_settings(candidate.version, candidate.weights)
+        figures |= {} if args.score_only else checkpoint_settings(candidate.version, candidate.weights)
         settings = describe(figures, device)
         for name, benchmark in benchmarks.items():
             result = None
             if name in questions:
                 predictions = Predictions(candidate.folder, name, questions[name])
                 try:
-                    if not score_only:
-                        title = f"{candidate.label} {name}"
+                    if not args.score_only:
+                        title, overwrite = f"{candidate.label} {name}", args.overwrite_eval
                         predict(model, benchmark, predictions, settings, title=title, overwrite=overwrite, **options)
                     result = distributed.on_main(partial(score, name, benchmark, predictions, candidate, data_dir))
                 except EXPECTED as error:
@@ -252,23 +233,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{candidate.label}: {candidate.version}, {weights} -> {candidate.folder}", flush=True)
     run_dir = args.log_base_dir / args.exp_name
     with Watchdog(run_dir / ".ranks" / "eval_vqa", args.timeout) as watchdog:
-        failures = evaluate(
-            args.candidates,
-            args.benchmarks,
-            data_dir=args.data_dir,
-            output_dir=run_dir / "eval_vqa",
-            device=device,
-            precision=args.precision or ("bf16" if device.type == "cuda" else "fp32"),
-            attn_implementation=args.attn_implementation,
-            rope_precision=args.rope_precision,
-            max_tiles=args.max_num if args.dynamic else 1,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            score_only=args.score_only,
-            overwrite=args.overwrite_eval,
-            allow_outside=args.allow_outside,
-            watchdog=watchdog,
-        )
+        failures = evaluate(args, run_dir / "eval_vqa", device, watchdog)
     return 1 if failures else 0
 
 
