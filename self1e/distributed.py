@@ -20,12 +20,11 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from self1e.flags import told
+from self1e.flags import INTERRUPTED, REQUEUE, told
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # ask a run to stop
-INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
 PATIENCE = 5  # seconds that a launcher has to end this rank because the first one failed alike
 
 
@@ -172,25 +171,32 @@ def run_program(program: Callable[[], int], *, expected: tuple[type[BaseExceptio
     error of `expected` is one line and exit code 1, any other a traceback. Under a launcher the first rank speaks at
     once; another one only when it is still alive after `PATIENCE`, because then the first did not meet the same.
     Ctrl-C is one line of the first rank, the sentence that the program raises KeyboardInterrupt with, and exit code
-    130.
+    130. So is what asks a run to stop, with the signal's name in place of the word "interrupted" and exit code 75,
+    unless the program listens to it itself.
     """
     atexit.register(_end_data_workers)
+    heard: list[int] = []
     try:
-        with _ctrl_c():
+        with _interruptible(heard):
             return _run(program, expected)
     except KeyboardInterrupt as interruption:
+        sentence, code = str(interruption) or "interrupted", INTERRUPTED
+        if heard and heard[0] != signal.SIGINT:
+            sentence = sentence.replace("interrupted", f"stopped by {signal.Signals(heard[0]).name}", 1)
+            code = REQUEUE
         if is_main():
-            print(f"\n{str(interruption) or 'interrupted'}", file=sys.stderr, flush=True)
+            print(f"\n{sentence}", file=sys.stderr, flush=True)
         if launched():
-            leave(INTERRUPTED)
-        return INTERRUPTED
+            leave(code)
+        return code
 
 
 @contextlib.contextmanager
-def _ctrl_c() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt in this block, once, because a launcher passes it on again, or as SIGTERM.
+def _interruptible(heard: list[int]) -> Iterator[None]:
+    """Ctrl-C and `STOPS` raise KeyboardInterrupt in this block, once, because launchers pass them on again.
 
-    Python drops what is raised in a destructor, such as a data loader's: it is raised again until it ends the block.
+    The signal's number is added to `heard`. Python drops what is raised in a destructor, such as a data loader's: it
+    is raised again until it ends the block.
     """
     timer = hasattr(signal, "setitimer")
     signals = [signal.SIGINT, *STOPS, *([signal.SIGALRM] if timer else [])]
@@ -198,6 +204,7 @@ def _ctrl_c() -> Iterator[None]:
     hook = sys.unraisablehook
 
     def interrupt(number: int, frame) -> NoReturn:
+        heard.append(number)
         if timer:
             signal.signal(signal.SIGALRM, raise_it)
             signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
@@ -209,7 +216,8 @@ def _ctrl_c() -> Iterator[None]:
     def raise_it(number: int, frame) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    for each in [signal.SIGINT, *STOPS]:
+        signal.signal(each, interrupt)
     try:
         yield
     finally:

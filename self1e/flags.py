@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
 LARGEST = 2**31 - 1  # number that a flag takes where it names no limit: libraries count in 32 bits
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+REQUEUE = 75  # exit code of a run that was asked to stop and can be continued (EX_TEMPFAIL)
 CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
 
 

@@ -55,6 +55,28 @@ def test_ctrl_c_in_a_destructor_ends_the_program(launched):
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
 
 
+ASKED = """
+import os, signal, sys, time
+from self1e.distributed import run_program
+
+
+def program():
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(60)
+    return 0
+
+
+sys.exit(run_program(program, expected=(ValueError,)))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_request_to_stop_ends_a_program_that_does_not_listen(name):
+    command = [sys.executable, "-c", ASKED, name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (75, f"\nstopped by {name}\n")
+
+
 BUG = """
 import sys
 from torch.utils.data import DataLoader

@@ -5,7 +5,7 @@
 
 Serves this machine only unless `--host` says otherwise, one request at a time, at most `--queue` waiting. Neither the
 server nor its page contacts any other machine. Uploads and results lie in one temporary folder; a request's files go
-after an hour, all of them when the server ends (Ctrl-C or SIGTERM).
+after an hour, all of them when the server ends (Ctrl-C, SIGTERM, or the end of its terminal).
 """
 
 import argparse
@@ -61,20 +61,23 @@ def check_port(host: str, port: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load the model and serve until Ctrl-C or SIGTERM; returns the exit code."""
+    """Load the model and serve until Ctrl-C, SIGTERM or SIGHUP; returns the exit code."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     if find_spec("gradio") is None:
         raise ImportError("the demo needs Gradio: pip install 'self1e[demo]'")
     check_port(args.host, args.port)
     stopped = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [each for each in ends if signal.getsignal(each) != signal.SIG_IGN]  # under nohup it is to go on
+    previous = {each: signal.signal(each, lambda *_: stopped.set()) for each in heard}
     try:
         with tempfile.TemporaryDirectory(prefix="self1e_demo_", ignore_cleanup_errors=True) as folder:
             return serve(args, Path(folder), stopped)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the demo has stopped; its temporary files are gone") from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def serve(args: argparse.Namespace, folder: Path, stopped: threading.Event) -> int:

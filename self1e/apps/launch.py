@@ -4,8 +4,8 @@
 
 All arguments are torchrun's (`torchrun --help`). Ctrl-C, SIGTERM and SIGUSR1 go to the ranks, which say how they end
 and what is saved; torchrun would add a traceback of its own. The exit code is 130 after Ctrl-C, 75 after SIGTERM or
-SIGUSR1 (the same command with --auto_resume continues), and otherwise that of the first rank that failed. A second
-Ctrl-C ends ranks that do not end by themselves.
+SIGUSR1 (the same command continues, a training with --auto_resume), and otherwise that of the first rank that failed.
+A second Ctrl-C ends ranks that do not end by themselves.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from self1e.flags import INTERRUPTED, Parser
+from self1e.flags import INTERRUPTED, REQUEUE, Parser
 
 AGAIN = 3  # seconds after which another Ctrl-C is no impatient key but a second request
 
@@ -57,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if heard:
-        from self1e.training.stop import REQUEUE
-
         return INTERRUPTED if signal.SIGINT in heard else REQUEUE
     return code
 

@@ -21,6 +21,11 @@ class CocoIndex:
         self.categories: dict[int, str] = dict(map(tuple, self._index.meta["categories"]))
 
     @property
+    def sha256(self) -> str:
+        """Of the file."""
+        return self._index.sha256
+
+    @property
     def image_keys(self) -> np.ndarray:
         """`image_key` of each image, int64, in file order."""
         return self._index.array("image_keys")

@@ -2,8 +2,9 @@
 
 PACO's, COCO's and the question files are hundreds of MB of JSON. Each is read once, element by element, by one of
 `readers`, into a folder of the cache (env SELF1E_CACHE, else ~/.cache/self1e): per table `<table>.bin` with one JSON
-text after another and `<table>.offsets.npy`, plus integer arrays to look records up, and `meta.json`. No pickle. The
-folder's name holds a hash of the source's path, size and modification time and of READER_VERSION.
+text after another and `<table>.offsets.npy`, plus integer arrays to look records up, and `meta.json`, which also holds
+the source's SHA-256. No pickle. The folder's name holds a hash of the source's path, size and modification time and of
+READER_VERSION.
 
 Measured on a synthetic tree of the real sets' sizes (581,142 samples, 1.2 GB of annotations): 19 bytes of private
 memory a sample for all opened indexes and file lists (11 MB), 74 with one epoch's plan for one rank and after every
@@ -27,7 +28,9 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-READER_VERSION = 2
+from self1e.files import digest, sync_folder
+
+READER_VERSION = 3
 
 
 class Records(Sequence[Any]):
@@ -70,6 +73,11 @@ class Index:
 
     def __reduce__(self):
         return Index, (self.folder,)
+
+    @property
+    def sha256(self) -> str:
+        """Of the source, taken when it was read."""
+        return self.meta["sha256"]
 
     def table(self, name: str) -> Records:
         return Records(self.folder / name)
@@ -158,8 +166,10 @@ def _build(source: Path, read: Callable[[Path, Writer], None], final: Path) -> N
             if isinstance(error, UnicodeEncodeError):  # JSON can spell half a character
                 raise ValueError(f"{source} holds text that is no Unicode ({error}); download it again") from error
             raise
+        writer.meta["sha256"] = digest(source)["sha256"]
         writer.close(complete=True)
         folder.chmod(0o755)  # a cache may be shared among users
+        sync_folder(folder)
         try:
             os.rename(folder, final)
         except OSError:  # some file systems say ENOTEMPTY, others EEXIST

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ORIENTATION_TAG = 0x0112
+DIGESTED, DIGESTED_BYTES = 16, 1 << 20  # records of a set, and bytes of each of their files, that join its digest
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.(?:jpg|png)")
 # Everything Pillow is known to raise for files that are missing, truncated, or not what their name says.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -234,6 +235,38 @@ class TrainingSet(Records):
     def everything(cls, dataset_dir: Path, data_dir: Path) -> dict[str, Any]:
         """The further arguments with which check-data opens the set, so that it reads all files that are there."""
         return {}
+
+    @property
+    def label(self) -> str:
+        """The set's name without the folder that it lies in, for the settings of a run."""
+        return self.name
+
+    @abstractmethod
+    def contents(self) -> Iterable[bytes]:
+        """What tells the set's annotations and records from others; the same wherever a copy of them lies."""
+
+    @abstractmethod
+    def files(self, item: int) -> list[Path]:
+        """The files that one record alone needs, such as its photo. Raises SampleError where it names none."""
+
+    def digest(self) -> str:
+        """A short text that is the same for every copy of the set, and another one for other data.
+
+        It is made of `contents`, of which records take part, and of the `files` of DIGESTED of them.
+        """
+        found = hashlib.sha256(self.items.tobytes())
+        for part in self.contents():
+            found.update(hashlib.sha256(part).digest())
+        for place in np.linspace(0, len(self) - 1, min(DIGESTED, len(self)), dtype=int).tolist():
+            try:
+                paths = self.files(int(self.items[place]))
+            except SampleError:
+                continue
+            for path in paths:
+                if path.is_file():  # it may be missing, or a pipe that nobody writes to
+                    with open(path, "rb") as file:
+                        found.update(hashlib.sha256(file.read(DIGESTED_BYTES)).digest())
+        return found.hexdigest()[:16]
 
     @abstractmethod
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:

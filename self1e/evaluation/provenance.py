@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from self1e import distributed
 from self1e.files import read_json, write_json
@@ -137,8 +138,10 @@ class SettingsFile:
         )
 
     def record(self, name: str, settings: Settings) -> None:
-        """Write down the settings of `name`."""
-        write_json(self.path, {**self.read(), name: settings})
+        """Write down the settings of `name`; evaluations of other splits may do so in the same folder at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            write_json(self.path, {**self.read(), name: settings})
 
 
 def _short(these: dict[str, Any], others: dict[str, Any], key: str) -> str:

@@ -8,23 +8,26 @@ import importlib
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch.serialization import add_safe_globals, get_unsafe_globals_in_checkpoint
 
 from self1e.distributed import everywhere, gather, on_main, say, share
 from self1e.files import digest, fault, read_json, sync_folder, write_json
 
 MANIFEST, SETTINGS, BEST = "manifest.json", "settings.json", "best.json"
-# Flags that a continued run may change; every other flag defines the run.
+ENDING = 10  # seconds in which the data workers of a run that was killed end, and with them its hold on the folder
+# Flags that a continued run may change, some because what they lead to is compared. Every other flag defines the run.
 FREE = frozenset(
-    "version model_weights dataset_dir data_dir workers max_steps save_steps save_total_limit keep_best print_freq "
-    "report_to healthy_curves exp_name log_base_dir resume auto_resume resume_anyway overwrite timeout config "
-    "local_rank deepspeed attn_implementation gradient_checkpointing save_published_layout val_dataset eval_steps "
-    "val_batch_size no_eval eval_only eval_all_datasets eval_all_only eval_visualize overwrite_eval allow_outside "
-    "splits final_splits command run_dir eval_precision".split()
+    "version model_weights dataset_dir data_dir custom_data workers max_steps save_steps save_total_limit keep_best "
+    "print_freq report_to healthy_curves exp_name log_base_dir resume auto_resume resume_anyway overwrite timeout "
+    "config local_rank deepspeed attn_implementation gradient_checkpointing save_published_layout val_dataset "
+    "eval_steps val_batch_size no_eval eval_only eval_all_datasets eval_all_only eval_visualize overwrite_eval "
+    "allow_outside splits final_splits command run_dir eval_precision".split()
 )
 # What the tensors of a checkpoint depend on: a difference here cannot be waived.
 STRUCTURE = frozenset(
@@ -143,9 +146,43 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any], *, max_steps: in
     fatal = STRUCTURE & differing.keys()
     if fatal or (differing and not anyway):
         shown = fatal if anyway else differing
-        lines = "\n".join(f"  {name}: {differing[name][0]!r} then, {differing[name][1]!r} now" for name in shown)
+        pairs = {name: _apart(*differing[name]) for name in shown}
+        lines = "\n".join(f"  {name}: {before!r} then, {now!r} now" for name, (before, now) in pairs.items())
         ways = "" if fatal else ", or --resume_anyway to continue as another run"
         raise ValueError(f"{checkpoint} has other settings; give the same ones, another --exp_name{ways}:\n{lines}")
+
+
+def _apart(one: Any, other: Any) -> tuple[Any, Any]:
+    """Two values that differ; of tables only the entries that do."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return one, other
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Keep a second training out of the folder, where each would delete what the other writes. For the first rank.
+
+    A file system without locks lets it in. Raises ValueError where another one is at work.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock")
+    try:
+        with suppress(NotImplementedError):
+            lock.acquire(timeout=ENDING)
+    except Timeout:
+        raise ValueError(
+            f"{run_dir}: another training is at work in this folder; wait for its end, or give another --exp_name"
+        ) from None
+    try:
+        shutil.rmtree(run_dir / "checkpoints" / "partial", ignore_errors=True)  # of a run that was killed
+        yield
+    finally:
+        (run_dir / ".lock").unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # there is something in it, unless the run was refused
+            run_dir.rmdir()
 
 
 def check_unused(run_dir: Path, *, overwrite: bool) -> None:
@@ -167,8 +204,9 @@ def check_unused(run_dir: Path, *, overwrite: bool) -> None:
 
 def remember_best(folder: Path, step: int, value: float) -> bool:
     """Note the step of the best validation so far; returns whether this one is it."""
-    earlier = read_json(folder / BEST, dict)["value"] if (folder / BEST).is_file() else None
-    if earlier is not None and value <= earlier:
+    earlier = read_json(folder / BEST, dict) if (folder / BEST).is_file() else None
+    # A run that was killed in between has the note without the checkpoint, and comes here again.
+    if earlier is not None and value <= earlier["value"] and (folder / f"checkpoint-{earlier['step']}").is_dir():
         return False
     write_json(folder / BEST, {"step": step, "value": value})
     return True
@@ -197,7 +235,8 @@ def find_checkpoint(args: Namespace, settings: dict) -> Path | None:
             raise ValueError(f"--resume {args.resume} is not whole{advice}:\n  " + "\n  ".join(problems))
         found = args.resume
     elif args.auto_resume:
-        found = choose(checkpoints_in(args.run_dir / "checkpoints"), say)
+        # As the first rank lists them: on a shared disk another node may not see the latest one yet.
+        found = choose(on_main(lambda: checkpoints_in(args.run_dir / "checkpoints")), say)
     else:
         return None
     if found is not None:

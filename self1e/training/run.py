@@ -25,7 +25,7 @@ from self1e.data.splits import get_splits, load_split, split_paths
 from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.evaluation.watchdog import Watchdog
-from self1e.flags import check_writable, counted
+from self1e.flags import REQUEUE, check_writable, counted
 from self1e.model import checkpoints
 from self1e.model.configuration import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
@@ -33,13 +33,13 @@ from self1e.model.processing import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.switches import SWITCHES
 from self1e.training.adaptation import adapt, training_table
 from self1e.training.arguments import parse
-from self1e.training.checkpoint import check_unused, checkpoints_in, defining_settings, find_checkpoint
+from self1e.training.checkpoint import alone_in, check_unused, checkpoints_in, defining_settings, find_checkpoint
 from self1e.training.curves import write_curves
 from self1e.training.flags import LLM_LINEARS
 from self1e.training.healthy import HealthyCurves, recipe_of
 from self1e.training.model_card import write_model_card
 from self1e.training.new_rows import merge_new_rows, train_new_rows
-from self1e.training.stop import REQUEUE, StopRequest
+from self1e.training.stop import StopRequest
 from self1e.training.stream import Encode, TooManyBroken, broken_list
 from self1e.training.trainer import NotSaved, Self1ETrainer
 
@@ -65,6 +65,8 @@ def run(args: Namespace) -> int:
     except KeyboardInterrupt as interruption:
         if interruption.args:  # an evaluation says which splits are done
             raise
+        if args.eval_only:
+            raise KeyboardInterrupt("interrupted before the first photo; the same command continues") from None
         kept = checkpoints_in(args.run_dir / "checkpoints")
         where = f"continue from {kept[-1]} with --auto_resume" if kept else "no checkpoint was written yet"
         raise KeyboardInterrupt(f"interrupted; {where}") from None
@@ -77,7 +79,8 @@ def train_and_evaluate(args: Namespace) -> int:
     if args.eval_only:
         evaluate(args)
         return 0
-    with StopRequest() as stop:
+    alone = alone_in(args.run_dir) if distributed.is_main() else contextlib.nullcontext()
+    with StopRequest() as stop, alone:
         stopped = train(args, stop)
         gc.collect()  # the trained model goes before the evaluation loads its own
         if stopped:
@@ -157,6 +160,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         zero_stage=args.zero_stage,
         base=checkpoint_settings(args.version, args.model_weights),
         samples=mixture.sizes,
+        data=distributed.on_main(mixture.digests),
     )
     checkpoint = find_checkpoint(args, defining)
     set_seed(args.seed)  # the fresh head is the same on every rank

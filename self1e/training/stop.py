@@ -7,8 +7,7 @@ import sys
 import psutil
 
 from self1e.distributed import STOPS, launched
-
-REQUEUE = 75  # exit code of a run that was asked to stop and can be continued (EX_TEMPFAIL)
+from self1e.flags import REQUEUE
 
 
 class StopRequest:

@@ -325,7 +325,8 @@ class Self1ETrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if not cannot_write(error):
                 raise
-            shutil.rmtree(folder / "partial", ignore_errors=True)
+            if distributed.world_size() == 1:  # another rank that still writes would speak of a missing folder instead
+                shutil.rmtree(folder / "partial", ignore_errors=True)
             kept = checkpoint.checkpoints_in(folder)
             advice = f"{kept[-1].name} is untouched, continue with --auto_resume" if kept else "none was before"
             raise NotSaved(

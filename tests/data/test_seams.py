@@ -55,6 +55,12 @@ class Frames(TrainingSet):
     def keys(self):
         return image_keys(photo.name for photo in self.photos)
 
+    def contents(self):
+        return [photo.name.encode() for photo in self.photos]
+
+    def files(self, item):
+        return [self.photos[item]]
+
     def read(self, item, rng):
         image = load_image(self.photos[item])
         mask = np.zeros((1, image.height, image.width), np.uint8)

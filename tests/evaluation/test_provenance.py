@@ -3,12 +3,15 @@
 import shlex
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from self1e.evaluation import provenance
 from self1e.evaluation.provenance import SettingsFile, checkpoint_settings, describe, fingerprint
+from self1e.files import write_json
 
 CPU = torch.device("cpu")
 
@@ -44,6 +47,20 @@ def test_equal_settings_pass_and_each_difference_is_named(tmp_path):
     message = str(refused.value)
     assert '"torch": "9.0"' in message and "numpy" not in message  # of a table only what differs
     assert "--exp_name" in message and "--overwrite_eval" in message
+
+
+def test_evaluations_in_one_folder_lose_no_settings_of_each_other(tmp_path, monkeypatch):
+    """Such as the jobs of a queue, one per split."""
+
+    def slowly(path, value):
+        time.sleep(0.05)
+        write_json(path, value)
+
+    monkeypatch.setattr(provenance, "write_json", slowly)
+    names = [f"{split}|val" for split in "abcd"]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: SettingsFile(tmp_path).record(name, {"figures": {}}), names))
+    assert sorted(SettingsFile(tmp_path).read()) == names
 
 
 def test_edited_code_is_another_setting_and_a_comment_is_none(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
-"""Evaluations on two processes: interrupted in a terminal, ended because one of them hangs, continued to the end."""
+"""Evaluations on two processes: interrupted, asked to stop, ended because one of them hangs, continued to the end."""
 
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,15 +29,23 @@ def vqa(tmp_path: Path, version: Path) -> tuple[list, Path]:
     return [*command, "--batch_size", "1"], tmp_path / "runs/e/eval_vqa/vqa-vqav2-val.jsonl"
 
 
-PROGRAMS = {
-    segmentation: (rf"done: {re.escape(GREF)}; the same command continues", r"ReasonSeg\|val \d+\.jpg"),
-    vqa: (r"[1-9]\d* of 300 questions of .*The same command continues from there", r"question \d+ \(\d\.jpg\)"),
+PROGRAMS = {  # what it says when it is stopped, where a rank is, and the signal that asks it to stop
+    segmentation: (
+        rf"done: {re.escape(GREF)}; the same command continues",
+        r"ReasonSeg\|val \d+\.jpg",
+        signal.SIGTERM,
+    ),
+    vqa: (
+        r"[1-9]\d* of 300 questions of .*The same command continues from there",
+        r"question \d+ \(\d\.jpg\)",
+        signal.SIGUSR1,
+    ),
 }
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_interrupted_hanging_and_continued(program, tmp_path):
-    kept, at = PROGRAMS[program]
+    kept, at, request = PROGRAMS[program]
     version = make_trained(tmp_path / "trained", image_size=56)
     (script, *flags), journal = program(tmp_path, version)
     command = ["bash", ROOT / script, "--version", version, "--exp_name", "e", "--log_base_dir", tmp_path / "runs"]
@@ -64,6 +73,13 @@ def test_interrupted_hanging_and_continued(program, tmp_path):
     code, printed = terminal.finish()
     assert code == 130 and "Traceback" not in printed, printed
     assert len(re.findall("^interrupted", printed, re.MULTILINE)) == 1, printed
+    assert re.search(kept, printed), printed
+
+    terminal = at_work(start())
+    terminal.process.send_signal(request)  # to the launcher alone
+    code, printed = terminal.finish()
+    assert code == 75 and "Traceback" not in printed, printed
+    assert len(re.findall(f"^stopped by {request.name}", printed, re.MULTILINE)) == 1, printed
     assert re.search(kept, printed), printed
 
     terminal = at_work(start(timeout=HANGS))

@@ -262,5 +262,5 @@ def test_a_deepspeed_file_leaves_the_optimizer_to_the_flags(capsys, monkeypatch,
 
 def test_every_flag_defines_the_run_or_is_known_to_be_free():
     """A new flag defines the run unless it is named in FREE."""
-    known = vars(parse(NEEDED)).keys() | {"base", "ranks", "samples"}
+    known = vars(parse(NEEDED)).keys() | {"base", "data", "ranks", "samples"}
     assert FREE <= known and STRUCTURE <= known and not FREE & STRUCTURE

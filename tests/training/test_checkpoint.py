@@ -3,12 +3,15 @@
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_json
+from helpers import ROOT, read_json
 from numpy.testing import runstring
 from runs import train
 
@@ -105,6 +108,22 @@ def test_other_settings_are_refused_by_name(run, tiny_version, shapes, capsys, n
             tiny_version, shapes, run.parent, "run", *FLAGS, *OTHER[name], "--auto_resume", "--resume_anyway", code=1
         )
         assert f"  {name}: " in capsys.readouterr().err
+
+
+def test_other_data_of_the_same_size_is_refused_and_a_copy_is_taken(run, tiny_version, shapes, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(shapes, copy, copy_function=shutil.copyfile)
+    flags = ("--no_eval", "--report_to", "none", "--auto_resume", "--max_steps")
+    train(tiny_version, copy, run.parent, "run", *flags, "5")
+    assert "continuing from" in capsys.readouterr().out
+    refs = copy / "dataset/refer_seg/refcoco/refs(unc).p"
+    records = pickle.loads(refs.read_bytes())
+    records[0]["sentences"][0]["sent"] = "another sentence"
+    refs.write_bytes(pickle.dumps(records, protocol=2))
+    train(tiny_version, copy, run.parent, "run", *flags, "6", code=1)
+    (line,) = capsys.readouterr().err.splitlines()[2:]
+    assert re.fullmatch(r"  data: \{'refcoco': '\w{16}'\} then, \{'refcoco': '\w{16}'\} now", line), line
+    train(tiny_version, copy, run.parent, "run", *flags, "6", "--resume_anyway")
 
 
 @pytest.mark.parametrize(("name", "now"), [("ranks", 2), ("zero_stage", 3)])
@@ -227,6 +246,43 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert remember_best(tmp_path, 1, 0.4) and remember_best(tmp_path, 2, 0.6) and not remember_best(tmp_path, 3, 0.5)
     prune(tmp_path, 1)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_best_step_whose_checkpoint_was_never_written_is_taken_again(tmp_path):
+    """The run was killed between the note and the checkpoint, and validates the step once more."""
+    (tmp_path / "checkpoint-1").mkdir()
+    assert remember_best(tmp_path, 1, 0.4) and remember_best(tmp_path, 2, 0.6)
+    assert remember_best(tmp_path, 2, 0.6)
+    (tmp_path / "checkpoint-2").mkdir()
+    assert not remember_best(tmp_path, 3, 0.6)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from self1e.training.checkpoint import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_second_training_is_kept_out_of_the_folder(tiny_version, shapes, tmp_path, monkeypatch, capsys):
+    """Before the first checkpoint nothing else would tell the two apart, and each would remove the other's files."""
+    monkeypatch.setattr(module, "ENDING", 0.1)
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", HOLDER, str(run)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        (run / "tensorboard").mkdir()
+        for flags in (FLAGS, (*FLAGS, "--overwrite"), (*FLAGS, "--auto_resume")):
+            train(tiny_version, shapes, tmp_path, "run", *flags, code=1)
+            assert f"{run}: another training is at work in this folder" in capsys.readouterr().err
+        assert (run / "tensorboard").is_dir()
+        first.kill()
+    with module.alone_in(run):  # the lock of a killed process is free
+        pass
+    assert [path.name for path in run.iterdir()] == ["tensorboard"]
 
 
 def test_a_run_keeps_what_it_is_told(tiny_version, shapes, tmp_path):

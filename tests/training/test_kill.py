@@ -1,6 +1,6 @@
 """A run that is killed anywhere and continued gives the digits of an uninterrupted one.
 
-SELF1E_KILL_POINTS chooses how many points are tried (`scripts/kill_test.py`).
+SELF1E_KILL_POINTS chooses how many points are tried, SELF1E_KILL_SEED the first one's (`scripts/kill_test.py`).
 """
 
 import os
@@ -15,7 +15,7 @@ from self1e.evaluation.journal import Journal
 from self1e.training.stop import StopRequest
 from self1e.training.trainer import Self1ETrainer
 
-POINTS = int(os.environ.get("SELF1E_KILL_POINTS", 6))
+POINTS, SEED = int(os.environ.get("SELF1E_KILL_POINTS", 6)), int(os.environ.get("SELF1E_KILL_SEED", 0))
 FLAGS = ("--max_steps", "3", "--save_steps", "1", "--no_eval", "--report_to", "none")
 
 
@@ -31,7 +31,7 @@ def whole(reference, tiny_version, shapes, tmp_path_factory):
     return folder / "run", len(events)
 
 
-@pytest.mark.parametrize("seed", range(POINTS))
+@pytest.mark.parametrize("seed", range(SEED, SEED + POINTS))
 def test_a_kill_anywhere_changes_nothing(whole, tiny_version, shapes, tmp_path, seed):
     expected, events = whole
     point = int(np.random.default_rng(seed).integers(events))

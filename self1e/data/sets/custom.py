@@ -85,6 +85,15 @@ class CustomData(ExpressionData):
             return f"{place}: {error}"
         return None if found else f"{place} {name} is neither in {folder} nor in {folder / below}"
 
+    @property
+    def sha256(self) -> str:
+        """Of the source."""
+        return self._index.sha256
+
+    def paths(self, item: int) -> list[Path]:
+        """Where a photo and its mask files are. Raises ValueError for a name that leads out of the source's folder."""
+        return [self._find(*file) for file, _ in self._files(item)]
+
     def remarks(self) -> list[str]:
         """What is odd in the source but has a settled meaning."""
         return remarks_on(self._index.meta["oddities"], self.source.name, empty="mean that nothing is there")
@@ -188,6 +197,16 @@ class CustomSet(ExpressionSet):
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path, source: str | Path | None = None) -> list[Path]:
         return [] if source is None else [find_source(source)]
+
+    @property
+    def label(self) -> str:
+        return f"{NAME}|{self.data.source.name}"
+
+    def contents(self) -> Iterator[bytes]:
+        yield self.data.sha256.encode()
+
+    def files(self, item: int) -> list[Path]:
+        return self.data.paths(item)
 
 
 class CustomSplit(ExpressionSplit):

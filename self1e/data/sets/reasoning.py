@@ -135,6 +135,16 @@ class ReasonSeg(PhotoRecords, TrainingSet):
     def everything(cls, dataset_dir: Path, data_dir: Path) -> dict[str, Any]:
         return {"explanatory": 0.0} if _explanation_file(dataset_dir).exists() else {}
 
+    def contents(self) -> Iterator[bytes]:
+        yield json.dumps(self.explanations).encode()
+        for photo in self.photos:
+            record = photo.with_suffix(".json")
+            yield photo.name.encode(errors="surrogateescape")
+            yield record.read_bytes() if record.is_file() else b""
+
+    def files(self, item: int) -> list[Path]:
+        return [self.photos[item]]
+
     @property
     def explained(self) -> int:
         """Number of samples that have an explanation."""

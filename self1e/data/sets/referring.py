@@ -42,6 +42,7 @@ class ReferringData(ExpressionData):
         self.photos = PhotoFolder(photos, allow_outside)
         index = open_index(self.refs, read_refs)
         self.coco = CocoIndex(instances)
+        self.sources = [index.sha256, self.coco.sha256]
         self._groups = index.table("groups")
         parts = [np.arange(a, b) for known, a, b in index.meta["splits"] if _in_split(known, split, name)]
         rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
@@ -141,6 +142,12 @@ class ReferringTrain(ExpressionSet):
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
         return list(ReferringData.paths(dataset_dir, cls.name, cls.partition))
+
+    def contents(self) -> Iterator[bytes]:
+        yield from (source.encode() for source in self.data.sources)
+
+    def files(self, item: int) -> list[Path]:
+        return [self.data.photo(item, f"{self.name}/{self.data.file_name(item)}")]
 
     def faults(self) -> list[str]:
         return self.data.coco.faults()

@@ -59,6 +59,14 @@ class LabelMapSet(TrainingSet):
     def keys(self) -> np.ndarray:
         return image_keys(f"{os.fsdecode(stem)}.jpg" for stem in self.stems)
 
+    def contents(self) -> Iterator[bytes]:
+        yield "\n".join(self.names).encode()
+        yield b"\n".join(self.stems)
+
+    def files(self, item: int) -> list[Path]:
+        stem = os.fsdecode(self.stems[item])
+        return [self.photos / f"{stem}.jpg", self.labels / f"{stem}.png"]
+
     def usable(self, label: int) -> bool:
         """Whether a class may be asked for."""
         return True
@@ -142,6 +150,13 @@ class PartSet(TrainingSet):
     def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
         rows = self.coco.annotation_rows(int(self.image_ids[item]))
         return self.coco.placed(item, map(self.coco.annotation_at, rows))
+
+    def contents(self) -> Iterator[bytes]:
+        yield self.coco.sha256.encode()
+
+    def files(self, item: int) -> list[Path]:
+        name, _, _ = self.coco.image(item)
+        return [self.photos.path(name, f"{self.name}/{name}")]
 
     def faults(self) -> list[str]:
         return self.coco.faults()

@@ -1,6 +1,7 @@
 """Instruction and question sets, text alone: llava_instruct_150k, vqav2, okvqa, textvqa, vizwiz, gqa."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,13 @@ class LLaVAInstruct(TrainingSet):
 
     def keys(self) -> np.ndarray:
         return self._index.array("image_keys")
+
+    def contents(self) -> Iterator[bytes]:
+        yield self._index.sha256.encode()
+
+    def files(self, item: int) -> list[Path]:
+        record, image, _ = self._items[item]
+        return [self.photos.path(image, f"{self.name}/{record}")]
 
     def counts(self) -> dict[str, int]:
         return super().counts() | {"conversations": len(self._items)}
@@ -100,6 +108,13 @@ class QuestionSet(TrainingSet):
 
     def keys(self) -> np.ndarray:
         return self._index.array("image_keys")
+
+    def contents(self) -> Iterator[bytes]:
+        yield self._index.sha256.encode()
+
+    def files(self, item: int) -> list[Path]:
+        image, _, _ = self._items[item]
+        return [self.photos.path(image.removeprefix("data/"), f"{self.name}/{item}")]
 
     def counts(self) -> dict[str, int]:
         return {"questions": len(self._items)}

@@ -245,4 +245,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(args: argparse.Namespace) -> int:
     """As `main`, from flags that are parsed already."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-    return distributed.run_program(lambda: run(args), expected=(*EXPECTED, CannotLoad))
+
+    def program() -> int:
+        try:
+            return run(args)
+        except KeyboardInterrupt as interruption:
+            words = interruption.args or ("interrupted before the first question; the same command continues",)
+            raise KeyboardInterrupt(*words) from None
+
+    return distributed.run_program(program, expected=(*EXPECTED, CannotLoad))
