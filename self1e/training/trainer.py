@@ -145,6 +145,14 @@ class Self1ETrainer(Trainer):
         else:
             self.control.should_training_stop = True
 
+    def _load_callback_state(self) -> None:
+        """As the library's, which has just taken from the checkpoint how often to log, save and validate.
+
+        The flags of a continued run say so anew.
+        """
+        super()._load_callback_state()
+        self.state.compute_steps(self.args, self.state.max_steps)
+
     def get_batch_samples(self, *args, **kwargs):
         """The micro-batches of one optimizer step, as the library's; the watchdog knows that they are waited for."""
         self.watchdog.reading()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT, read_json
 from numpy.testing import runstring
-from runs import train
+from runs import history, train
 
 from self1e.files import digest
 from self1e.training import checkpoint as module
@@ -151,11 +151,15 @@ def test_a_switch_that_a_checkpoint_does_not_know_was_off(run):
 
 
 def test_what_may_change_is_taken(run, tiny_version, shapes, capsys):
-    flags = ("--max_steps", "5", "--save_steps", "5", "--workers", "1", "--no_eval", "--report_to", "none")
-    train(tiny_version, shapes, run.parent, "run", *flags, "--print_freq", "2", "--auto_resume")
-    assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["checkpoint-5"]
+    """Before, it was saved every two steps, and every step was logged and validated."""
+    flags = ("--max_steps", "7", "--save_steps", "1", "--save_total_limit", "2", "--print_freq", "7", "--workers", "1")
+    flags += ("--val_dataset", "refcoco|unc|val", "--eval_steps", "6", "--report_to", "none", "--auto_resume")
+    train(tiny_version, shapes, run.parent, "run", *flags)
+    assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["checkpoint-6", "checkpoint-7"]
+    assert [line["step"] for line in history(run)] == [1, 2, 3, 4, 7]
+    assert {path.name for path in (run / "validation").iterdir()} == {"step_6", "step_7"}  # the last one always
     train(tiny_version, shapes, run.parent, "run", "--max_steps", "3", "--no_eval", "--auto_resume", code=1)
-    assert "checkpoint-5 is beyond --max_steps 3" in capsys.readouterr().err
+    assert "checkpoint-7 is beyond --max_steps 3" in capsys.readouterr().err
 
 
 def test_another_run_goes_on_when_told_to(run, tiny_version, shapes, capsys):
