@@ -115,21 +115,20 @@ class Mixture:
         return sum(group.size for group in self.groups)
 
     @property
-    def labels(self) -> list[str]:
-        """One name per set, none twice."""
-        labels = [data.label for data in self.sets]
-        return [
-            f"{label} #{labels[:k].count(label)}" if label in labels[:k] else label for k, label in enumerate(labels)
-        ]
-
-    @property
     def sizes(self) -> dict[str, int]:
         """Samples of each set that take part, before rates."""
-        return dict(zip(self.labels, map(samples_per_pass, self.sets), strict=True))
+        return {data.name: samples_per_pass(data) for data in self.sets}
 
-    def digests(self) -> dict[str, str]:
-        """`TrainingSet.digest` of each set."""
-        return {label: data.digest() for label, data in zip(self.labels, self.sets, strict=True)}
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What tells the data from others wherever they lie: `samples` and `data`, size and digest by set."""
+        labels = [data.label for data in self.sets]
+        labels = [
+            f"{label} #{labels[:k].count(label)}" if label in labels[:k] else label for k, label in enumerate(labels)
+        ]
+        return {
+            "samples": dict(zip(labels, map(samples_per_pass, self.sets), strict=True)),
+            "data": {label: data.digest() for label, data in zip(labels, self.sets, strict=True)},
+        }
 
     # ------------------------------------------------------------------------------------------ plan
     def _rng(self, epoch: int, stream: int) -> np.random.Generator:

@@ -159,8 +159,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         ranks=settings.world_size,
         zero_stage=args.zero_stage,
         base=checkpoint_settings(args.version, args.model_weights),
-        samples=mixture.sizes,
-        data=distributed.on_main(mixture.digests),
+        **distributed.on_main(mixture.describe),
     )
     checkpoint = find_checkpoint(args, defining)
     set_seed(args.seed)  # the fresh head is the same on every rank

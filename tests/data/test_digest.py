@@ -24,7 +24,7 @@ def digests(root: Path) -> dict[str, str]:
         explanatory=0.5,
         custom_data=f"{root / 'own'}||{root / 'more'}",
     )
-    return build_mixture(config, batch_size=1, seed=0).digests()
+    return build_mixture(config, batch_size=1, seed=0).describe()["data"]
 
 
 def make(root: Path, seed: int) -> Path:
