@@ -128,5 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         write_json(target, to_label_studio(records, args.image_root or "/data/local-files/?d="), indent=None)
         print(f"labelling configuration: {labelling_configuration(records)}")
-    print(f"{counted(sum(record['area'] > 0 for record in records), 'mask')} in {target}")
+    shown = sum(record["area"] > 0 for record in records)
+    left_out = f"; {counted(len(records) - shown, 'empty one')} left out" if shown < len(records) else ""
+    print(f"{counted(shown, 'mask')} in {target}{left_out}")
     return 0

@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = len(args.pictures) - len(unreadable)
     for answer in (results.answers or [])[:SHOWN]:
         print(f"{answer['image']}, {answer['prompt'][:LONGEST]!r}: {answer['text']}")
-    masks = counted(len(results.records), "mask")
+    masks, empty = counted(len(results.records), "mask"), sum(not record["area"] for record in results.records)
+    masks += f" ({empty:,} empty)" if empty else ""
     shown = "; *_overlay.jpg show them on the pictures" if results.records else ""
     print(f"{masks} of {counted(pictures, 'picture')} in {args.output}{shown}")
     if unreadable:

@@ -57,4 +57,6 @@ def test_tasks_for_label_studio(tmp_path, capsys):
     (region,) = task["predictions"][0]["result"]
     assert region["value"]["brushlabels"] == ['the "red" <car>'] and region["score"] == 0.75
     assert (read_brush(region["value"]["rle"], 4, 6) == 255 * mask).all()
-    assert "&lt;car&gt;" in labelling_configuration(records) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "&lt;car&gt;" in labelling_configuration(records) in printed
+    assert printed.strip().endswith("label_studio.json; 1 empty one left out")

@@ -209,10 +209,11 @@ def test_names_never_collide():
 
 def test_as_a_program(version, pictures, tmp_path, monkeypatch, capsys):
     arguments = ["--version", version, "--image", pictures / "cat.png", "--prompt", "it", "--output", tmp_path / "out"]
+    arguments += ["--threshold", "0.999999"]
     monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "self1e" / "predict.py"), run_name="__main__")
-    assert end.value.code == 0 and "1 mask of 1 picture in" in capsys.readouterr().out
+    assert end.value.code == 0 and "1 mask (1 empty) of 1 picture in" in capsys.readouterr().out
 
 
 def test_predictions_load_as_coco_results(version, pictures, tmp_path, capsys):
