@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-DATASETS = "docs/data.md, section Datasets"
+from self1e.flags import did_you_mean
+
+DATASETS, OWN_DATA = "docs/data.md, section Datasets", "docs/data.md, section Own data"
 # Sets that `self1e data get` does not bring: a user's own, and those that only their authors hand out.
 UNFETCHED = ("custom", "parquet", "refcocom", "refzom", "rrefcoco", "rrefcoco+", "rrefcocog")
 FEW = 3  # missing paths of one missing folder that are named one by one
@@ -37,11 +39,18 @@ def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
             sets = {name for path in paths for name in users[path]}
             lines.append(f"{folder}   (the folder is missing: {len(paths)} files and folders of {len(sets)} sets)")
         else:
-            lines += [f"{path}   ({', '.join(users[path])})" for path in paths]
+            lines += [f"{path}   ({', '.join(users[path])}{_near(path, users[path])})" for path in paths]
     wanted_sets = dict.fromkeys(name.split("|")[0] for names in users.values() for name in names)
+    where = OWN_DATA if wanted_sets.keys() <= {"custom"} else DATASETS
     get = " ".join(name for name in wanted_sets if name not in UNFETCHED)
     brings = f", and `self1e data get {get}` brings what can be downloaded" if get else ""
-    raise FileNotFoundError(f"missing data; {DATASETS}, says what goes where{brings}:\n  " + "\n  ".join(lines))
+    raise FileNotFoundError(f"missing data; {where}, says what goes where{brings}:\n  " + "\n  ".join(lines))
+
+
+def _near(path: Path, users: Iterable[str]) -> str:
+    """What a missing file of a user's own may have meant to name, as `did_you_mean` says it."""
+    own = all(name.split("|")[0] == "custom" for name in users) and path.parent.is_dir()
+    return did_you_mean(path.name, (beside.name for beside in path.parent.iterdir())) if own else ""
 
 
 def _first_missing(path: Path) -> Path:

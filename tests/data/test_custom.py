@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from trees import SQUARE, H, W, photo, write_json
 
+from self1e.data.paths import require_paths
 from self1e.data.sample import SampleError
 from self1e.data.sets.custom import CustomData
 from self1e.model import inference, prompts
@@ -293,3 +294,12 @@ def test_broken_files_are_named(tmp_path):
         data.sample(0, np.random.default_rng(0))
     with pytest.raises(SampleError, match="colour.png has 3 channels; a mask or label map has one"):
         data.sample(1, np.random.default_rng(0))
+
+
+def test_a_mistyped_file_is_guessed(tmp_path):
+    table(tmp_path, [])
+    absent = [tmp_path / name for name in ("trian.csv", "other.csv", "no/train.csv")]
+    with pytest.raises(FileNotFoundError, match="section Own data") as error:
+        require_paths([("custom", absent[0]), (f"custom|{absent[1]}", absent[1]), ("custom", absent[2])])
+    assert "trian.csv   (custom; did you mean train.csv?)" in str(error.value)
+    assert str(error.value).count("did you mean") == 1
