@@ -317,14 +317,8 @@ def table(reports: list[Report]) -> str:
         some = report.records < report.source.records
         records = f"{report.records:,} of {report.source.records:,}" if some else f"{report.records:,}"
         counts = report.source.photos, report.sentences, report.masks, report.empty, len(report.problems)
-        rows.append(
-            [
-                report.source.name.replace("|", " "),
-                records,
-                *(f"{count:,}" for count in counts),
-                report.source.totals.removeprefix("partly: "),
-            ]
-        )
+        name, totals = report.source.name.replace("|", " "), report.source.totals.removeprefix("partly: ")
+        rows.append([name, records, *(f"{count:,}" for count in counts), totals])
     header = ["set", "read", "photos", "sentences", "masks", "empty", "problems", "of the known total"]
     if all(report.source.totals == "-" for report in reports):  # own data
         header, rows = header[:-1], [row[:-1] for row in rows]

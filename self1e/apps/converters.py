@@ -106,4 +106,4 @@ def make(name: str, inputs: list[Path], output: Path, options: dict[str, str]) -
     if isinstance(content, dict):
         files.write_json(output, content, indent=None)
     else:
-        files.write_text(output, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in content))
+        files.write_text(output, files.to_jsonl(content))

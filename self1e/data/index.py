@@ -4,12 +4,7 @@ PACO's, COCO's and the question files are hundreds of MB of JSON. Each is read o
 `readers`, into a folder of the cache (env SELF1E_CACHE, else ~/.cache/self1e): per table `<table>.bin` with one JSON
 text after another and `<table>.offsets.npy`, plus integer arrays to look records up, and `meta.json`, which also holds
 the source's SHA-256. No pickle. The folder's name holds a hash of the source's path, size and modification time and of
-READER_VERSION.
-
-Measured on a synthetic tree of the real sets' sizes (581,142 samples, 1.2 GB of annotations): 19 bytes of private
-memory a sample for all opened indexes and file lists (11 MB), 74 with one epoch's plan for one rank and after every
-record was read; the rest (1.7 kB a sample) are file pages that all ranks and workers share. Opening takes 0.5 s;
-building, once, about a minute of CPU time and never more memory than the largest file's text (600 MB above the rest).
+READER_VERSION. What it costs is in docs/data.md.
 """
 
 import contextlib

@@ -229,11 +229,8 @@ def read_coco(path: Path, out: Writer) -> None:
                 continue
             place = f", {key}[{counts[key] - 1}]"
             if key == "images":
-                name, height, width = (
-                    take(value, "file_name", str),
-                    take(value, "height", int),
-                    take(value, "width", int),
-                )
+                name = take(value, "file_name", str)
+                height, width = (take(value, side, int) for side in ("height", "width"))
                 check_size(height, width)
                 out.add("images", [name, height, width])
                 image_ids.append(take(value, "id", int))

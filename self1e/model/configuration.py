@@ -135,18 +135,13 @@ def check_source(source: str | Path, subfolder: str | None = None) -> None:
 
 
 # Original InternVL vision keys -> transformers' names.
-VISION_KEYS = {
-    "qkv_bias": "attention_bias",
-    "qk_normalization": "use_qk_norm",
-    "dropout": "hidden_dropout_prob",
-    **{
-        key: key
-        for key in (
-            "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act attention_dropout "
-            "initializer_range norm_type layer_norm_eps image_size patch_size num_channels"
-        ).split()
-    },
-}
+SAME_KEYS = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act attention_dropout "
+    "initializer_range norm_type layer_norm_eps image_size patch_size num_channels"
+).split()
+VISION_KEYS = dict(zip(SAME_KEYS, SAME_KEYS)) | {
+    "qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm", "dropout": "hidden_dropout_prob"
+}  # fmt: skip
 
 
 def native_config(values: dict, source: str) -> dict:

@@ -77,11 +77,6 @@ class Layout:
         """A named stretch of the index."""
         return self.index[slice(*self.parts[name])]
 
-    def size(self, name: str) -> int:
-        """Its length."""
-        start, stop = self.parts[name]
-        return stop - start
-
     def split(self) -> Iterator[tuple[Group, slice]]:
         """Each group of the LLM with its packed positions."""
         start = 0
@@ -147,11 +142,6 @@ class PackedMasks(Sequence):
         moved = PackedMasks([])
         moved.shapes, moved.flat = self.shapes, flat
         return moved
-
-
-def move_masks(targets: Sequence[Tensor | None], device: torch.device) -> Sequence[Tensor | None]:
-    """All masks of a packed batch in one copy; those of a plain list move where they are used."""
-    return targets.to(device) if isinstance(targets, PackedMasks) else targets
 
 
 def read_layout(

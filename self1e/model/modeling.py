@@ -26,7 +26,7 @@ from self1e.model.configuration import Self1EConfig
 from self1e.model.grids import REPLICATIONS, compress, stitch_tiles
 from self1e.model.head import HEADS, INITIAL_STD, ImageSide, SegmentationHead
 from self1e.model.inference import InferenceMixin
-from self1e.model.layout import Grid, Group, HeadGroup, Layout, as_grids, move_masks, read_layout, take
+from self1e.model.layout import Grid, Group, HeadGroup, Layout, PackedMasks, as_grids, read_layout, take
 from self1e.model.losses import mask_losses
 from self1e.model.recomputation import recompute_mlps
 
@@ -247,7 +247,9 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             if mask_targets is not None:
                 kinds = 2 if self.config.auxiliary_loss else 1  # the mask, and the auxiliary mask where there is one
                 kept = [tuple(x for x in row[:kinds] if x is not None) for row in predictions]
-                losses |= mask_losses(kept, move_masks(mask_targets, states.device))
+                if isinstance(mask_targets, PackedMasks):  # those of a plain list move where they are used
+                    mask_targets = mask_targets.to(states.device)
+                losses |= mask_losses(kept, mask_targets)
         if losses:
             result.losses = losses
             weights = {"ce": self.config.ce_loss_weight, "mask_bce": self.config.bce_loss_weight}
@@ -324,9 +326,10 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
 
         Vocabulary logits are computed at supervised positions only.
         """
-        if not layout.size("text"):
+        text = layout.part("text")
+        if not len(text):
             return self.lm_head(states[:1]).float().mean() * 0.0  # keeps lm_head in every backward pass
-        logits = self.lm_head(take(states, layout.part("text"))).float()
+        logits = self.lm_head(take(states, text)).float()
         return F.cross_entropy(logits, take(labels.flatten(), layout.part("labels")).to(logits.device))
 
     def predict_masks(
