@@ -30,14 +30,14 @@ class File:
     """A file to download, or to make, and where its contents go. The keys are explained in segmentation.yaml."""
 
     name: str
-    addresses: tuple[Address, ...]
+    addresses: list[Address]
     size: int | None  # bytes, perhaps approximate
-    page: str | None
-    unpack: dict[str, str]
-    place: str | None
-    make: str | None
-    of: tuple[str, ...]
     options: dict[str, str]
+    page: str | None = None
+    unpack: dict[str, str] = field(default_factory=dict)
+    place: str | None = None
+    make: str | None = None
+    of: list[str] = field(default_factory=list)
 
     @property
     def places(self) -> list[str]:
@@ -95,17 +95,9 @@ def read_file(name: str, entry: dict) -> File:
     addresses = [
         Address(**source) if isinstance(source, dict) else Address(source, **known) for source in entry.pop("from", [])
     ]
-    return File(
-        name=name,
-        addresses=tuple(addresses),
-        size=known.get("bytes", entry.pop("about", None)),
-        page=entry.pop("page", None),
-        unpack=entry.pop("unpack", {}),
-        place=entry.pop("place", None),
-        make=entry.pop("make", None),
-        of=tuple(entry.pop("of", ())),
-        options=entry,
-    )
+    size = known.get("bytes", entry.pop("about", None))
+    given = {key: entry.pop(key) for key in ("page", "unpack", "place", "make", "of") if key in entry}
+    return File(name, addresses, size, options=entry, **given)
 
 
 @cache

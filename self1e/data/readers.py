@@ -189,14 +189,10 @@ class Oddities:
 
     def look(self, segmentation: Any, place: str) -> None:
         """Count one segmentation; `place` says where it stands."""
-        if segmentation == []:
-            self._count("empty", place)
-        elif isinstance(segmentation, list) and any(map(is_short_part, segmentation)):
-            self._count("short parts", place)
-
-    def _count(self, kind: str, place: str) -> None:
-        count, first = self.found.get(kind, (0, place))
-        self.found[kind] = count + 1, first
+        if segmentation == [] or isinstance(segmentation, list) and any(map(is_short_part, segmentation)):
+            kind = "short parts" if segmentation else "empty"
+            count, first = self.found.get(kind, (0, place))
+            self.found[kind] = count + 1, first
 
     def close(self, out: Writer) -> None:
         out.meta["oddities"] = [[kind, count, first] for kind, (count, first) in self.found.items()]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +145,12 @@ def evaluate(args: argparse.Namespace, output_dir: Path, device: torch.device, w
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     max_tiles = args.max_num if args.dynamic else 1
     options = {"batch_size": args.batch_size, "max_tiles": max_tiles, "workers": args.workers, "watchdog": watchdog}
+    options["overwrite"] = args.overwrite_eval
     results: dict[str, list[dict | None]] = {name: [] for name in benchmarks}
     for candidate in candidates:
         chosen = {"attn_implementation": args.attn_implementation}
         chosen |= {"rope_precision": args.rope_precision} if args.rope_precision else {}
-        model = _Lazy(candidate, device, dtype=DTYPES[precision], **chosen)
+        load_model = _loader(candidate, device, dtype=DTYPES[precision], **chosen)
         figures = {"precision": precision, "max_tiles": max_tiles, **chosen}
         figures |= {} if args.score_only else checkpoint_settings(candidate.version, candidate.weights)
         settings = describe(figures, device)
@@ -159,15 +160,17 @@ def evaluate(args: argparse.Namespace, output_dir: Path, device: torch.device, w
                 predictions = Predictions(candidate.folder, name, questions[name])
                 try:
                     if not args.score_only:
-                        title, overwrite = f"{candidate.label} {name}", args.overwrite_eval
-                        predict(model, benchmark, predictions, settings, title=title, overwrite=overwrite, **options)
+                        title = f"{candidate.label} {name}"
+                        predict(load_model, benchmark, predictions, settings, title=title, **options)
                     result = distributed.on_main(partial(score, name, benchmark, predictions, candidate, data_dir))
                 except EXPECTED as error:
                     _report(failures, f"{name}, {candidate.label}", error)
                 except KeyboardInterrupt as error:
                     raise KeyboardInterrupt(_progress(results, predictions, candidate.label)) from error
             results[name].append(result)
-        model.free()
+        load_model.cache_clear()  # the next model takes its place
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     if distributed.is_main():
         table = summary_table([candidate.label for candidate in candidates], results)
         content = {
@@ -197,29 +200,20 @@ def _report(failures: dict[str, str], what: str, error: Exception) -> None:
         print(f"error: {what}: {failures[what]}", file=sys.stderr, flush=True)
 
 
-class _Lazy:
+def _loader(candidate: Candidate, device: torch.device, **options: Any):
     """Loads model and processor at the first call: a run whose questions are all answered needs neither."""
 
-    def __init__(self, candidate: Candidate, device: torch.device, **options: Any):
-        self.candidate, self.device, self.options = candidate, device, options
-        self.loaded: tuple[Self1EForSegmentation, Self1EProcessor] | None = None
+    @cache
+    def load() -> tuple[Self1EForSegmentation, Self1EProcessor]:
+        try:
+            processor = Self1EProcessor.from_pretrained(candidate.version)
+            model = Self1EForSegmentation.from_pretrained(candidate.version, weights=candidate.weights, **options)
+        except EXPECTED as error:
+            raise CannotLoad(f"cannot load {candidate.label}: {error}") from error
+        model.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
+        return model.to(device).eval(), processor
 
-    def __call__(self) -> tuple[Self1EForSegmentation, Self1EProcessor]:
-        if self.loaded is None:
-            version, weights = self.candidate.version, self.candidate.weights
-            try:
-                processor = Self1EProcessor.from_pretrained(version)
-                model = Self1EForSegmentation.from_pretrained(version, weights=weights, **self.options)
-            except EXPECTED as error:
-                raise CannotLoad(f"cannot load {self.candidate.label}: {error}") from error
-            model.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
-            self.loaded = model.to(self.device).eval(), processor
-        return self.loaded
-
-    def free(self) -> None:
-        self.loaded = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+    return load
 
 
 def run(args: argparse.Namespace) -> int:
