@@ -298,7 +298,7 @@ def test_broken_files_are_named(tmp_path):
 
 def test_a_mistyped_file_is_guessed(tmp_path):
     table(tmp_path, [])
-    absent = [tmp_path / name for name in ("trian.csv", "other.csv", "no/train.csv")]
+    absent = [tmp_path / name for name in ("trian.csv", "photos.json", "no/train.csv")]
     with pytest.raises(FileNotFoundError, match="section Own data") as error:
         require_paths([("custom", absent[0]), (f"custom|{absent[1]}", absent[1]), ("custom", absent[2])])
     assert "trian.csv   (custom; did you mean train.csv?)" in str(error.value)
