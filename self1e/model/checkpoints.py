@@ -106,6 +106,8 @@ def load(
     base.update(switches)
     base.check_switches()
     source = version if weights is None else weights
+    if Path(source, "adapter_config.json").is_file():  # the library would load it over the weights
+        raise ValueError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
     _check_index(Path(source))
     _check_bytes(Path(source))
     try:
@@ -114,7 +116,9 @@ def load(
                 source, config=base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
     except (*DAMAGE, SafetensorError, UnpicklingError, EOFError) as error:
-        raise ValueError(f"{source}: a weight file is damaged ({error}); fetch or save it again") from error
+        raise ValueError(
+            f"{source}: a weight file is damaged, or generation_config.json ({error}); fetch or save it again"
+        ) from error
     model.round_rope()  # loading has computed the frequencies anew
     model.trained_head = _check(model, report, source, trained=weights is not None)
     if vocabulary is not None and not model.trained_head:

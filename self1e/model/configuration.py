@@ -100,7 +100,9 @@ class Self1EConfig(InternVLConfig):
         """As the library's; a `config.json` with values of the wrong kind is a ValueError that names it."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except DAMAGE as error:
+        except (*DAMAGE, ValueError) as error:
+            if isinstance(error, ValueError) and str(pretrained_model_name_or_path) in str(error):
+                raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{pretrained_model_name_or_path}: config.json is damaged ({reason})") from error
 
@@ -119,7 +121,7 @@ class Self1EConfig(InternVLConfig):
             if Path(source).is_dir():
                 raise ValueError(f"{source}: {reason}") from error
             raise FileNotFoundError(f"there is no folder {source}, and the hub did not serve it: {reason}") from error
-        return native_config(values, source), kwargs
+        return native_config(_without_requests(values, source), source), kwargs
 
 
 def check_source(source: str | Path, subfolder: str | None = None) -> None:
@@ -132,6 +134,25 @@ def check_source(source: str | Path, subfolder: str | None = None) -> None:
     elif not HUB_ID.fullmatch(str(source)) or Path(source).parent.is_dir():
         what = f"{source} is a file" if Path(source).is_file() else f"there is no folder {source}"
         raise FileNotFoundError(f"{what}; {advice}")
+
+
+# What a `config.json` may ask of the library besides values of the model: to run code beside it or on the hub, such as
+# attention kernels, or to read other weights. Loading says itself what it wants.
+REQUESTS = frozenset(
+    "auto_map attn_implementation _attn_implementation _attn_implementation_internal experts_implementation "
+    "_experts_implementation _experts_implementation_internal use_kernels kernel_config transformers_weights".split()
+)
+
+
+def _without_requests(values: dict, source: str) -> dict:
+    """A configuration and those within it without `REQUESTS`. Raises ValueError for quantised weights."""
+    if values.get("quantization_config"):
+        raise ValueError(f"{source}: config.json speaks of quantised weights; expected a checkpoint in full precision")
+    return {
+        name: _without_requests(value, source) if name.endswith("_config") and isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in REQUESTS
+    }
 
 
 # Original InternVL vision keys -> transformers' names.

@@ -109,7 +109,13 @@ class Self1EProcessor(ProcessorMixin):
         if "tile_tokens" not in sizes:  # not written by `save_pretrained` below
             config = Self1EConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
             sizes = {"image_size": config.tile_size, "tile_tokens": config.tile_tokens}
-        tokenizer = Qwen2Tokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            tokenizer = Qwen2Tokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # of a damaged file, the library of tokenizers raises nothing more special
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{pretrained_model_name_or_path}: its tokenizer is damaged ({reason})") from error
         if tokenizer.vocab_size < 256:  # bytes alone are 256: the library makes an empty one where files are absent
             raise ValueError(
                 f"{pretrained_model_name_or_path}: no tokenizer there; a published SELF1E folder goes to "

@@ -109,6 +109,46 @@ def test_a_damaged_processor_config(copy, text):
         Self1EProcessor.from_pretrained(copy)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", "null", '{"model": "a"}', "{"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer(copy, name, text):
+    (copy / name).write_text(text)
+    refused_or_loaded(copy)
+    (copy / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{copy}: its tokenizer is damaged"):
+        Self1EProcessor.from_pretrained(copy)
+
+
+def edit(folder, **values) -> None:
+    """Add values to the top of `config.json` and to each configuration in it."""
+    config = json.loads((folder / "config.json").read_text())
+    for part in [config, config["text_config"], config["vision_config"]]:
+        part.update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_no_checkpoint_chooses_kernels_or_other_weights(trained, tmp_path):
+    """The library would run an attention kernel of the hub, and read the file that `transformers_weights` names."""
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    names = "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"
+    edit(folder, **dict.fromkeys(names, "somebody/kernel"), transformers_weights="none.safetensors")
+    model = Self1EForSegmentation.from_pretrained(folder)
+    configs = model.config, model.config.text_config, model.config.vision_config
+    assert {config._attn_implementation for config in configs} <= {"sdpa", "eager"}
+
+
+def test_quantised_weights_and_adapters_are_refused(trained, tmp_path):
+    """Both have the library import packages, and change the weights that the sums of the checkpoint hold."""
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somebody/model"}')
+    with pytest.raises(ValueError, match=f"{folder} holds a PEFT adapter"):
+        Self1EForSegmentation.from_pretrained(folder)
+    (folder / "adapter_config.json").unlink()
+    edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match=f"{folder}: config.json speaks of quantised weights"):
+        Self1EForSegmentation.from_pretrained(folder)
+
+
 class Bomb:
     def __init__(self, mark):
         self.mark = mark
