@@ -46,6 +46,7 @@ class CustomData(ExpressionData):
         self.source = find_source(path)
         self.allow_outside = allow_outside
         self._index = open_index(self.source, READERS[self.source.suffix.lower()])
+        self.sources = [self._index.sha256]
         self._photos, self._targets = self._index.table("photos"), self._index.table("targets")
         self._categories = dict(map(tuple, self._index.meta["categories"]))
         self._rows = np.flatnonzero(np.diff(self._index.array("starts")))
@@ -85,12 +86,7 @@ class CustomData(ExpressionData):
             return f"{place}: {error}"
         return None if found else f"{place} {name} is neither in {folder} nor in {folder / below}"
 
-    @property
-    def sha256(self) -> str:
-        """Of the source."""
-        return self._index.sha256
-
-    def paths(self, item: int) -> list[Path]:
+    def files(self, item: int) -> list[Path]:
         """Where a photo and its mask files are. Raises ValueError for a name that leads out of the source's folder."""
         return [self._find(*file) for file, _ in self._files(item)]
 
@@ -201,12 +197,6 @@ class CustomSet(ExpressionSet):
     @property
     def label(self) -> str:
         return f"{NAME}|{self.data.source.name}"
-
-    def contents(self) -> Iterator[bytes]:
-        yield self.data.sha256.encode()
-
-    def files(self, item: int) -> list[Path]:
-        return self.data.paths(item)
 
 
 class CustomSplit(ExpressionSplit):

@@ -42,6 +42,7 @@ class ExpressionData(Records):
     """The photos of one split or source; `photos` is where they are."""
 
     name: str
+    sources: list[str]  # SHA-256 of the annotation files
     photos: PhotoFolder
     sized = True  # masks must have the size of their photo
 
@@ -64,6 +65,10 @@ class ExpressionData(Records):
     @abstractmethod
     def mask(self, item: int, target: Any, id: str) -> np.ndarray:
         """The mask of an annotation in the stored frame, uint8 {0, 1} (H, W). Raises SampleError under `id`."""
+
+    def files(self, item: int) -> list[Path]:
+        """The files that a photo alone needs, as `TrainingSet.files`."""
+        return [self.photo(item, f"{self.name}/{self.file_name(item)}")]
 
     def where(self, target: Any) -> str:
         """How messages call an annotation."""
@@ -106,6 +111,12 @@ class _Shared(Records):
 
 class ExpressionSet(_Shared, TrainingSet):
     """Training photos; a row is one expression."""
+
+    def contents(self) -> Iterator[bytes]:
+        return map(str.encode, self.data.sources)
+
+    def files(self, item: int) -> list[Path]:
+        return self.data.files(item)
 
     def read(self, item: int, rng: np.random.Generator) -> Sample | None:
         expressions = self.data.expressions(item)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from self1e.data.masks import paint_shapes
 from self1e.data.paths import DATASETS
-from self1e.data.readers import shown, take
+from self1e.data.readers import expected_schema, shown, take
 from self1e.data.sample import (
     Annotation,
     EvalImage,
@@ -27,6 +27,7 @@ from self1e.data.sample import (
     image_keys,
     load_image,
 )
+from self1e.files import read_json
 from self1e.flags import check_known
 from self1e.model import prompts
 
@@ -184,13 +185,9 @@ def _explanation_file(dataset_dir: Path) -> Path:
 
 def _explanations(dataset_dir: Path) -> dict[str, str]:
     path = _explanation_file(dataset_dir)
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+    records = read_json(path, list, remedy=f"see {DATASETS}")
+    with expected_schema(path):
         return {take(record, "image", str): take(record, "outputs", str) for record in records}
-    except KeyError as error:
-        raise ValueError(f"{path}: key {error} is missing; is this the right file? See {DATASETS}") from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no list of explanations ({error}); see {DATASETS}") from error
 
 
 def split_names(splits: str) -> list[str]:

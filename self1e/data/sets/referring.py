@@ -143,12 +143,6 @@ class ReferringTrain(ExpressionSet):
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
         return list(ReferringData.paths(dataset_dir, cls.name, cls.partition))
 
-    def contents(self) -> Iterator[bytes]:
-        yield from (source.encode() for source in self.data.sources)
-
-    def files(self, item: int) -> list[Path]:
-        return [self.data.photo(item, f"{self.name}/{self.data.file_name(item)}")]
-
     def faults(self) -> list[str]:
         return self.data.coco.faults()
 
