@@ -1,12 +1,13 @@
 """Instruction and question sets, text alone: llava_instruct_150k, vqav2, okvqa, textvqa, vizwiz, gqa."""
 
 import json
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from self1e.data.index import open_index
+from self1e.data.index import Writer, open_index
 from self1e.data.readers import read_instructions, read_questions, take
 from self1e.data.sample import PhotoFolder, Sample, SampleError, TrainingSet
 from self1e.model import prompts
@@ -14,33 +15,20 @@ from self1e.model import prompts
 SPEAKERS = {"human": 0, "gpt": 1}
 
 
-def _text_sample(id: str, photos: PhotoFolder, name: str, turns: list[str]) -> Sample:
-    image, _ = photos.load(name, id)
-    return Sample(id, image, [turns], [np.zeros((0, image.height, image.width), np.uint8)])
+class TextSet(TrainingSet):
+    """Records of one index, each a conversation about a photo, without masks."""
 
-
-class LLaVAInstruct(TrainingSet):
-    """Conversations of `llava_dataset/llava_instruct_150k.json` about `coco/train2017`; several turns, one row.
-
-    Other files of the folder, such as the parts that this one was merged from, are not read.
-    """
-
-    name = "llava_instruct_150k"
-    folder = "llava_dataset"
     segmentation = False
-    redrawn = True
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
-        source, photos = self.paths(dataset_dir, data_dir)
-        self.photos = PhotoFolder(photos, allow_outside)
-        self._index = open_index(source, read_instructions)
+    def open(self, source: Path, read: Callable[[Path, Writer], None], photos: PhotoFolder) -> None:
+        """Take all records of `source`."""
+        self.photos, self._index = photos, open_index(source, read)
         self._items = self._index.table("items")
         self.choose(len(self._items), source)
 
-    @classmethod
-    def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        root = Path(dataset_dir)
-        return [root / "llava_dataset" / "llava_instruct_150k.json", root / "coco" / "train2017"]
+    @abstractmethod
+    def entry(self, item: int) -> tuple[str, str, list[str]]:
+        """(id, photo, turns) of a record; the turns are user, assistant, user, ... Raises SampleError."""
 
     def keys(self) -> np.ndarray:
         return self._index.array("image_keys")
@@ -49,16 +37,41 @@ class LLaVAInstruct(TrainingSet):
         yield self._index.sha256.encode()
 
     def files(self, item: int) -> list[Path]:
-        record, image, _ = self._items[item]
-        return [self.photos.path(image, f"{self.name}/{record}")]
+        id, photo, _ = self.entry(item)
+        return [self.photos.path(photo, id)]
+
+    def read(self, item: int, rng: np.random.Generator) -> Sample:
+        id, photo, turns = self.entry(item)
+        image, _ = self.photos.load(photo, id)
+        return Sample(id, image, [turns], [np.zeros((0, image.height, image.width), np.uint8)])
+
+
+class LLaVAInstruct(TextSet):
+    """Conversations of `llava_dataset/llava_instruct_150k.json` about `coco/train2017`; several turns, one row.
+
+    Other files of the folder, such as the parts that this one was merged from, are not read.
+    """
+
+    name = "llava_instruct_150k"
+    folder = "llava_dataset"
+    redrawn = True
+
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
+        source, photos = self.paths(dataset_dir, data_dir)
+        self.open(source, read_instructions, PhotoFolder(photos, allow_outside))
+
+    @classmethod
+    def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        root = Path(dataset_dir)
+        return [root / "llava_dataset" / "llava_instruct_150k.json", root / "coco" / "train2017"]
 
     def counts(self) -> dict[str, int]:
         return super().counts() | {"conversations": len(self._items)}
 
-    def read(self, item: int, rng: np.random.Generator) -> Sample:
-        record, image, turns = self._items[item]
+    def entry(self, item: int) -> tuple[str, str, list[str]]:
+        record, photo, turns = self._items[item]
         id = f"{self.name}/{record}"
-        return _text_sample(id, self.photos, image, instruction_turns(turns, id))
+        return id, photo, instruction_turns(turns, id)
 
 
 def instruction_turns(turns: list[list[str]], id: str) -> list[str]:
@@ -75,21 +88,16 @@ def instruction_turns(turns: list[list[str]], id: str) -> list[str]:
     return [f"{prompts.IMAGE_TAG}\n{texts[0]}", *texts[1:]]
 
 
-class QuestionSet(TrainingSet):
+class QuestionSet(TextSet):
     """Questions with a short answer, one per line; a leading `data/` of an image path stands for `data_dir`."""
 
     cap = 100_000
-    segmentation = False
     rated = False
     instruction = prompts.VQA_INSTRUCTION
     file: str
 
     def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
-        self.photos = PhotoFolder(Path(data_dir), allow_outside)
-        source = Path(data_dir) / self.file
-        self._index = open_index(source, read_questions)
-        self._items = self._index.table("items")
-        self.choose(len(self._items), source)
+        self.open(Path(data_dir) / self.file, read_questions, PhotoFolder(Path(data_dir), allow_outside))
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -106,23 +114,13 @@ class QuestionSet(TrainingSet):
     def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
         return Path(data_dir) / cls.file
 
-    def keys(self) -> np.ndarray:
-        return self._index.array("image_keys")
-
-    def contents(self) -> Iterator[bytes]:
-        yield self._index.sha256.encode()
-
-    def files(self, item: int) -> list[Path]:
-        image, _, _ = self._items[item]
-        return [self.photos.path(image.removeprefix("data/"), f"{self.name}/{item}")]
-
     def counts(self) -> dict[str, int]:
         return {"questions": len(self._items)}
 
-    def read(self, item: int, rng: np.random.Generator) -> Sample:
+    def entry(self, item: int) -> tuple[str, str, list[str]]:
         image, question, answer = self._items[item]
         turns = [f"{prompts.IMAGE_TAG}\n{question}{self.instruction}"] + ([] if answer is None else [answer])
-        return _text_sample(f"{self.name}/{item}", self.photos, image.removeprefix("data/"), turns)
+        return f"{self.name}/{item}", image.removeprefix("data/"), turns
 
 
 class VQAv2(QuestionSet):
