@@ -383,7 +383,8 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         image, first = layout.part("image")[:tokens], layout.part("image")[:1]
         more = [self.run_head(states, features, layout, group, image, first) for _ in range(len(layout.heads), runs)]
         reached = [x.sum() for row in predictions + more for x in row if x is not None]
-        reached += [x.sum().to(reached[0].device) for side in features.spare for x in (side.refill, side.origin)]
+        idle = features.spare + (features.sides or [] if is_deepspeed_zero3_enabled() else [])  # ranks go back alike
+        reached += [x.sum().to(reached[0].device) for side in idle for x in (side.refill, side.origin)]
         return torch.stack(reached).sum().float().to(states.device) * 0.0
 
 
