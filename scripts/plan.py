@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from self1e.flags import Parser, between, check_writable, guarded, whole  # noqa: E402
+from self1e.flags import Parser, between, check_writable, guarded, uncollected, whole  # noqa: E402
 
 GB = 1e9
 
@@ -71,8 +71,9 @@ def table(args: argparse.Namespace, plan: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     own, rest = make_parser().parse_known_args(argv)
     check_writable(own.output)
-    from self1e.apps.plan import make_plan
-    from self1e.training.arguments import parse
+    with uncollected(lasting=True):
+        from self1e.apps.plan import make_plan
+        from self1e.training.arguments import parse
 
     args = argparse.Namespace(**vars(parse([*rest, "--version", own.version, "--exp_name", "plan"])) | vars(own))
     plan = make_plan(args)

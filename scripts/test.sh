@@ -13,4 +13,4 @@ if [ $# -eq 0 ]; then
     mypy
 fi
 export OMP_NUM_THREADS=1              # the suite runs one process per core
-exec python -m pytest -n auto "$@"
+exec python -m pytest -n auto --dist worksteal "$@"  # neighbours, which share fixtures, mostly stay together

@@ -1,5 +1,6 @@
 """Fixtures of the whole suite."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from helpers import SHARED, TINY, needs_shared
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
+
+
+def pytest_collection_finish():
+    """Keep what the test files import out of later collections, of which every training run asks for several."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from unittest.mock import patch
 
@@ -34,6 +35,13 @@ TINY = {"image_size": 56, "width": 32, "layers": 2, "vision_width": 32, "vision_
 def hear_ctrl_c() -> None:
     """For `preexec_fn`: a suite that was started in the background ignores Ctrl-C, and so would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -1,6 +1,7 @@
 """Training runs for tests: their command line, in this process or as two under the deepspeed launcher, their logs."""
 
 import faulthandler
+import gc
 import io
 import itertools
 import json
@@ -9,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helpers import ROOT, hear_ctrl_c
+from helpers import ROOT, free_port, hear_ctrl_c
 from PIL import Image
 
 from self1e.training import run as program
@@ -46,7 +46,7 @@ EVENTS = (Self1ETrainer, "compute_loss"), (torch, "save"), (Path, "rename"), (Pa
 # A test process has threads (of the test runner, of servers under test), so that a fork of it can hang: children come
 # from a process that has none and has loaded the libraries.
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["self1e.training.run"])
+CHILDREN.set_forkserver_preload(["self1e.training.run", "deepspeed", "matplotlib.figure"])
 LIMIT = 400
 PATIENCE = 150  # seconds after which a child says where it is; a run takes about ten
 
@@ -72,6 +72,7 @@ def _train_and_exit(flags: list[str], send: tuple[int, int] | None, at: Method |
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.dump_traceback_later(PATIENCE)
+    gc.freeze()  # as the program does after its imports
     if send is not None:
         sent, when = send
         count_events(lambda number: os.kill(os.getpid(), sent) if number == when else None, [at] if at else EVENTS)
@@ -125,15 +126,12 @@ def launch(*args: Path | str, launcher: str = "deepspeed") -> subprocess.Popen:
 
     launcher: deepspeed, torchrun or `self1e launch`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     start = {
         "deepspeed": [LAUNCHER, "--num_accelerators=2"],
         "torchrun": [LAUNCHER.with_name("torchrun"), "--nproc_per_node=2"],
         "self1e launch": [sys.executable, "-m", "self1e", "launch", "--nproc_per_node=2"],
     }[launcher]
-    program = [*start, f"--master_port={port}", ROOT / "train_hf_ivl_seq.py"]
+    program = [*start, f"--master_port={free_port()}", ROOT / "train_hf_ivl_seq.py"]
     process = subprocess.Popen(
         [*map(str, program), *command(*args)],
         stdout=subprocess.PIPE,

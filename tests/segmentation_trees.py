@@ -18,13 +18,14 @@ TRAIN2014 = "refer_seg/images/mscoco/images/train2014"
 SECOND = "COCO_train2014_000000000002.jpg"  # the last photo of gRefCOCO's schedule
 # Arguments: version, dataset, results, rank and photo of a fault or "none", kind of fault, splits.
 PROGRAM = """
-import os, signal, sys
+import gc, os, signal, sys
 from dataclasses import replace
 import torch
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.data.sample import SampleError
 from self1e.data.sets import referring
 from self1e.evaluation.segmentation.run import evaluate_splits
+gc.freeze()  # as the real program does after its imports
 version, dataset, out, rank, photo, fault, *splits = sys.argv[1:]
 
 

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from self1e.flags import Parser, check_writable, checkpoint
+from self1e.flags import Parser, check_writable, checkpoint, uncollected
 
 LAYOUTS = ("internvl", "hf", "published", "self1e")
 
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parse_args(sys.argv[1:] if argv is None else argv))
     source, target = args.pop("source"), args.pop("target")
     check_writable(target.parent)
-    from self1e.apps.conversion import convert
+    with uncollected(lasting=True):
+        from self1e.apps.conversion import convert
 
     try:
         difference = convert(source, target, args.pop("layout"), **args)

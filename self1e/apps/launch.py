@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import psutil
 
-from self1e.flags import INTERRUPTED, REQUEUE, Parser
+from self1e.flags import INTERRUPTED, REQUEUE, Parser, uncollected
 
 AGAIN = 3  # seconds after which another Ctrl-C is no impatient key but a second request
 
@@ -63,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def launch(argv: Sequence[str]) -> int:
     """Run torchrun; returns the exit code of the first rank that failed (128 + N where signal N ended it), or 0."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    with uncollected(lasting=True):
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         run.main(["--signals_to_handle=SIGQUIT", *argv])  # the others are handled above, or end everything as usual

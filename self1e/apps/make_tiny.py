@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from self1e.flags import Parser, between, check_writable, whole
+from self1e.flags import Parser, between, check_writable, uncollected, whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=whole(0), default=0)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     check_writable(args.path)
-    from self1e.synthetic.tiny_internvl import make_tiny_internvl
+    with uncollected(lasting=True):
+        from self1e.synthetic.tiny_internvl import make_tiny_internvl
 
     try:
         print(make_tiny_internvl(**vars(args)))

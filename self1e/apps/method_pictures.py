@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from self1e.apps.pictures import find_pictures
-from self1e.flags import Parser, check_writable, checkpoint, told
+from self1e.flags import Parser, check_writable, checkpoint, told, uncollected
 from self1e.model.prompts import check_prompt
 
 
@@ -42,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(args.output)
     except (ValueError, OSError) as error:
         parser.error(told(error))
-    from self1e import Self1EForSegmentation, Self1EProcessor
-    from self1e.apps.method_parts import compute_parts, draw
-    from self1e.data.sample import SampleError, load_image
+    with uncollected(lasting=True):
+        from self1e import Self1EForSegmentation, Self1EProcessor
+        from self1e.apps.method_parts import compute_parts, draw
+        from self1e.data.sample import SampleError, load_image
 
     try:
         image = load_image(photo)

@@ -134,9 +134,10 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         **{name: getattr(args, name) for name in DataConfig.flags()},
     )
     require_paths(data.paths() + split_paths(splits, args.dataset_dir))
-    continued = args.resume or args.auto_resume and checkpoints_in(args.run_dir / "checkpoints")
-    if distributed.is_main() and not continued:
-        check_unused(args.run_dir, overwrite=args.overwrite)
+    if distributed.is_main():  # the others must not look into folders that may be removed here
+        continued = args.resume or args.auto_resume and checkpoints_in(args.run_dir / "checkpoints")
+        if not continued:
+            check_unused(args.run_dir, overwrite=args.overwrite)
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor.tile_tokens)
     settings = training_arguments(args)  # starts the process group; before it, no rank may wait for another

@@ -135,5 +135,5 @@ def test_a_failing_row_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr(run.Settings, "lr", -1.0)
     monkeypatch.setattr(run, "prepare", lambda output, settings: None)
     with pytest.raises(ValueError, match="training ended with code"):
-        run.main([*FEW, "--suite", "auxiliary", "--output", str(tmp_path)])
+        run.main([*FEW, "--jobs", "1", "--suite", "auxiliary", "--output", str(tmp_path)])
     assert not list(tmp_path.glob("full_0"))

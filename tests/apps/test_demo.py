@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_base, make_trained
+from helpers import ROOT, free_port, make_base, make_trained
 from PIL import Image
 
 from self1e.cli import main
@@ -214,12 +214,6 @@ def test_base_model_is_refused(tmp_path, capsys):
     arguments = ["--version", str(make_base(tmp_path / "base")), "--device", "cpu", "--port", str(free_port())]
     assert main(["demo", *arguments]) == 1
     assert "--model_weights" in capsys.readouterr().err
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_the_port_is_tried_before_the_model(capsys):

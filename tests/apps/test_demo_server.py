@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_trained, noise
+from helpers import ROOT, free_port, make_trained, noise
 from PIL import Image
 
 pytestmark = pytest.mark.skipif(
@@ -44,9 +44,7 @@ def server(tmp_path_factory):
     """Address, process and temporary folder of `python -m self1e.demo`, with a picture limit of 1 megapixel."""
     folder = tmp_path_factory.mktemp("server")
     version = Path(os.environ.get("SELF1E_DEMO_MODEL") or make_trained(folder / "trained"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (folder / "tmp").mkdir()
     command = [sys.executable, "-m", "self1e.demo", "--version", str(version), "--port", str(port), "--device", "cpu"]
     command += ["--max_megapixels", "1", "--max_upload", "1mb", "--max_disk", "20mb", "--queue", str(CLIENTS)]
@@ -67,7 +65,7 @@ def server(tmp_path_factory):
         yield url, process, folder
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
 
 def peak_memory(pid: int) -> int:

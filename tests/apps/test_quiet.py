@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, make_base
+from helpers import ROOT, free_port, make_base
 from PIL import Image
 
 BAR = re.compile(r"\s*\d+%\|.*\|\s*[\d.]+/[\d.]+ \[.*")
-LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators=1", "--master_port=29871"]
+LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators=1"]
 OURS = re.compile(
     r"parameters, thousands|LLM |lm_head |ViT |projector |segmentation head |total |samples on disk: |an epoch: |"
     r"starting anew|step \d|saved |warning: the run has |never reaches its peak|--grad_accumulation_steps|$"
@@ -53,7 +53,8 @@ def test_a_run_prints_its_own_lines_and_bars_alone(launcher, tmp_path):
     flags = f"--version {make_base(tmp_path / 'base')} --exp_name e --dataset custom --custom_data mine.csv --no_eval"
     flags += " --max_steps 1 --batch_size 1 --grad_accumulation_steps 1 --precision fp32 --use_llm_lora"
     flags += f" --workers {(os.cpu_count() or 1) + 1}"
-    done = run([*launcher, str(ROOT / "train_hf_ivl_seq.py"), *flags.split()], tmp_path)
+    port = [f"--master_port={free_port()}"] if launcher == LAUNCHER else []
+    done = run([*launcher, *port, str(ROOT / "train_hf_ivl_seq.py"), *flags.split()], tmp_path)
     lines = re.split(r"[\r\n]+", done.stdout + "\n" + done.stderr)
     assert [line for line in lines if line.strip() and not OURS.match(line) and not BAR.fullmatch(line)] == []
     assert "an epoch: 1 sample, 1 step of 1 photo x 1 micro-batch x 1 rank" in lines

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, noise
+from helpers import ROOT, free_port, noise
 
 SPACE = ROOT / "examples" / "space"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -40,9 +39,7 @@ def start(space: Path, **variables: str) -> subprocess.Popen:
 def test_the_space_answers_with_the_checkpoint_of_its_variable(space, version, tmp_path):
     from gradio_client import Client, handle_file
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     app = start(space, SELF1E_VERSION=version, GRADIO_SERVER_NAME="127.0.0.1", GRADIO_SERVER_PORT=port)
     try:
         for line in app.stdout:
@@ -58,7 +55,7 @@ def test_the_space_answers_with_the_checkpoint_of_its_variable(space, version, t
         (record,) = json.loads(Path(files[1]).read_text())
         assert "a thing" in text and (record["width"], record["height"]) == (40, 30)
         app.terminate()
-        assert app.wait(30) == 0
+        assert app.wait(120) == 0
     finally:
         app.kill()
 

@@ -6,8 +6,8 @@ in `mine/`; the photos `a.jpg` and `photos/b.png`. The environment is the activa
 
 A block changes in two places only: training takes one step without evaluation (`--max_steps 1 --no_eval`), and a
 launcher gets a free port. The Python blocks of a page run one after another, since later ones use what earlier ones
-made. `self1e` runs as a program in the README and in this process on the other pages. What does not run here stands
-in `LEFT_OUT`, with the reason.
+made. `self1e` and training run as programs in the README and in this process on the other pages. What does not run
+here stands in `LEFT_OUT`, with the reason.
 """
 
 import csv
@@ -16,7 +16,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from glob import glob
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_base, make_trained
+from helpers import ROOT, free_port, make_base, make_trained
 from PIL import Image
 
 from self1e import cli
@@ -142,10 +141,7 @@ def shortened(text: str) -> str:
     commands = text.replace("\\\n", " ").splitlines()
     text = "\n".join(line for line in commands if not line.startswith(tuple(LEFT_OUT)))
     text = text.replace("train_hf_ivl_seq.py", "train_hf_ivl_seq.py --max_steps 1 --no_eval")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return re.sub(r"deepspeed (--master_port=\d+)?", f"deepspeed --master_port={port} ", text)
+    return re.sub(r"deepspeed (--master_port=\d+)?", f"deepspeed --master_port={free_port()} ", text)
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("bash"))
@@ -159,9 +155,11 @@ def test_bash(page, text, place, models, request):
     for name in set(re.findall(r"runs/(\w+)/eval/", text)):  # the block reads what an evaluation wrote
         shutil.copytree(request.getfixturevalue("evaluated"), place / f"runs/{name}/eval")
     commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
-    if page != "README.md" and all(words[0] == "self1e" for words in commands):
-        for _, *words in commands:
-            assert cli.main([path for word in words for path in (glob(word) if "*" in word else [word])]) == 0, words
+    if page != "README.md" and all(words[0] in ("self1e", "deepspeed") for words in commands):
+        for name, *words in commands:
+            main = cli.main if name == "self1e" else run.main
+            words = words if name == "self1e" else words[words.index("train_hf_ivl_seq.py") + 1 :]
+            assert main([path for word in words for path in (glob(word) if "*" in word else [word])]) == 0, words
         return
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, env=environment(place), timeout=600

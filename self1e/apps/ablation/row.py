@@ -6,6 +6,7 @@ FOLDER gets the run, `units.jsonl` (one line per sentence) and `curve.json`. An 
 that all rows share: it trains a head of its own and is not measured.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -66,4 +67,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as `flags.uncollected` does for programs that import later
     raise SystemExit(main(sys.argv[1:]))

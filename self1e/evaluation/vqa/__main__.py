@@ -2,14 +2,15 @@
 
 import sys
 
-from self1e.flags import guarded
+from self1e.flags import guarded, uncollected
 
 
 def main() -> int:
     from self1e.evaluation.vqa.arguments import parse_args  # here, so that Ctrl-C ends it by the guard below
 
     args = parse_args()
-    from self1e.evaluation.vqa.run import start
+    with uncollected(lasting=True):
+        from self1e.evaluation.vqa.run import start
 
     return start(args)
 
