@@ -63,7 +63,13 @@ def draw_curves(history: Log, path: Path, healthy: HealthyCurves | None = None) 
     One panel each for the losses, the learning rates and, where the run validated, gIoU and cIoU of its splits.
     """
     from matplotlib.figure import Figure  # half a second that no other command should wait for
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogFormatter, MaxNLocator
+
+    class PlainFormatter(LogFormatter):
+        """The library's choice of ticks, as 0.6 and not as 6e-01."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
 
     rates = [name for name in _logged(history) if name.startswith("lr_")]
     panels = {"loss": TERMS, "learning rate": rates, "validation": _scores(history)}
@@ -86,7 +92,8 @@ def draw_curves(history: Log, path: Path, healthy: HealthyCurves | None = None) 
         if title == "loss" and all(value > 0 for _, values in found.values() for value in values):
             axes.set_yscale("log")  # terms differ tenfold, and so do the first and the last loss
             axes.yaxis.set_major_formatter("{x:g}")  # 0.1 and not a power of ten
-            axes.yaxis.set_minor_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(PlainFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
         axes.legend(fontsize=7)

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 from helpers import read_json
+from matplotlib.figure import Figure
 from PIL import Image
 
 from self1e.training.curves import draw_curves, series, write_curves
@@ -65,3 +66,19 @@ def test_healthy_runs_lie_behind_the_figures_that_they_have(tmp_path):
         np.asarray(Image.open(io.BytesIO(pictures["loss"])), int),
     )
     assert np.abs(pixels[0] - pixels[1])[:, :600].any(2).mean() > 0.02
+
+
+def test_ticks_are_plain_numbers_and_whole_steps(monkeypatch, tmp_path):
+    labels, save = {"x": [], "y": []}, Figure.savefig
+
+    def savefig(figure, *args, **options):
+        save(figure, *args, **options)
+        for axes in figure.axes:
+            labels["x"] += [label.get_text() for label in axes.get_xticklabels()]
+            labels["y"] += [label.get_text() for label in axes.get_yticklabels(which="both")]
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    draw_curves([{"step": step, "loss": 3.3 / step} for step in (1, 2, 3, 8)], tmp_path / "curves.png")
+    draw_curves([{"step": 7, "loss": 1.0}], tmp_path / "point.png")
+    assert "7" in labels["x"] and all(label.isdigit() for label in labels["x"] if label)
+    assert {"0.6", "2"} <= {*labels["y"]} and not [label for label in labels["y"] if "e" in label]
