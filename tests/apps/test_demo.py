@@ -16,6 +16,7 @@ from helpers import ROOT, free_port, make_base, make_trained
 from PIL import Image
 
 from self1e.cli import main
+from self1e.visualize import enlarge
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="Gradio is not installed (pip install 'self1e[demo]')"
@@ -70,7 +71,7 @@ def test_answer_has_overlay_text_and_downloads(demo, picture):
     from self1e.apps.page import KEEP, paint
 
     ((painted, text, files, folder),) = ask(demo, picture, "the <b>star</b>\n\n Which one? \n", opacity=1.0)
-    assert painted.size == (60, 40)
+    assert painted.size == (8 * 60, 8 * 40)  # small pictures are drawn larger
     assert text.count('class="seg"') == 2 and "&lt;b&gt;star" in text and "<b>star" not in text
     assert text.count("score 0.") == 2
     names = [Path(file).name for file in files]
@@ -82,7 +83,7 @@ def test_answer_has_overlay_text_and_downloads(demo, picture):
         assert np.array(Image.open(archive.open(found[0]["mask"]))).shape == (40, 60)
     named = {record[kind] for record in found for kind in ("image", "mask", "overlay")}
     assert held == named | {"predictions.json"}
-    original = np.asarray(Image.open(picture), float)
+    original = np.asarray(enlarge(Image.open(picture)), float)
     faint, strong = (np.abs(np.asarray(paint(folder, opacity), float) - original).mean() for opacity in (0, 1))
     assert faint < strong == np.abs(np.asarray(painted, float) - original).mean()
     os.utime(folder, (0, time.time() - KEEP - 60))
