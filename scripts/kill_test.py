@@ -14,9 +14,15 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1] / "tests/training/test_kill.py"
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("points", type=int, help="how many points are tried")
-parser.add_argument("--seed", type=int, default=0, help="of the first point; the next ones have the next seeds")
-arguments = parser.parse_args()
-os.environ |= {"SELF1E_KILL_POINTS": str(arguments.points), "SELF1E_KILL_SEED": str(arguments.seed)}
-sys.exit(pytest.main(["-q", "-k", "kill_anywhere", str(TESTS)]))
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("points", type=int, help="how many points are tried")
+    parser.add_argument("--seed", type=int, default=0, help="of the first point; the next ones have the next seeds")
+    arguments = parser.parse_args()
+    os.environ |= {"SELF1E_KILL_POINTS": str(arguments.points), "SELF1E_KILL_SEED": str(arguments.seed)}
+    return int(pytest.main(["-q", "-k", "kill_anywhere", str(TESTS)]))
+
+
+if __name__ == "__main__":  # the runs that are killed import this file
+    sys.exit(main())

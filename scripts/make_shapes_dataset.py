@@ -6,4 +6,5 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from self1e.cli import main  # noqa: E402
 
-sys.exit(main(["make-shapes", *sys.argv[1:]]))
+if __name__ == "__main__":
+    sys.exit(main(["make-shapes", *sys.argv[1:]]))

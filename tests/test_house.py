@@ -92,6 +92,12 @@ def test_files_fit_on_a_few_screens():
     assert not {name: length for name, length in lengths.items() if length > LONGEST}
 
 
+def test_scripts_do_nothing_when_they_are_imported():
+    """Processes that they start import them anew, where Python does not fork."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]:
+        assert 'if __name__ == "__main__":' in path.read_text(), path
+
+
 def test_importing_is_light_and_needs_no_unix():
     """In a fresh interpreter where `fcntl` cannot be imported, as on Windows."""
     lines = (

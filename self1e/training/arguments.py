@@ -151,7 +151,7 @@ def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         parser.error(f"--config {told(error)}")
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         parser.error(f"--config {path}: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {path}: expected lines of 'flag: value'")
@@ -159,6 +159,8 @@ def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     for name, value in values.items():
         if f"--{name}" not in parser._option_string_actions or name == "config":
             parser.error(f"--config {path}: {name} is no flag of this program; see --help")
+        if isinstance(value, (list, dict, set)):  # whose text may grow without end, by aliases of aliases
+            parser.error(f"--config {path}: {name} holds several values; expected one")
         if value is True:
             flags.append(f"--{name}")
         elif value is False:

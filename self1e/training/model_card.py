@@ -84,7 +84,10 @@ def write_model_card(
     earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
     command = command or next(iter(COMMAND.findall(earlier)), None)
     head = HEADER.match(earlier)
-    before = yaml.safe_load(head[1]) if head else {}
+    try:
+        before = dict(yaml.safe_load(head[1])) if head else {}
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its header is no YAML of names and values; delete the file") from error
     base = base or before.get("base_model")
     base = Path(base).name if base and Path(base).is_dir() else base  # a path of this machine tells nobody anything
     config, named = Self1EConfig.from_pretrained(folder), folder.resolve()

@@ -156,6 +156,8 @@ def test_ready_sets_are_described(set_name):
         ("parquet|nothing|test", "neither a path.*muse_val"),
         ("parquet|{folder}/no.yaml|test", "no.yaml"),
         ("parquet|{folder}/bad.yaml|test", "bad.yaml does not describe.*source, columns, query, note"),
+        ("parquet|{folder}/deep.yaml|test", "deep.yaml does not describe"),
+        ("parquet|{folder}/list.yaml|test", "list.yaml does not describe.*no text"),
         ("parquet|{folder}/odd.yaml|test", "odd.yaml does not describe.*unknown column 'picture'"),
         ("parquet|{folder}|val", "none of its Parquet files is of the split 'val': broken.parquet, test.parquet"),
         ("parquet|{folder}|test", "test.parquet: no column image, text among mask; name them in a YAML"),
@@ -166,6 +168,8 @@ def test_faults_are_named(tmp_path, name, words):
     write(tmp_path, [{"mask": None}], "test.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     (tmp_path / "bad.yaml").write_text("- a")
+    (tmp_path / "deep.yaml").write_text("source: " + "[" * 100_000)
+    (tmp_path / "list.yaml").write_text("source: [[a]]")
     (tmp_path / "odd.yaml").write_text("{source: x, columns: {picture: p}}")
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         load_split(name.format(folder=tmp_path), "nowhere")

@@ -214,6 +214,10 @@ def test_model_card(folder, tmp_path, capsys):
     os.utime(tmp_path / "exp/eval/summary.md", (0, 0))
     assert "59.4" not in write_model_card(checkpoint).read_text(), "scores of weights that are replaced now"
     assert "59.4" in write_model_card(checkpoint, results=tmp_path / "exp").read_text()
+    for header in "a: [", "- a", "a: " + "[" * 100_000:
+        (checkpoint / "README.md").write_text(f"---\n{header}\n---\n")
+        with pytest.raises(ValueError, match="README.md: its header is no YAML"):
+            write_model_card(checkpoint)
     with pytest.raises(SystemExit):
         model_card([str(tmp_path)])
     assert "config.json is missing" in capsys.readouterr().err

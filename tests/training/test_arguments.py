@@ -209,6 +209,10 @@ def test_yaml_is_a_command_line_that_comes_first(capsys, tmp_path):
         "out_dim: 256": "--out_dim is refused",
         "- lr": "expected lines",
         "lr: [": "recipe.yaml",
+        "lr: [1]": "lr holds several values; expected one",
+        "lr: " + "[" * 100_000: "recipe.yaml",
+        "lr: !!python/object/apply:os.mkdir [ran]": "recipe.yaml",
+        f"lr: [&a0 [x, x], {', '.join(f'&a{k} [*a{k - 1}, *a{k - 1}]' for k in range(1, 60))}]": "several values",
     }.items():
         config.write_text(text)
         assert says in refusal(capsys, "--config", str(config))

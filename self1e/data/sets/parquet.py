@@ -57,6 +57,9 @@ class ParquetSet:
     note: str = ""
 
     def __post_init__(self) -> None:
+        texts = [self.source, self.query, self.note, *dict(self.columns), *dict(self.columns).values()]
+        if not all(isinstance(text, str) for text in texts):  # of a user's file, or a stranger's
+            raise TypeError("one of its values is no text")
         check_known("unknown column", self.columns, COLUMNS)
         if self.query not in QUERIES:
             raise ValueError(f"query is {self.query!r}; expected one of {', '.join(QUERIES)}")
@@ -80,7 +83,7 @@ def describe(source: str) -> ParquetSet:
         try:
             values = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
             return ParquetSet(**values)
-        except (yaml.YAMLError, TypeError, ValueError) as error:
+        except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             known = ", ".join(each.name for each in fields(ParquetSet))
             raise ValueError(f"{source} does not describe a Parquet set ({error}); expected: {known}") from error
     if Path(source).exists() or source.count("/") == 1:
