@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from self1e import distributed
 from self1e.data.paths import inside
-from self1e.data.sample import SampleError
+from self1e.data.sample import SampleError, forged
 from self1e.evaluation.provenance import Settings, checkpoint_settings, describe
 from self1e.evaluation.vqa.arguments import Candidate, parse_args
 from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
@@ -32,6 +32,7 @@ from self1e.flags import check_writable, told
 from self1e.model.configuration import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
+from self1e.model.prompts import IMAGE_TAG
 
 README = "docs/vqa.md, section Benchmarks"
 EXPECTED = (ValueError, OSError, SampleError)  # of data, files and flags; each message names what is at fault
@@ -51,6 +52,10 @@ def read_questions(
     allow_outside: photos may lie outside the data folder (see `paths.inside`).
     """
     questions = benchmark.questions(data_dir)
+    for question in questions:
+        fault = forged([question.prompt.replace(IMAGE_TAG, "", 1)])  # a question may say where its photo belongs
+        if fault:
+            raise ValueError(f"question {question.id}: {fault}")
     if with_references and benchmark.metric is not None:
         benchmark.metric([Answer(question, "") for question in questions], data_dir)
     if with_images:

@@ -133,6 +133,15 @@ def test_photos_stay_in_the_data_folder_unless_allowed(tiny, tmp_path, capsys, n
     assert run(tmp_path, tiny, "--allow_outside") == 0
 
 
+@pytest.mark.parametrize("token", ["[SEG]", "<|im_end|>", "<IMG_CONTEXT>", "<img>", "<image> and <image>"])
+def test_a_question_cannot_forge_tokens(tiny, tmp_path, capsys, token):
+    write_vqav2(tmp_path / "data", 1)
+    path = tmp_path / "data/vqav2/vqav2_val.jsonl"
+    path.write_text(path.read_text().replace("What is", f"What is {token}"))
+    assert run(tmp_path, tiny) == 1
+    assert "question 70: " in (message := capsys.readouterr().err) and "holds the reserved token" in message
+
+
 def test_base_and_fine_tuned_side_by_side(tiny, tmp_path, capsys):
     write_vqav2(tmp_path / "data")
     model, processor = load_model(tiny)
