@@ -1,5 +1,6 @@
 """Photos that worker processes read ahead of the model."""
 
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -29,16 +30,18 @@ def read_ahead(
     learn of it. Whoever iterates raises it. name: what the item of a number is called where its reader raises what it
     should not, or its worker dies. watchdog: hears which item is waited for, and which one is worked on.
     """
-    loader = DataLoader(
-        dataset,
-        sampler=order,
-        batch_size=None,
-        collate_fn=_as_is,
-        num_workers=min(workers, len(order)),
-        worker_init_fn=ignore_requests_to_stop,
-        generator=torch.Generator(),  # or the loader would draw from the global one, and training after it change
-    )
-    items = iter(loader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # `workers` suits more cores
+        loader = DataLoader(
+            dataset,
+            sampler=order,
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=min(workers, len(order)),
+            worker_init_fn=ignore_requests_to_stop,
+            generator=torch.Generator(),  # or the loader would draw from the global one, and training after it change
+        )
+        items = iter(loader)
     for number in order:
         if watchdog is not None:
             watchdog.reading(name(number))
