@@ -28,6 +28,7 @@ ORIENT = {
 
 
 T = TypeVar("T")
+IGNORED = 255  # value of a pixel that no class or score counts
 NAMED = 10  # faulty annotations of a photo that one message names
 MAX_PIXELS = 2 * 89_478_485  # of a picture, as Pillow allows
 MAX_OUTLINE = 4_000_000  # pixels along all polygons of an annotation; the library keeps five points for each
@@ -183,7 +184,7 @@ def paint_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
                 raise ValueError("a shape needs finite points (x, y)")
             points = points.astype(np.int32)
             area = int(_paint(np.zeros((height, width), np.uint8), points, 1).sum())
-            polygons.append((area, points, 255 if "ignore" in label else 1))
+            polygons.append((area, points, IGNORED if "ignore" in label else 1))
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"shape without {error}") from error
     mask = np.zeros((height, width), np.uint8)

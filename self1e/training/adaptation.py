@@ -8,12 +8,12 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from self1e.model.checkpoints import HEAD
 from self1e.training.flags import LLM_LINEARS
 
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2")
 
 LLM, VISION, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
-HEAD = "segmentation_head."
 PARTS = {
     "LLM embeddings": LLM + "embed_tokens.",
     "LLM layers": LLM,

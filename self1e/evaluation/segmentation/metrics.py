@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from self1e.data.masks import decode_segmentation
+from self1e.data.masks import IGNORED, decode_segmentation
 
-IGNORE = 255
 LISA_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 RELA_THRESHOLDS = (0.7, 0.8, 0.9)
 
@@ -80,7 +79,7 @@ def count_pixels(prediction, target) -> dict[str, list[int]]:
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-    predicted, wanted = prediction & (target != IGNORE), target == 1
+    predicted, wanted = prediction & (target != IGNORED), target == 1
     counts = {"I": predicted & wanted, "U": predicted | wanted, "target_pixels": wanted, "predicted_pixels": predicted}
     return {name: pixels.sum((-2, -1)).tolist() for name, pixels in counts.items()}
 
