@@ -22,7 +22,7 @@ class CocoIndex:
 
     @property
     def sha256(self) -> str:
-        """Of the file."""
+        """The SHA-256 of the file."""
         return self._index.sha256
 
     @property
@@ -52,7 +52,7 @@ class CocoIndex:
         return file_name, height, width
 
     def annotation(self, annotation_id: int) -> dict:
-        """As in the file: id, image_id, category_id, segmentation, ... Raises KeyError for an unknown id."""
+        """An annotation as it stands in the file. Raises KeyError for an unknown id."""
         ids = self._index.array("annotation_ids")
         place = np.searchsorted(ids, annotation_id)
         if place == len(ids) or ids[place] != annotation_id:

@@ -62,7 +62,7 @@ class Family:
 
 
 class ReasoningFamily(Family):
-    """Its value goes on with the splits to train on, "ReasonSeg|train_val"."""
+    """A family whose flag also names the splits to train on, as in "ReasonSeg|train_val"."""
 
     def choose(self, flag: str, value: str | None, **options: Any) -> tuple[SetChoice, ...]:
         names, _, splits = (value or "").partition("|")
@@ -74,7 +74,7 @@ class ReasoningFamily(Family):
 
 
 class CustomFamily(Family):
-    """Its value is paths of own data; each is a set."""
+    """A family whose flag holds paths of own data, each of which is a set."""
 
     def choose(self, flag: str, value: str | None, **options: Any) -> tuple[SetChoice, ...]:
         if not value:

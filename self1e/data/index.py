@@ -71,7 +71,7 @@ class Index:
 
     @property
     def sha256(self) -> str:
-        """Of the source, taken when it was read."""
+        """The SHA-256 of the source when it was read."""
         return self.meta["sha256"]
 
     def table(self, name: str) -> Records:

@@ -67,7 +67,7 @@ class Self1EConfig(InternVLConfig):
 
     @property
     def ratio(self) -> int:
-        """r: patches a side that one image token stands for."""
+        """r: patches per side that one image token stands for."""
         return round(1 / self.downsample_ratio)
 
     @property
@@ -82,7 +82,7 @@ class Self1EConfig(InternVLConfig):
 
     @property
     def tile_size(self) -> int:
-        """Pixels a tile side."""
+        """Pixels per side of a tile."""
         return self.vit.image_size[0]
 
     @property

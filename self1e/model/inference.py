@@ -81,7 +81,7 @@ class InferenceMixin:
             rows_per_forward: prompts in one pass, and photos encoded together.
 
         Returns:
-            One result a prompt; for several photos such a list each.
+            One result per prompt; for several photos such a list each.
 
         Raises:
             ValueError: no trained head, an empty prompt, a reserved token in it, a threshold outside 0..1, prompt
@@ -310,7 +310,9 @@ def _prompts_per_photo(prompts, photos: int) -> list[list[str]]:
     if all(isinstance(prompt, str) for prompt in prompts):
         return [prompts] * photos
     if len(prompts) != photos or any(isinstance(texts, str) for texts in prompts):
-        raise ValueError(f"{len(prompts)} lists of prompts for {photos} photos: give one a photo, or one list for all")
+        raise ValueError(
+            f"{len(prompts)} lists of prompts for {photos} photos: give one per photo, or one list for all"
+        )
     return [list(texts) for texts in prompts]
 
 

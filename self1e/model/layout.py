@@ -101,7 +101,7 @@ class Layout:
         return replace(self, index=self.index.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Layout":
-        """As a DataLoader asks for, so that the copy to the GPU does not block."""
+        """The same in pinned memory, which a DataLoader asks for so that the copy to the GPU does not block."""
         return replace(self, index=self.index.pin_memory())
 
 
@@ -135,7 +135,7 @@ class PackedMasks(Sequence):
         return self._with(self.flat.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedMasks":
-        """As a DataLoader asks for, so that the copy to the GPU does not block."""
+        """The same in pinned memory, which a DataLoader asks for so that the copy to the GPU does not block."""
         return self._with(self.flat.pin_memory())
 
     def _with(self, flat: Tensor) -> "PackedMasks":

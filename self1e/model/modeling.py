@@ -1,7 +1,7 @@
 """Self1E: InternVL that segments by itself. The model is transformers' InternVL plus a head and a mask overlay.
 
-Shape legend: T tiles of all images, I images, R rows (conversations), N tokens a row, S patches and L = S/r image
-tokens a tile side, h w an image's stitched grid of image tokens, Cv and C widths of ViT and LLM, m `[SEG]`s.
+Shape legend: T tiles of all images, I images, R rows (conversations), N tokens per row, S patches and L = S/r image
+tokens per side of a tile, h w an image's stitched grid of image tokens, Cv and C widths of ViT and LLM, m `[SEG]`s.
 """
 
 from collections.abc import Iterator, Sequence

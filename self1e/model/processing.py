@@ -54,7 +54,7 @@ def cut_tiles(
 
     Args:
         image: any mode; its EXIF orientation is applied.
-        size: pixels a tile side.
+        size: pixels per side of a tile.
         max_tiles: the grid nearest the photo's aspect ratio with at most this many tiles wins (InternVL's rule).
         thumbnail: append the whole photo as one more tile when there are several (VQA evaluation).
 
@@ -78,7 +78,7 @@ class Self1EProcessor(ProcessorMixin):
 
     Args:
         tokenizer: a Qwen2 tokenizer with InternVL's image tokens; `[SEG]` then `[SEGT]` are added where missing.
-        image_size: pixels a tile side.
+        image_size: pixels per side of a tile.
         tile_tokens: image tokens per tile.
     """
 
@@ -155,7 +155,7 @@ class Self1EProcessor(ProcessorMixin):
         """
         targets = [None] * len(images) if mask_targets is None else mask_targets
         if not len(images) == len(conversations) == len(targets):
-            raise ValueError("images, conversations and mask_targets must have one entry a photo each")
+            raise ValueError("images, conversations and mask_targets must have one entry per photo")
         options: dict[str, Any] = {"max_tiles": max_tiles, "thumbnail": thumbnail, "max_length": max_length}
         encoded = [self.encode(*entry, **options) for entry in zip(images, conversations, targets)]
         batch = self.collate(encoded, padding_side=padding_side)

@@ -43,7 +43,7 @@ class Referring:
 
 
 def write_referring(root: Path, groups: dict[str, list[Scene]], seed: int) -> None:
-    """refcoco, refcoco+, refcocog, grefcoco, refclef: two expressions a shape in every set but grefcoco.
+    """refcoco, refcoco+, refcocog, grefcoco, refclef: two expressions per shape in every set but grefcoco.
 
     The first names colour and kind; the second is another look, or, where the set allows it, a place.
     """

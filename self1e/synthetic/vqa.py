@@ -30,7 +30,7 @@ def write_vqa(root: Path, train: list[Scene], val: list[Scene], seed: int) -> No
 
 
 def write_open_ended(root: Path, name: str, split: str, scenes: list[Scene], seed: int) -> None:
-    """One of the four sets with ten answers a question: photos, jsonl, questions and annotations."""
+    """One of the four sets with ten answers per question: photos, jsonl, questions and annotations."""
     folder = {
         "vqav2": f"{split}2014", "okvqa": f"{split}2014", "textvqa": "train_images", "vizwiz": split,
     }[name]  # fmt: skip
@@ -133,7 +133,7 @@ def write_pope(root: Path, scenes: list[Scene], seed: int) -> None:
 
 
 def write_mme(root: Path, scenes: list[Scene], seed: int) -> None:
-    """MME: fourteen tables, two questions a photo, yes then no."""
+    """MME: fourteen tables, two questions per photo, yes then no."""
     tables = (
         "existence count position color posters celebrity scene landmark artwork OCR commonsense_reasoning "
         "numerical_calculation text_translation code_reasoning"
@@ -172,7 +172,7 @@ def write_mme(root: Path, scenes: list[Scene], seed: int) -> None:
 
 
 def write_mmbench(root: Path, scenes: list[Scene], seed: int) -> None:
-    """MMBench: dev and test, English and Chinese, every question once a rotation of its four options."""
+    """MMBench: dev and test, English and Chinese, every question once per rotation of its four options."""
     columns = "index question hint A B C D answer category image source l2-category comment split".split()
     for name, chinese, test in (
         ("dev_20230712", False, False),

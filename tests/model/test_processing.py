@@ -192,7 +192,7 @@ def test_counts_that_do_not_match_are_errors(tiny_processor):
     with pytest.raises(ValueError, match="2 rows but masks for 1"):
         tiny_processor(images=[image], conversations=[[row, row]], mask_targets=[[mask]])
     for conversations, targets in (([[row], [row]], None), ([[row]], [[mask], [mask]]), ([[row]], [])):
-        with pytest.raises(ValueError, match="one entry a photo"):
+        with pytest.raises(ValueError, match="one entry per photo"):
             tiny_processor(images=[image], conversations=conversations, mask_targets=targets)
     with pytest.raises(ValueError, match="padding_side='both'"):
         tiny_processor(images=[image], conversations=[[row]], padding_side="both")

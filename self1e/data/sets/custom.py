@@ -125,7 +125,6 @@ class CustomData(ExpressionData):
         return inside(self.source.parent, self._place(name, below), allow_outside=self.allow_outside)
 
     def file_name(self, item: int) -> str:
-        """Of the photo, as in the source."""
         return self._photo(item)[0]
 
     def expressions(self, item: int) -> list[Expression]:

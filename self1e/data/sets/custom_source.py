@@ -81,7 +81,7 @@ def _once(value: Any, seen: Container, what: str) -> None:
 
 
 def _sentences(annotation: dict) -> list[str]:
-    """Its captions and phrases, stripped. Raises ValueError."""
+    """The captions and phrases of an annotation, stripped. Raises ValueError for what is neither."""
     found = []
     for field in ("captions", "phrases"):
         value = annotation.get(field) or []

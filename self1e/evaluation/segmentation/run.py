@@ -249,7 +249,7 @@ def evaluate_splits(
         dataset_dir: root of the segmentation data. output_dir: made when absent; rank 0 writes.
         allow_outside: photos may lie outside the folders of their split (see `data.paths.inside`).
         workers: decoding processes per rank. rows_per_forward: sentences of a photo in one pass.
-        model_max_length: tokens a row may have. high_res: up to 4 tiles per photo.
+        model_max_length: the most tokens of a row. high_res: up to 4 tiles per photo.
         visualize: pictures of the worst sentences in `<output_dir>/<split>/`, and an overview.
         show: takes each finished split on rank 0: its name, photos and units.
         skip_missing: leave out splits whose data is absent, with a message, instead of raising.

@@ -85,7 +85,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Records of a file with one JSON object a line; blank lines are skipped."""
+    """Records of a file with one JSON object per line; blank lines are skipped."""
     records = []
     with reading(path):
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):

@@ -40,7 +40,7 @@ def table_scores(rows: Sequence[tuple[str, str]]) -> dict:
         ValueError: odd number of rows.
     """
     if len(rows) % 2:
-        raise ValueError(f"an MME table holds two rows a photo, here is an odd number, {len(rows)}")
+        raise ValueError(f"an MME table holds two rows per photo, here is an odd number, {len(rows)}")
     right = [None if "\t" in reply else read_reply(reply) == truth.lower() for reply, truth in rows]
     counted = [row for row in right if row is not None]
     both = [first is True and second is True for first, second in zip(right[::2], right[1::2])]
