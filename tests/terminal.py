@@ -52,7 +52,7 @@ class Terminal:
     def type(self, keys: bytes) -> None:
         os.write(self.own, keys)
 
-    def finish(self, *, timeout: float = 120) -> tuple[int, str]:
+    def finish(self, *, timeout: float = 400) -> tuple[int, str]:
         """Wait for the end; returns the exit code and all that was printed."""
         self.read_until(None, timeout=timeout)
         code = self.process.wait(timeout=timeout)

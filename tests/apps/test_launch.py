@@ -41,7 +41,7 @@ def start(tmp_path):
         command = [*LAUNCH, "--nproc_per_node=2", tmp_path / "program.py", *arguments]
         terminal = Terminal(command, environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, folder=tmp_path)
         for rank in range(0 if arguments else 2):
-            terminal.read_until(f"rank {rank} is ready", timeout=120)
+            terminal.read_until(f"rank {rank} is ready", timeout=400)
         return terminal
 
     return start
@@ -73,7 +73,7 @@ def test_the_code_is_that_of_the_rank_that_failed(start):
 def test_the_code_of_a_killed_rank_is_that_of_a_shell(tmp_path):
     (tmp_path / "program.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     command = [*LAUNCH, "--nproc_per_node=2", str(tmp_path / "program.py")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 128 + signal.SIGKILL and "Traceback" not in done.stderr
     assert "exitcode: -9" in done.stderr
 

@@ -61,7 +61,7 @@ def test_the_space_answers_with_the_checkpoint_of_its_variable(space, version, t
 
 
 def test_a_space_without_its_variable_says_so(space):
-    printed, _ = (app := start(space)).communicate(timeout=120)
+    printed, _ = (app := start(space)).communicate(timeout=400)
     assert app.returncode == 1 and printed.startswith("SELF1E_VERSION is not set") and "Traceback" not in printed
 
 

@@ -120,9 +120,9 @@ def test_several_processes_may_build_at_once(tmp_path, cache):
     processes = [context.Process(target=_open_in_process, args=(source, results), daemon=True) for _ in range(4)]
     for process in processes:
         process.start()
-    assert [results.get(timeout=60) for _ in processes] == [5000] * 4
+    assert [results.get(timeout=300) for _ in processes] == [5000] * 4
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=300)
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
 

@@ -62,7 +62,7 @@ def test_interrupted_hanging_and_continued(program, tmp_path):
 
     def at_work(terminal: Terminal) -> Terminal:
         """Wait until the second rank has written results."""
-        before, end = written(), time.monotonic() + 200
+        before, end = written(), time.monotonic() + 400
         while written() in (before, None):
             assert time.monotonic() < end and terminal.process.poll() is None, terminal.finish(timeout=9)
             time.sleep(0.01)
@@ -90,7 +90,7 @@ def test_interrupted_hanging_and_continued(program, tmp_path):
         assert second.is_running() and not journal.exists()
         time.sleep(0.01)
     second.suspend()
-    terminal.read_until("closing signal", timeout=120)  # the launcher has seen that the first rank ended
+    terminal.read_until("closing signal", timeout=400)  # the launcher has seen that the first rank ended
     second.kill()  # or it waits for this one
     code, printed = terminal.finish()
     assert code == 1 and "Traceback" not in printed, printed

@@ -23,18 +23,18 @@ def test_a_data_worker_that_hangs_is_named(tiny_version, damaged, tmp_path, wher
     photo.unlink()
     os.mkfifo(photo)
     flags = ["--dataset", "refer_seg", "--refer_seg_data", "refcoco", "--max_steps", "500", "--save_steps", "500"]
-    flags += ["--workers", "1", "--timeout", "6", "--report_to", "none", "--eval_steps", "1"]
+    flags += ["--workers", "1", "--timeout", "12", "--report_to", "none", "--eval_steps", "1"]
     flags += ["--no_eval"] if where == "training" else []
     program = [sys.executable, str(ROOT / "train_hf_ivl_seq.py")]
     done = subprocess.run(
         [*program, *command(tiny_version, damaged, tmp_path, "hangs", *flags)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    message = done.stderr[done.stderr.index("error: nothing has moved for 6 seconds (--timeout)") :]
+    message = done.stderr[done.stderr.index("error: nothing has moved for 12 seconds (--timeout)") :]
     if where == "training":
         expected = r"rank 0 reads the samples that come after .*refcoco/COCO_train2014_\d+\.jpg"
         assert re.search(expected, message), message

@@ -193,7 +193,9 @@ def evaluate(args: argparse.Namespace, output_dir: Path, device: torch.device, w
 
 
 def _progress(results: dict[str, list[dict | None]], predictions: Predictions, label: str) -> str:
-    """What an interrupted run says."""
+    """What an interrupted run says, on its first rank: under another one the first may be joining the files."""
+    if not distributed.is_main():
+        return "interrupted"
     done = [f"{name} ({result['model']})" for name, per_model in results.items() for result in per_model if result]
     answered = f"{len(predictions.read())} of {len(predictions.questions)} questions of {predictions.name} ({label})"
     return f"interrupted; done: {', '.join(done) or 'none'}; {answered}. The same command continues from there"

@@ -205,7 +205,7 @@ def test_two_processes_answer_every_question_once(tiny, tmp_path):
     (tmp_path / "data" / "pope" / "val2014" / "1.jpg").write_bytes(b"no photo")  # must not leave a rank waiting
     done = shell(
         "--version", str(tiny), "--exp_name", "e", "--datasets", "pope vqa-vqav2-val", "--device", "cpu",
-        "--num_processes", "2", "--workers", "0", cwd=tmp_path, timeout=120,
+        "--num_processes", "2", "--workers", "0", cwd=tmp_path, timeout=400,
     )  # fmt: skip
     assert done.returncode == 1 and "1.jpg" in done.stderr, done.stderr
     path = results(tmp_path) / "vqa-vqav2-val.jsonl"
