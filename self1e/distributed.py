@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -230,9 +231,18 @@ def _interruptible(heard: list[int]) -> Iterator[None]:
 
 
 def ignore_requests_to_stop(worker: int = 0) -> None:
-    """Ignore what a terminal or a cluster sends to all processes alike: a data worker is still needed then."""
+    """Ignore what a terminal or a cluster sends to all processes alike: a data worker is still needed then.
+
+    Where the program ends while it takes a picture from the worker, a thread of the worker would print a traceback.
+    """
     for each in [signal.SIGINT, *STOPS]:
         signal.signal(each, signal.SIG_IGN)
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = tell
 
 
 def _end_data_workers() -> None:

@@ -93,6 +93,29 @@ sys.exit(run_program(program, expected=(ValueError,)))
 """
 
 
+TAKEN = """
+import os, socket, time
+from multiprocessing.resource_sharer import DupFd
+from self1e.distributed import ignore_requests_to_stop
+
+ignore_requests_to_stop()
+for leave in "at once", "after a word":
+    address, _ = DupFd(0)._id  # as a worker hands its tensors out
+    with socket.socket(socket.AF_UNIX) as program:
+        program.connect(address)
+        if leave != "at once":
+            program.recv(4)
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="tensors are handed out by sockets on Unix alone")
+def test_a_data_worker_says_nothing_where_its_program_ends():
+    """Whatever the program was about to take."""
+    done = subprocess.run([sys.executable, "-c", TAKEN], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_fault_of_the_program_does_not_wait_for_its_data_workers():
     """They ignore the SIGTERM with which Python ends them, because a cluster sends it to all processes alike."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
