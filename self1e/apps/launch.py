@@ -10,10 +10,12 @@ A second Ctrl-C ends ranks that do not end by themselves.
 
 import contextlib
 import logging
+import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import psutil
 
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     before = {number: signal.signal(number, tell) for number in signals}
     try:
-        code = launch(argv)
+        code = launch(argv, parser.error)
     except KeyboardInterrupt:
         if signal.SIGINT in heard:
             raise
@@ -61,12 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def launch(argv: Sequence[str]) -> int:
-    """Run torchrun; returns the exit code of the first rank that failed (128 + N where signal N ended it), or 0."""
+def launch(argv: Sequence[str], refuse: Callable[[str], NoReturn]) -> int:
+    """Run torchrun; returns the exit code of the first rank that failed (128 + N where signal N ended it), or 0.
+
+    refuse: takes what is wrong with numbers that torchrun itself meets with a bare assertion.
+    """
     with uncollected(lasting=True):
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    flags = run.parse_args(argv)
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", flags.nnodes):
+        refuse(f"--nnodes {flags.nnodes}: expected a whole number of at least 1, or a least and a most, such as 1:4")
+    if re.fullmatch(r"0+|-\d+", flags.nproc_per_node):
+        refuse(f"--nproc_per_node {flags.nproc_per_node}: expected a whole number of at least 1, or gpu, cpu, auto")
     try:
         run.main(["--signals_to_handle=SIGQUIT", *argv])  # the others are handled above, or end everything as usual
     except ChildFailedError as failed:

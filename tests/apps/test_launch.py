@@ -83,3 +83,11 @@ def test_usage(capsys):
         main(["launch"])
     assert "it needs a program to start" in capsys.readouterr().err
     assert main(["launch", "--help"]) == 0 and "torchrun --help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--nproc_per_node=0", "--nproc_per_node=-1", "--nnodes=0", "--nnodes=x"])
+def test_numbers_that_torchrun_would_meet_with_a_traceback(flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["launch", flag, "program.py"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and flag.replace("=", " ") in error and "at least 1" in error
