@@ -63,8 +63,10 @@ def digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def fault(path: Path, expected: dict[str, Any]) -> str | None:
+def fault(path: Path, expected: Any) -> str | None:
     """How a file differs from its `digest` of earlier, or None."""
+    if not isinstance(expected, dict) or not isinstance(expected.get("bytes"), int):
+        return "has no size and sum that it could be compared with"
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != expected["bytes"]:

@@ -76,6 +76,8 @@ def faults(folder: Path) -> list[str]:
         manifest = on_main(lambda: read_json(folder / MANIFEST, dict))
     except (OSError, ValueError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
+    if SETTINGS not in manifest:
+        return [f"{MANIFEST} does not name {SETTINGS}"]
     found = gather(everywhere(lambda: {name: fault(folder / name, manifest[name]) for name in share(list(manifest))}))
     return [f"{name} {problem}" for part in found for name, problem in part.items() if problem]
 

@@ -109,6 +109,14 @@ def test_a_damaged_processor_config(copy, text):
         Self1EProcessor.from_pretrained(copy)
 
 
+@pytest.mark.parametrize("entry", [5, None, {}, {"bytes": "7"}])
+def test_sums_that_are_none(trained, tmp_path, entry):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    (folder / "checksums.json").write_text(json.dumps({"model.safetensors": entry}))
+    with pytest.raises(ValueError, match=f"{folder}/model.safetensors has no size and sum"):
+        Self1EForSegmentation.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", "null", '{"model": "a"}', "{"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer(copy, name, text):

@@ -76,6 +76,20 @@ def test_a_checkpoint_without_a_sound_manifest_is_told(run, kind):
     assert problem.startswith("manifest.json")
 
 
+FORGED = {
+    "{}": "manifest.json does not name settings.json",
+    '{"settings.json": 5}': "settings.json has no size and sum",
+    '{"settings.json": {"bytes": "7", "sha256": 1}}': "settings.json has no size and sum",
+}
+
+
+@pytest.mark.parametrize("text", FORGED)
+def test_a_manifest_that_says_nothing_is_told(run, text):
+    (run / "checkpoints/checkpoint-4/manifest.json").write_text(text)
+    (problem,) = faults(run / "checkpoints/checkpoint-4")
+    assert problem.startswith(FORGED[text])
+
+
 def test_an_older_whole_checkpoint_is_taken(run, tmp_path):
     folder = run / "checkpoints"
     shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-6")
