@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import SoftFileLock, Timeout
 
 from self1e import distributed
 from self1e.files import read_json, write_json
 
 BLOCK, BLOCKS = 4096, 64
+LOCKED = 60  # seconds that evaluations in one folder wait for each other; a write takes milliseconds
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "opencv-python-headless", "pycocotools")
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
@@ -138,10 +139,17 @@ class SettingsFile:
         )
 
     def record(self, name: str, settings: Settings) -> None:
-        """Write down the settings of `name`; evaluations of other splits may do so in the same folder at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-            write_json(self.path, {**self.read(), name: settings})
+        """Write down the settings of `name`; evaluations of other splits may do so in the same folder at once.
+
+        Raises OSError naming a lock that nobody lifts.
+        """
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with SoftFileLock(lock, timeout=LOCKED):  # holds between machines too, and leaves no file
+                write_json(self.path, {**self.read(), name: settings})
+        except Timeout:
+            raise OSError(f"{lock} is left over from an evaluation that was killed; remove it") from None
 
 
 def _short(these: dict[str, Any], others: dict[str, Any], key: str) -> str:

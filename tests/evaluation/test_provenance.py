@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from filelock import SoftFileLock
 
 from self1e.evaluation import provenance
 from self1e.evaluation.provenance import SettingsFile, checkpoint_settings, describe, fingerprint
@@ -61,6 +62,13 @@ def test_evaluations_in_one_folder_lose_no_settings_of_each_other(tmp_path, monk
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(lambda name: SettingsFile(tmp_path).record(name, {"figures": {}}), names))
     assert sorted(SettingsFile(tmp_path).read()) == names
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_a_lock_that_nobody_lifts_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "LOCKED", 0)
+    with SoftFileLock(tmp_path / ".settings.json.lock"), pytest.raises(OSError, match=r"settings\.json\.lock is left"):
+        SettingsFile(tmp_path).record("a|val", {"figures": {}})
 
 
 def test_edited_code_is_another_setting_and_a_comment_is_none(tmp_path, monkeypatch):
