@@ -12,6 +12,13 @@ from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
 
+LONGEST = ("test_two_processes.py", "test_stopping.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the tests that take minutes, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 def pytest_collection_finish():
     """Keep what the test files import out of later collections, of which every training run asks for several."""
