@@ -166,16 +166,18 @@ def _apart(one: Any, other: Any) -> tuple[Any, Any]:
 def alone_in(run_dir: Path) -> Iterator[None]:
     """Keep a second training out of the folder, where each would delete what the other writes. For the first rank.
 
-    A file system without locks lets it in. Raises ValueError where another one is at work.
+    A file system without locks lets it in, and the message says so. Raises ValueError where another one is at work.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
     try:
-        with suppress(NotImplementedError):
-            lock.acquire(timeout=ENDING)
+        lock.acquire(timeout=ENDING)
+    except NotImplementedError:
+        say(f"{run_dir}: this file system has no locks, so nothing keeps a second training out of the folder")
     except Timeout:
         raise ValueError(
-            f"{run_dir}: another training is at work in this folder; wait for its end, or give another --exp_name"
+            f"{run_dir}: another training is at work in this folder; wait for its end, or give another --exp_name. "
+            f"If there is none, its machine went down: remove {run_dir / '.lock'}"
         ) from None
     try:
         shutil.rmtree(run_dir / "checkpoints" / "partial", ignore_errors=True)  # of a run that was killed

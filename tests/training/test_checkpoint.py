@@ -302,6 +302,13 @@ def test_a_second_training_is_kept_out_of_the_folder(tiny_version, shapes, tmp_p
         pass
     assert [path.name for path in run.iterdir()] == ["tensorboard"]
 
+    def without_locks(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(module.FileLock, "acquire", without_locks)
+    with module.alone_in(run):
+        assert f"{run}: this file system has no locks" in capsys.readouterr().out
+
 
 def test_a_run_keeps_what_it_is_told(tiny_version, shapes, tmp_path):
     flags = ("--max_steps", "3", "--save_steps", "1", "--eval_steps", "2", "--report_to", "none")

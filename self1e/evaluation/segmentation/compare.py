@@ -175,12 +175,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("files", nargs="+", type=Path, metavar="FILE.jsonl", help="units that an evaluation wrote")
     add("--compare", action="store_true", help="compare two files of one split: B minus A")
     add("--most", type=whole(0), default=20, help="units that differ in the table of a comparison")
-    add(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="also write every figure, of a comparison all units that differ",
-    )
+    add("--json", type=Path, metavar="FILE", help="also write every figure, of a comparison all units that differ")
     add("--pictures", type=Path, metavar="FOLDER", help="draw the units that differ; needs --dataset_dir")
     add("--dataset_dir", type=Path, help="where the data of the split lies")
     add("--split", help="the split's name; default: what the .json beside the first file says")
