@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from self1e.errors import UserError
 from self1e.flags import INTERRUPTED, REQUEUE, told
 
 T = TypeVar("T")
@@ -259,7 +260,7 @@ def _run(program: Callable[[], int], expected: tuple[type[BaseException], ...]) 
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        known = isinstance(error, expected)
+        known = isinstance(error, (UserError, *expected))
         if not launched():
             if not known:
                 raise

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from self1e.errors import UserError
+
 # What users can mend, hence one line on the screen; anything else is a fault of the program and shows its traceback.
-EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
+EXPECTED = (UserError, ValueError, OSError, ImportError, FloatingPointError)
 LARGEST = 2**31 - 1  # number that a flag takes where it names no limit: libraries count in 32 bits
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 REQUEUE = 75  # exit code of a run that was asked to stop and can be continued (EX_TEMPFAIL)

@@ -10,7 +10,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "self1e"
 # From the ground up; a room may import its own modules and those of rooms further down.
 LAYERS = (
-    ("files", "flags", "visualize"),
+    ("errors", "files", "flags", "visualize", "stop"),
     ("distributed",),
     ("model",),
     ("data",),
