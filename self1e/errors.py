@@ -1,4 +1,4 @@
-"""What is wrong with what a user typed or gave; every other exception is a fault of the code and keeps its traceback."""
+"""What is wrong with what a user gave; every other exception is a fault of the code and keeps its traceback."""
 
 from collections.abc import Iterable
 

@@ -10,7 +10,8 @@ from helpers import ROOT
 PACKAGE = ROOT / "self1e"
 # From the ground up; a room may import its own modules and those of rooms further down.
 LAYERS = (
-    ("errors", "files", "flags", "visualize", "stop"),
+    ("errors",),
+    ("files", "flags", "visualize", "stop"),
     ("distributed",),
     ("model",),
     ("data",),
