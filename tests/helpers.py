@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.model import checkpoints
+from self1e.model.weights import save_checkpoint
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,5 +80,5 @@ def make_trained(folder: Path, base: Path | None = None, **options) -> Path:
     with torch.no_grad():
         last.bias.copy_(-last.weight @ features.mean((0, 1, 2)))
     assert 0.2 < model.segment(processor, photo, "it")[0].mask.mean() < 0.8
-    checkpoints.save(model, processor, folder)
+    save_checkpoint(model, processor, folder)
     return folder

@@ -21,7 +21,7 @@ from self1e.data import sample as samples
 from self1e.data.config import FAMILIES, SetChoice
 from self1e.data.paths import missing
 from self1e.files import replacing, write_json
-from self1e.model.configuration import DTYPES
+from self1e.model.config import DTYPES
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
 from self1e.training.stream import Encode

@@ -23,10 +23,10 @@ from transformers.utils import cached_file
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.files import write_json
-from self1e.model import checkpoints
-from self1e.model.configuration import DTYPES
+from self1e.model.config import DTYPES
 from self1e.model.processing import CHAT_TEMPLATE, MEAN, STD
 from self1e.model.prompts import END_OF_TURN, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING, SEG, SEGT
+from self1e.model.weights import HEAD, quiet, save_checkpoint
 from self1e.training.model_card import write_model_card
 
 HEADLESS = ("internvl", "hf")
@@ -53,7 +53,7 @@ def load(source: str, version: str | None, dtype: torch.dtype | str):
         model = Self1EForSegmentation.from_pretrained(version, weights=source, dtype=dtype)
         return model, Self1EProcessor.from_pretrained(version)
     config = Self1EConfig.from_pretrained(source)
-    has_head = any(name.startswith(("combine_decode_proj", checkpoints.HEAD)) for name in tensor_names(source))
+    has_head = any(name.startswith(("combine_decode_proj", HEAD)) for name in tensor_names(source))
     if has_head or config.seg_token_id is not None:
         processor = Self1EProcessor.from_pretrained(source)  # first: it tells when --version is needed
         return Self1EForSegmentation.from_pretrained(source, dtype=dtype), processor
@@ -91,7 +91,7 @@ def digests(model, *, with_head: bool) -> dict[str, bytes]:
     return {
         name: hashlib.blake2b(tensor.detach().contiguous().flatten().view(torch.uint8).numpy()).digest()
         for name, tensor in model.state_dict().items()
-        if with_head or not name.startswith(checkpoints.HEAD)
+        if with_head or not name.startswith(HEAD)
     }
 
 
@@ -118,7 +118,7 @@ def stock_processor(folder: Path, config: Self1EConfig) -> InternVLProcessor:
 def write(model: Self1EForSegmentation, texts, folder: Path, layout: str) -> None:
     """Write `layout`; for those without a head, the model loses it. texts: processor or tokenizer."""
     if layout not in HEADLESS:
-        checkpoints.save(model, texts, folder, published=layout == "published")
+        save_checkpoint(model, texts, folder, published=layout == "published")
         return
     tokenizer = getattr(texts, "tokenizer", texts)
     model.segmentation_head = torch.nn.Module()  # type: ignore[assignment]
@@ -128,7 +128,7 @@ def write(model: Self1EForSegmentation, texts, folder: Path, layout: str) -> Non
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=[tokenizer.convert_tokens_to_ids(IMG_CONTEXT)],  # as our own chat
     )
-    checkpoints.save(model, tokenizer, folder, published=layout == "internvl")
+    save_checkpoint(model, tokenizer, folder, published=layout == "internvl")
     stock_processor(folder, Self1EConfig.from_pretrained(folder)).save_pretrained(folder)
     if layout == "internvl":
         config = json.loads((folder / "config.json").read_text()) | {"architectures": ["InternVLChatModel"]}
@@ -143,7 +143,7 @@ def write(model: Self1EForSegmentation, texts, folder: Path, layout: str) -> Non
 def reload(folder: Path, layout: str, dtype: torch.dtype):
     """The written checkpoint as its readers load it."""
     if layout == "hf":
-        with checkpoints.quiet():
+        with quiet():
             return InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     return load(str(folder), None, dtype)[0]
 

@@ -91,7 +91,7 @@ def load(
         OSError: no such checkpoint. ImportError: see `quantization`.
     """
     from self1e import Self1EForSegmentation, Self1EProcessor, distributed
-    from self1e.model.configuration import DTYPES
+    from self1e.model.config import DTYPES
 
     place = distributed.device(device)
     options: dict[str, Any] = {"dtype": DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from self1e.apps.measuring import Peak
-from self1e.model.configuration import DTYPES, Self1EConfig
+from self1e.model.config import DTYPES, Self1EConfig
 from self1e.model.layout import IGNORE_INDEX, read_layout
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import HIGH_RES_TILES

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from self1e.model.configuration import Self1EConfig
+from self1e.model.config import Self1EConfig
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
 

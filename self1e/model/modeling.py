@@ -20,15 +20,15 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 from transformers.utils import ModelOutput
 
 from self1e import distributed
-from self1e.model import checkpoints
 from self1e.model.attention import perception_mask
-from self1e.model.configuration import Self1EConfig
+from self1e.model.config import Self1EConfig
 from self1e.model.grids import REPLICATIONS, compress, stitch_tiles
 from self1e.model.head import HEADS, INITIAL_STD, ImageSide, SegmentationHead
 from self1e.model.inference import InferenceMixin
 from self1e.model.layout import Grid, Group, HeadGroup, Layout, PackedMasks, as_grids, read_layout, take
 from self1e.model.losses import mask_losses
 from self1e.model.recomputation import recompute_mlps
+from self1e.model.weights import load_checkpoint
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, weights=None, config=None, **kwargs):
-        """Load a checkpoint of any of the four layouts (`self1e.model.checkpoints`), in evaluation mode.
+        """Load a checkpoint of any of the four layouts (`self1e.model.weights`), in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: folder or hub id: original InternVL, `-hf`, or a Self1E folder.
@@ -131,12 +131,12 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         """
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
-        return checkpoints.load(
+        return load_checkpoint(
             cls, super().from_pretrained, pretrained_model_name_or_path, weights=weights, config=config, **kwargs
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Write the layout `self1e`, with native tensor names; `checkpoints.save` also writes `published`."""
+        """Write the layout `self1e`, with native tensor names; `save_checkpoint` also writes `published`."""
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
 

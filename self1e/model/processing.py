@@ -16,7 +16,7 @@ from torchvision.transforms import functional as TF
 from transformers import BatchFeature, ProcessorMixin, Qwen2Tokenizer
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-from self1e.model.configuration import Self1EConfig
+from self1e.model.config import Self1EConfig
 from self1e.model.layout import IGNORE_INDEX, PackedMasks, read_layout
 from self1e.model.photos import as_rgb, resize_bicubic
 from self1e.model.prompts import (

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
 
 from self1e.files import write_json
-from self1e.model.checkpoints import RENAMINGS, quiet
-from self1e.model.configuration import native_config
+from self1e.model.config import native_config
+from self1e.model.weights import RENAMINGS, quiet
 from self1e.synthetic.tiny_tokenizer import save_tokenizer
 
 

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from self1e.model.checkpoints import HEAD
+from self1e.model.weights import HEAD
 from self1e.training.flags import LLM_LINEARS
 
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2")

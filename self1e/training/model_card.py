@@ -74,7 +74,7 @@ def write_model_card(
             card there says; nothing is guessed.
         benchmarks: split -> hub data set that its figures are about, see `eval_results.write_eval_results`.
     """
-    from self1e.model.configuration import Self1EConfig  # needs torch, which `--help` does not
+    from self1e.model.config import Self1EConfig  # needs torch, which `--help` does not
     from self1e.training.eval_results import write_eval_results
 
     folder = Path(folder)

@@ -26,11 +26,11 @@ from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.evaluation.watchdog import Watchdog
 from self1e.flags import REQUEUE, check_writable, counted
-from self1e.model import checkpoints
-from self1e.model.configuration import DTYPES
+from self1e.model.config import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.switches import SWITCHES
+from self1e.model.weights import save_checkpoint
 from self1e.training.adaptation import adapt, training_table
 from self1e.training.arguments import parse
 from self1e.training.checkpoint import alone_in, check_unused, checkpoints_in, defining_settings, find_checkpoint
@@ -342,10 +342,10 @@ def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> No
         gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
 
     def write() -> None:
-        checkpoints.save(merged, processor, args.run_dir / "ckpt_model")
+        save_checkpoint(merged, processor, args.run_dir / "ckpt_model")
         write_model_card(args.run_dir / "ckpt_model", base=args.version, command=args.command)
         if args.save_published_layout:
-            checkpoints.save(merged, processor, args.run_dir / "ckpt_model_published", published=True)
+            save_checkpoint(merged, processor, args.run_dir / "ckpt_model_published", published=True)
 
     with gathered:
         merged = tuner.merge_and_unload() if tuner else model

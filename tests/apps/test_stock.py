@@ -17,8 +17,8 @@ from transformers import (
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.conversion import convert
-from self1e.model import checkpoints
 from self1e.model.prompts import SEG
+from self1e.model.weights import save_checkpoint
 
 PHOTO = noise(160, 90)
 QUESTION = "What is in the picture? Please segment it."
@@ -37,7 +37,7 @@ def make_speaking(folder, llm: str):
         logits = model(**batch | {"labels": None}, logits_to_keep=1).logits[0, -1]
         state = states[-1][0, -1]
         model.lm_head.weight[processor.seg_token_id] = state * (logits.max() + 1) / state.square().sum()
-    checkpoints.save(model, processor, folder)
+    save_checkpoint(model, processor, folder)
     return folder
 
 

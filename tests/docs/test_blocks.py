@@ -27,9 +27,9 @@ from helpers import ROOT, free_port, make_base, make_trained
 from PIL import Image
 
 from self1e import cli
-from self1e.model import checkpoints
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
+from self1e.model.weights import save_checkpoint
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.training import run
 
@@ -71,7 +71,7 @@ def models(tmp_path_factory) -> Path:
     base = make_base(folder / "base", image_size=56)
     trained = make_trained(folder / "trained", base)
     model, processor = Self1EForSegmentation.from_pretrained(trained), Self1EProcessor.from_pretrained(trained)
-    checkpoints.save(model, processor, folder / "published", published=True)
+    save_checkpoint(model, processor, folder / "published", published=True)
     return folder
 
 

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.model.attention import perception_mask
-from self1e.model.checkpoints import published_names
+from self1e.model.weights import published_names
 
 
 @dataclass(frozen=True)

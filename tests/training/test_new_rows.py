@@ -7,7 +7,7 @@ import torch
 from helpers import noise
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.model import checkpoints
+from self1e.model.weights import save_checkpoint
 from self1e.training.new_rows import merge_new_rows, train_new_rows
 
 pytestmark = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -68,7 +68,7 @@ def test_a_merged_model_is_saved_and_answers_as_the_trained_one(loaded, tmp_path
     merge_new_rows(model)
     assert model(**batch).loss.item() == pytest.approx(trained, rel=1e-6)
     model.trained_head = True
-    checkpoints.save(model, processor, tmp_path / "saved")
+    save_checkpoint(model, processor, tmp_path / "saved")
     assert Self1EForSegmentation.from_pretrained(tmp_path / "saved")(**batch).loss.item() == pytest.approx(trained)
 
 

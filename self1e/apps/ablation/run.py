@@ -109,7 +109,7 @@ def drop_head(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint of the full method without its head, as a model of the row `baseline`."""
     from safetensors.torch import load_file, save_file
 
-    from self1e.model.checkpoints import CHECKSUMS
+    from self1e.model.weights import CHECKSUMS
 
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(CHECKSUMS))  # the weights change
     weights = load_file(checkpoint / "model.safetensors")

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from self1e.data.masks import encode_mask
 from self1e.evaluation.vqa.generation import generate_replies
-from self1e.model.configuration import DTYPES
+from self1e.model.config import DTYPES
 from self1e.model.inference import conversation_turns, predict_photo
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.photos import as_rgb

@@ -29,7 +29,7 @@ from self1e.evaluation.vqa.report import summary_table
 from self1e.evaluation.watchdog import Watchdog
 from self1e.files import write_json, write_text
 from self1e.flags import check_writable, told
-from self1e.model.configuration import DTYPES
+from self1e.model.config import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG

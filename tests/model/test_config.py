@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from self1e import Self1EConfig, Self1EForSegmentation
-from self1e.model.configuration import native_config, original_config
+from self1e.model.config import native_config, original_config
 from self1e.model.switches import SWITCHES
 
 # Published sizes: LLM (type, width, layers, heads, key/value heads, MLP width, vocabulary) over InternViT-300M.

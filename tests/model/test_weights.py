@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.model import checkpoints
-from self1e.model.checkpoints import HEAD
+from self1e.model.weights import CHECKSUMS, HEAD, save_checkpoint
 
 HEAD_NAMES = {"f_llm": "combine_decode_proj_all", "f_vit": "combine_decode_proj_ori", "f_out": "combine_decode_proj"}
 
@@ -29,7 +28,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def rewritten(folder: Path, target: Path, change) -> Path:
     """A copy of a checkpoint in one file, its tensors passed through `change`."""
-    ignored = shutil.ignore_patterns("*.safetensors", "*.index.json", checkpoints.CHECKSUMS)
+    ignored = shutil.ignore_patterns("*.safetensors", "*.index.json", CHECKSUMS)
     shutil.copytree(folder, target, ignore=ignored, dirs_exist_ok=True)
     weights = {name: x.clone().contiguous() for name, x in change(read_weights(folder)).items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
@@ -203,7 +202,7 @@ def test_every_misfit_is_in_one_error(tiny_version, tmp_path, kinds):
 
 
 def test_a_head_in_pieces_is_an_error(load_tiny, tiny_processor, tmp_path):
-    checkpoints.save(load_tiny(), tiny_processor, tmp_path / "d")
+    save_checkpoint(load_tiny(), tiny_processor, tmp_path / "d")
     dropped = f"{HEAD}f_vit.0.bias"
     folder = rewritten(tmp_path / "d", tmp_path / "e", lambda w: {k: x for k, x in w.items() if k != dropped})
     with pytest.raises(ValueError, match=f"1 weights do not fit(.|\n)*missing     {dropped}"):
@@ -212,7 +211,7 @@ def test_a_head_in_pieces_is_an_error(load_tiny, tiny_processor, tmp_path):
 
 def test_another_width_is_one_screen(tiny_version, make_tiny, load_tiny, tiny_processor, tmp_path):
     wide = load_tiny(make_tiny(width=64, layers=3))
-    checkpoints.save(wide, tiny_processor, tmp_path / "wide", published=True)
+    save_checkpoint(wide, tiny_processor, tmp_path / "wide", published=True)
     with pytest.raises(ValueError, match=r"embed_tokens.weight: checkpoint \(433, 64\), model \(433, 32\)") as error:
         load(tiny_version, weights=tmp_path / "wide")
     lines = [line.strip() for line in str(error.value).splitlines()]
@@ -223,7 +222,7 @@ def test_another_width_is_one_screen(tiny_version, make_tiny, load_tiny, tiny_pr
 
 
 def test_head_of_another_kind_is_an_error(load_tiny, tiny_processor, tmp_path):
-    checkpoints.save(load_tiny(), tiny_processor, tmp_path / "d")
+    save_checkpoint(load_tiny(), tiny_processor, tmp_path / "d")
     with pytest.raises(ValueError, match=f"unexpected  {HEAD}f_llm.0.bias"):
         load(tmp_path / "d", mask_features="rfr")
 
@@ -261,8 +260,8 @@ def test_both_written_layouts_read_back_to_the_bit(make_tiny, load_tiny, tmp_pat
     processor, model = Self1EProcessor.from_pretrained(base), load_tiny(base)
     with torch.no_grad():
         model.get_input_embeddings().weight[-2:] += 1  # [SEG] has learned
-    checkpoints.save(model, processor, tmp_path / "own")
-    checkpoints.save(model, processor, tmp_path / "published", published=True)
+    save_checkpoint(model, processor, tmp_path / "own")
+    save_checkpoint(model, processor, tmp_path / "published", published=True)
     names = read_weights(tmp_path / "published").keys()
     assert names >= read_weights(base).keys()
     assert {name.split(".")[0] for name in names - read_weights(base).keys()} == set(HEAD_NAMES.values())
@@ -287,14 +286,14 @@ def test_a_loaded_native_model_is_written_like_any_other(make_tiny, load_tiny, t
     for name, version in (("chat", chat), ("native", native)):
         processor = Self1EProcessor.from_pretrained(version)
         for published in (False, True):
-            checkpoints.save(load_tiny(version), processor, tmp_path / f"{name}{published}", published=published)
+            save_checkpoint(load_tiny(version), processor, tmp_path / f"{name}{published}", published=published)
     for published in (False, True):
         a, b = (read_weights(tmp_path / f"{name}{published}") for name in ("chat", "native"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     # Saving one layout leaves the model able to write the other.
     model, processor = load(tmp_path / "chatTrue"), Self1EProcessor.from_pretrained(chat)
-    checkpoints.save(model, processor, tmp_path / "c", published=True)
-    checkpoints.save(model, processor, tmp_path / "d")
+    save_checkpoint(model, processor, tmp_path / "c", published=True)
+    save_checkpoint(model, processor, tmp_path / "d")
     assert read_weights(tmp_path / "d").keys() == read_weights(tmp_path / "chatFalse").keys()
 
 
@@ -302,7 +301,7 @@ def test_a_loaded_native_model_is_written_like_any_other(make_tiny, load_tiny, t
 def test_published_names_and_shapes_are_the_golden_ones(pack, tmp_path):
     base, trained = (pack / name for name in ("base_internvl_chat", "trained_self1e"))
     model = load(base, weights=trained, dtype=torch.bfloat16)
-    checkpoints.save(model, Self1EProcessor.from_pretrained(base), tmp_path / "c", published=True)
+    save_checkpoint(model, Self1EProcessor.from_pretrained(base), tmp_path / "c", published=True)
     theirs, ours = read_weights(trained), read_weights(tmp_path / "c")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(x, theirs[name].to(x.dtype)) for name, x in ours.items())
@@ -315,18 +314,18 @@ def test_published_names_and_shapes_are_the_golden_ones(pack, tmp_path):
 def test_heads_without_parameters_know_if_trained(tiny_version, tiny_processor, tmp_path, mask_features):
     model = load(tiny_version, mask_features=mask_features)
     assert not model.trained_head
-    checkpoints.save(model, tiny_processor, tmp_path / "d")
+    save_checkpoint(model, tiny_processor, tmp_path / "d")
     for again in (load(tmp_path / "d"), load(tiny_version, weights=tmp_path / "d")):
         assert again.trained_head and again.config.mask_features == mask_features
         assert same_outputs(again, model, tiny_processor)
     with pytest.raises(ValueError, match="full method only"):
-        checkpoints.save(model, tiny_processor, tmp_path / "c", published=True)
+        save_checkpoint(model, tiny_processor, tmp_path / "c", published=True)
     assert not (tmp_path / "c").exists()
 
 
 def test_auto_classes_read_a_saved_model(load_tiny, tiny_processor, tmp_path):
     model = load_tiny()
-    checkpoints.save(model, tiny_processor, tmp_path / "d")
+    save_checkpoint(model, tiny_processor, tmp_path / "d")
     for auto in (AutoModel, AutoModelForImageTextToText):
         again = auto.from_pretrained(tmp_path / "d")
         assert isinstance(again, Self1EForSegmentation) and same_weights(again, model, but=())
@@ -341,15 +340,15 @@ def test_a_full_disk_leaves_what_was_there(load_tiny, tiny_processor, tmp_path, 
     """The limit on file sizes stands for the disk: the weights do not fit, the small files do."""
     model = load_tiny()
     target = tmp_path / "ckpt_model"
-    checkpoints.save(model, tiny_processor, target)
+    save_checkpoint(model, tiny_processor, target)
     before = tree(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(OSError, match="ckpt_model: the checkpoint was not saved.*an earlier one stays as it was"):
-            checkpoints.save(model, tiny_processor, target, published=published)
+            save_checkpoint(model, tiny_processor, target, published=published)
         with pytest.raises(OSError, match="was not saved"):
-            checkpoints.save(model, tiny_processor, tmp_path / "new", published=published)
+            save_checkpoint(model, tiny_processor, tmp_path / "new", published=published)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert tree(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["ckpt_model"]
@@ -358,7 +357,7 @@ def test_a_full_disk_leaves_what_was_there(load_tiny, tiny_processor, tmp_path, 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
 def test_a_failure_at_the_last_file_leaves_what_was_there(load_tiny, tiny_processor, tmp_path, monkeypatch, error):
     model = load_tiny()
-    checkpoints.save(model, tiny_processor, tmp_path / "d")
+    save_checkpoint(model, tiny_processor, tmp_path / "d")
     before = tree(tmp_path)
 
     def fail(*args, **kwargs):
@@ -366,13 +365,13 @@ def test_a_failure_at_the_last_file_leaves_what_was_there(load_tiny, tiny_proces
 
     monkeypatch.setattr(Self1EProcessor, "save_pretrained", fail)
     with pytest.raises(type(error)):
-        checkpoints.save(model, tiny_processor, tmp_path / "d")
+        save_checkpoint(model, tiny_processor, tmp_path / "d")
     assert tree(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 def test_a_failing_rename_puts_the_earlier_one_back(load_tiny, tiny_processor, tmp_path, monkeypatch):
     model = load_tiny()
-    checkpoints.save(model, tiny_processor, tmp_path / "d")
+    save_checkpoint(model, tiny_processor, tmp_path / "d")
     before, rename = tree(tmp_path), Path.rename
 
     def fail(path, target):
@@ -382,16 +381,16 @@ def test_a_failing_rename_puts_the_earlier_one_back(load_tiny, tiny_processor, t
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="I/O error"):
-        checkpoints.save(model, tiny_processor, tmp_path / "d")
+        save_checkpoint(model, tiny_processor, tmp_path / "d")
     assert tree(tmp_path) == before
 
 
 def test_saving_replaces_and_clears_leftovers(load_tiny, tiny_processor, tmp_path):
     model = load_tiny()
-    checkpoints.save(model, tiny_processor, tmp_path / "deep" / "d", published=True)
+    save_checkpoint(model, tiny_processor, tmp_path / "deep" / "d", published=True)
     (tmp_path / "deep" / ".d.partial").mkdir()
     (tmp_path / "deep" / ".d.partial" / "junk").write_text("of a killed run")
-    checkpoints.save(model, tiny_processor, tmp_path / "deep" / "d")
+    save_checkpoint(model, tiny_processor, tmp_path / "deep" / "d")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["d"]
     assert json.loads((tmp_path / "deep" / "d" / "config.json").read_text())["model_type"] == "self1e"
     assert not (tmp_path / "deep" / "d" / "junk").exists()

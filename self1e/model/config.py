@@ -108,7 +108,7 @@ class Self1EConfig(InternVLConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Read the configuration of any of the four checkpoint layouts (see `self1e.model.checkpoints`).
+        """Read the configuration of any of the four checkpoint layouts (see `self1e.model.weights`).
 
         Raises FileNotFoundError where there is none, ValueError for a broken one or another architecture.
         """

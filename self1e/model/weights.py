@@ -26,7 +26,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 from transformers.utils import logging
 
 from self1e.files import digest, fault, read_json, replacing_folder, write_json
-from self1e.model.configuration import DAMAGE, Self1EConfig, original_config
+from self1e.model.config import DAMAGE, Self1EConfig, original_config
 from self1e.model.prompts import END_OF_TURN
 from self1e.model.switches import SWITCHES
 
@@ -74,7 +74,7 @@ register_checkpoint_conversion_mapping(
 )
 
 
-def load(
+def load_checkpoint(
     cls: type[PreTrainedModel],
     from_pretrained: Callable,
     version: str,
@@ -236,7 +236,7 @@ def _late_bar(bar: Callable, args: tuple, options: dict) -> Any:
     return bar(*args, **options | {"delay": PATIENCE})
 
 
-def save(model: PreTrainedModel, processor, folder: str | Path, *, published: bool = False) -> None:
+def save_checkpoint(model: PreTrainedModel, processor, folder: str | Path, *, published: bool = False) -> None:
     """Write model and processor as layout `self1e`, or `published`; the folder appears complete or not at all.
 
     Sizes and SHA-256 of its weight files lie beside them in `checksums.json`, which loading checks.
