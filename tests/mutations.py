@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from trees import H, W
 
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 
 INPUTS = int(os.environ.get("SELF1E_FUZZ_INPUTS", 280))
 TESTS = 14  # that share the inputs

@@ -22,7 +22,7 @@ import gc, os, signal, sys
 from dataclasses import replace
 import torch
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.data.sets import referring
 from self1e.evaluation.segmentation.run import evaluate_splits
 gc.freeze()  # as the real program does after its imports

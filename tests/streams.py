@@ -1,7 +1,7 @@
 """Sets of numbers and plans of them, for tests of the training stream."""
 
 from self1e.data.mixture import unpack
-from self1e.data.sample import Sample, SampleError
+from self1e.data.samples import Sample, SampleError
 
 
 class Numbers:

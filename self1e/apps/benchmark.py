@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.measuring import Peak, seconds
-from self1e.data import sample as samples
-from self1e.data.config import FAMILIES, SetChoice
+from self1e.data import samples
+from self1e.data.families import FAMILIES, SetChoice
 from self1e.data.paths import missing
 from self1e.files import replacing, write_json
 from self1e.model.config import DTYPES

@@ -27,9 +27,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from self1e.data.config import FAMILIES, SetChoice
+from self1e.data.families import FAMILIES, SetChoice
 from self1e.data.paths import missing
-from self1e.data.sample import Annotation, EvalImage, EvalSplit, SampleError, TrainingSet, own_texts
+from self1e.data.samples import Annotation, EvalImage, EvalSplit, SampleError, TrainingSet, own_texts
 from self1e.data.sets.custom import CustomData, CustomSplit
 from self1e.data.splits import SPLITS, load_split, split_paths
 from self1e.data.totals import compare

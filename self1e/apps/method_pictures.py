@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with uncollected(lasting=True):
         from self1e import Self1EForSegmentation, Self1EProcessor
         from self1e.apps.method_parts import compute_parts, draw
-        from self1e.data.sample import SampleError, load_image
+        from self1e.data.samples import SampleError, load_image
 
     try:
         image = load_image(photo)

@@ -22,7 +22,7 @@ from PIL import Image
 from self1e.apps.gate import bytes_in
 from self1e.apps.results import Results
 from self1e.apps.segmenting import ask
-from self1e.data.sample import UNREADABLE, SampleError, load_image
+from self1e.data.samples import UNREADABLE, SampleError, load_image
 from self1e.files import replacing
 from self1e.model.inference import Reply
 from self1e.model.photos import open_picture

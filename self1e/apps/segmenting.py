@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.results import Results, picture_names
-from self1e.data.sample import SampleError, load_image
+from self1e.data.samples import SampleError, load_image
 from self1e.flags import counted
 from self1e.model.inference import Reply
 

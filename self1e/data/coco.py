@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from self1e.data.index import open_index
 from self1e.data.readers import read_coco, remarks_on
-from self1e.data.sample import Annotation
+from self1e.data.samples import Annotation
+from self1e.data.tables import open_index
 
 
 class CocoIndex:

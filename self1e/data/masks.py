@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from self1e.data.sample import UNREADABLE, SampleError, why_unreadable
+from self1e.data.samples import UNREADABLE, SampleError, why_unreadable
 from self1e.model.photos import open_picture
 
 # What each EXIF orientation asks of an array, as Pillow's exif_transpose does to the photo.

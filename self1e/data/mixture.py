@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.sample import Sample, SampleError, TrainingSet
+from self1e.data.samples import Sample, SampleError, TrainingSet
 
 log = logging.getLogger(__name__)
 

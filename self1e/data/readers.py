@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.index import Writer
 from self1e.data.masks import check_size, is_short_part
 from self1e.data.paths import DATASETS
-from self1e.data.sample import image_key
+from self1e.data.samples import image_key
+from self1e.data.tables import Writer
 
 Element = tuple[str | None, Any, str]  # (key, value, its text), see `stream_json`
 _BLANKS = re.compile(r"[ \t\r\n]*")

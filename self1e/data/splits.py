@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from self1e.data.paths import require_paths
-from self1e.data.sample import EvalSplit, say_once
+from self1e.data.samples import EvalSplit, say_once
 from self1e.data.sets.custom import CustomSplit
 from self1e.data.sets.parquet import ParquetSplit
 from self1e.data.sets.part_referring import RefCOCOmSplit

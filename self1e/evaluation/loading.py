@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.distributed import ignore_requests_to_stop
 from self1e.evaluation.watchdog import Watchdog
 

@@ -24,7 +24,7 @@ def open_picture(source: Path | str | BinaryIO) -> Image.Image:
     """A file that may come from a stranger, opened and not decoded yet, whatever its name says.
 
     Raises OSError when it is none of `FORMATS`, or longer than `MAX_SIDE`; decoding may raise more
-    (`data.sample.UNREADABLE`).
+    (`data.samples.UNREADABLE`).
     """
     picture = Image.open(source, formats=_readable())
     if max(picture.size) > MAX_SIDE:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from self1e.data.config import DEFAULT_FAMILIES, FAMILIES
+from self1e.data.families import DEFAULT_FAMILIES, FAMILIES
 from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
 from self1e.flags import Parser, between, checkpoint, told, whole

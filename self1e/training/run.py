@@ -17,10 +17,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from self1e import distributed
-from self1e.data.config import DataConfig
-from self1e.data.loading import build_mixture
+from self1e.data.families import DataConfig
+from self1e.data.loader import build_mixture
 from self1e.data.paths import require_paths
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.data.splits import get_splits, load_split, split_paths
 from self1e.evaluation.provenance import checkpoint_settings
 from self1e.evaluation.segmentation.run import evaluate_splits

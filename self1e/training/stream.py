@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch.utils.data import Dataset
 
 from self1e.data.mixture import AllBroken, Mixture
-from self1e.data.sample import Sample, SampleError
+from self1e.data.samples import Sample, SampleError
 
 
 class TooManyBroken(RuntimeError):

@@ -17,7 +17,7 @@ from transformers.integrations import TensorBoardCallback
 
 from self1e import distributed
 from self1e.data.mixture import Mixture
-from self1e.data.sample import EvalImage
+from self1e.data.samples import EvalImage
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.segmentation.report import examples
 from self1e.evaluation.segmentation.run import Left

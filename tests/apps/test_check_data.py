@@ -23,7 +23,7 @@ from trees import (
 )
 
 from self1e.apps.check_data import SHEET, main
-from self1e.data.config import FAMILIES
+from self1e.data.families import FAMILIES
 from self1e.data.splits import SPLITS
 from self1e.data.totals import compare, known_totals
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS

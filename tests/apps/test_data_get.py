@@ -18,8 +18,8 @@ from self1e.apps import check_data, data_get
 from self1e.apps import download as download_module
 from self1e.apps.catalogue import Catalogue, File, load_catalogue
 from self1e.apps.download import Address
-from self1e.data.config import FAMILIES, DataConfig
-from self1e.data.loading import build_mixture
+from self1e.data.families import FAMILIES, DataConfig
+from self1e.data.loader import build_mixture
 from self1e.data.splits import DEFAULT_SPLITS, load_split, split_paths
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.synthetic.shapes_dataset import make_shapes_dataset

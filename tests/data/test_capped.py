@@ -5,8 +5,8 @@ import pytest
 from streams import Numbers, epoch_batches, ids
 from trees import label_map, photo, reference, referring_set
 
-from self1e.data.config import DataConfig
-from self1e.data.loading import build_mixture
+from self1e.data.families import DataConfig
+from self1e.data.loader import build_mixture
 from self1e.data.mixture import Group, Mixture, unpack
 from self1e.data.sets.semantic import COCOStuff
 

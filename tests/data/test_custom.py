@@ -10,7 +10,7 @@ from pycocotools import mask as coco
 from trees import SQUARE, H, W, photo, write_json
 
 from self1e.data.paths import require_paths
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.data.sets.custom import CustomData
 from self1e.model import inference, prompts
 

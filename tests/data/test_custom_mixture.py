@@ -5,8 +5,8 @@ import pytest
 from custom_trees import annotation, coco_set, mask, split, table, train
 from trees import photo, questions
 
-from self1e.data.config import DataConfig
-from self1e.data.loading import build_mixture
+from self1e.data.families import DataConfig
+from self1e.data.loader import build_mixture
 from self1e.data.mixture import unpack
 from self1e.data.splits import DEFAULT_SPLITS, file_stem, get_splits, load_split, split_paths
 from self1e.training.arguments import parse

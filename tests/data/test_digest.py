@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from custom_trees import table
 
-from self1e.data.config import FAMILIES, DataConfig
-from self1e.data.loading import build_mixture
+from self1e.data.families import FAMILIES, DataConfig
+from self1e.data.loader import build_mixture
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 
 

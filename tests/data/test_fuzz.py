@@ -32,7 +32,7 @@ from trees import (
     write_json,
 )
 
-from self1e.data.config import FAMILIES
+from self1e.data.families import FAMILIES
 from self1e.data.masks import decode_segmentation, paint_shapes
 from self1e.data.splits import load_split
 

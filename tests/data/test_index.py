@@ -1,4 +1,4 @@
-"""self1e/data/index.py: streaming parser, cache, schemas, pickles that are not what they should be."""
+"""self1e/data/tables.py: streaming parser, cache, schemas, pickles that are not what they should be."""
 
 import errno
 import json
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from trees import SQUARE, instances, reference, write_json
 
-from self1e.data import index
+from self1e.data import tables
 from self1e.data.coco import CocoIndex
-from self1e.data.index import Writer, open_index
 from self1e.data.readers import read_coco, read_instructions, read_questions, read_refs, stream_json
 from self1e.data.sets.custom_source import read_prompt_table
+from self1e.data.tables import Writer, open_index
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_cache_is_used_and_follows_the_source(tmp_path, cache, monkeypatch):
     source.write_text('{"image": "a", "question": "b"}\n\n{"image": "c", "question": "d", "answer": 3}\n')
     assert list(open_index(source, read_questions).table("items")) == [["a", "b", None], ["c", "d", "3"]]
     with monkeypatch.context() as patch:
-        patch.setattr(index, "_build", lambda *_: pytest.fail("built again"))
+        patch.setattr(tables, "_build", lambda *_: pytest.fail("built again"))
         open_index(source, read_questions)
     source.write_text('{"image": "x", "question": "y"}\n')
     os.utime(source, ns=(1, 1))
@@ -136,7 +136,7 @@ def test_another_machine_may_finish_the_same_index_first(tmp_path, cache, monkey
         rename(built, final)  # the other machine's
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(index.os, "rename", second)
+    monkeypatch.setattr(tables.os, "rename", second)
     assert len(open_index(source, read_questions).table("items")) == 1
     assert [path.name[:2] for path in cache.iterdir() if path.is_dir()] == ["q-"]
 
@@ -148,7 +148,7 @@ def test_full_disk_names_the_variable_and_leaves_nothing(tmp_path, cache, monkey
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index.np, "save", full)
+    monkeypatch.setattr(tables.np, "save", full)
     with pytest.raises(OSError, match="No space left.*SELF1E_CACHE"):
         open_index(source, read_questions)
     assert not [path for path in cache.iterdir() if path.is_dir()]

@@ -13,7 +13,7 @@ from self1e.data.masks import (
     orient,
     paint_shapes,
 )
-from self1e.data.sample import SampleError, image_key, load_image, load_oriented
+from self1e.data.samples import SampleError, image_key, load_image, load_oriented
 
 H, W = 12, 20
 SQUARE = [2, 3, 8, 3, 8, 9, 2, 9]  # x 2..8, y 3..9

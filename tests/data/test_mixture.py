@@ -20,11 +20,11 @@ from trees import (
     write_json,
 )
 
-from self1e.data.config import FAMILIES, DataConfig
-from self1e.data.loading import build_mixture
+from self1e.data.families import FAMILIES, DataConfig
+from self1e.data.loader import build_mixture
 from self1e.data.mixture import Group, Mixture, pack, unpack
 from self1e.data.paths import missing
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.data.splits import split_paths
 
 

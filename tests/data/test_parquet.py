@@ -11,7 +11,7 @@ from helpers import noise
 from PIL import Image
 from pyarrow import parquet
 
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.data.sets.parquet import READY, describe, find_files, of_split, read_mask
 from self1e.data.splits import get_splits, load_split
 from self1e.evaluation.segmentation.report import summary_table

@@ -3,7 +3,7 @@
 import pytest
 
 from self1e.apps.catalogue import load_catalogue
-from self1e.data.config import FAMILIES, DataConfig
+from self1e.data.families import FAMILIES, DataConfig
 from self1e.data.paths import UNFETCHED, require_paths
 from self1e.data.splits import PREFIXES, SPLITS, split_paths
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import H, W, photo, reasoning_photo, write_json
 
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.data.sets.reasoning import ReasonSeg
 from self1e.data.splits import load_split
 

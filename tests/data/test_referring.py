@@ -8,8 +8,8 @@ from helpers import SHARED, needs_shared
 from mutations import JUNK, no_hang, refused_by_name
 from trees import SQUARE, H, W, label_map, photo, reference, referring_set, write_json
 
-from self1e.data.config import FAMILIES
-from self1e.data.sample import SampleError
+from self1e.data.families import FAMILIES
+from self1e.data.samples import SampleError
 from self1e.data.splits import SPLITS, load_split
 
 OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]

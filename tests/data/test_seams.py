@@ -8,8 +8,8 @@ import pytest
 from trees import label_map, photo
 
 from self1e.apps import check_data
-from self1e.data.config import FAMILIES, DataConfig, Family
-from self1e.data.loading import build_mixture
+from self1e.data.families import FAMILIES, DataConfig, Family
+from self1e.data.loader import build_mixture
 from self1e.data.splits import SPLITS, SplitEntry, load_split
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.training.arguments import parse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from self1e.data.sample import EvalImage, EvalSplit, Sample, TrainingSet, image_keys, load_image
+from self1e.data.samples import EvalImage, EvalSplit, Sample, TrainingSet, image_keys, load_image
 from self1e.data.sets.semantic import LabelMapSet
 from self1e.model import prompts
 

@@ -7,8 +7,8 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import SQUARE, H, W, instances, label_map, photo, write_json
 
-from self1e.data.config import FAMILIES
-from self1e.data.sample import SampleError
+from self1e.data.families import FAMILIES
+from self1e.data.samples import SampleError
 from self1e.data.sets.semantic import class_names
 
 SETS = FAMILIES["sem_seg"].sets

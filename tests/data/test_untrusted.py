@@ -13,15 +13,15 @@ from PIL import Image
 from trees import SQUARE, instances, photo, questions, reasoning_photo, reference, referring_set, write_json
 
 from self1e.apps import check_data
-from self1e.data.config import FAMILIES, DataConfig
-from self1e.data.index import open_index
-from self1e.data.loading import build_mixture
+from self1e.data.families import FAMILIES, DataConfig
+from self1e.data.loader import build_mixture
 from self1e.data.masks import load_label_map
 from self1e.data.paths import inside
 from self1e.data.readers import load_plain_pickle, read_coco, read_instructions, read_questions, read_refs
-from self1e.data.sample import SampleError, load_image
+from self1e.data.samples import SampleError, load_image
 from self1e.data.sets.reasoning import read_record
 from self1e.data.splits import load_split
+from self1e.data.tables import open_index
 
 
 @pytest.fixture(autouse=True)

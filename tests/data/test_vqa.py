@@ -7,8 +7,8 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import H, W, photo, questions, write_json
 
-from self1e.data.config import FAMILIES
-from self1e.data.sample import SampleError
+from self1e.data.families import FAMILIES
+from self1e.data.samples import SampleError
 from self1e.data.sets.vqa import GQA, instruction_turns
 
 SETS = FAMILIES["vqa"].sets

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import files
 
-from self1e.data.loading import load_split
+from self1e.data.loader import load_split
 from self1e.synthetic.benchmark import FAMILIES, MIX, draw_benchmark_scene, make_benchmark
 
 SCENES = range(1, 13)

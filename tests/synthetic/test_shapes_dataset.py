@@ -14,7 +14,7 @@ from helpers import ROOT, files, read_json
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from self1e.data.config import FAMILIES
+from self1e.data.families import FAMILIES
 from self1e.data.splits import SPLITS, load_split
 from self1e.evaluation.vqa.base import Answer
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS

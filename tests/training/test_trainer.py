@@ -8,7 +8,7 @@ import torch
 from helpers import noise
 
 from self1e.data.mixture import Group, Mixture
-from self1e.data.sample import Sample, SampleError
+from self1e.data.samples import Sample, SampleError
 from self1e.training.checkpoint import checkpoints_in
 from self1e.training.stream import (
     Collate,

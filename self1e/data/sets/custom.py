@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from self1e.data.index import open_index
 from self1e.data.masks import decode_segmentation, load_label_map
 from self1e.data.paths import inside
 from self1e.data.readers import remarks_on
-from self1e.data.sample import Annotation, SampleError, image_keys
+from self1e.data.samples import Annotation, SampleError, image_keys
 from self1e.data.sets.custom_source import HELP, READERS, find_source
 from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSet, ExpressionSplit
+from self1e.data.tables import open_index
 from self1e.flags import counted
 from self1e.model.prompts import looks_like_sentence
 

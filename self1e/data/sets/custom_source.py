@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.index import Writer
 from self1e.data.masks import check_size
 from self1e.data.readers import Oddities, shown, stream_json, take
+from self1e.data.tables import Writer
 
 HELP = "docs/data.md, section Own data"
 COLUMNS = ("image", "mask", "prompt")

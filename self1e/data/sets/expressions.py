@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.masks import decode_each, orient
-from self1e.data.sample import (
+from self1e.data.samples import (
     Annotation,
     EvalImage,
     EvalSplit,

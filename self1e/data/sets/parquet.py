@@ -25,7 +25,7 @@ from PIL import Image
 
 from self1e.data.masks import check_size, decode_segmentation, orient
 from self1e.data.paths import inside
-from self1e.data.sample import UNREADABLE, EvalImage, EvalSplit, SampleError, image_keys, load_oriented
+from self1e.data.samples import UNREADABLE, EvalImage, EvalSplit, SampleError, image_keys, load_oriented
 from self1e.data.sets.expressions import unique
 from self1e.flags import check_known
 from self1e.model.photos import open_picture

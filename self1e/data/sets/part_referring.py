@@ -14,7 +14,7 @@ import numpy as np
 
 from self1e.data.masks import load_label_map
 from self1e.data.readers import expected_schema, stream_json, take
-from self1e.data.sample import PhotoFolder, forged, image_keys
+from self1e.data.samples import PhotoFolder, forged, image_keys
 from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSplit
 
 

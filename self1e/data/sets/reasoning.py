@@ -16,7 +16,7 @@ from PIL import Image
 from self1e.data.masks import paint_shapes
 from self1e.data.paths import DATASETS
 from self1e.data.readers import expected_schema, shown, take
-from self1e.data.sample import (
+from self1e.data.samples import (
     Annotation,
     EvalImage,
     EvalSplit,

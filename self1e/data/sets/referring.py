@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.coco import CocoIndex
-from self1e.data.index import open_index
 from self1e.data.masks import annotation_mask
 from self1e.data.readers import read_refs
-from self1e.data.sample import Annotation, PhotoFolder, SampleError
+from self1e.data.samples import Annotation, PhotoFolder, SampleError
 from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSet, ExpressionSplit
+from self1e.data.tables import open_index
 
 PHOTOS = {"refclef": "saiapr_tc-12", "refzom": "mscoco/images/trainval2014"}  # below refer_seg/images
 

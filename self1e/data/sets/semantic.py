@@ -14,7 +14,7 @@ from PIL import Image
 from self1e.data.coco import CocoIndex
 from self1e.data.masks import IGNORED, annotation_mask, decode_each, load_label_map, orient
 from self1e.data.readers import expected_schema, take
-from self1e.data.sample import Annotation, PhotoFolder, Sample, SampleError, TrainingSet, image_keys, load_oriented
+from self1e.data.samples import Annotation, PhotoFolder, Sample, SampleError, TrainingSet, image_keys, load_oriented
 from self1e.files import read_json
 from self1e.model import prompts
 

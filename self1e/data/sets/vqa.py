@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from self1e.data.index import Writer, open_index
 from self1e.data.readers import read_instructions, read_questions, take
-from self1e.data.sample import PhotoFolder, Sample, SampleError, TrainingSet
+from self1e.data.samples import PhotoFolder, Sample, SampleError, TrainingSet
+from self1e.data.tables import Writer, open_index
 from self1e.model import prompts
 
 SPEAKERS = {"human": 0, "gpt": 1}

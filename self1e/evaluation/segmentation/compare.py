@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.data.splits import load_split
 from self1e.evaluation.segmentation.metrics import Unit, lisa, read_units, score
 from self1e.evaluation.tables import markdown_table, percent, protocol_tables

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from self1e.data.sample import EvalImage
+from self1e.data.samples import EvalImage
 from self1e.data.splits import MODELS, file_stem, get_splits
 from self1e.evaluation.journal import Journal
 from self1e.evaluation.provenance import Settings, SettingsFile

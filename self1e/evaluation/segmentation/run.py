@@ -24,7 +24,7 @@ from tqdm import tqdm
 from self1e import distributed
 from self1e.data.masks import encode_mask
 from self1e.data.paths import missing, require_paths
-from self1e.data.sample import EvalImage, SampleError
+from self1e.data.samples import EvalImage, SampleError
 from self1e.data.splits import SplitEntry, get_splits, load_split, split_paths
 from self1e.data.totals import compare
 from self1e.evaluation.journal import Journal

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from self1e.data.sample import load_image
+from self1e.data.samples import load_image
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.evaluation.loading import read_ahead
 from self1e.evaluation.vqa.base import Question
 from self1e.evaluation.watchdog import Watchdog

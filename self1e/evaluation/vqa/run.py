@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from self1e import distributed
 from self1e.data.paths import inside
-from self1e.data.sample import SampleError, forged
+from self1e.data.samples import SampleError, forged
 from self1e.evaluation.provenance import Settings, checkpoint_settings, describe
 from self1e.evaluation.vqa.arguments import Candidate, parse_args
 from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark

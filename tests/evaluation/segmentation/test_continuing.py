@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from segmentation_trees import GREF, REASON, SECOND, contents, evaluate
 
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.data.sets.referring import ReferringSplit
 from self1e.evaluation.segmentation import run as program
 from self1e.evaluation.segmentation.run import evaluate_splits

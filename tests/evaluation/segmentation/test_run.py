@@ -10,7 +10,7 @@ from helpers import SHARED, needs_shared
 from segmentation_trees import GREF, REASON, SECOND, TRAIN2014, contents, evaluate
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.data.sample import SampleError
+from self1e.data.samples import SampleError
 from self1e.data.splits import DEFAULT_SPLITS, SPLITS, get_splits, load_split
 from self1e.evaluation.segmentation.metrics import PROTOCOLS, read_units, score
 from self1e.evaluation.segmentation.report import summary_table

@@ -16,7 +16,7 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from PIL import Image
 
 from self1e.data.masks import decode_segmentation
-from self1e.data.sample import EvalImage, EvalSplit
+from self1e.data.samples import EvalImage, EvalSplit
 from self1e.data.splits import get_splits, load_split
 from self1e.evaluation.segmentation.metrics import Unit, score
 from self1e.evaluation.segmentation.run import make_units

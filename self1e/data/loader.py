@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.config import DataConfig
+from self1e.data.families import DataConfig
 from self1e.data.mixture import Group, Mixture
 from self1e.data.paths import missing, require_paths
-from self1e.data.sample import Sample, say_once
+from self1e.data.samples import Sample, say_once
 from self1e.data.splits import SPLITS, load_split, split_paths
 
 

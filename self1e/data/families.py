@@ -3,8 +3,8 @@
     config = DataConfig.parse(dataset_dir="dataset", data_dir="data", dataset="refer_seg||vqa", sample_rates="2,1")
     mixture = build_mixture(config, batch_size=5, seed=0)
 
-To add a data set, write one class (see `sample.TrainingSet`) and give it one entry in the `sets` of its family. To add
-a family, add one entry to FAMILIES; its flag is `--<family>_data`.
+To add a data set, write one class (see `samples.TrainingSet`) and give it one entry in the `sets` of its family. To
+add a family, add one entry to FAMILIES; its flag is `--<family>_data`.
 """
 
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from self1e.data.sample import TrainingSet
+from self1e.data.samples import TrainingSet
 from self1e.data.sets.custom import CustomSet
 from self1e.data.sets.reasoning import ReasonSeg, split_names
 from self1e.data.sets.referring import GRefCOCO, RefCLEF, RefCOCO, RefCOCOg, RefCOCOPlus

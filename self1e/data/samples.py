@@ -191,7 +191,7 @@ class Records(ABC):
 
 
 class TrainingSet(Records):
-    """Numbered training samples of one data set; a sub-class and its entry in `config.FAMILIES` are all that it takes.
+    """Numbered training samples of one data set; a sub-class and its entry in `FAMILIES` are all that it takes.
 
     Sub-classes set `name` and call `choose`. What else is special about a set are these attributes and methods, which
     have defaults:
