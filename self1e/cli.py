@@ -25,7 +25,6 @@ COMMANDS = {
     "chat": Command("self1e.apps.predict", "answers about pictures, with the masks in them", ("--mode", "chat")),
     "demo": Command("self1e.apps.demo", "a page in the browser that segments and chats"),
     "export": Command("self1e.apps.export", "predictions as a COCO data set or for Label Studio"),
-    "data": Command("self1e.apps.data_get", "data get SET...: data sets brought into the tree"),
     "check-data": Command("self1e.apps.check_data", "counts and faults of the data trees or of own data"),
     "convert": Command("self1e.apps.convert", "checkpoints from one layout to another, verified"),
     "score": Command("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from self1e.flags import did_you_mean
 
 DATASETS, OWN_DATA = "docs/data.md, section Datasets", "docs/data.md, section Own data"
-# Sets that `self1e data get` does not bring: a user's own, and those that only their authors hand out.
+# Sets that scripts/get_data.sh does not bring: a user's own, and those that only their authors hand out.
 UNFETCHED = ("custom", "parquet", "refcocom", "refzom", "rrefcoco", "rrefcoco+", "rrefcocog")
 FEW = 3  # missing paths of one missing folder that are named one by one
 LINKED_LEVELS = 2  # folders below a photo folder that may be links to anywhere
@@ -43,7 +43,7 @@ def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
     wanted_sets = dict.fromkeys(name.split("|")[0] for names in users.values() for name in names)
     where = OWN_DATA if wanted_sets.keys() <= {"custom"} else DATASETS
     get = " ".join(name for name in wanted_sets if name not in UNFETCHED)
-    brings = f", and `self1e data get {get}` brings what can be downloaded" if get else ""
+    brings = f", and `bash scripts/get_data.sh {get}` brings what can be downloaded" if get else ""
     raise FileNotFoundError(f"missing data; {where}, says what goes where{brings}:\n  " + "\n  ".join(lines))
 
 
