@@ -1,9 +1,7 @@
-"""The processes of a run: those that deepspeed or torchrun started, or this one alone. No other file asks for them.
+"""The processes of a run: those that torchrun, deepspeed or srun started, or this one alone. No other file asks.
 
-One rule for failures. What every rank can reach together is passed through `raise_together`, `on_main` or
-`everywhere`, so that all ranks raise what one of them met. What strikes one rank elsewhere (memory, a dead worker)
-ends that rank through `run_program`: its message first, then the process, and the launcher ends the others, which no
-collective could have reached.
+One rule for failures: whoever meets an error raises it, and its process ends with exit code 1; the launcher then ends
+the others, whatever collective they wait in. `run_program` sees to it that whoever has the cause speaks first.
 """
 
 import atexit
@@ -13,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -25,24 +24,38 @@ from self1e.errors import UserError
 from self1e.flags import INTERRUPTED, REQUEUE, told
 
 T = TypeVar("T")
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
+PATIENCE = 5  # seconds in which the launcher ends this rank if another one has met the cause
+MEETING = timedelta(minutes=10)  # until all ranks have started
 E = TypeVar("E", bound=Exception)
-STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # ask a run to stop
-PATIENCE = 5  # seconds that a launcher has to end this rank because the first one failed alike
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+def launched() -> bool:
+    """Whether a launcher started this process: it sets all `VARIABLES`, clusters leave some of them in every shell."""
+    return all(os.environ.get(name) for name in VARIABLES)
 
 
 def rank() -> int:
     """Number of this process, from 0, on all nodes together."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def local_rank() -> int:
     """Number of this process, from 0, on its node: the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
 def world_size() -> int:
-    """Number of processes that exchange with each other: 1 until the process group is there."""
+    """Number of processes that exchange with each other: 1 until `start`."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the first process of all: the one that prints and writes."""
+    return rank() == 0
 
 
 def say(text: str) -> None:
@@ -51,45 +64,41 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def is_main() -> bool:
-    """Whether this is the first process of all: the one that prints and writes."""
-    return rank() == 0
-
-
-def launched() -> bool:
-    """Whether a launcher started this process."""
-    return "LOCAL_RANK" in os.environ
-
-
 def device(name: str = "auto") -> torch.device:
-    """`auto`, `cpu`, `cuda` or `mps` -> this rank's device. Raises ValueError where it is not to be had.
+    """`auto`, `cpu`, `cuda` (or `gpu`) or `mps` -> this rank's device; `auto` takes a GPU where there is one.
 
-    `auto` takes a GPU where there is one.
+    Raises UserError where the device is not to be had.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in present.items() if there)
-    if not present[name]:
-        raise ValueError(f"--device {name}: torch finds none here; use --device auto")
+    name = "cuda" if name == "gpu" else next(kind for kind in present if present[kind]) if name == "auto" else name
+    if not present.get(name):
+        raise UserError(f"--device {name}: torch finds none here; use --device auto")
     if name == "cuda" and launched():
-        torch.cuda.set_device(local_rank())  # collectives of objects use the current device
+        torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())
     return torch.device(name)
 
 
-def start(backend: str | None = None, *, timeout: timedelta | None = None) -> None:
+def start(backend: str | None = None, timeout: timedelta | None = None) -> None:
     """Open the process group where a launcher started this process and none is open yet.
 
-    backend: "nccl" or "gloo"; None takes what the machine has. timeout: how long a rank waits for another.
+    backend: "nccl" or "gloo"; None takes what the machine has. timeout: how long a rank waits for another in a
+    collective; None is torch's default. Raises UserError when the other ranks do not come within `MEETING`.
     """
-    if launched() and not dist.is_initialized():
-        dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"), timeout=timeout)
-
-
-def quiet_deepspeed() -> None:
-    """Tell DeepSpeed where there is no GPU, which it would find out, and warn about."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not launched() or dist.is_initialized():
+        return
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(local_rank())  # collectives of objects use the current device
+    size = int(os.environ["WORLD_SIZE"])
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    except dist.DistError as error:
+        names = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
+        raise UserError(
+            f"{names}, but not all {size} processes met ({error}); without a launcher, unset RANK"
+        ) from error
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=timeout)
 
 
 def barrier() -> None:
@@ -111,6 +120,81 @@ def total(values: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def on_main(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
+    """Do `work` on the first rank while the others wait; its result (any picklable object) on all ranks."""
+    if dist.is_initialized():  # until evaluation and training let whoever meets an error raise it
+        return on_main_of_old(work, catch=catch)
+    return gather(work() if is_main() else None)[0]  # type: ignore[return-value]
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """A data worker's `worker_init_fn`: signals that a terminal or a cluster sends to all concern the program."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def run_program(program: Callable[[], int], *, expected: tuple[type[BaseException], ...] | None = None) -> int:
+    """Run a program's body and return its exit code.
+
+    UserError is one line and exit code 1, KeyboardInterrupt one line of the first rank and 130; every other exception
+    keeps its traceback. Under a launcher all but the first rank's UserError wait `PATIENCE` seconds before they speak,
+    because what they met may follow from another rank's end, and the process ends without any clean-up that could
+    wait for another rank.
+    """
+    if expected is not None:
+        return run_guarded(program, expected=expected)
+    if not launched():
+        for name in VARIABLES:  # libraries would take what is left of them for a launcher's
+            os.environ.pop(name, None)
+    try:
+        code = program()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # without it, torch can abort at the exit
+        return code
+    except KeyboardInterrupt as stop:
+        if is_main():
+            print(f"\n{stop if stop.args else 'interrupted'}", file=sys.stderr)
+        code = INTERRUPTED
+    except UserError as error:
+        if not is_main():
+            time.sleep(PATIENCE)
+        print(f"\nerror: {error}", file=sys.stderr)
+        code = 1
+    except SystemExit:
+        raise
+    except BaseException:
+        if not launched():
+            raise
+        time.sleep(PATIENCE)
+        traceback.print_exc()
+        code = 1
+    finally:
+        end_workers()
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def end_workers() -> None:
+    """End the data workers that a traceback still holds: Python would send them a SIGTERM, which they ignore."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise at the end of each
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+# --- What follows goes with its last user. ---
+
+
+def quiet_deepspeed() -> None:
+    """Tell DeepSpeed where there is no GPU, which it would find out, and warn about."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def most(values: Sequence[int]) -> list[int]:
@@ -154,11 +238,6 @@ def everywhere(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (V
     return cast(T, value)
 
 
-def on_main(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
-    """Do `work` on the first rank while the others wait; its result and its error are everybody's."""
-    return cast(T, gather(everywhere(lambda: work() if is_main() else None, catch=catch))[0])
-
-
 def share(items: Sequence[T]) -> Sequence[T]:
     """This rank's contiguous block; sizes differ by at most one, larger blocks first."""
     small, larger = divmod(len(items), world_size())
@@ -166,7 +245,12 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[first : first + small + (rank() < larger)]
 
 
-def run_program(program: Callable[[], int], *, expected: tuple[type[BaseException], ...]) -> int:
+def on_main_of_old(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
+    """Do `work` on the first rank while the others wait; its result and its error are everybody's."""
+    return cast(T, gather(everywhere(lambda: work() if is_main() else None, catch=catch))[0])
+
+
+def run_guarded(program: Callable[[], int], *, expected: tuple[type[BaseException], ...]) -> int:
     """Run a program's body and return its exit code; see the failure rule above.
 
     A clean end closes the process group (without it, torch can abort at exit and the launcher reports a failure). An

@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from self1e.errors import UserError
 
 T = TypeVar("T")
 
@@ -46,15 +49,42 @@ def to_jsonl(records: Iterable[dict]) -> str:
 
 
 def read_json(path: Path, kind: type[T], *, remedy: str = "") -> T:
-    """The value of a small JSON file. Raises ValueError naming the file and the remedy when it is no such JSON."""
+    """The value of a small JSON file. Raises UserError with the remedy when it cannot be read or is no `kind`."""
     advice = remedy and f"; {remedy}"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}{advice}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}){advice}") from error
+        raise UserError(f"{path} is no JSON ({error}){advice}") from error
     if not isinstance(value, kind):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}{advice}")
+        raise UserError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}{advice}")
     return value
+
+
+def check_writable(folder: Path) -> None:
+    """Try whether a folder can be made and written in, before the work whose results go there.
+
+    The folder itself is not touched, since other processes may be making it at this moment: what is missing of it is
+    made in a temporary folder within its nearest parent that exists.
+
+    Raises UserError naming the folder.
+    """
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".writable.", dir=existing) as probe:
+            Path(probe, folder.relative_to(existing), "made").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written to ({error.strerror or error}); choose another folder"
+        ) from error
+
+
+def check_writable_file(path: Path) -> None:
+    """As `check_writable`, for one file. Raises UserError naming it, also where it is a folder."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file, such as {path / 'result'}")
+    check_writable(path.parent)
 
 
 def digest(path: Path) -> dict[str, Any]:

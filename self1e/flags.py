@@ -10,13 +10,13 @@ import math
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from self1e.errors import UserError
+from self1e.files import check_writable, check_writable_file  # noqa: F401
 
 # What users can mend, hence one line on the screen; anything else is a fault of the program and shows its traceback.
 EXPECTED = (UserError, ValueError, OSError, ImportError, FloatingPointError)
@@ -123,29 +123,6 @@ def checkpoint(text: str) -> str:
     inside = Path(text, "ckpt_model")
     meant = not Path(text, "config.json").exists() and (inside / "config.json").is_file()
     return str(inside) if meant else text
-
-
-def check_writable(folder: Path) -> None:
-    """Try whether a folder can be made and written in, before the work whose results go there.
-
-    The folder itself is not touched, since other processes may be making it at this moment: what is missing of it is
-    made in a temporary folder within its nearest parent that exists.
-
-    Raises OSError naming the folder.
-    """
-    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    try:
-        with tempfile.TemporaryDirectory(prefix=".writable.", dir=existing) as probe:
-            Path(probe, folder.relative_to(existing), "made").mkdir(parents=True)
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be written to ({error.strerror or error}); choose another folder") from error
-
-
-def check_writable_file(path: Path) -> None:
-    """As `check_writable`, for one file. Raises OSError naming it, also where it is a folder."""
-    if path.is_dir():
-        raise OSError(f"{path} is a folder; name a file, such as {path / 'result'}")
-    check_writable(path.parent)
 
 
 @contextmanager

@@ -1,124 +1,118 @@
-"""What the processes of a run share; several real ones run in the tests of training and evaluation."""
+"""What the processes of a run share: two real ones of a small program, started by torchrun."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, hear_ctrl_c
+from helpers import ROOT, free_port
+from terminal import CTRL_C, Terminal
 
-from self1e import distributed
-
-
-@pytest.mark.parametrize("items, size", [(7, 3), (2, 5), (6, 2), (0, 2), (9, 1)])
-def test_blocks_cover_everything_once(monkeypatch, items, size):
-    monkeypatch.setattr(distributed, "world_size", lambda: size)
-    blocks = []
-    for rank in range(size):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        blocks.append(list(distributed.share(range(items))))
-    assert [item for block in blocks for item in block] == list(range(items))
-    lengths = [len(block) for block in blocks]
-    assert lengths == sorted(lengths, reverse=True) and max(lengths) - min(lengths) <= 1
-
-
-DESTRUCTOR = """
-import os, signal, sys, time
-from self1e.distributed import run_program
-
-
-class Loader:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
-
-
-def program():
-    Loader()
-    time.sleep(600)
-    return 0
-
-
-sys.exit(run_program(program, expected=(ValueError,)))
-"""
-
-
-@pytest.mark.parametrize("launched", [False, True])
-def test_ctrl_c_in_a_destructor_ends_the_program(launched):
-    """Python drops what is raised there; a data loader that ends its workers is such a place."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
-    environment |= {"LOCAL_RANK": "0", "RANK": "0"} if launched else {}
-    command = [sys.executable, "-c", DESTRUCTOR]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, preexec_fn=hear_ctrl_c
-    )
-    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
-
-
-ASKED = """
-import os, signal, sys, time
-from self1e.distributed import run_program
-
-
-def program():
-    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    time.sleep(60)
-    return 0
-
-
-sys.exit(run_program(program, expected=(ValueError,)))
-"""
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_request_to_stop_ends_a_program_that_does_not_listen(name):
-    command = [sys.executable, "-c", ASKED, name]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stderr) == (75, f"\nstopped by {name}\n")
-
-
-BUG = """
-import sys
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+PROGRAM = """
+import sys, time
+import torch
 from torch.utils.data import DataLoader
-from self1e.distributed import ignore_requests_to_stop, run_program
+from self1e import distributed
+from self1e.errors import UserError
 
 
-def program():
-    batches = iter(DataLoader(range(99), num_workers=1, worker_init_fn=ignore_requests_to_stop))
-    next(batches)
-    raise RuntimeError("a fault of the program")  # its traceback holds the loader
+def program(what):
+    distributed.start("gloo")
+    rank = distributed.rank()
+    assert distributed.gather(f"r{rank}") == [f"r{each}" for each in range(distributed.world_size())]
+    assert distributed.total(torch.ones(2)).tolist() == [distributed.world_size()] * 2
+    assert distributed.on_main(lambda: f"from rank {rank}") == "from rank 0"
+    distributed.say(f"ranks: {distributed.world_size()}")
+    if what == "one fails" and rank == 1:
+        raise UserError("the photo of rank 1 is broken")
+    if what == "all fail":
+        raise UserError("no such folder")
+    if what == "bug":
+        loader = iter(DataLoader(range(99), num_workers=1, worker_init_fn=distributed.ignore_signals))
+        raise RuntimeError(f"a fault of the program after item {next(loader)}")  # its traceback holds the loader
+    if what == "wait":
+        print(f"rank {rank} waits", flush=True)
+        time.sleep(600)
+    distributed.gather(rank)
+    return 3 if what == "3" else 0
 
 
-sys.exit(run_program(program, expected=(ValueError,)))
+if __name__ == "__main__":
+    sys.exit(distributed.run_program(lambda: program(sys.argv[1])))
 """
 
 
-TAKEN = """
-import os, socket, time
-from multiprocessing.resource_sharer import DupFd
-from self1e.distributed import ignore_requests_to_stop
-
-ignore_requests_to_stop()
-for leave in "at once", "after a word":
-    address, _ = DupFd(0)._id  # as a worker hands its tensors out
-    with socket.socket(socket.AF_UNIX) as program:
-        program.connect(address)
-        if leave != "at once":
-            program.recv(4)
-time.sleep(0.5)
-"""
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return path
 
 
-@pytest.mark.skipif(os.name == "nt", reason="tensors are handed out by sockets on Unix alone")
-def test_a_data_worker_says_nothing_where_its_program_ends():
-    """Whatever the program was about to take."""
-    done = subprocess.run([sys.executable, "-c", TAKEN], cwd=ROOT, capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stderr) == (0, "")
+def run(command, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
 
 
-def test_a_fault_of_the_program_does_not_wait_for_its_data_workers():
-    """They ignore the SIGTERM with which Python ends them, because a cluster sends it to all processes alike."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
-    command = [sys.executable, "-c", BUG]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: a fault of the program\n")
+@pytest.mark.parametrize(
+    ("what", "code", "says"),
+    [
+        ("works", 0, ""),
+        ("one fails", 1, "error: the photo of rank 1 is broken"),
+        ("all fail", 1, "error: no such folder"),
+        ("bug", 1, "RuntimeError: a fault of the program"),
+    ],
+)
+def test_whoever_meets_an_error_ends_the_run_and_says_so_once(program, what, code, says):
+    done = run([*TORCHRUN, f"--master_port={free_port()}", program, what])
+    assert (done.returncode, done.stdout) == (code, "ranks: 2\n"), done.stderr
+    ours = done.stderr.split("ChildFailedError")[0]  # torchrun adds a report of its own
+    assert ours.count(says) >= 1 and (what == "bug" or ours.count(f"{says}\n") <= 1)
+
+
+def test_one_process_keeps_the_traceback_and_ends_its_workers(program):
+    done = run([sys.executable, program, "bug"])
+    assert done.returncode == 1 and done.stderr.endswith(
+        "RuntimeError: a fault of the program after item tensor([0])\n"
+    )
+    assert f'File "{program}"' in done.stderr
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"LOCAL_RANK": "0"}, {"WORLD_SIZE": "2", "MASTER_ADDR": "x"}])
+def test_what_a_cluster_leaves_in_the_environment_is_no_launcher(program, variables):
+    done = run([sys.executable, program, "3"], **variables)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "ranks: 1\n", "")
+
+
+def test_ranks_that_never_come_are_named(program):
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    program.write_text(program.read_text().replace("def program(", "distributed.MEETING *= 1 / 300\n\n\ndef program("))
+    done = run([sys.executable, program, "3"], **variables, MASTER_PORT=str(free_port()))
+    assert done.returncode == 1 and "error: RANK=0, LOCAL_RANK=0, WORLD_SIZE=2" in done.stderr
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], [*TORCHRUN, "--standalone"]], ids=["python", "torchrun"])
+def test_ctrl_c_is_one_line_of_the_first_rank(program, launcher, tmp_path):
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    terminal = Terminal([*launcher, program, "wait"], environment=environment, folder=tmp_path)
+    for rank in range(2 if "--standalone" in launcher else 1):
+        terminal.read_until(f"rank {rank} waits", timeout=200)
+    terminal.type(CTRL_C)
+    code, printed = terminal.finish()
+    assert code == 130 or "--standalone" in launcher and code != 0
+    assert printed.count("\ninterrupted\n") == 1 and str(program) not in printed.split("interrupted")[1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Unix alone has it")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_request_to_stop_is_heard_inside_its_block_alone(name):
+    from self1e.stop import StopRequest
+
+    before = signal.getsignal(signal.Signals[name])
+    with StopRequest() as stop:
+        assert stop.signal is None
+        signal.raise_signal(signal.Signals[name])
+        assert stop.signal == name
+    assert signal.getsignal(signal.Signals[name]) == before

@@ -1,13 +1,46 @@
-"""Files appear complete or not at all."""
+"""Files appear complete or not at all; folders for results are tried before the work."""
 
 import pytest
 
-from self1e.files import write_text
+from self1e.errors import UserError
+from self1e.files import check_writable, read_json, replacing_folder, write_text
 
 
-def test_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "new" / "f.txt", "old")
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "new" / "f.txt", "\ud800")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["f.txt"]
     assert (tmp_path / "new" / "f.txt").read_text() == "old"
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path):
+    with replacing_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("old")
+    with pytest.raises(RuntimeError), replacing_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("new")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    (tmp_path / "full").mkdir()
+    for folder in (tmp_path / "full", tmp_path / "new" / "newer", tmp_path):
+        check_writable(folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "sub", tmp_path / "file", tmp_path / ("n" * 300)):
+        with pytest.raises(UserError, match=f"{folder}: cannot be written to"):
+            check_writable(folder)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_a_json_file_that_is_none_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=r"a\.json.*; download it again"):
+        read_json(tmp_path / "a.json", dict, remedy="download it again")

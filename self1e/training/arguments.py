@@ -181,6 +181,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(configured + argv)
     import torch  # no sooner, so that --help is quick
 
+    from self1e import distributed
+
     if args.eval_all_only:
         args.eval_only = args.eval_all_datasets = True
     args.splits = list(DEFAULT_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")
@@ -230,7 +232,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             )
     own = "custom" in families and {*families} <= {"custom", "vqa"}  # what is in the tree is none of its business
     args.final_splits = args.splits if own else list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits]))
-    launched = "LOCAL_RANK" in os.environ
+    launched = distributed.launched()
     if args.deepspeed and not launched:
         parser.error("--deepspeed needs a launcher: start with deepspeed or torchrun instead of python")
     if args.local_rank is not None and launched and args.local_rank != int(os.environ["LOCAL_RANK"]):

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from torch.serialization import add_safe_globals, get_unsafe_globals_in_checkpoint
 
 from self1e.distributed import everywhere, gather, on_main, say, share
+from self1e.errors import UserError
 from self1e.files import digest, fault, read_json, sync_folder, write_json
 
 MANIFEST, SETTINGS, BEST = "manifest.json", "settings.json", "best.json"
@@ -74,7 +75,7 @@ def faults(folder: Path) -> list[str]:
     """What keeps a checkpoint from being whole, one line each. All ranks call it together."""
     try:
         manifest = on_main(lambda: read_json(folder / MANIFEST, dict))
-    except (OSError, ValueError) as error:
+    except UserError as error:
         return [f"{MANIFEST} cannot be read ({error})"]
     if SETTINGS not in manifest:
         return [f"{MANIFEST} does not name {SETTINGS}"]

@@ -88,6 +88,13 @@ def no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+def launch(monkeypatch, rank: str) -> None:
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+
 def refusal(capsys, *flags: str, needed=NEEDED) -> str:
     """What a wrong command line prints; it must fit a screen and leave with status 2."""
     with pytest.raises(SystemExit) as stop:
@@ -170,13 +177,12 @@ def test_what_cannot_be_meant_is_refused(capsys, flags, says):
 
 
 def test_only_the_first_rank_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    launch(monkeypatch, "1")
     assert refusal(capsys, "--batch_size", "0") == ""
 
 
 def test_a_launcher_brings_deepspeed(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    launch(monkeypatch, "0")
     assert parse([*NEEDED, "--local_rank=0"]).deepspeed == ROOT / "configs" / "zero2.json"
     assert "contradicts" in refusal(capsys, "--local_rank=1")
     assert "no DeepSpeed configuration" in refusal(capsys, "--deepspeed", str(tmp_path / "absent.json"))
@@ -258,7 +264,7 @@ def test_runs_that_contradict_themselves_are_refused(capsys):
 
 @pytest.mark.parametrize("block", ["optimizer", "scheduler"])
 def test_a_deepspeed_file_leaves_the_optimizer_to_the_flags(capsys, monkeypatch, tmp_path, block):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    launch(monkeypatch, "0")
     config = tmp_path / "own.json"
     config.write_text(json.dumps({block: {"type": "Lion"}}))
     assert f"remove the section {block!r}" in refusal(capsys, "--deepspeed", str(config))

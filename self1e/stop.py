@@ -1,0 +1,51 @@
+"""What asks a run to stop, and the mark by which `scripts/train_slurm.sh` puts a stopped run back into the queue."""
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+
+REQUEUE = 75  # exit code of a run that was asked to stop and can be continued (EX_TEMPFAIL)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class StopRequest:
+    """`with StopRequest() as stop:` listens to `SIGNALS`; `stop.signal` is the name of the one that came, or None.
+
+    The deepspeed launcher is two processes, of which the outer one passes SIGTERM to nobody: that it is gone counts
+    as a request, too.
+    """
+
+    heard: str | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self.launchers = self._launchers()
+        self.before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame) -> None:
+        self.heard = signal.Signals(number).name
+
+    @staticmethod
+    def _launchers() -> list[psutil.Process]:
+        return psutil.Process().parents()[:2] if "CROSS_RANK" in os.environ else []  # deepspeed sets it
+
+    @property
+    def signal(self) -> str | None:
+        if self.heard is None and self._launchers() != self.launchers:
+            self.heard = "the end of the launcher"
+        return self.heard
+
+
+def mark_requeue(folder: Path, wanted: bool = True) -> None:
+    """Write the mark `<folder>/requeue` of a run that ends with `REQUEUE`, or remove it where the run starts again."""
+    mark = folder / "requeue"
+    if wanted:
+        mark.write_text("stopped on request; the same command continues\n")
+    else:
+        mark.unlink(missing_ok=True)
