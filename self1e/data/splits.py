@@ -9,6 +9,7 @@ Published figures are percentages of the SELF1E paper (arXiv 2603.19026): `2B` a
 mixture, `SEG-2B` and `SEG-8B` on the segmentation mixture. They are cIoU except where an entry says otherwise.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from self1e.data.paths import require_paths
 from self1e.data.samples import EvalSplit, say_once
 from self1e.data.sets.custom import CustomSplit
 from self1e.data.sets.parquet import ParquetSplit
-from self1e.data.sets.part_referring import RefCOCOmSplit
 from self1e.data.sets.reasoning import ReasoningSplit
 from self1e.data.sets.referring import ReferringSplit
 from self1e.flags import check_known
@@ -74,9 +74,6 @@ SPLITS: dict[str, SplitEntry] = {
     "rrefcoco+|unc|val": _referring(protocol="rela", default=False),
     "rrefcocog|umd|val": _referring(protocol="rela", default=False),
     "refzom|final|test": _referring(protocol="rela", default=False),
-    "refcocom|val": SplitEntry(reader=RefCOCOmSplit, headline=("giou",), default=False),
-    "refcocom|testA": SplitEntry(reader=RefCOCOmSplit, headline=("giou",), default=False),
-    "refcocom|testB": SplitEntry(reader=RefCOCOmSplit, headline=("giou",), default=False),
 }
 
 PREFIXES: dict[str, SplitEntry] = {
@@ -120,6 +117,11 @@ def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = Fals
 
 
 def file_stem(split: str) -> str:
-    """The stem of a split's result files: `refcoco|unc|val` -> `refcoco_unc_val`, `custom|own/val.csv` ->
-    `custom_own_val_csv`."""
-    return re.sub(r"[|/\\:.]+", "_", split)
+    """The stem of a split's result files: `refcoco|unc|val` -> `refcoco_unc_val`.
+
+    Of a kind in PREFIXES it ends with a hash, `custom_own_val_csv_1f6c2a`: `own/val.csv` and `own_val.csv` differ.
+    """
+    stem = re.sub(r"[|/\\:.]+", "_", split)
+    if split in SPLITS:
+        return stem
+    return f"{stem[-80:]}_{hashlib.sha256(split.encode(errors='surrogateescape')).hexdigest()[:6]}"

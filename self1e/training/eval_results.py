@@ -1,7 +1,7 @@
 """The figures of a checkpoint in the hub's own form, `.eval_results/self1e.yaml` beside its weights.
 
 The hub shows such entries on the model's page, and on the leaderboard of the data set that an entry names. An entry
-needs the hub id of that data set, so one is written for each split of a ready Parquet set (`parquet_sets.yaml`), and
+needs the hub id of that data set, so one is written for each split of a ready Parquet set (`READY` in parquet.py), and
 for those splits whose data set the user names.
 """
 
@@ -13,7 +13,7 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.utils import validate_repo_id
 
-from self1e.data.sets.parquet import ready_sets
+from self1e.data.sets.parquet import READY
 from self1e.data.splits import get_splits
 from self1e.evaluation.provenance import SettingsFile
 from self1e.evaluation.tables import TITLES
@@ -70,5 +70,4 @@ def hub_entries(summary: Path | None, benchmarks: Mapping[str, str]) -> list[Eva
 def hub_source(split: str) -> str | None:
     """The hub id behind a ready Parquet set; None for all other splits, which may mean data on some disk."""
     kind, source, *_ = [*split.split("|"), ""]
-    ready = ready_sets()
-    return ready[source].source if kind == "parquet" and source in ready else None
+    return READY[source].source if kind == "parquet" and source in READY else None

@@ -78,7 +78,7 @@ def test_finetune_on_own_data(monkeypatch, own_data, tmp_path):
     split = f"custom|{own_data / 'val.csv'}"
     summary = json.loads((output / "eval/summary.json").read_text())
     assert list(summary) == [split] and summary[split]["n"] == 1
-    assert len(list((output / "validation/step_2").glob("custom_*_val_csv.json"))) == 1
+    assert len(list((output / "validation/step_2").glob("custom_*_val_csv_*.json"))) == 1
     (record,) = json.loads((output / "predictions/predictions.json").read_text())
     assert record["prompt"] == "the thing number 4"
     assert np.array(Image.open(output / "predictions" / record["mask"])).shape == (40, 60)

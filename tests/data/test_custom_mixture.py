@@ -87,4 +87,6 @@ def test_benchmark_of_own_data():
     benchmarks = get_splits(names)
     assert list(benchmarks) == names and benchmarks[names[0]].protocol == "lisa"
     assert not benchmarks[names[0]].published and not set(names[::2]) & set(DEFAULT_SPLITS)
-    assert list(map(file_stem, names)) == ["custom_own_val_csv", "refcoco_unc_val", "custom_data_own_val_json"]
+    assert file_stem(names[1]) == "refcoco_unc_val" and file_stem(names[0]).startswith("custom_own_val_csv_")
+    assert len({file_stem(f"custom|{path}") for path in ("own/val.csv", "own_val.csv", "own/val_csv", "x" * 300)}) == 4
+    assert len(file_stem("custom|" + "x" * 300)) < 100

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 from helpers import SHARED, needs_shared
-from mutations import JUNK, no_hang, refused_by_name
-from trees import SQUARE, H, W, label_map, photo, reference, referring_set, write_json
+from trees import SQUARE, H, W, photo, reference, referring_set
 
 from self1e.data.families import FAMILIES
 from self1e.data.samples import SampleError
@@ -14,7 +13,7 @@ from self1e.data.splits import SPLITS, load_split
 
 OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]
 AREA = 6 * 6
-BEYOND = ("rrefcoco", "refzom", "refcocom")  # sets that the published loaders do not read
+BEYOND = ("rrefcoco", "refzom")  # sets that the published loaders do not read
 
 
 def annotation(id, image_id, *polygons):
@@ -208,67 +207,3 @@ def test_sentences_that_mean_nothing_are_empty_masks(tmp_path):
     assert dict(zip(image.sentences, image.no_target)) == {"a cat": True, "the squares": False}
     assert (image.load()[1].sum((1, 2)) > 0).tolist() == [not none for none in image.no_target]
     assert {SPLITS[name].protocol for name in ("rrefcoco|unc|val", "refzom|final|test")} == {"rela"}
-
-
-def part_records(root, records, split="val"):
-    """RefCOCOm with a photo and a mask of a column of pixels per record (photo, segment id, sentences)."""
-    folder = root / "refer_seg/refcocom"
-    for number, (name, segment, _) in enumerate(records):
-        photo(root / "refer_seg/images/mscoco/images/train2014" / name)
-        label_map(folder / f"masks/{segment}.png", [255 * (k == number) for k in range(4)])
-    written = [
-        {"img_name": name, "segment_id": segment, "sentences": [{"sent": text} for text in texts]}
-        for name, segment, texts in records
-    ]
-    return write_json(folder / f"{split}.json", written)
-
-
-def test_parts_of_objects(tmp_path):
-    second, first = (f"COCO_train2014_{number:012d}.jpg" for number in (9, 3))
-    records = [(second, 71, ["The ear"]), (first, "72", ["left arm", "arm"]), (second, 73, ["a paw"])]
-    part_records(tmp_path, [*records, ("COCO_train2014_000000000005.jpg", 74, [])])
-    split = load_split("refcocom|val", tmp_path)
-    assert [image.image_id for image in split] == [first, second] and split.keys().tolist() == [3, 9]
-    assert [image.sentences for image in split] == [["left arm", "arm"], ["The ear", "a paw"]]
-    assert split[1].prompts[0] == "<image>\n What is the ear in this image? Please output segmentation mask."
-    assert split[1].unit_ids == [f"{second}/71/The ear", f"{second}/73/a paw"]
-    columns = {(0, 0): 1, (0, 1): 1, (1, 0): 0, (1, 1): 2}  # (photo, sentence) -> its quarter of the photo
-    for (item, row), quarter in columns.items():
-        mask = split[item].load()[1][row]
-        assert mask.shape == (H, W) and mask.sum() == H * W // 4
-        assert mask[:, quarter * W // 4 : (quarter + 1) * W // 4].all()
-
-
-def test_faults_of_part_files_are_named(tmp_path):
-    name = "COCO_train2014_000000000003.jpg"
-    source = part_records(tmp_path, [(name, 1, ["ear"]), (name, 2, ["paw"])])
-    with pytest.raises(FileNotFoundError, match="refcocom/testA.json"):
-        load_split("refcocom|testA", tmp_path)
-    masks = tmp_path / "refer_seg/refcocom/masks"
-    (masks / "1.png").unlink()
-    with pytest.raises(SampleError, match="masks/1.png"):
-        load_split("refcocom|val", tmp_path)[0].load()
-    photo(masks / "1.png", shade=0)
-    with pytest.raises(SampleError, match="3 channels"):
-        load_split("refcocom|val", tmp_path)[0].load()
-    write_json(source, [{"img_name": name, "segment_id": "../../images/x", "sentences": [{"sent": "ear"}]}])
-    with pytest.raises(SampleError, match="leads out of"):
-        load_split("refcocom|val", tmp_path)[0].load()
-    write_json(source, [{"img_name": name, "segment_id": 1, "sentences": []}, {"img_name": name, "sentences": []}])
-    with pytest.raises(ValueError, match="val.json, record 1 counted from 0: key 'segment_id' is missing"):
-        load_split("refcocom|val", tmp_path)
-
-
-@pytest.mark.parametrize("field", ["img_name", "segment_id", "sentences", "sent"])
-def test_whatever_a_record_of_parts_holds_is_refused_by_name(tmp_path, field):
-    name = "COCO_train2014_000000000003.jpg"
-    source = part_records(tmp_path, [(name, 1, ["ear"])])
-    for junk in JUNK:
-        record = {"img_name": name, "segment_id": 1, "sentences": [{"sent": "ear"}]}
-        (record["sentences"][0] if field == "sent" else record)[field] = junk
-        source.write_text(json.dumps([record]), encoding="utf-8")
-        with no_hang(), refused_by_name("val.json", name, "refcocom"):
-            split = load_split("refcocom|val", tmp_path)
-            split.keys()
-            for image in split:
-                assert [mask.shape for mask in image.load()[1]] == [(H, W)] * len(image.prompts)

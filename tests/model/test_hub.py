@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.apps.loading import load
-from self1e.data.sets.parquet import ready_sets
+from self1e.data.sets.parquet import READY
 from self1e.files import write_json
 from self1e.training.model_card import main as model_card
 from self1e.training.model_card import write_model_card
@@ -173,7 +173,7 @@ def test_figures_in_the_form_of_the_hub(folder, tmp_path, capsys):
     assert model_card([str(checkpoint), "--benchmarks", own]) == 0
     file = checkpoint / ".eval_results/self1e.yaml"
     hub, named = parse_eval_result_entries(yaml.safe_load(file.read_text()))
-    expected = (ready_sets()["reasonseg_val"].source, "test", 41.24, started)
+    expected = (READY["reasonseg_val"].source, "test", 41.24, started)
     assert (hub.dataset_id, hub.task_id, hub.value, hub.date) == expected
     assert hub.notes == "cIoU in percent; gIoU 50.0; 20 sentences; protocol lisa; another copy"
     assert (named.dataset_id, named.task_id, named.value) == ("org/reasonseg", "short", 50.0)

@@ -1,6 +1,6 @@
 """Photos with expressions, each of which means some of the photo's annotations.
 
-`referring`, `part_referring` and `custom` say where expressions, photos and masks are; what training and evaluation
+`referring` and `custom` say where expressions, photos and masks are; what training and evaluation
 make of them stands here.
 """
 
