@@ -22,7 +22,7 @@ from self1e.data.loader import build_mixture
 from self1e.data.paths import require_paths
 from self1e.data.samples import SampleError
 from self1e.data.splits import get_splits, load_split, split_paths
-from self1e.evaluation.provenance import checkpoint_settings
+from self1e.evaluation.provenance import checkpoint_settings, fingerprint
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.evaluation.watchdog import Watchdog
 from self1e.flags import REQUEUE, check_writable, counted
@@ -62,11 +62,9 @@ def run(args: Namespace) -> int:
     """Train and evaluate, or evaluate alone; returns the exit code. Ctrl-C is raised with what to do next."""
     try:
         return train_and_evaluate(args)
-    except KeyboardInterrupt as interruption:
-        if interruption.args:  # an evaluation says which splits are done
-            raise
+    except KeyboardInterrupt:
         if args.eval_only:
-            raise KeyboardInterrupt("interrupted before the first photo; the same command continues") from None
+            raise KeyboardInterrupt("interrupted; the same command continues") from None
         kept = checkpoints_in(args.run_dir / "checkpoints")
         where = f"continue from {kept[-1]} with --auto_resume" if kept else "no checkpoint was written yet"
         raise KeyboardInterrupt(f"interrupted; {where}") from None
@@ -188,7 +186,6 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
             splits,
             output_dir=folder,
             show=trainer.show,
-            watchdog=watchdog,
             asked_to_stop=lambda: stop.cause is not None,
             print_table=False,
             **evaluation_options(args),
@@ -382,18 +379,17 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
             f"{args.version} is a base model without a segmentation head, and {trained} does not exist: train first, "
             "or name trained weights with --model_weights"
         )
-    with Watchdog(args.run_dir / ".ranks" / "eval", args.timeout) as watchdog:
-        evaluate_splits(
-            model,
-            processor,
-            args.splits,
-            output_dir=args.run_dir / "eval",
-            visualize=args.eval_visualize,
-            skip_missing=skip_missing,
-            checkpoint=checkpoint_settings(args.version, args.model_weights),
-            overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
-            watchdog=watchdog,
-            **evaluation_options(args),
-        )
+    distributed.say(f"evaluating {args.model_weights or args.version} on {counted(len(args.splits), 'split')}")
+    evaluate_splits(
+        model,
+        processor,
+        args.splits,
+        output_dir=args.run_dir / "eval",
+        visualize=args.eval_visualize,
+        skip_missing=skip_missing,
+        weights={"weights": fingerprint(args.model_weights or args.version)},
+        overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
+        **evaluation_options(args),
+    )
     if args.version == str(trained) and distributed.is_main():
         write_model_card(trained)  # with the table

@@ -18,9 +18,9 @@ from transformers.integrations import TensorBoardCallback
 from self1e import distributed
 from self1e.data.mixture import Mixture
 from self1e.data.samples import EvalImage
+from self1e.evaluation.results import Stopped
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.segmentation.report import examples
-from self1e.evaluation.segmentation.run import Left
 from self1e.evaluation.watchdog import Watchdog
 from self1e.flags import counted
 from self1e.training import checkpoint, curves
@@ -276,7 +276,7 @@ class Self1ETrainer(Trainer):
         try:
             with self.compute_loss_context_manager():
                 figures = self.validate(self.state.global_step)
-        except Left:
+        except Stopped:
             self.stopped = self.control.should_training_stop = True
             self.control.should_save = self.saved_step != self.state.global_step
             return {}

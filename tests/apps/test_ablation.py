@@ -2,13 +2,12 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
 from helpers import read_json
 
 from self1e.apps.ablation import report, row, run
-from self1e.apps.ablation.measure import boundary, figures
+from self1e.apps.ablation.measure import figures
 from self1e.apps.ablation.suites import CLAIMS, MEASURES, SUITES
 from self1e.model.head import HEADS, AmplifiedHead, SegmentationHead
 
@@ -59,19 +58,6 @@ def test_the_shared_warm_up_trains_the_masks_of_the_full_method_and_of_the_basel
 def test_every_claim_is_about_rows_of_its_suite():
     for claim in CLAIMS:
         assert {claim.better, claim.worse} <= set(SUITES[claim.suite]) and set(claim.measures) <= set(MEASURES)
-
-
-def test_boundary_is_a_band_along_the_contour_and_the_edge_of_the_photo():
-    mask = np.zeros((100, 100), bool)
-    mask[20:60, 20:60] = True  # the diagonal is 141 pixels: a band of 3
-    expected = mask.copy()
-    expected[23:57, 23:57] = False
-    assert np.array_equal(boundary(mask), expected)
-    whole = boundary(np.ones((100, 100), bool))
-    assert whole[:3].all() and whole[:, -3:].all() and not whole[3:97, 3:97].any()
-    thin = np.zeros((100, 100), bool)
-    thin[40:44] = True
-    assert np.array_equal(boundary(thin), thin)
 
 
 def unit(**counts) -> dict:

@@ -11,7 +11,7 @@ import pytest
 from runs import EVENTS, count_events, history, train, train_in_a_child
 
 from self1e import Self1EForSegmentation
-from self1e.evaluation.journal import Journal
+from self1e.evaluation.results import Results
 from self1e.training.stop import StopRequest
 from self1e.training.trainer import Self1ETrainer
 
@@ -50,7 +50,7 @@ def test_a_kill_anywhere_changes_nothing(whole, tiny_version, shapes, tmp_path, 
 
 REQUESTS = {  # the signal, the method at one of whose calls it comes, the call's number, the step that is saved
     "step": (signal.SIGTERM, (Self1ETrainer, "compute_loss"), 1, 1),
-    "validation": (signal.SIGTERM, (Journal, "append"), 0, 1),
+    "validation": (signal.SIGTERM, (Results, "append"), 0, 1),
     "saving": (signal.SIGUSR1, (Self1ETrainer, "_publish"), 0, 3),
 }
 

@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.data.splits import load_split
-from self1e.evaluation.segmentation.metrics import Unit
-from self1e.evaluation.segmentation.report import SplitResults, draw_unit
+from self1e.evaluation.segmentation.metrics import Unit, read_units
+from self1e.evaluation.segmentation.report import unit_drawer
 from self1e.training import run as program
 from self1e.training import trainer as trainer_module
 from self1e.training.checkpoint import checkpoints_in
@@ -51,7 +51,7 @@ def test_tensorboard_holds_the_worst_the_median_and_the_best_of_each_validation(
     assert found.keys() == {f"ReasonSeg|val/{kind}" for kind in ("worst", "median", "best")}
     split = load_split("ReasonSeg|val", shapes / "dataset")
     for place, step in enumerate((2, 4)):
-        units = SplitResults(reference[0] / f"validation/step_{step}", "ReasonSeg|val").read(split)
+        units = read_units(reference[0] / f"validation/step_{step}/ReasonSeg_val.jsonl")
         overlap = sorted(unit.iou for unit in units)
         for kind, value in {"worst": overlap[0], "median": overlap[len(units) // 2], "best": overlap[-1]}.items():
             logged, picture = found[f"ReasonSeg|val/{kind}"][place]
@@ -78,7 +78,8 @@ def test_healthy_runs_of_another_recipe_are_refused(interrupted, tiny_version, s
 
 def shown(picture: Image.Image, split, units) -> Unit:
     """The unit that a picture shows."""
-    drawn = [np.asarray(draw_unit(split, units, index, width=900)) for index in range(len(units))]
+    draw = unit_drawer(split, units, width=900)
+    drawn = [np.asarray(draw(index)) for index in range(len(units))]
     return next(unit for unit, pixels in zip(units, drawn) if np.array_equal(pixels, np.asarray(picture)))
 
 

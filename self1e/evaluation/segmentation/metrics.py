@@ -1,11 +1,8 @@
-"""Segmentation scores from integer pixel counts: the LISA and ReLA protocols, ReasonSeg's extras.
+"""Segmentation scores from integer pixel counts: the LISA and ReLA protocols, ReasonSeg's extras, boundary IoU.
 
 A *unit* is one sentence about one photo. Its counts are taken once, at the annotation's size, and every figure is
-computed from the list of units alone, so the JSONL that an evaluation writes is enough to recompute them:
-
-    self1e score runs/NAME/eval/refcoco_unc_val.jsonl
-
-prints the figures, in seconds on one CPU. Scores are fractions in [0, 1]; a score over nothing is `None`.
+computed from the list of units alone: `self1e score` recomputes them from the JSONL that an evaluation wrote. Scores
+are fractions in [0, 1]; a score over nothing is `None`.
 """
 
 import json
@@ -14,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import cv2
 import numpy as np
 
-from self1e.data.masks import IGNORED, decode_segmentation
+from self1e.data.masks import IGNORED
+from self1e.errors import UserError
 
 LISA_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 RELA_THRESHOLDS = (0.7, 0.8, 0.9)
+BOUNDARY = 0.02  # of the photo's diagonal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Unit:
     """Counts of one sentence, in pixels of the annotation that are not ignored.
 
     I, U: intersection and union. `predicted_pixels` + `target_pixels` = I + U.
+    `boundary_I`, `boundary_U`: the same of the pixels near the contours, see `boundary`; `None` in older files.
     `no_target`: the annotation says that nothing fits the sentence; `None` where a benchmark has no such sentences.
     `is_sentence`: a long query (a whole sentence) rather than a phrase; `None` outside ReasonSeg.
     `mask`: the prediction as COCO's compressed RLE, for pictures; no figure needs it.
@@ -39,6 +40,8 @@ class Unit:
     U: int
     target_pixels: int
     predicted_pixels: int
+    boundary_I: int | None = None
+    boundary_U: int | None = None
     no_target: bool | None = None
     is_sentence: bool | None = None
     mask: dict | None = None
@@ -51,37 +54,35 @@ class Unit:
         """The unit as a line of JSON holds it: marks that its split does not have are left out."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
-    def decode(self, height: int, width: int) -> np.ndarray:
-        """The predicted mask, uint8 {0, 1} (height, width). Raises ValueError where the unit holds none."""
-        if self.mask is None:
-            raise ValueError(f"unit {self.id} holds no mask, so there is nothing to draw; evaluate again to have it")
-        return decode_segmentation(self.mask, height, width)
-
     @classmethod
-    def read(cls, record: dict, place: str) -> "Unit":
-        """The unit of a record. Raises ValueError naming `place` for a record that is none."""
-        known = {field.name for field in fields(cls)}
-        try:
-            unit = cls(**{name: value for name, value in record.items() if name in known})
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{place}: not a unit record ({error})") from error
-        counts = (unit.I, unit.U, unit.target_pixels, unit.predicted_pixels)
-        if not all(isinstance(count, int) and count >= 0 for count in counts):
-            raise ValueError(f"{place}: not a unit record (pixel counts are {counts})")
-        return unit
+    def read(cls, record: dict) -> "Unit":
+        """The unit of a record; what else the record holds is left out."""
+        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
 
 
-def count_pixels(prediction, target) -> dict[str, list[int]]:
-    """Pixel counts of n masks; NumPy arrays and torch tensors (on any device) alike.
+def count_pixels(prediction: np.ndarray, target: np.ndarray) -> dict[str, int]:
+    """Pixel counts of one mask, by their names in `Unit`.
 
-    prediction: bool (n, H, W), True = foreground. target: uint8 (n, H, W), 1 = foreground, 255 = ignored.
-    Returns `I, U, target_pixels, predicted_pixels`, n integers each.
+    prediction: bool (H, W), True = foreground. target: uint8 (H, W), 1 = foreground, 255 = ignored.
     """
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-    predicted, wanted = prediction & (target != IGNORED), target == 1
-    counts = {"I": predicted & wanted, "U": predicted | wanted, "target_pixels": wanted, "predicted_pixels": predicted}
-    return {name: pixels.sum((-2, -1)).tolist() for name, pixels in counts.items()}
+    assert prediction.shape == target.shape, f"prediction {prediction.shape} and target {target.shape} differ in shape"
+    counted, wanted = target != IGNORED, target == 1
+    predicted = prediction & counted
+    found, sought = boundary(prediction) & counted, boundary(wanted)
+    pixels = {"I": predicted & wanted, "U": predicted | wanted, "target_pixels": wanted, "predicted_pixels": predicted}
+    pixels |= {"boundary_I": found & sought, "boundary_U": found | sought}
+    return {name: int(np.count_nonzero(mask)) for name, mask in pixels.items()}
+
+
+def boundary(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask bool (H, W) that lie near its contour (boundary IoU, Cheng et al. 2021).
+
+    Near is within 2% of the photo's diagonal; the photo's edge is a contour, too.
+    """
+    distance = max(1, round(BOUNDARY * math.hypot(*mask.shape)))
+    padded = np.pad(mask.astype(np.uint8), 1)
+    inside = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=distance)[1:-1, 1:-1] > 0
+    return mask & ~inside
 
 
 def iou(I: int, U: int) -> float:
@@ -99,13 +100,18 @@ def precision_at(thresholds: Sequence[float], ious: Sequence[float]) -> dict[str
 
 
 def lisa(units: Sequence[Unit]) -> dict:
-    """gIoU (mean IoU), cIoU and Pr@0.5..0.9 (LISA, Lai et al. 2024; Pr@k as in RefCOCO papers)."""
+    """gIoU (mean IoU), cIoU and Pr@0.5..0.9 (LISA, Lai et al. 2024; Pr@k as in RefCOCO papers); boundary IoU.
+
+    Boundary IoU is the mean over the sentences that have a target.
+    """
     ious = [unit.iou for unit in units]
+    edges = [(unit.boundary_I, unit.boundary_U) for unit in units if unit.target_pixels]
     return {
         "n": len(units),
         "giou": mean(ious),
         "ciou": iou(sum(unit.I for unit in units), sum(unit.U for unit in units)) if units else None,
         **precision_at(LISA_THRESHOLDS, ious),
+        "boundary_iou": mean([iou(I, U) for I, U in edges if I is not None and U is not None]),
     }
 
 
@@ -173,23 +179,22 @@ def protocol_of(units: Sequence[Unit]) -> str:
 
 
 def score(units: Sequence[Unit]) -> dict:
-    """All figures of one split, `protocol`, `n`, `giou` and `ciou` among them. Raises ValueError without units."""
+    """All figures of one split, `protocol`, `n`, `giou` and `ciou` among them. Raises UserError without units."""
     if not units:
-        raise ValueError("no units to score: the split is empty")
+        raise UserError("no units to score: the split is empty")
     protocol = protocol_of(units)
     return {"protocol": protocol, **PROTOCOLS[protocol](units)}
 
 
 def read_units(path: str | Path) -> list[Unit]:
-    """The units of a split's JSONL. Raises ValueError naming the first line that is no unit, or a file without any."""
+    """The units of a split's JSONL. Raises UserError naming the first line that is no unit, or a file without any."""
     units = []
-    with open(path, "rb") as lines:
+    with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line.decode())
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not a unit record ({error})") from error
-            units.append(Unit.read(record, f"{path}, line {number}"))
+                units.append(Unit.read(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: not a unit record ({error})") from error
     if not units:
-        raise ValueError(f"{path} holds no units; expected a line for each, as an evaluation writes them")
+        raise UserError(f"{path} holds no units; expected a line for each, as an evaluation writes them")
     return units

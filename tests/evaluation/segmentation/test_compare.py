@@ -1,20 +1,15 @@
-"""`self1e score`: figures from JSONL, and the comparison of two evaluations."""
+"""`self1e score`: one row per run, mean and deviation over seeds, and the comparison of two runs."""
 
 import json
-import shutil
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from segmentation_trees import REASON, make_dataset
 
 from self1e.cli import main as self1e
-from self1e.data.splits import SPLITS, load_split
-from self1e.evaluation.segmentation.compare import compare_units, paired_bootstrap
+from self1e.evaluation.segmentation.compare import compare
 from self1e.evaluation.segmentation.metrics import Unit, score
-from self1e.evaluation.segmentation.run import make_units
-from self1e.files import to_jsonl
+from self1e.files import to_jsonl, write_json
 
 
 def unit(id, I, predicted=10, target=10, **more):
@@ -22,121 +17,68 @@ def unit(id, I, predicted=10, target=10, **more):
     return Unit(id=id, image="a.jpg", text=f"What is {id}?", **numbers, **more)
 
 
-@pytest.fixture
-def files(tmp_path):
-    def write(*evaluations):
-        paths = [tmp_path / f"{name}.jsonl" for name in "ab"[: len(evaluations)]]
-        for path, units in zip(paths, evaluations):
-            path.write_text(to_jsonl(each.record() for each in units), encoding="utf-8")
-        return paths
-
-    return write
-
-
-def test_figures_are_recomputed(files, tmp_path, capsys):
-    units = [unit("x", 3), unit("y", 10)]
-    first, second = map(str, files(units, [replace(each, is_sentence=False) for each in units]))
-    assert self1e(["score", first, second, "--json", str(tmp_path / "all.json")]) == 0
-    printed, record = capsys.readouterr().out, json.loads((tmp_path / "all.json").read_text())
-    assert record[first] == score(units) and record[second]["protocol"] == "reasonseg"
-    giou, ciou = (f"{100 * record[first][name]:.1f}" for name in ("giou", "ciou"))
-    assert f"| {first} | 2 | {giou} | {ciou} |" in " ".join(printed.split())
-    assert printed.count("95% interval") == 2 and str(tmp_path / "all.json") in printed.splitlines()[-1]
+def write_run(folder: Path, shift: int, **settings) -> Path:
+    """A run with two splits, of which one is partial, and two benchmarks, of which one has a local score."""
+    units = [unit(str(n), n + shift, is_sentence=False) for n in range(8)]
+    for split, stem, data in (
+        ("ReasonSeg|val", "ReasonSeg_val", "partly"),
+        ("refcoco|unc|val", "refcoco_unc_val", "-"),
+    ):
+        write_json(folder / f"eval/{stem}.json", {"split": split, "data": data, "n": 0})
+        (folder / f"eval/{stem}.jsonl").write_text(to_jsonl(each.record() for each in units))
+    for name, summary in (("pope", {"f1": 80.0 + shift, "accuracy": 0}), ("mmbench-test-en", {})):
+        write_json(folder / f"eval_vqa/{name}.scores.json", {"benchmark": name, "summary": summary})
+    if settings:
+        folder.joinpath("ckpt_model").mkdir()
+        folder.joinpath("ckpt_model/args.yaml").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()))
+    return folder
 
 
-def test_differences_come_worst_first_with_figures_and_interval(files, tmp_path, capsys):
-    a = [unit("same", 5), unit("better", 2), unit("worse", 9), unit("worst", 10), unit("only a", 1)]
-    b = [unit("worst", 0), unit("same", 5), unit("worse", 8), unit("better", 8)]
-    first, second = files(a, b)
-    assert self1e(["score", "--compare", str(first), str(second), "--json", str(tmp_path / "c.json")]) == 0
-    printed, record = capsys.readouterr().out, json.loads((tmp_path / "c.json").read_text())
-    assert [entry["id"] for entry in record["differing"]] == ["worst", "worse", "better"]
-    assert printed.index("worst") < printed.index("worse ") < printed.index("better") and "same" not in printed
-    assert (
-        all(f"{name.upper()}: {record[name]}\n" in printed for name in ("a", "b"))
-        and str(tmp_path / "c.json") in printed
-    )
-    assert (record["n"], record["only_a"], record["only_b"]) == (4, 1, 0) and "1 that only A holds" in printed
-    common = [score(a[:4]), score(b)]
-    for name in ("giou", "ciou"):
-        assert [record[name][side] for side in "ab"] == [figures[name] for figures in common]
-        low, high = record[name]["interval"]
-        assert low <= record[name]["difference"] <= high
-        assert f"{100 * record[name]['difference']:+.2f}" in printed
-    assert self1e(["score", "--compare", str(first), str(second), "--most", "1"]) == 0
-    assert "The other 2" in capsys.readouterr().out
+def rows(printed: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
+
+
+def test_one_row_per_run_with_figures_from_the_sentences(tmp_path, capsys):
+    run = write_run(tmp_path / "one", 0)
+    assert self1e(["score", str(run)]) == 0
+    header, _, row = rows(printed := capsys.readouterr().out)
+    assert header == ["run", "ReasonSeg val (part)", "refcoco unc val", "pope"] and "do not compare" in printed
+    figures = score([unit(str(n), n) for n in range(8)])
+    giou, ciou = (f"{100 * figures[name]:.1f}" for name in ("giou", "ciou"))
+    assert row == ["one", f"{giou} / {ciou}", ciou, "80.0"]
+    assert self1e(["score", str(tmp_path / "none")]) == 1
+    assert f"{tmp_path / 'none'}/eval_vqa" in capsys.readouterr().err
+
+
+def test_mean_and_deviation_over_runs_that_differ_in_the_seed_alone(tmp_path, capsys):
+    runs = [write_run(tmp_path / f"s{seed}", seed, seed=seed, exp_name=f"s{seed}", lr="1e-4") for seed in (0, 1, 2)]
+    runs += [write_run(tmp_path / "other", 0, seed=0, lr="2e-4"), write_run(tmp_path / "unknown", 0)]
+    assert self1e(["score", *map(str, runs)]) == 0
+    table = rows(capsys.readouterr().out)
+    assert [row[0] for row in table[2:]] == ["s0", "s1", "s2", "other", "unknown", "mean of 3 seeds"]
+    assert table[-1][-1] == "81.0 ± 1.0"
+    assert self1e(["score", *map(str, runs), "--latex"]) == 0
+    assert r"81.0 $\pm$ 1.0 \\" in capsys.readouterr().out
+
+
+def test_two_runs_are_compared_sentence_by_sentence(tmp_path, capsys):
+    first, second = write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1)
+    assert self1e(["score", str(first), str(second), "--compare"]) == 0
+    row = rows(capsys.readouterr().out)[-1]
+    assert row[:2] == ["refcoco unc val", "8"] and float(row[4]) > 0 and row[5].startswith("+")
+    (second / "eval/refcoco_unc_val.jsonl").write_text(json.dumps(unit("z", 1).record()) + "\n")
+    assert self1e(["score", str(first), str(second), "--compare"]) == 1
+    assert "share no sentence" in capsys.readouterr().err
 
 
 def test_pairing_narrows_the_interval():
-    generator = np.random.default_rng(0)
-    hits = generator.integers(0, 10, size=100)
+    hits = np.random.default_rng(0).integers(0, 10, size=100)
     pairs = [(unit(str(n), int(I)), unit(str(n), int(I) + 1)) for n, I in enumerate(hits)]  # B is a little better
-    low, high = paired_bootstrap(pairs)["giou"]
-    assert 0 < low < high < 0.2  # what is hard for both does not blur it
-    assert paired_bootstrap(pairs) == paired_bootstrap(pairs)
-    nothing = unit("n", 0, 0, 0)
-    assert paired_bootstrap([(nothing, nothing)])["ciou"] == [0, 0]
+    n, (a, b), (low, high) = compare(*zip(*pairs))
+    assert n == 100 and 0 < low < b - a < high < 20  # what is hard for both does not blur it
 
 
-def test_other_splits_and_other_data_are_refused(files, capsys):
-    others = {"different splits": [unit("z", 1)], "different data": [unit("x", 1, target=11)], "b.jsonl holds no": []}
-    for message, other in others.items():
-        first, second = files([unit("x", 1)], other)
-        assert self1e(["score", "--compare", str(first), str(second)]) == 1
-        assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match="another sentence"):
-        compare_units([unit("x", 1)], [unit("x", 1, target=11)])
-
-
-@pytest.mark.parametrize("flags", [["--compare"], ["--split", "x"], ["--compare", "b", "--pictures", "f"]])
-def test_flags_that_do_not_fit_are_refused(flags, capsys):
+def test_a_comparison_takes_two_runs():
     with pytest.raises(SystemExit) as stop:
-        self1e(["score", "a.jsonl", *flags])
-    assert stop.value.code == 2 and "--" in capsys.readouterr().err
-
-
-@pytest.fixture
-def predicted(files, tmp_path):
-    """ReasonSeg val and two evaluations of it: A finds both targets, B finds a third of the first and nothing else."""
-    split = load_split(REASON, make_dataset(tmp_path / "dataset"))
-    evaluations = []
-    for found in ((1, 1), (1 / 3, 0)):
-        units = []
-        for photo, share in zip(split, found):
-            targets = photo.load()[1]
-            masks = (targets == 1) & (np.arange(targets.shape[1]) < 4 + 27 * share)[:, None]  # target rows 4 to 30
-            units += make_units(photo, SPLITS[REASON], masks, targets)
-        evaluations.append(units)
-    first, second = files(*evaluations)
-    first.with_suffix(".json").write_text(json.dumps({"split": REASON}))
-    return [str(first), str(second), "--dataset_dir", str(tmp_path / "dataset")]
-
-
-def test_pictures_show_what_b_lost_most_on_first(predicted, tmp_path, capsys):
-    assert self1e(["score", "--compare", *predicted, "--pictures", str(tmp_path / "drawn")]) == 0
-    overview = tmp_path / "drawn/overview.png"
-    assert capsys.readouterr().out.endswith(f"pictures, those that B lost most on first: {overview}\n")
-    drawn = sorted(path.name for path in (tmp_path / "drawn").glob("*.jpg"))
-    assert drawn == ["0001_change-1.00_1.jpg", "0002_change-0.67_0.jpg"]
-    with Image.open(tmp_path / "drawn" / drawn[0]) as picture, Image.open(overview) as sheet:
-        assert sheet.width > picture.width  # both units beside each other
-        quarters = np.split(np.asarray(picture.convert("RGB"), np.int16)[:, : picture.width // 4 * 4], 4, axis=1)
-    orange = [float(np.mean(q[..., 0] - q[..., 2] > 60)) for q in quarters]  # photo, ground truth, A, B
-    assert orange[2] > 0.15 and max(orange[:2] + orange[3:]) < 0.05
-
-
-def test_a_missing_photo_is_named_and_the_comparison_is_kept(predicted, tmp_path, capsys):
-    photos = tmp_path / "dataset/reason_seg/ReasonSeg/val"
-    (photos / "0.jpg").write_bytes(b"no photo")
-    flags = ["--pictures", str(tmp_path / "drawn"), "--json", str(tmp_path / "c.json")]
-    assert self1e(["score", "--compare", *predicted, *flags]) == 1
-    printed = capsys.readouterr()
-    assert "B - A" in printed.out and len(json.loads((tmp_path / "c.json").read_text())["differing"]) == 2
-    assert "0.jpg: cannot read" in printed.err and printed.err.count("error") == 1
-    assert (tmp_path / "drawn/0001_change-1.00_1.jpg").is_file()  # the other one
-    (photos / "0.jpg").unlink()
-    assert self1e(["score", "--compare", *predicted, *flags]) == 1
-    assert "is not in ReasonSeg|val" in capsys.readouterr().err
-    shutil.rmtree(photos)
-    assert self1e(["score", "--compare", *predicted, *flags]) == 1
-    assert "missing data" in capsys.readouterr().err
+        self1e(["score", "a", "--compare"])
+    assert stop.value.code == 2

@@ -1,4 +1,4 @@
-"""The evaluation loop on tiny real models and data: counts, chunks, ranks, files, errors, published scores."""
+"""The evaluation loop on tiny real models and data: counts, ranks, files, errors, published scores."""
 
 import json
 import shutil
@@ -6,55 +6,42 @@ from collections import defaultdict
 
 import pytest
 import torch
-from helpers import SHARED, needs_shared
+from helpers import SHARED, needs_shared, read_json
 from segmentation_trees import GREF, REASON, SECOND, TRAIN2014, contents, evaluate
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.data.samples import SampleError
-from self1e.data.splits import DEFAULT_SPLITS, SPLITS, get_splits, load_split
+from self1e.data.splits import DEFAULT_SPLITS, SPLITS, load_split
+from self1e.errors import UserError
 from self1e.evaluation.segmentation.metrics import PROTOCOLS, read_units, score
 from self1e.evaluation.segmentation.report import summary_table
 from self1e.evaluation.segmentation.run import evaluate_splits, evaluate_units, make_schedule
 from self1e.visualize import safe_name
 
 
-@pytest.fixture(scope="module")
-def broken(dataset, tmp_path_factory):
-    """The same with one truncated photo of gRefCOCO."""
-    root = tmp_path_factory.mktemp("broken")
-    shutil.copytree(dataset, root, dirs_exist_ok=True)
-    photo = root / TRAIN2014 / SECOND
-    photo.write_bytes(photo.read_bytes()[:400])
-    return root
-
-
-def test_registry_is_complete_and_names_what_it_knows():
-    assert len(DEFAULT_SPLITS) == 13 and not any("refclef" in name for name in DEFAULT_SPLITS)
-    for benchmark in SPLITS.values():
-        assert benchmark.protocol in PROTOCOLS
-        assert all(len(figures) == len(benchmark.headline) for figures in benchmark.published.values())
-    with pytest.raises(ValueError, match=r"'refcoco\|val'.*known:.*refcoco\|unc\|val"):
-        get_splits(["refcoco|unc|val", "refcoco|val"])
+def test_registry_is_complete():
+    assert len(DEFAULT_SPLITS) == 13
+    for split in SPLITS.values():
+        assert split.protocol in PROTOCOLS
+        assert all(len(figures) == len(split.headline) for figures in split.published.values())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("rows", [[1], [5, 1, 3], list(range(1, 40)), [16, 17, 60, 1, 1]])
-def test_schedule_covers_every_photo_once_and_keeps_ranks_in_step(rows, world):
-    ranks = [make_schedule(dict(enumerate(rows)), rank, world, 16) for rank in range(world)]
-    counted = [turn.photo for turns in ranks for turn in turns if turn.counts]
-    assert sorted(counted) == list(range(len(rows)))
+@pytest.mark.parametrize("sentences", [[1], [5, 1, 3], list(range(1, 40)), [16, 17, 60, 1, 1]])
+def test_schedule_covers_every_photo_once_and_keeps_ranks_in_step(sentences, world):
+    ranks = [make_schedule(dict(enumerate(sentences)), rank, world, 16) for rank in range(world)]
+    counted = [visit.photo for visits in ranks for visit in visits if visit.counts]
+    assert sorted(counted) == list(range(len(sentences)))
     for together in zip(*ranks, strict=True):
-        assert len({turn.forwards for turn in together}) == 1
-        assert all(turn.forwards * 16 >= rows[turn.photo] for turn in together)
-    loads = [sum(rows[turn.photo] for turn in turns if turn.counts) for turns in ranks]
-    assert max(loads) - min(loads) <= max(rows)
+        assert len({visit.forwards for visit in together}) == 1
+        assert all(visit.forwards * 16 >= sentences[visit.photo] for visit in together)
 
 
 def test_units_equal_a_plain_forward_per_photo(tiny, dataset):
     model, processor = tiny
-    model.eval()
-    split = load_split(GREF, dataset)
-    units = evaluate_units(model, processor, split, SPLITS[GREF], workers=0, rows_per_forward=2)
+    split, before = load_split(GREF, dataset), torch.get_rng_state()
+    units = evaluate_units(model.eval(), processor, split, SPLITS[GREF], workers=1, conversations_per_forward=2)
+    assert torch.equal(before, torch.get_rng_state())  # training after it draws the same
     assert [unit.id for unit in units] == [name for photo in split for name in photo.unit_ids]
     assert sum(unit.no_target for unit in units) == 2
     expected = []
@@ -71,16 +58,7 @@ def test_units_equal_a_plain_forward_per_photo(tiny, dataset):
     assert 0 < sum(I for I, _, _ in expected) < sum(U for _, U, _ in expected)
     for unit, (I, U, near) in zip(units, expected, strict=True):
         assert abs(unit.I - I) <= near and abs(unit.U - U) <= near, unit
-    texts = {unit.text for unit in units}
-    assert "What is right square in this image? Please output segmentation mask." in texts
-
-
-def test_evaluation_leaves_mode_and_global_generator_alone(tiny, dataset):
-    model, processor = tiny
-    model.train()
-    before = torch.get_rng_state()
-    evaluate_units(model.eval(), processor, load_split(GREF, dataset), SPLITS[GREF], workers=1)
-    assert torch.equal(before, torch.get_rng_state())
+    assert "What is right square in this image? Please output segmentation mask." in {unit.text for unit in units}
 
 
 def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
@@ -88,11 +66,11 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
     model.train()
     options = {"dataset_dir": dataset, "output_dir": tmp_path, "workers": 1, "visualize": True, "high_res": True,
                "model_max_length": 2048}  # fmt: skip
-    results = evaluate_splits(model, processor, [GREF, REASON], **options)
+    results = evaluate_splits(model, processor, [REASON, GREF], **options)
     assert model.training
     for split, name in ((GREF, "grefcoco_unc_val"), (REASON, "ReasonSeg_val")):
         units = read_units(tmp_path / f"{name}.jsonl")
-        written = json.loads((tmp_path / f"{name}.json").read_text())
+        written = read_json(tmp_path / f"{name}.json")
         data = {REASON: "partly: 2 of 200 images", GREF: "-"}[split]
         assert written == results[split] == {"split": split, "data": data, **score(units)}
         pictures = sorted(path.name for path in (tmp_path / name).glob("*.jpg"))
@@ -104,56 +82,46 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
     table = (tmp_path / "summary.md").read_text()
     printed = capsys.readouterr().out
     assert table == summary_table(results) and table in printed and str(tmp_path / "summary.md") in printed
-    assert "59.4 / 68.8" in table and "N-acc" in table
-    assert "published figures do not compare: ReasonSeg val (partly: 2 of 200 images).\n" in table
-    assert json.loads((tmp_path / "summary.json").read_text()) == results
-    assert not list(tmp_path.glob(".*"))
+    assert "59.4 / 68.8" in table and "N-acc" in table and "ReasonSeg val (partly: 2 of 200 images)" in table
+    assert read_json(tmp_path / "summary.json") == results and not list(tmp_path.glob(".*"))
 
 
-def test_absent_data_is_listed_or_skipped(tiny, dataset, tmp_path, capsys):
-    model, processor = tiny
+def test_absent_data_is_listed_or_skipped_and_nothing_at_all_is_an_error(tiny, dataset, tmp_path, capsys):
     splits = [REASON, "refcoco|unc|val", "refcocog|umd|test"]
-    with pytest.raises(FileNotFoundError, match=r"(?s)refcoco\|unc\|val.*refcocog\|umd\|test"):
-        evaluate_splits(model, processor, splits, dataset_dir=dataset, output_dir=tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+    with pytest.raises((UserError, FileNotFoundError), match=r"(?s)refcoco\|unc\|val.*refcocog\|umd\|test"):
+        evaluate_splits(*tiny, splits, dataset_dir=dataset, output_dir=tmp_path / "a")
     options = {"dataset_dir": dataset, "output_dir": tmp_path / "b", "workers": 0, "skip_missing": True}
-    assert list(evaluate_splits(model, processor, splits, **options)) == [REASON]
-    printed = capsys.readouterr().out
-    assert printed.count("skipped") == 1 and "refcoco|unc|val, refcocog|umd|test" in printed
+    assert list(evaluate_splits(*tiny, splits, **options)) == [REASON]
+    assert "refcoco|unc|val, refcocog|umd|test" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"nothing was evaluated.*{dataset}"):
+        evaluate_splits(*tiny, splits[1:], **options)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_photo_stops_with_its_name_and_keeps_what_is_written(tiny, broken, tmp_path, workers):
+def test_a_broken_photo_stops_with_its_name_and_keeps_what_is_written(tiny, dataset, tmp_path, workers):
+    shutil.copytree(dataset, tmp_path / "broken")
+    photo = tmp_path / "broken" / TRAIN2014 / SECOND
+    photo.write_bytes(photo.read_bytes()[:400])
     with pytest.raises(SampleError, match=SECOND):
-        evaluate_splits(*tiny, [REASON, GREF], dataset_dir=broken, output_dir=tmp_path, workers=workers)
-    assert json.loads((tmp_path / "ReasonSeg_val.json").read_text())["n"] == 2
-    assert list(json.loads((tmp_path / "summary.json").read_text())) == [REASON]
-    assert {path.name for path in tmp_path.glob("grefcoco*")} <= {"grefcoco_unc_val.rank0.jsonl"}  # unfinished
-
-
-def test_a_failed_write_loses_nothing(tiny, dataset, tmp_path):
-    (tmp_path / "grefcoco_unc_val.json").mkdir()  # nothing can be renamed to it
-    with pytest.raises(OSError, match="grefcoco_unc_val.json"):
-        evaluate_splits(*tiny, [REASON, GREF], dataset_dir=dataset, output_dir=tmp_path, workers=0)
-    assert score(read_units(tmp_path / "ReasonSeg_val.jsonl"))["n"] == 2
-    assert not list(tmp_path.glob(".*"))  # no temporary file stays
+        evaluate_splits(
+            *tiny, [REASON, GREF], dataset_dir=tmp_path / "broken", output_dir=tmp_path / "out", workers=workers
+        )
+    assert list(read_json(tmp_path / "out/summary.json")) == [REASON]
+    assert {path.name for path in (tmp_path / "out").glob("grefcoco*")} == {"grefcoco_unc_val.rank0.jsonl"}
 
 
 def test_a_sentence_that_does_not_fit_is_named(tiny, dataset, tmp_path):
-    with pytest.raises(ValueError, match=r"COCO_train2014_0+1\.jpg.*--model_max_length"):
+    with pytest.raises(SampleError, match=r"COCO_train2014_0+1\.jpg.*--model_max_length"):
         evaluate_splits(*tiny, [GREF], dataset_dir=dataset, output_dir=tmp_path, workers=0, model_max_length=45)
 
 
 def test_two_processes_write_what_one_writes(tiny, tiny_version, dataset, tmp_path, one_thread):
-    options = {"workers": 1, "rows_per_forward": 2, "visualize": True}
+    options = {"workers": 1, "conversations_per_forward": 2, "visualize": True, "weights": {"weights": "tiny"}}
     evaluate_splits(*tiny, [GREF, REASON], dataset_dir=dataset, output_dir=tmp_path / "1", **options)
-    done = evaluate(tmp_path, 2, tiny_version, dataset, tmp_path / "2", "none", "none", "none", GREF, REASON)
+    done = evaluate(tmp_path, 2, tiny_version, dataset, tmp_path / "2", "none", GREF, REASON)
     assert done.returncode == 0, done.stderr[-3000:]
-    settings = [json.loads((tmp_path / part / "settings.json").read_text()) for part in "12"]
-    assert [part[GREF]["run"]["processes"] for part in settings] == [1, 2]
-    assert settings[0][GREF]["figures"].items() <= settings[1][GREF]["figures"].items()
     files = [contents(tmp_path / part) for part in "12"]
-    assert len(files[0]) == 2 * 2 + 2 + 9 + 2 + 2  # figures and units, summaries, pictures, overviews
+    assert len(files[0]) == 2 * 2 + 2 + 1 + 9 + 2 + 2  # figures and units, summaries, settings, pictures, overviews
     assert files[0] == files[1]
 
 

@@ -99,7 +99,7 @@ def united(reply: str, size: tuple[int, ...]) -> np.ndarray:
 
 def figure(records: list[dict[str, Any]], name: str, *, rela: bool = False) -> float | None:
     """A figure of a split from the counts of its sentences; `rela`: by ReLA's protocol."""
-    found = score([Unit.read(record, record["id"]) for record in records])
+    found = score([Unit.read(record) for record in records])
     return found["rela"][name] if rela else found[name]
 
 

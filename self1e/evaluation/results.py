@@ -1,0 +1,132 @@
+"""The results of an evaluation on disk: written while they are made, by any number of processes, and continued.
+
+A folder of results holds those of one setting only. `settings.json` says which weights, code, precision, switches and
+decoding made them. `<stem>.jsonl` has a line for each sentence of a split or question of a benchmark; until it is
+complete, each process appends to a file of its own, `<stem>.rank<r>.jsonl`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from self1e import distributed
+from self1e.errors import UserError
+from self1e.files import read_json, to_jsonl, write_json, write_text
+
+PACKAGE = Path(__file__).resolve().parents[1]
+DECIDING = ("model", "data", "evaluation")  # the packages whose code decides figures
+
+
+class Stopped(Exception):
+    """An evaluation ended before its last photo or question because it was asked to; what it has is on the disk."""
+
+
+def code_hash() -> str:
+    """16 hexadecimal digits that are others as soon as one file of `self1e/{model,data,evaluation}` is."""
+    digest = hashlib.sha256()
+    files = (path for room in DECIDING for path in (PACKAGE / room).rglob("*") if path.is_file())
+    for path in sorted(path for path in files if path.suffix != ".pyc"):
+        digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def make_settings(weights: Mapping[str, str | None] | None, **decoding: Any) -> dict[str, Any]:
+    """What `settings.json` holds. Results are continued only by an evaluation with the same settings.
+
+    weights: `model.weights.weights_identity` of what is evaluated, `weights` among them; None where it is not known.
+    """
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    return {"weights": None, **(weights or {}), "code": code_hash(), **decoding, **versions}
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make `folder` hold results of `settings` only. For one process, before the work.
+
+    Raises UserError that says what differs where it holds others; with `overwrite` those are deleted.
+    """
+    path = folder / "settings.json"
+    before, now = read_json(path, dict) if path.is_file() else {}, json.loads(json.dumps(settings))
+    held = sorted(folder.glob("*.jsonl"))
+    if held and before != now:
+        if not overwrite:
+            differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
+            raise UserError(
+                f"{folder} holds results of other settings: {changes}. Use the same settings to continue, another "
+                "--exp_name to keep both, or --overwrite_eval to delete them and evaluate anew"
+            )
+        for old in held:
+            for file in (old, *figure_files(folder, old.name.removesuffix(".jsonl").split(".rank")[0])):
+                file.unlink(missing_ok=True)
+    if before != now:
+        write_json(path, now)
+
+
+def figure_files(folder: Path, stem: str) -> list[Path]:
+    """Where the figures of a split or of a benchmark are written."""
+    return [folder / f"{stem}.json", folder / f"{stem}.scores.json"]
+
+
+class Results:
+    """The results of one split or benchmark, `<folder>/<stem>.jsonl`.
+
+    asked: what is evaluated, the value of `key` in a record -> what else the record must say, such as the sentence.
+    """
+
+    def __init__(self, folder: Path, stem: str, asked: Mapping[Any, Mapping[str, Any]], *, key: str = "id"):
+        self.path, self.asked, self.key = folder / f"{stem}.jsonl", asked, key
+
+    def _rank_path(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}.rank{rank}.jsonl")
+
+    def _rank_paths(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{escape(self.path.stem)}.rank*.jsonl"))
+
+    def read(self) -> dict[Any, dict]:
+        """The records on the disk by their key. A last line that was torn when a run ended is left out.
+
+        Raises UserError for a line that is no record, or one of other data.
+        """
+        found = {}
+        for path in [self.path, *self._rank_paths()]:
+            lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = json.loads(line)
+                    same = self.asked[record[self.key]].items() <= record.items()
+                except (ValueError, TypeError, KeyError):
+                    same = False
+                if not same:
+                    raise UserError(
+                        f"{path}, line {number} is damaged or of other data than is evaluated now; use another "
+                        "--exp_name to keep both, or --overwrite_eval to evaluate anew"
+                    )
+                found[record[self.key]] = record
+        return found
+
+    def open(self, *, overwrite: bool) -> dict[Any, dict]:
+        """The records that need not be made again, none with `overwrite`. For one process, before any appends."""
+        found = {} if overwrite else self.read()
+        if len(found) < len(self.asked):
+            write_text(self._rank_path(0), to_jsonl(found.values()))  # where the earlier ones end is a whole line
+            stale = {self.path, *self._rank_paths(), *figure_files(self.path.parent, self.path.stem)}
+            for path in stale - {self._rank_path(0)}:
+                path.unlink(missing_ok=True)
+        return found
+
+    def append(self, records: Iterable[dict]) -> None:
+        """Write records of this process."""
+        with open(self._rank_path(distributed.rank()), "a", encoding="utf-8") as file:
+            file.write(to_jsonl(records))
+
+    def finish(self, records: Iterable[dict]) -> None:
+        """Write the complete file. For one process, after all have appended."""
+        write_text(self.path, to_jsonl(records))
+        for path in self._rank_paths():
+            path.unlink()
