@@ -132,7 +132,7 @@ def evaluate_units(
         num_workers=min(workers, len(schedule)),
         timeout=timeout if workers and schedule else 0,
         generator=torch.Generator(),  # or the loader would draw from the global one, and training after it change
-        worker_init_fn=distributed.ignore_requests_to_stop,
+        worker_init_fn=distributed.ignore_signals,
     )
     I, U = (sum(getattr(unit, name) for unit in units.values()) for name in ("I", "U"))
     done = (len(ids) - len(sentences)) // world
