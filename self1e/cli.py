@@ -30,7 +30,6 @@ COMMANDS = {
     "score": Command("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),
     "launch": Command("self1e.apps.launch", "training or an evaluation on several GPUs: torchrun with a clean end"),
     "card": Command("self1e.training.model_card", "the model card of a checkpoint, with its scores"),
-    "ablate": Command("self1e.apps.ablation.run", "variants of the method compared on synthetic scenes"),
     "pictures": Command("self1e.apps.method_pictures", "what each part of the method does to a photo"),
     "make-shapes": Command("self1e.apps.make_shapes", "a synthetic data tree in every format"),
     "make-tiny": Command("self1e.apps.make_tiny", "a tiny InternVL3 checkpoint with random weights"),

@@ -43,7 +43,6 @@ LEFT_OUT = {  # a line that starts with one of these is not run
     "self1e demo": "serves until it is stopped; tests/apps/test_demo.py runs it",
     "bash scripts/get_data.sh": "needs the network; tests/scripts runs it",
     "DATASET_DIR=/big/dataset": "as the line before",
-    "self1e ablate": "trains for hours; tests/apps/test_ablation.py trains two rows",
     "hf upload": "needs the hub",
     "python scripts/benchmark.py": "takes a minute",
     "bash eval_vqas.sh --version PATH/InternVL3-2B --exp_name NAME --dynamic --": "tests/evaluation runs these flags",
