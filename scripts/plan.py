@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable(own.output)
     with uncollected(lasting=True):
         from self1e.apps.plan import make_plan
-        from self1e.training.arguments import parse
+        from self1e.training.args import parse
 
     args = argparse.Namespace(**vars(parse([*rest, "--version", own.version, "--exp_name", "plan"])) | vars(own))
     plan = make_plan(args)

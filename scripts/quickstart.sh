@@ -24,7 +24,7 @@ self1e make-shapes "$output/shapes" --simple --size 112 --val 50
 echo "== 2/3  training, with validation, and evaluation of scenes that were held out"
 self1e launch --nproc_per_node "$processes" train_hf_ivl_seq.py --config configs/quickstart.yaml --batch_size $((8 / processes)) \
     --version "$output/base" --dataset_dir "$output/shapes/dataset" --data_dir "$output/shapes/data" \
-    --healthy_curves docs/evidence/healthy.json --exp_name shapes --log_base_dir "$output/runs"
+    --exp_name shapes --log_base_dir "$output/runs"
 
 echo "== 3/3  a picture"
 python scripts/quickstart_picture.py --model "$output/runs/shapes/ckpt_model" --dataset_dir "$output/shapes/dataset" \

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from self1e.model.weights import HEAD
-from self1e.training.flags import LLM_LINEARS
+from self1e.training.args import LLM_LINEARS
 
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2")
 

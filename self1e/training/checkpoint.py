@@ -25,9 +25,9 @@ ENDING = 10  # seconds in which the data workers of a run that was killed end, a
 # Flags that a continued run may change, some because what they lead to is compared. Every other flag defines the run.
 FREE = frozenset(
     "version model_weights dataset_dir data_dir custom_data workers max_steps save_steps save_total_limit keep_best "
-    "print_freq report_to healthy_curves exp_name log_base_dir resume auto_resume resume_anyway overwrite timeout "
+    "print_freq report_to exp_name log_base_dir resume auto_resume resume_anyway overwrite timeout "
     "config local_rank deepspeed attn_implementation gradient_checkpointing save_published_layout val_dataset "
-    "eval_steps val_batch_size no_eval eval_only eval_all_datasets eval_all_only eval_visualize overwrite_eval "
+    "eval_steps no_eval eval_only eval_all_datasets eval_all_only eval_visualize overwrite_eval "
     "allow_outside splits final_splits command run_dir eval_precision".split()
 )
 # What the tensors of a checkpoint depend on: a difference here cannot be waived.

@@ -32,11 +32,10 @@ from self1e.model.processing import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.switches import SWITCHES
 from self1e.model.weights import save_checkpoint
 from self1e.training.adaptation import adapt, training_table
-from self1e.training.arguments import parse
+from self1e.training.args import LLM_LINEARS, parse
 from self1e.training.checkpoint import alone_in, check_unused, checkpoints_in, defining_settings, find_checkpoint
 from self1e.training.curves import write_curves
-from self1e.training.flags import LLM_LINEARS
-from self1e.training.healthy import HealthyCurves, recipe_of
+from self1e.training.healthy import recipe_of
 from self1e.training.model_card import write_model_card
 from self1e.training.new_rows import merge_new_rows, train_new_rows
 from self1e.training.stop import StopRequest
@@ -151,7 +150,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         )
     per_epoch = args.steps_per_epoch or per_epoch
     steps = args.max_steps or per_epoch * (args.epochs - args.start_epoch)
-    healthy = HealthyCurves(args.healthy_curves) if args.healthy_curves else None
+    healthy = None
 
     defining = defining_settings(
         vars(args),
@@ -256,7 +255,7 @@ def training_arguments(args: Namespace) -> TrainingArguments:
         warmup_steps=args.warmup_steps,
         bf16=args.precision == "bf16",
         fp16=args.precision == "fp16",
-        activation_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing=args.gradient_checkpointing is not None,
         activation_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
         deepspeed=str(args.deepspeed) if args.deepspeed else None,
         use_cpu=not gpu,

@@ -13,7 +13,7 @@ from self1e import Self1EForSegmentation
 from self1e.apps.measuring import Peak
 from self1e.apps.plan import build, count_activations, fixed_memory, make_batch
 from self1e.model.config import DTYPES
-from self1e.training.arguments import parse
+from self1e.training.args import parse
 from self1e.training.new_rows import train_new_rows
 from self1e.training.run import adapt_as_asked
 

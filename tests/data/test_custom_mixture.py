@@ -9,7 +9,7 @@ from self1e.data.families import DataConfig
 from self1e.data.loader import build_mixture
 from self1e.data.mixture import unpack
 from self1e.data.splits import DEFAULT_SPLITS, file_stem, get_splits, load_split, split_paths
-from self1e.training.arguments import parse
+from self1e.training.args import parse
 
 
 def build(*, batch_size=1, seed=0, mode="published", **flags):

@@ -12,7 +12,7 @@ from self1e.data.families import FAMILIES, DataConfig, Family
 from self1e.data.loader import build_mixture
 from self1e.data.splits import SPLITS, SplitEntry, load_split
 from self1e.evaluation.segmentation.run import evaluate_splits
-from self1e.training.arguments import parse
+from self1e.training.args import parse
 
 MODULE = '''
 from pathlib import Path

@@ -10,7 +10,7 @@ from self1e.model.attention import PATHWAYS, perception_mask
 from self1e.model.grids import REPLICATIONS, replicate_tile
 from self1e.model.head import HEADS, ImageSide, SegmentationHead
 from self1e.model.switches import SWITCHES
-from self1e.training.arguments import make_parser
+from self1e.training.args import make_parser
 
 
 class GatedHead(SegmentationHead):

@@ -8,7 +8,7 @@ import sys
 import pandas as pd
 from helpers import ROOT
 
-from self1e.training.arguments import parse
+from self1e.training.args import parse
 
 SCRIPT = ROOT / "scripts" / "ablate.py"
 

@@ -1,6 +1,5 @@
 """Fixtures of the training tests: scenes to train on, and two runs that several tests look at."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, read_json
+from helpers import ROOT
 from runs import command, train
 
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.training.checkpoint import checkpoints_in
-from self1e.training.healthy import gather
 from self1e.training.trainer import Self1ETrainer
 
 
@@ -70,9 +68,7 @@ def interrupted(reference, tiny_version, shapes, runs):
             raise KeyboardInterrupt
         return compute_loss(self, *args, **kwargs)
 
-    healthy = runs / "healthy.json"
-    healthy.write_text(json.dumps(gather([read_json(reference[0] / "curves.json")])))
-    flags = ("--max_steps", "4", "--save_steps", "2", "--no_eval", "--healthy_curves", str(healthy))
+    flags = ("--max_steps", "4", "--save_steps", "2", "--no_eval")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Self1ETrainer, "compute_loss", stop)
         train(tiny_version, shapes, runs, "interrupted", *flags, code=130)

@@ -6,7 +6,7 @@ import pytest
 from helpers import ROOT, read_json
 from runs import curves
 
-from self1e.training.arguments import parse
+from self1e.training.args import parse
 from self1e.training.checkpoint import defining_settings
 from self1e.training.healthy import HealthyCurves, gather, recipe_of
 

@@ -12,10 +12,8 @@ from weakref import ref
 import numpy as np
 import pytest
 import torch
-from helpers import read_json
 from PIL import Image
 from runs import curves, history, pictures, train
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.data.splits import load_split
@@ -57,23 +55,6 @@ def test_tensorboard_holds_the_worst_the_median_and_the_best_of_each_validation(
             logged, picture = found[f"ReasonSeg|val/{kind}"][place]
             assert logged == step and picture.width == 900
             assert shown(picture, split, units).iou == value
-
-
-def test_a_run_is_laid_beside_healthy_ones(interrupted, reference):
-    """The healthy run is the same one without the interruption."""
-    mine, theirs = (read_json(folder / "curves.json") for folder in (interrupted, reference[0]))
-    assert mine["recipe"] == theirs["recipe"] and mine["seed"] == theirs["seed"]
-    assert mine["curves"]["loss"] == theirs["curves"]["loss"]
-    events = EventAccumulator(str(interrupted / "tensorboard/healthy_mean")).Reload()
-    np.testing.assert_allclose(
-        [event.value for event in events.Scalars("train/loss")], theirs["curves"]["loss"]["values"], rtol=1e-3
-    )
-
-
-def test_healthy_runs_of_another_recipe_are_refused(interrupted, tiny_version, shapes, runs, capsys):
-    flags = ("--max_steps", "5", "--no_eval", "--healthy_curves", str(runs / "healthy.json"))
-    train(tiny_version, shapes, runs, "unhealthy", *flags, code=1)
-    assert "steps: 5, theirs 4" in capsys.readouterr().err and not (runs / "unhealthy").exists()
 
 
 def shown(picture: Image.Image, split, units) -> Unit:
