@@ -49,7 +49,6 @@ LEFT_OUT = {  # a line that starts with one of these is not run
     "bash eval_vqas.sh --version PATH/InternVL3-2B --exp_name compared": "tests/evaluation compares models",
     "bash scripts/test.sh": "is what runs this",
     "python -m lmms_eval": "needs lmms-eval, which the suite's environment has not; tests/apps/test_lmms_eval.py",
-    "SELF1E_DATASET_DIR=dataset python -m lmms_eval": "as the line before",
 }
 
 
