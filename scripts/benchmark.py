@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from self1e.flags import Parser, check_writable, checkpoint, guarded, whole  # noqa: E402
+from self1e.flags import Parser, check_writable, guarded, whole  # noqa: E402
+from self1e.model.weights import checkpoint_folder  # noqa: E402
 
 parser = Parser(prog="benchmark.py", description=__doc__)
-parser.add_argument("--version", type=checkpoint, help="a checkpoint; unset: a tiny random model")
+parser.add_argument("--version", type=checkpoint_folder, help="a checkpoint; unset: a tiny random model")
 parser.add_argument("--device", help="where to run; unset: the GPU if there is one")
 parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="precision of the weights")
 parser.add_argument("--sentences", type=whole(1), nargs="+", default=[1, 7, 30], help="sentences about one photo")

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 from self1e.errors import UserError
@@ -116,13 +115,6 @@ def between(low: float, high: float = math.inf, *, included: bool = False) -> Ca
 def device(text: str) -> str:
     """A flag's type: a device as torch names it, and `gpu` for the one that most have."""
     return {"gpu": "cuda"}.get(text, text)
-
-
-def checkpoint(text: str) -> str:
-    """A flag's type: a checkpoint's folder or hub id; for the folder of a run, the `ckpt_model` in it."""
-    inside = Path(text, "ckpt_model")
-    meant = not Path(text, "config.json").exists() and (inside / "config.json").is_file()
-    return str(inside) if meant else text
 
 
 @contextmanager

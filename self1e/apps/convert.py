@@ -25,7 +25,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from self1e.flags import Parser, check_writable, checkpoint, uncollected
+from self1e.flags import Parser, check_writable, uncollected
+from self1e.model.weights import checkpoint_folder
 
 LAYOUTS = ("internvl", "hf", "published", "self1e")
 
@@ -33,10 +34,10 @@ LAYOUTS = ("internvl", "hf", "published", "self1e")
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="self1e convert", description=__doc__)
     add = parser.add_argument
-    add("source", metavar="SRC", type=checkpoint, help="folder or hub id, any layout")
+    add("source", metavar="SRC", type=checkpoint_folder, help="folder or hub id, any layout")
     add("target", metavar="DST", type=Path, help="folder that does not exist yet")
     add("--layout", choices=LAYOUTS, required=True)
-    add("--version", metavar="BASE", type=checkpoint, help="base of published weights: gives the tokenizer")
+    add("--version", metavar="BASE", type=checkpoint_folder, help="base of published weights: gives the tokenizer")
     add("--drop_head", action="store_true", help="leave a trained head out where the layout has no place for it")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare outputs on random inputs")

@@ -6,7 +6,8 @@ import argparse
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from self1e.flags import checkpoint, device
+from self1e.flags import device
+from self1e.model.weights import checkpoint_folder
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +22,11 @@ UNQUANTIZED = ["lm_head", "segmentation_head", "model.multi_modal_projector"]
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that `load` takes."""
     add = parser.add_argument
-    add("--version", required=True, metavar="V", type=checkpoint, help="model folder, run folder or hub id")
+    add("--version", required=True, metavar="V", type=checkpoint_folder, help="model folder, run folder or hub id")
     add(
         "--model_weights",
         metavar="W",
-        type=checkpoint,
+        type=checkpoint_folder,
         help="trained weights over --version; default: the head inside --version",
     )
     add("--device", type=device, choices=("auto", "cpu", "cuda", "mps"), default="auto")

@@ -19,15 +19,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from self1e.apps.pictures import find_pictures
-from self1e.flags import Parser, check_writable, checkpoint, told, uncollected
+from self1e.flags import Parser, check_writable, told, uncollected
 from self1e.model.prompts import check_prompt
+from self1e.model.weights import checkpoint_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the pictures are written. Errors are for `self1e.flags.guarded`."""
     parser = Parser(prog="self1e pictures", description=__doc__)
     add = parser.add_argument
-    add("--version", required=True, type=checkpoint, help="a checkpoint of the full method, or the folder of its run")
+    add(
+        "--version",
+        required=True,
+        type=checkpoint_folder,
+        help="a checkpoint of the full method, or the folder of its run",
+    )
     add("--image", required=True, help="one photo")
     add("--prompt", required=True, help="what to segment")
     add("--output", type=Path, required=True, help="folder for the pictures")

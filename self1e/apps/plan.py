@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from self1e.apps.measuring import Peak
-from self1e.model.config import DTYPES, Self1EConfig
+from self1e.model.config import DTYPES, SWITCHES, Self1EConfig
 from self1e.model.layout import IGNORE_INDEX, read_layout
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import HIGH_RES_TILES
-from self1e.model.switches import SWITCHES
 from self1e.training.new_rows import train_new_rows
 from self1e.training.run import adapt_as_asked, check_length
 

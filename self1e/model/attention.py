@@ -5,8 +5,8 @@ forbid as well as add. Those of the paper add: image tokens see more, every othe
 under any pathway: padding is never seen, and rows without `[SEG]`, and generation, are plain causal. The library
 builds the mask for eager, SDPA and FlexAttention from the rule alone.
 
-To add a pathway, add one function to `PATHWAYS` and its name to `switches.SWITCHES`. Each token must see itself: a
-query without any key has no attention weights.
+To add a pathway, add one function to `PATHWAYS`. Each token must see itself: a query without any key has no attention
+weights.
 """
 
 from collections.abc import Callable

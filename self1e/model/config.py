@@ -1,25 +1,58 @@
-"""Configuration: InternVL's, plus the `[SEG]` id and the switches of the paper's ablations (one line each).
+"""Configuration: InternVL's, plus the `[SEG]` id, the switches of the paper's ablations and the weights of the losses.
 
 InternVL with a Qwen2 or Qwen3 LLM is the only backbone; CONTRIBUTING.md lists what another family would touch.
 """
 
+import argparse
 import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from huggingface_hub import HfApi
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import InternVLConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from self1e.model.switches import SWITCHES
+from self1e.errors import UserError, check_known
+from self1e.model.attention import PATHWAYS
+from self1e.model.grids import REPLICATIONS
+from self1e.model.head import HEADS
 
 # Precisions by the names that command lines use.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What the library raises over values of the wrong kind: lists for numbers, missing keys, nesting without end.
-DAMAGE = (StrictDataclassError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError)
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A choice about the method: its default, what it does, and its values by name (None: on or off)."""
+
+    default: Any
+    help: str
+    choices: Collection[str] | None = None
+
+    def flag(self) -> dict[str, Any]:
+        """What `add_argument` takes for it; the value of an unset flag is None."""
+        kind = {"action": argparse.BooleanOptionalAction} if self.choices is None else {"choices": [*self.choices]}
+        return kind | {"help": f"{self.help}; unset: the checkpoint's, or {self.default}"}
+
+
+# The one declaration of the switches: fields of the configuration, flags, and keywords of `from_pretrained`. A switch
+# that nobody sets follows the checkpoint. The choices are the registries themselves.
+SWITCHES = {
+    "mask_features": Switch("rfa", "features that the mask is read from", HEADS),
+    "replication": Switch("tile", "how patch tokens are replicated for the mask's image side", REPLICATIONS),
+    "attention_pathway": Switch("image+seg", "what image tokens see besides the causal past", PATHWAYS),
+    "auxiliary_loss": Switch(True, "train the LLM's own image features with the mask losses, too"),
+    "auxiliary_projection": Switch(False, "send the auxiliary image side through f_out, too"),
+    "rope_precision": Switch("fp32", "precision of the LLM's rotary frequencies", ("fp32", "bf16")),
+}
+# The total loss is the sum of these times the losses of `losses.py`.
+LOSS_WEIGHTS = {"ce": 1.0, "mask_bce": 2.0, "mask_dice": 0.5}
+# Flag -> loss: ce_loss_weight, bce_loss_weight, dice_loss_weight. They follow the checkpoint like the switches.
+LOSS_FLAGS = {f"{name.removeprefix('mask_')}_loss_weight": name for name in LOSS_WEIGHTS}
 
 
 @strict
@@ -34,8 +67,9 @@ class Self1EConfig(InternVLConfig):
         auxiliary_loss (`bool`): train the LLM's own image features with the mask losses too.
         auxiliary_projection (`bool`): the auxiliary image side passes `f_out` (`rfa` only).
         rope_precision (`str`): `fp32`, or `bf16`: the rotary frequencies are rounded as the published engine did.
-        ce_loss_weight, bce_loss_weight, dice_loss_weight (`float`): weights of the loss's terms.
+        loss_weights (`dict`): weight of each loss by name; those left out have their default.
         drop_path_rate (`float`): stochastic depth of the ViT, rising linearly from 0 over its layers, training only.
+        weights_id (`str`, *optional*): random, written with every save; tells the weights of two saves apart.
     """
 
     model_type = "self1e"
@@ -47,23 +81,23 @@ class Self1EConfig(InternVLConfig):
     auxiliary_loss: bool = SWITCHES["auxiliary_loss"].default
     auxiliary_projection: bool = SWITCHES["auxiliary_projection"].default
     rope_precision: str = SWITCHES["rope_precision"].default
-    ce_loss_weight: float | int = SWITCHES["ce_loss_weight"].default
-    bce_loss_weight: float | int = SWITCHES["bce_loss_weight"].default
-    dice_loss_weight: float | int = SWITCHES["dice_loss_weight"].default
+    loss_weights: dict[str, float | int] = field(default_factory=dict)
     drop_path_rate: float | int = 0.0
+    weights_id: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.loss_weights = LOSS_WEIGHTS | self.loss_weights
         self.check_switches()
 
     def check_switches(self):
-        """Raise ValueError for a switch outside its values."""
+        """Raise UserError for a switch outside its values."""
         for name, switch in SWITCHES.items():
-            if switch.choices is not None and getattr(self, name) not in switch.choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; one of {', '.join(switch.choices)}")
+            if switch.choices is not None:
+                check_known(name, [getattr(self, name)], switch.choices)
         if self.auxiliary_projection and not (self.auxiliary_loss and self.mask_features == "rfa"):
-            raise ValueError("auxiliary_projection needs auxiliary_loss and mask_features='rfa': it reuses f_out")
+            raise UserError("auxiliary_projection needs auxiliary_loss and mask_features rfa: it uses f_out again")
 
     @property
     def ratio(self) -> int:
@@ -96,44 +130,40 @@ class Self1EConfig(InternVLConfig):
         return self.tile_side**2
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As the library's; a `config.json` with values of the wrong kind is a ValueError that names it."""
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (*DAMAGE, ValueError) as error:
-            if isinstance(error, ValueError) and str(pretrained_model_name_or_path) in str(error):
-                raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(f"{pretrained_model_name_or_path}: config.json is damaged ({reason})") from error
-
-    @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """Read the configuration of any of the four checkpoint layouts (see `self1e.model.weights`).
 
-        Raises FileNotFoundError where there is none, ValueError for a broken one or another architecture.
+        Raises UserError where there is none, and for another architecture.
         """
-        source = pretrained_model_name_or_path
+        source = str(pretrained_model_name_or_path)
         check_source(source, kwargs.get("subfolder"))
         try:
             values, kwargs = super().get_config_dict(source, **kwargs)
         except OSError as error:
-            reason = str(error).splitlines()[0]
-            if Path(source).is_dir():
-                raise ValueError(f"{source}: {reason}") from error
-            raise FileNotFoundError(f"there is no folder {source}, and the hub did not serve it: {reason}") from error
-        return native_config(_without_requests(values, source), source), kwargs
+            raise UserError(f"{source}: {why_not_served(source, error)}") from error
+        return native_config(without_requests(values, source), source), kwargs
 
 
-def check_source(source: str | Path, subfolder: str | None = None) -> None:
-    """Raise FileNotFoundError for a path without a checkpoint, before anything asks the hub for it."""
-    folder = Path(source, subfolder or "")
-    advice = "--version and --model_weights take a checkpoint folder or a hub id such as OpenGVLab/InternVL3-2B"
-    if Path(source).is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no config.json; {advice}")
-    elif not HUB_ID.fullmatch(str(source)) or Path(source).parent.is_dir():
-        what = f"{source} is a file" if Path(source).is_file() else f"there is no folder {source}"
-        raise FileNotFoundError(f"{what}; {advice}")
+def check_source(source: str, subfolder: str | None = None) -> None:
+    """Raise UserError for a path without a checkpoint, before anything asks the hub for it."""
+    path, advice = Path(source), "give a checkpoint's folder, a run's, or a hub id such as OpenGVLab/InternVL3-2B"
+    if path.is_dir():
+        if not (path / (subfolder or "") / "config.json").is_file():
+            raise UserError(f"{source} holds no config.json; {advice}")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) or path.parent.is_dir():
+        raise UserError(f"{source} is {'a file' if path.is_file() else 'no folder'}; {advice}")
+
+
+def why_not_served(source: str, error: OSError) -> str:
+    """Why there is no `config.json`; for a repository of the hub that has them in folders of its own, which."""
+    try:
+        files = [] if Path(source).is_dir() else HfApi().list_repo_files(source)
+    except Exception:  # the hub cannot be reached, or knows no such repository: the first error says it
+        files = []
+    found = sorted(name.removesuffix("/config.json") for name in files if name.endswith("/config.json"))
+    if not found:
+        return str(error).splitlines()[0]
+    return f"several checkpoints, {', '.join(found)}; hf download {source} --include '{found[0]}/*' --local-dir FOLDER"
 
 
 # What a `config.json` may ask of the library besides values of the model: to run code beside it or on the hub, such as
@@ -144,16 +174,19 @@ REQUESTS = frozenset(
 )
 
 
-def _without_requests(values: dict, source: str) -> dict:
-    """A configuration and those within it without `REQUESTS`. Raises ValueError for quantised weights."""
+def without_requests(values: dict, source: str) -> dict:
+    """A configuration and those within it without `REQUESTS`. Raises UserError for quantised weights."""
     if values.get("quantization_config"):
-        raise ValueError(f"{source}: config.json speaks of quantised weights; expected a checkpoint in full precision")
+        raise UserError(f"{source}: config.json speaks of quantised weights; expected a checkpoint in full precision")
     return {
-        name: _without_requests(value, source) if name.endswith("_config") and isinstance(value, dict) else value
+        name: without_requests(value, source) if name.endswith("_config") and isinstance(value, dict) else value
         for name, value in values.items()
         if name not in REQUESTS
     }
 
+
+# Fields of our own earlier checkpoints: old name -> (field, key in it).
+RENAMED = {flag: ("loss_weights", name) for flag, name in LOSS_FLAGS.items()}
 
 # Original InternVL vision keys -> transformers' names.
 SAME_KEYS = (
@@ -166,22 +199,26 @@ VISION_KEYS = dict(zip(SAME_KEYS, SAME_KEYS)) | {
 
 
 def native_config(values: dict, source: str) -> dict:
-    """Translate a `config.json` of any layout to `Self1EConfig`'s keys; ValueError for another."""
+    """Translate a `config.json` of any layout to `Self1EConfig`'s keys; UserError for another architecture."""
     kind = values.get("model_type")
     if kind in ("internvl", "self1e"):
         text = values.get("text_config") or {}
         tied = text.get("tie_word_embeddings", values.get("tie_word_embeddings", False))
-        return {**values, "model_type": "self1e", "tie_word_embeddings": tied}
+        values = {**values, "model_type": "self1e", "tie_word_embeddings": tied}
+        for old in RENAMED.keys() & values.keys():
+            name, key = RENAMED[old]
+            values[name] = {**values.get(name, {}), key: values.pop(old)}
+        return values
     if kind != "internvl_chat":
-        raise ValueError(
+        raise UserError(
             f"{source}: config.json says model_type={kind!r}; expected an InternVL3 checkpoint: internvl_chat "
             "(original), internvl (-hf) or self1e"
         )
     text, vision = values["llm_config"], values["vision_config"]
     if text.get("model_type") not in ("qwen2", "qwen3"):
-        raise ValueError(f"{source}: llm_config is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
+        raise UserError(f"{source}: llm_config is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
     if values.get("select_layer", -1) != -1:
-        raise ValueError(f"{source}: select_layer={values['select_layer']}; only the ViT's last (-1) is supported")
+        raise UserError(f"{source}: select_layer={values['select_layer']}; only the ViT's last (-1) is supported")
     known = CONFIG_MAPPING[text["model_type"]]().to_dict().keys() | {"rope_theta", "rope_scaling"}
     return {
         "model_type": "self1e",
@@ -217,4 +254,5 @@ def original_config(config: Self1EConfig) -> dict:
         "dynamic_image_size": True,
         "use_thumbnail": True,
         "torch_dtype": str(config.dtype).removeprefix("torch."),
+        "weights_id": config.weights_id,
     }

@@ -1,7 +1,7 @@
 """Reshapes between patch, tile and image grids (paper, section 3).
 
 Legend: b batch, h w grid, p q neighbourhood (r x r, row-major), c channels, R C tiles per column and row of an image.
-To add a replication, enter a function in `REPLICATIONS` and its name in `switches.SWITCHES`.
+To add a replication, enter a function in `REPLICATIONS`.
 """
 
 import torch.nn.functional as F

@@ -22,8 +22,7 @@ F is not built at full size, because `up` and dot products are linear. The first
 `up` and, where it sees the photo alone, once per photo; its second layer moves to the query:
 `(W h + b) . s = h . (W^T s) + b . s`. Only the hidden layer has the size (rows, 2H, 2W, C), a few rows at a time.
 
-To add a feature variant, write a class with `upsampling`, `image_side` and `forward`, enter it in `HEADS`, and name it
-in `switches.SWITCHES`.
+To add a feature variant, write a class with `upsampling`, `image_side` and `forward`, and enter it in `HEADS`.
 """
 
 import math

@@ -4,10 +4,12 @@ Shape legend: T tiles of all images, I images, R rows (conversations), N tokens 
 tokens per side of a tile, h w an image's stitched grid of image tokens, Cv and C widths of ViT and LLM, m `[SEG]`s.
 """
 
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,13 @@ from transformers import InternVLForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
-from transformers.utils import ModelOutput
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    ModelOutput,
+)
 
 from self1e import distributed
 from self1e.model.attention import perception_mask
@@ -123,11 +131,11 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             weights: folder whose weights replace those of the first argument: published SELF1E or our own.
             config: a ready `Self1EConfig`; default: the checkpoint's.
             kwargs: the library's (`dtype`, default float32, `device_map`, `attn_implementation`, ...) and any of
-                `switches.SWITCHES`, e.g. `mask_features="rfr"`.
+                `config.SWITCHES`, e.g. `mask_features="rfr"`, and `loss_weights`, a dict of those that change.
 
         Raises:
-            FileNotFoundError: no checkpoint there.
-            ValueError: another architecture, or missing, unexpected or misshapen weights, all of them listed.
+            UserError: no checkpoint there, another architecture, or missing, unexpected or misshapen weights, all of
+                them listed.
         """
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
@@ -136,8 +144,14 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Write the layout `self1e`, with native tensor names; `save_checkpoint` also writes `published`."""
+        """Write the layout `self1e`, with native tensor names; `save_checkpoint` also writes `published`.
+
+        Weight files of an earlier save there are removed: the library would read those first.
+        """
         kwargs.setdefault("save_original_format", False)
+        self.config.weights_id = uuid.uuid4().hex
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+            Path(save_directory, name).unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def encode_images(
@@ -252,8 +266,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
                 losses |= mask_losses(kept, mask_targets)
         if losses:
             result.losses = losses
-            weights = {"ce": self.config.ce_loss_weight, "mask_bce": self.config.bce_loss_weight}
-            weights["mask_dice"] = self.config.dice_loss_weight
+            weights = self.config.loss_weights
             terms = [weights[name] * value.to(states.device) for name, value in losses.items()]
             if self.training and with_masks and image_features is not None:
                 terms.append(self.touch_head(states, image_features, layout, predictions, runs[1]))

@@ -9,30 +9,30 @@ with `weights_only`; classes are named here, and the chat template is the proces
 
 import contextlib
 import copy
+import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable
-from logging import ERROR, LogRecord, getLogger
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
-from self1e.files import digest, fault, read_json, replacing_folder, write_json
-from self1e.model.config import DAMAGE, Self1EConfig, original_config
+from self1e import distributed
+from self1e.errors import UserError, check_known
+from self1e.files import replacing_folder
+from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, check_source, original_config
+from self1e.model.processing import Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
-from self1e.model.switches import SWITCHES
 
-HEAD, INDEX, CHECKSUMS = "segmentation_head.", "model.safetensors.index.json", "checksums.json"
-SCREEN = 40  # lines; longer lists of misfits are joined by layer
-PATIENCE = 5  # seconds of loading or writing weights without a progress bar
+HEAD = "segmentation_head."
+WORTH_A_WORD = 10**9  # bytes of weights: reading them takes seconds
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Applied in this order to every key, reversed on writing: (original, native).
 RENAMINGS = (
@@ -77,85 +77,74 @@ register_checkpoint_conversion_mapping(
 def load_checkpoint(
     cls: type[PreTrainedModel],
     from_pretrained: Callable,
-    version: str,
+    version: str | Path,
     *,
-    weights: str | None = None,
+    weights: str | Path | None = None,
     config: Self1EConfig | None = None,
+    loss_weights: dict[str, float] | None = None,
     **kwargs,
 ) -> PreTrainedModel:
     """Load `version`, or the weights of `weights` into the model that `version` describes; see `from_pretrained`.
 
     A base model gets `[SEG]` and `[SEGT]` from its tokenizer and a fresh head (`trained_head` stays False).
     """
+    check_known("loss_weights", loss_weights or {}, LOSS_WEIGHTS)
     switches = {name: kwargs.pop(name) for name in SWITCHES if name in kwargs}
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     base = Self1EConfig.from_pretrained(version, **hub) if config is None else copy.deepcopy(config)
-    vocabulary = None
+    tokens = None
     if base.seg_token_id is None or weights is not None:
-        from self1e.model.processing import Self1EProcessor  # processing needs configuration, not the model
-
         tokens = Self1EProcessor.from_pretrained(version, **hub)
         base.seg_token_id, base.image_token_id = tokens.seg_token_id, tokens.image_token_id
-        vocabulary = len(tokens.tokenizer)
     if weights is not None:
         trained = Self1EConfig.from_pretrained(weights, **hub)
         base.dtype = trained.dtype  # what dtype="auto" means
         if trained.seg_token_id is not None:  # ours: it knows how its head was built
-            base.update({name: getattr(trained, name) for name in SWITCHES})
-        base.llm.vocab_size = vocabulary
-    base.update(switches)
+            base.update({name: getattr(trained, name) for name in (*SWITCHES, "loss_weights")})
+        base.llm.vocab_size = len(tokens.tokenizer)
+    base.update(switches | {"loss_weights": base.loss_weights | (loss_weights or {})})
     base.check_switches()
-    source = version if weights is None else weights
-    if Path(source, "adapter_config.json").is_file():  # the library would load it over the weights
-        raise ValueError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
-    _check_index(Path(source))
-    _check_bytes(Path(source))
-    try:
-        with quiet():
-            model, report = from_pretrained(
-                source, config=base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-    except (*DAMAGE, SafetensorError, UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{source}: a weight file is damaged, or generation_config.json ({error}); fetch or save it again"
-        ) from error
+    source = str(version if weights is None else weights)
+    check_files(Path(source))
+    with quiet():
+        model, report = from_pretrained(
+            source, config=base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     model.round_rope()  # loading has computed the frequencies anew
-    model.trained_head = _check(model, report, source, trained=weights is not None)
-    if vocabulary is not None and not model.trained_head:
-        _resize_vocabulary(model, vocabulary, new=[tokens.seg_token_id, tokens.segt_token_id])
-    if vocabulary is not None:  # InternVL's own files name no token that ends an answer
+    model.trained_head = check_fit(model, report, source, trained=weights is not None)
+    if tokens is not None:
+        if not model.trained_head:
+            resize_vocabulary(model, len(tokens.tokenizer), new=[tokens.seg_token_id, tokens.segt_token_id])
+        # InternVL's own files name no token that ends an answer.
         end, pad = tokens.tokenizer.convert_tokens_to_ids(END_OF_TURN), tokens.tokenizer.pad_token_id
         model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     return model
 
 
-def _check_index(folder: Path) -> None:
-    """Raise ValueError for an index of shards that is no index, or names files outside its own folder."""
-    index = folder / INDEX
-    if not index.is_file():
-        return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        outside = [name for name in names if Path(name).name != name]
-    except (*DAMAGE, ValueError) as error:
-        raise ValueError(f"{index}: damaged ({error}); expected weight_map, a file name per weight") from error
-    if outside:
-        raise ValueError(f"{index}: names a file outside its folder: {outside[0]!r}")
+def check_files(folder: Path) -> None:
+    """Look at the weight files of a folder before the library does, and say which are loaded where that takes long.
+
+    Raises UserError for an adapter, for an index of shards that names files outside its folder, and for files that
+    Git LFS has not fetched.
+    """
+    if (folder / "adapter_config.json").is_file():  # the library would load it over the weights
+        raise UserError(f"{folder} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
+    for index in folder.glob("*.index.json"):
+        for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
+            if Path(name).name != name:
+                raise UserError(f"{index} names a file outside its folder: {name}")
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    for path in files:
+        with open(path, "rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                raise UserError(f"{path} is a pointer of Git LFS: fetch the file with `git lfs pull`")
+    size = sum(path.stat().st_size for path in files)
+    if size > WORTH_A_WORD and distributed.is_main():
+        print(f"loading {folder} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
 
 
-def _check_bytes(folder: Path) -> None:
-    """Raise ValueError for weight files that are not those that `save` wrote: a flipped bit is a wrong mask."""
-    if not (folder / CHECKSUMS).is_file():  # another layout, or from the hub, whose client checks what it fetches
-        return
-    for name, expected in read_json(folder / CHECKSUMS, dict).items():
-        problem = fault(folder / name, expected)
-        if problem:
-            advice = f"copy the checkpoint again, or delete {CHECKSUMS} if you changed the file yourself"
-            raise ValueError(f"{folder / name} {problem}; {advice}")
-
-
-def _check(model: PreTrainedModel, report: dict, source: str, *, trained: bool) -> bool:
-    """Raise ValueError listing every key that does not fit; tell whether the checkpoint brought a trained head."""
+def check_fit(model: PreTrainedModel, report: dict, source: str, *, trained: bool) -> bool:
+    """Raise UserError listing every weight that does not fit; tell whether the checkpoint brought a trained head."""
     missing = set(report["missing_keys"])
     head = {name for name in model.state_dict() if name.startswith(HEAD)}
     fresh = not trained and bool(head) and head <= missing
@@ -167,36 +156,27 @@ def _check(model: PreTrainedModel, report: dict, source: str, *, trained: bool) 
     ]
     problems += [f"error       {message}" for message in report["error_msgs"]]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{source}: {len(problems)} weights do not fit the model that its config.json (or --version) describes; "
-            "nothing was loaded:\n  " + "\n  ".join(problems if len(problems) <= SCREEN else _join_layers(problems))
+            "nothing was loaded:\n  " + "\n  ".join(join_layers(problems))
         )
     return not fresh and (bool(head) or trained or Self1EConfig.from_pretrained(source).seg_token_id is not None)
 
 
-def _join_layers(problems: list[str]) -> list[str]:
-    """Lines that differ in the layer's number alone, as one: `layers.{0-27}.mlp.up_proj.weight`."""
-    layers: dict[str, list[int]] = {}
-    for line in problems:
+def join_layers(lines: list[str]) -> list[str]:
+    """Lines that differ in the layer's number alone, as one: `layers.{0,1,2}.mlp.up_proj.weight`."""
+    layers: dict[str, list[str]] = {}
+    for line in lines:
         number = re.search(r"(?<=\.)\d+(?=\.)", line)
         key = line if number is None else f"{line[: number.start()]}#{line[number.end() :]}"
-        layers.setdefault(key, []).extend([] if number is None else [int(number[0])])
-    return [key.replace("#", _spans(sorted(found))) for key, found in layers.items()]
+        layers.setdefault(key, []).extend([] if number is None else [number[0]])
+    joined = {
+        key: found[0] if len(found) == 1 else "{" + ",".join(found) + "}" for key, found in layers.items() if found
+    }
+    return [key.replace("#", joined[key]) if key in joined else key for key in layers]
 
 
-def _spans(numbers: list[int]) -> str:
-    """[5] -> "5", [0, 1, 2, 5] -> "{0-2,5}"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-    return text if len(numbers) == 1 else "{" + text + "}"
-
-
-def _resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> None:
+def resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> None:
     """Give embedding and `lm_head` exactly `size` rows; rows added and `new` start at the mean of the others."""
     before = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     model.resize_token_embeddings(size, mean_resizing=False)
@@ -210,66 +190,79 @@ def _resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> 
 
 @contextlib.contextmanager
 def quiet():
-    """Silence what the libraries say while they load and write weights.
-
-    The report of loading goes because `_check` raises what it would only warn of, bars where the work is short, and
-    DeepSpeed's warning of a machine without GPU, because saving asks it for its own engine alone.
-    """
-    level, hook = logging.get_verbosity(), logging.set_tqdm_hook(_late_bar)
+    """Silence the library's report of loading, which `check_fit` raises, and its bars where output is no terminal."""
+    level = logging.get_verbosity()
+    hook = logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"delay": 2, "disable": None}))
     logging.set_verbosity_error()
-    deepspeed = getLogger("DeepSpeed")
-    deepspeed.addFilter(_is_error)
     try:
         yield
     finally:
         logging.set_verbosity(level)
         logging.set_tqdm_hook(hook)
-        deepspeed.removeFilter(_is_error)
-
-
-def _is_error(record: LogRecord) -> bool:
-    return record.levelno >= ERROR
-
-
-def _late_bar(bar: Callable, args: tuple, options: dict) -> Any:
-    """A progress bar of the library that shows only where the work takes long."""
-    return bar(*args, **options | {"delay": PATIENCE})
 
 
 def save_checkpoint(model: PreTrainedModel, processor, folder: str | Path, *, published: bool = False) -> None:
     """Write model and processor as layout `self1e`, or `published`; the folder appears complete or not at all.
 
-    Sizes and SHA-256 of its weight files lie beside them in `checksums.json`, which loading checks.
-
-    Raises OSError naming the folder when the disk is full or not writable; what stood there before stays.
+    What stood there before stays where saving fails. Raises UserError where `published` cannot hold the model's head.
     """
-    folder = Path(folder)
-    try:
-        with replacing_folder(folder) as partial:
-            with quiet():
-                if published:
-                    _write_published(model, partial)
-                else:
-                    model.save_pretrained(partial)
-            processor.save_pretrained(partial)
-            sums = {path.name: digest(path) for path in sorted(partial.glob("*.safetensors"))}
-            write_json(partial / CHECKSUMS, sums)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder}: the checkpoint was not saved ({error}); an earlier one stays as it was") from error
+    if published and cast(Self1EConfig, model.config).mask_features != "rfa":
+        raise UserError("the layout published holds the full method only, mask_features rfa")
+    with replacing_folder(Path(folder)) as partial:
+        with quiet():
+            if published:
+                write_published(model, partial)
+            else:
+                model.save_pretrained(partial)
+        processor.save_pretrained(partial)
 
 
-def _write_published(model: PreTrainedModel, folder: Path) -> None:
+def write_published(model: PreTrainedModel, folder: Path) -> None:
     """Layout `published`, as the published code saves and reads it: original tensor names and `config.json`."""
-    if model.config.mask_features != "rfa":
-        raise ValueError(
-            f"the layout published holds the full method only, this model has {model.config.mask_features!r}"
-        )
-    loaded_with = getattr(model, "_weight_conversions", None)
     library: Any = model
+    loaded_with = getattr(model, "_weight_conversions", None)
     library._weight_conversions = published_names()
     try:
         model.save_pretrained(folder, save_original_format=True)
     finally:
         library._weight_conversions = loaded_with
     values = original_config(cast(Self1EConfig, model.config))
-    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n")
+    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def checkpoint_folder(text: str) -> str:
+    """The folder or hub id that `--version` and `--model_weights` mean: of a run's folder, the `ckpt_model` in it."""
+    inside = Path(text, "ckpt_model")
+    is_run = not Path(text, "config.json").exists() and (inside / "config.json").is_file()
+    return str(inside) if is_run else text
+
+
+def weights_identity(version: str | Path, weights: str | Path | None = None) -> dict[str, str | None]:
+    """What tells these weights from all others wherever they lie: `weights`, those that are loaded, and their `base`.
+
+    A checkpoint of ours is known by the random `weights_id` of its save, one of the hub by its commit, any other by
+    the names, sizes and sampled bytes of its files. `base` is None where `version` itself holds the weights.
+    """
+    if weights is None:
+        return {"weights": identity(version), "base": None}
+    return {"weights": identity(weights), "base": identity(version)}
+
+
+def identity(checkpoint: str | Path) -> str:
+    """See `weights_identity`. Raises UserError where there is no checkpoint."""
+    check_source(str(checkpoint))
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return f"{checkpoint}@{Self1EConfig.from_pretrained(checkpoint)._commit_hash}"
+    own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("weights_id")
+    if own:
+        return own
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".bin"}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(4096, size // 64)):
+                file.seek(start)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:32]

@@ -23,8 +23,8 @@ from self1e import distributed
 from self1e.data.families import DEFAULT_FAMILIES, FAMILIES
 from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
-from self1e.flags import checkpoint
-from self1e.model.switches import SWITCHES
+from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES
+from self1e.model.weights import checkpoint_folder
 from self1e.training.deepspeed_config import read_deepspeed, zero_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +44,8 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 @dataclass
 class Model:
     version: str | None = flag(None, "checkpoint: its folder, its run's folder or a hub id (InternVL3, -hf, or "
-        "Self1E); an evaluation of a run that holds its model needs none", type=checkpoint, metavar="PATH")
-    model_weights: str | None = flag(None, "folder whose weights replace those of --version", type=checkpoint,
+        "Self1E); an evaluation of a run that holds its model needs none", type=checkpoint_folder, metavar="PATH")
+    model_weights: str | None = flag(None, "folder whose weights replace those of --version", type=checkpoint_folder,
         metavar="PATH")
     precision: str | None = flag(None, "precision of the computation; unset: bf16, but fp32 when evaluating on a CPU",
         choices=("fp32", "bf16", "fp16"))
@@ -184,9 +184,10 @@ def make_parser() -> argparse.ArgumentParser:
             add(f"--{each.name}", **options | each.metadata)
         if group is Model:
             for name, switch in SWITCHES.items():
-                options = {"type": float, "metavar": "X"} if switch.choices is None else {"choices": [*switch.choices]}
-                options = {"action": argparse.BooleanOptionalAction} if isinstance(switch.default, bool) else options
-                add(f"--{name}", **options, help=f"{switch.help}; unset: the checkpoint's, or {switch.default}")
+                add(f"--{name}", **switch.flag())
+            for name, loss in LOSS_FLAGS.items():
+                unset = f"unset: the checkpoint's, or {LOSS_WEIGHTS[loss]}"
+                add(f"--{name}", type=float, metavar="X", help=f"weight of the loss {loss}; {unset}")
         if group is Data:
             for name, family in FAMILIES.items():
                 add(f"--{name}_data", metavar="SETS", default=family.default, help=family.help)

@@ -15,7 +15,8 @@ import yaml
 
 from self1e.evaluation.tables import TITLES
 from self1e.files import write_text
-from self1e.flags import Parser, checkpoint
+from self1e.flags import Parser
+from self1e.model.weights import checkpoint_folder
 
 EVALUATIONS = {"Segmentation": "eval/summary.md", "Visual question answering": "eval_vqa/summary.md"}
 COMMAND = re.compile(r"^## Training\n\n```bash\n(.*?)\n```", re.MULTILINE | re.DOTALL)
@@ -145,7 +146,7 @@ def structured_results(summary: Path) -> list[dict]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="self1e card", description=__doc__)
     add = parser.add_argument
-    add("folder", type=checkpoint, help="checkpoint of layout self1e, or the folder of its run")
+    add("folder", type=checkpoint_folder, help="checkpoint of layout self1e, or the folder of its run")
     add("--base", help="hub id or folder that training started from; default: the present card's")
     add("--command", help="training command; default: the present card's")
     add("--results", type=Path, help="folder with eval/ and eval_vqa/; default: the one around")

@@ -26,10 +26,9 @@ from self1e.evaluation.provenance import checkpoint_settings, fingerprint
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.evaluation.watchdog import Watchdog
 from self1e.flags import REQUEUE, check_writable, counted
-from self1e.model.config import DTYPES
+from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processing import HIGH_RES_TILES, Self1EProcessor
-from self1e.model.switches import SWITCHES
 from self1e.model.weights import save_checkpoint
 from self1e.training.adaptation import adapt, training_table
 from self1e.training.args import LLM_LINEARS, parse
@@ -301,12 +300,14 @@ def load_model(args: Namespace, *, training: bool) -> Self1EForSegmentation:
     # the engine does it afterwards, from a whole model on every rank's CPU; the final evaluation has no engine.
     unset_hf_deepspeed_config()
     values = {name: getattr(args, name) for name in SWITCHES}
+    weights = {loss: getattr(args, flag) for flag, loss in LOSS_FLAGS.items() if getattr(args, flag) is not None}
     dtype = DTYPES[args.precision if training else args.eval_precision]
     return Self1EForSegmentation.from_pretrained(
         args.version,
         weights=args.model_weights,
         dtype=torch.float32 if training and not args.deepspeed else dtype,
         attn_implementation=args.attn_implementation,
+        loss_weights=weights,
         **{name: value for name, value in values.items() if value is not None},
     )
 

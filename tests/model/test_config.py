@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from self1e import Self1EConfig, Self1EForSegmentation
-from self1e.model.config import native_config, original_config
-from self1e.model.switches import SWITCHES
+from self1e.errors import UserError
+from self1e.model.config import LOSS_WEIGHTS, SWITCHES, native_config, original_config
 
 # Published sizes: LLM (type, width, layers, heads, key/value heads, MLP width, vocabulary) over InternViT-300M.
 RELEASES = {
@@ -63,10 +63,9 @@ def test_internvl3_2b_has_its_published_size(tmp_path):
     assert head == 2 * (5 * width**2 + 5 * width) + 2 * (width**2 + width)  # f_llm and f_vit, f_out
 
 
-BILLIONS = {"InternVL3-1B": 0.94, "InternVL3-8B": 7.94, "InternVL3_5-8B": 8.53}
-
-
-@pytest.mark.parametrize(("name", "billions"), BILLIONS.items())
+@pytest.mark.parametrize(
+    ("name", "billions"), [("InternVL3-1B", 0.94), ("InternVL3-8B", 7.94), ("InternVL3_5-8B", 8.53)]
+)
 def test_other_releases_build_from_their_config_alone(tmp_path, name, billions):
     config = read(tmp_path, release(name))
     model = on_meta(config)
@@ -124,7 +123,7 @@ def test_original_config_is_the_inverse(tmp_path, name, tied):
 def test_saved_config_reads_back_with_its_switches(tmp_path):
     config = read(tmp_path, release("InternVL3-2B"))
     chosen = {"replication": "window", "attention_pathway": "image", "auxiliary_projection": True, "seg_token_id": 7}
-    config.update(chosen)
+    config.update(chosen | {"loss_weights": LOSS_WEIGHTS | {"ce": 0.1}})
     config.save_pretrained(tmp_path)
     for again in (Self1EConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert isinstance(again, Self1EConfig)
@@ -132,28 +131,34 @@ def test_saved_config_reads_back_with_its_switches(tmp_path):
         assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
 
 
-def test_switches_are_all_fields_and_their_defaults_are_the_paper():
+def test_config_of_an_earlier_version_is_read(tmp_path):
+    """Its loss weights were fields of their own."""
+    old = {"model_type": "self1e", "seg_token_id": 7, "mask_features": "rfr", "ce_loss_weight": 0.5}
+    config = read(tmp_path, old | {"bce_loss_weight": 3.0, "dice_loss_weight": 0})
+    assert config.loss_weights == {"ce": 0.5, "mask_bce": 3.0, "mask_dice": 0}
+    assert config.mask_features == "rfr" and "ce_loss_weight" not in config.to_dict()
+
+
+def test_switches_are_fields_and_their_defaults_are_the_paper():
     config = Self1EConfig()
     assert {name: getattr(config, name) for name in SWITCHES} == {
         "mask_features": "rfa", "replication": "tile", "attention_pathway": "image+seg", "auxiliary_loss": True,
         "auxiliary_projection": False, "rope_precision": "fp32",
-        "ce_loss_weight": 1.0, "bce_loss_weight": 2.0, "dice_loss_weight": 0.5,
     }  # fmt: skip
+    assert config.loss_weights == {"ce": 1.0, "mask_bce": 2.0, "mask_dice": 0.5}
+    assert Self1EConfig(loss_weights={"ce": 0.0}).loss_weights == {"ce": 0.0, "mask_bce": 2.0, "mask_dice": 0.5}
 
 
-@pytest.mark.parametrize(
-    ("switch", "known"),
-    [
-        ({"mask_features": "rfs"}, "baseline, replication, rfr, rfa"),
-        ({"replication": "window2"}, "tile, window, interpolate"),
-        ({"attention_pathway": "seg"}, "causal, image, image"),
-        ({"auxiliary_projection": True, "auxiliary_loss": False}, "needs auxiliary_loss"),
-        ({"auxiliary_projection": True, "mask_features": "rfr"}, "mask_features='rfa'"),
-    ],
-)
-def test_unknown_switches_are_refused_with_the_known_ones(switch, known):
-    with pytest.raises(ValueError, match=known):
-        Self1EConfig(**switch)
+@pytest.mark.parametrize("name", [name for name, switch in SWITCHES.items() if switch.choices])
+def test_unknown_switches_are_refused_with_the_known_ones(name):
+    with pytest.raises(UserError, match=", ".join(SWITCHES[name].choices).replace("+", r"\+")):
+        Self1EConfig(**{name: "none of these"})
+
+
+@pytest.mark.parametrize("missing", [{"auxiliary_loss": False}, {"mask_features": "rfr"}])
+def test_auxiliary_projection_needs_what_it_projects(missing):
+    with pytest.raises(UserError, match="auxiliary_projection needs"):
+        Self1EConfig(auxiliary_projection=True, **missing)
 
 
 @pytest.mark.parametrize(
@@ -163,52 +168,49 @@ def test_unknown_switches_are_refused_with_the_known_ones(switch, known):
         ({}, "model_type=None"),
         (release("InternVL3-2B", select_layer=-4), "select_layer=-4"),
         (release("InternVL3-2B", llm_config={"model_type": "llama"}), "'llama'; expected a qwen2 or qwen3"),
+        (release("InternVL3-2B", quantization_config={"quant_method": "gptq"}), "quantised weights"),
     ],
 )
 def test_other_architectures_are_refused(tmp_path, values, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read(tmp_path, values)
     assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_broken_json_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(ValueError, match="config.json.*not a valid JSON"):
-        Self1EConfig.from_pretrained(tmp_path)
-
-
-PATHS = ["/no/such/folder", "./runs/none", "../none", "~/weights", "InternVL3-2B", "a/b/c", "{tmp}/none"]
+PATHS = ["/no/such/folder", "./runs/none", "../none", "~/weights", "InternVL3-2B", "a/b/c", "{tmp}/none", "runs/base"]
 
 
 @pytest.mark.parametrize("source", PATHS)
 def test_absent_paths_are_refused_without_asking_the_hub(tmp_path, monkeypatch, source):
-    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *args, **kwargs: pytest.fail("asked"))
-    source = source.format(tmp=tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no folder.*--version and --model_weights take") as error:
-        Self1EConfig.from_pretrained(source)
-    assert source in str(error.value) and len(str(error.value).splitlines()) == 1
-
-
-def test_missing_folder_beside_existing_ones_is_a_path(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no folder runs/base; "):
-        Self1EConfig.from_pretrained("runs/base")
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *args, **kwargs: pytest.fail("asked"))
+    source = source.format(tmp=tmp_path)
+    with pytest.raises(UserError, match=f"{source} is no folder"):
+        Self1EConfig.from_pretrained(source)
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+    with pytest.raises(UserError, match="holds no config.json"):
         Self1EConfig.from_pretrained(tmp_path)
 
 
 def test_the_hubs_failure_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="no folder nobody/nothing, and the hub did not serve it") as error:
+    with pytest.raises(UserError, match="nobody/nothing") as error:
         Self1EConfig.from_pretrained("nobody/nothing")
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_native_keys_are_kept(tmp_path):
+def test_a_repository_of_several_checkpoints_lists_them(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    files = ["README.md", "small/config.json", "small/model.safetensors", "large/config.json"]
+    monkeypatch.setattr("self1e.model.config.HfApi.list_repo_files", lambda self, name: files)
+    with pytest.raises(UserError, match=r"several checkpoints, large, small; hf download nobody/nothing"):
+        Self1EConfig.from_pretrained("nobody/nothing")
+
+
+def test_native_keys_are_kept():
     values = {"model_type": "internvl", "image_token_id": 9, "vision_config": {"hidden_size": 64}}
     found = native_config(values, "x")
     assert found == values | {"model_type": "self1e", "tie_word_embeddings": False}

@@ -1,7 +1,5 @@
 """What the files promise: a variant is one class or function, its entry, its name. Tried in a module of its own."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers import noise
@@ -9,7 +7,6 @@ from helpers import noise
 from self1e.model.attention import PATHWAYS, perception_mask
 from self1e.model.grids import REPLICATIONS, replicate_tile
 from self1e.model.head import HEADS, ImageSide, SegmentationHead
-from self1e.model.switches import SWITCHES
 from self1e.training.args import make_parser
 
 
@@ -43,15 +40,13 @@ def replicate_negative(x, ratio=2):
 
 @pytest.fixture
 def extension(monkeypatch):
-    for name, registry, key, entry in (
-        ("mask_features", HEADS, "gated", GatedHead),
-        ("attention_pathway", PATHWAYS, "seg", image_to_seg),
-        ("attention_pathway", PATHWAYS, "alone", image_alone),
-        ("replication", REPLICATIONS, "negative", replicate_negative),
+    for registry, key, entry in (
+        (HEADS, "gated", GatedHead),
+        (PATHWAYS, "seg", image_to_seg),
+        (PATHWAYS, "alone", image_alone),
+        (REPLICATIONS, "negative", replicate_negative),
     ):
         monkeypatch.setitem(registry, key, entry)
-        switch = SWITCHES[name]
-        monkeypatch.setitem(SWITCHES, name, replace(switch, choices=(*switch.choices, key)))
 
 
 VARIANTS = [
@@ -95,16 +90,6 @@ def test_a_pathway_can_forbid(extension, load_tiny):
     assert torch.equal(mask[:, 0], expected)
 
 
-def test_every_value_of_a_switch_has_its_code():
-    for name, registry in {"mask_features": HEADS, "attention_pathway": PATHWAYS, "replication": REPLICATIONS}.items():
-        assert SWITCHES[name].choices == tuple(registry)
-
-
-def test_an_unknown_variant_lists_the_known_ones(load_tiny):
-    with pytest.raises(ValueError, match="mask_features='gated' is unknown; one of baseline, replication, rfr, rfa"):
-        load_tiny(mask_features="gated")
-
-
 def test_rotary_frequencies_can_be_rounded_as_published(load_tiny):
     """At theta 1e6 and head width 128, two tokens 256 apart meet at an angle that differs by up to 0.3 rad."""
     exact, rounded = (
@@ -116,5 +101,3 @@ def test_rotary_frequencies_can_be_rounded_as_published(load_tiny):
     frequencies = 1 / 1e6 ** (torch.arange(0, 128, 2) / 128)
     angles = 256 * (frequencies.bfloat16().float() - frequencies).abs()
     assert angles.max().item() == pytest.approx(0.30, abs=0.01)
-    with pytest.raises(ValueError, match="rope_precision='fp64' is unknown; one of fp32, bf16"):
-        load_tiny(rope_precision="fp64")

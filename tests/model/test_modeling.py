@@ -163,8 +163,7 @@ def test_text_loss_is_that_of_all_logits(tiny_processor, load_tiny):
 @torch.no_grad()
 def test_loss_is_the_weighted_sum_and_the_auxiliary_mask_counts(tiny_processor, load_tiny):
     batch = mixed_batch(tiny_processor)
-    weights = {"ce_loss_weight": 0.5, "bce_loss_weight": 3, "dice_loss_weight": 7}
-    out = load_tiny(**weights)(**batch)
+    out = load_tiny(loss_weights={"ce": 0.5, "mask_bce": 3, "mask_dice": 7})(**batch)
     total = 0.5 * out.losses["ce"] + 3 * out.losses["mask_bce"] + 7 * out.losses["mask_dice"]
     assert torch.allclose(out.loss, total)
     alone = load_tiny(auxiliary_loss=False)(**batch)

@@ -159,7 +159,7 @@ def test_flags_reach_model_and_optimizer(reference, tiny_version, shapes, runs):
     line = first_step(tiny_version, shapes, runs, "switched", *flags)
     config = json.loads((runs / "switched" / "ckpt_model" / "config.json").read_text())
     expected = {"mask_features": "rfr", "replication": "window", "attention_pathway": "image", "auxiliary_loss": False}
-    expected |= {"ce_loss_weight": 0.25, "bce_loss_weight": 3.0, "dice_loss_weight": 0.0}
+    expected |= {"loss_weights": {"ce": 0.25, "mask_bce": 3.0, "mask_dice": 0.0}}
     assert {name: config[name] for name in expected} == expected
     assert line["loss"] == pytest.approx(0.25 * line["ce"] + 3 * line["mask_bce"], rel=1e-4)
     assert (line["lr_llm"], line["lr_vision_and_head"]) == pytest.approx((5e-4, 1.5e-3))

@@ -27,10 +27,10 @@ from self1e.errors import UserError
 from self1e.evaluation.results import Results, Stopped, claim_folder, make_settings
 from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score
 from self1e.evaluation.segmentation.report import save_figures, save_pictures, summary_table
+from self1e.model.config import SWITCHES
 from self1e.model.inference import predict_photo
 from self1e.model.processing import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER, IMAGE_TAG
-from self1e.model.switches import SWITCHES
 
 
 class Visit(NamedTuple):
@@ -259,7 +259,7 @@ def evaluate_splits(
 def model_settings(model) -> dict:
     """The settings of a loaded model that decide its masks, for `settings.json`."""
     config = model.config
-    switches = [name for name in SWITCHES if not name.startswith("auxiliary_") and not name.endswith("_loss_weight")]
+    switches = [name for name in SWITCHES if not name.startswith("auxiliary_")]
     return {
         "precision": str(model.dtype).removeprefix("torch."),
         "attn_implementation": config._attn_implementation,

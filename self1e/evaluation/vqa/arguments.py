@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
-from self1e.flags import Parser, between, checkpoint, device, whole
-from self1e.model.switches import SWITCHES
+from self1e.flags import Parser, between, device, whole
+from self1e.model.config import SWITCHES
+from self1e.model.weights import checkpoint_folder
 
 OWN_WEIGHTS = "none"
 DESCRIPTION = """Evaluate models on VQA benchmarks, on one process or several.
@@ -66,9 +67,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     # A flag is one line, and where that is too long its help another.
-    add("--version", type=checkpoint, nargs="+", action="extend", required=True, metavar="V",
+    add("--version", type=checkpoint_folder, nargs="+", action="extend", required=True, metavar="V",
         help="model folder, run folder or hub id; two for base and fine-tuned side by side (also as a repeated flag)")
-    add("--model_weights", type=checkpoint, nargs="+", action="extend", default=[], metavar="W",
+    add("--model_weights", type=checkpoint_folder, nargs="+", action="extend", default=[], metavar="W",
         help=f"weights over --version, one for each, or several over one; `{OWN_WEIGHTS}` means the version's own. "
              "Default: <log_base_dir>/<exp_name>/ckpt_model if it is there (with one --version), else the version's "
              "own")
