@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from self1e.model.config import Self1EConfig
 from self1e.model.modeling import Self1EForSegmentation
-from self1e.model.processing import Self1EProcessor
+from self1e.model.processor import Self1EProcessor
 
 AutoConfig.register("self1e", Self1EConfig)
 AutoModel.register(Self1EConfig, Self1EForSegmentation)

@@ -78,7 +78,7 @@ def make_trained(folder: Path, base: Path | None = None, **options) -> Path:
         model.segment(processor, photo, "it")
     features = products.call_args_list[0].args[0]  # the mask's product comes first, then the auxiliary mask's
     with torch.no_grad():
-        last.bias.copy_(-last.weight @ features.mean((0, 1, 2)))
+        last.bias.sub_(features.mean((0, 1, 2)))
     assert 0.2 < model.segment(processor, photo, "it")[0].mask.mean() < 0.8
     save_checkpoint(model, processor, folder)
     return folder

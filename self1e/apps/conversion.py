@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.files import write_json
 from self1e.model.config import DTYPES
-from self1e.model.processing import CHAT_TEMPLATE, MEAN, STD
+from self1e.model.processor import CHAT_TEMPLATE, MEAN, STD
 from self1e.model.prompts import END_OF_TURN, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING, SEG, SEGT
 from self1e.model.weights import HEAD, quiet, save_checkpoint
 from self1e.training.model_card import write_model_card

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from self1e.apps.pictures import find_pictures
+from self1e.errors import UserError
 from self1e.flags import Parser, check_writable, told, uncollected
 from self1e.model.prompts import check_prompt
 from self1e.model.weights import checkpoint_folder
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if others:
             raise ValueError(f"--image {args.image}: a folder with several pictures; name one of them")
         check_writable(args.output)
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         parser.error(told(error))
     with uncollected(lasting=True):
         from self1e import Self1EForSegmentation, Self1EProcessor

@@ -23,10 +23,11 @@ from self1e.apps.gate import bytes_in
 from self1e.apps.results import Results
 from self1e.apps.segmenting import ask
 from self1e.data.samples import UNREADABLE, SampleError, load_image
+from self1e.errors import UserError
 from self1e.files import replacing
 from self1e.model.inference import Reply
 from self1e.model.photos import open_picture
-from self1e.model.processing import HIGH_RES_TILES
+from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import SEG
 from self1e.visualize import PALETTE, enlarge, overlay
 
@@ -207,7 +208,7 @@ class Demo:
                 )  # fmt: skip
             except torch.OutOfMemoryError:
                 refuse("Out of GPU memory: switch high resolution off.")
-            except (ValueError, FloatingPointError) as error:
+            except (UserError, FloatingPointError) as error:
                 refuse(str(error))
             seconds = (time.perf_counter() - begin) / len(some)
             lines += answer_html(some, replies, first=len(results.records))

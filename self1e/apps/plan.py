@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from self1e.apps.measuring import Peak
+from self1e.model.batch import IGNORE_INDEX, pack
 from self1e.model.config import DTYPES, SWITCHES, Self1EConfig
-from self1e.model.layout import IGNORE_INDEX, read_layout
 from self1e.model.modeling import Self1EForSegmentation
-from self1e.model.processing import HIGH_RES_TILES
+from self1e.model.processor import HIGH_RES_TILES
 from self1e.training.new_rows import train_new_rows
 from self1e.training.run import adapt_as_asked, check_length
 
@@ -116,7 +116,7 @@ def make_batch(args: Namespace, config: Self1EConfig, photos: int, device: str) 
     labels[:, : max(1 + image, ids.shape[1] - args.answer_tokens)] = IGNORE_INDEX
     grids = [(2, 2) if args.high_res else (1, 1)] * photos
     row_image = [row // args.num_classes_per_sample for row in range(rows)]
-    layout = read_layout(
+    packed = pack(
         ids,
         labels=labels,
         grids=grids,
@@ -132,7 +132,7 @@ def make_batch(args: Namespace, config: Self1EConfig, photos: int, device: str) 
         "tile_grids": torch.tensor(grids),
         "row_image": torch.tensor(row_image),
         "mask_targets": [torch.zeros(1, *PHOTO, dtype=torch.uint8, device=device) for _ in row_image],
-        "layout": layout,
+        "packed": packed,
     }
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from self1e.apps.loading import add_model_arguments
 from self1e.apps.pictures import find_pictures, read_prompts
+from self1e.errors import UserError
 from self1e.flags import Parser, between, check_writable, counted, told, uncollected, whole
 
 SHOWN, LONGEST = 10, 80  # answers of chat that are printed, and characters of their prompts
@@ -64,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         for prompt in args.prompts:
             check_prompt(prompt)
         check_writable(args.output)
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         parser.error(told(error))
     return args
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from self1e.apps.loading import load
         from self1e.apps.results import Results
         from self1e.apps.segmenting import predict
-        from self1e.model.processing import HIGH_RES_TILES
+        from self1e.model.processor import HIGH_RES_TILES
 
     model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
     results = Results(args.output, save_logits=args.save_logits, answers=args.mode == "chat")

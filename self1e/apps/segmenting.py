@@ -36,13 +36,13 @@ def ask(
     if mode == "segment":
         found: Any = model.segment(
             processor, images, prompts, is_sentence=is_sentence, threshold=threshold, max_tiles=max_tiles,
-            rows_per_forward=batch_size,
+            conversations_per_forward=batch_size,
         )  # fmt: skip
         return [[Reply(x.text, x.mask[None], x.logits[None], [x.score]) for x in row] for row in found]
     photos = [image for image in images for _ in prompts]
     replies: Any = model.chat(
         processor, photos, prompts * len(images), max_new_tokens=max_new_tokens, threshold=threshold,
-        max_tiles=max_tiles, rows_per_forward=batch_size,
+        max_tiles=max_tiles, conversations_per_forward=batch_size,
     )  # fmt: skip
     return [replies[start : start + len(prompts)] for start in range(0, len(replies), len(prompts))]
 

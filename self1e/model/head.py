@@ -1,59 +1,46 @@
 """The segmentation heads (paper, section 3.2): from the LLM's hidden states to mask logits.
 
-RFR refills: it adds what the LLM changed in its image features, the residual, to features that were kept at the ViT's
+RFR refills: it adds what the LLM changed in its image features, the residual, to features that stayed at the ViT's
 resolution. RFA amplifies: its MLPs first unfold the features of both to grids of twice the side.
 
-Shape legend: n rows, k masks (queries) per row, h w image-token grid (L per tile side), H W = 2h 2w patch grid,
-C LLM width, r = 2 the ratio. V1 are the image features that the LLM is given; VHQ, as the paper calls them, the
-self-replicated ones, one per patch; IMG and SEG the LLM's states at image tokens and before each `[SEG]`. `e` is
-`grids.expand`, `up` is `grids.resize`.
+V1 are the image features that the LLM is given; VHQ, as the paper calls them, the self-replicated ones, one per patch;
+IMG and SEG the LLM's states at image tokens and before each `[SEG]`. `e` is `grids.expand`, `up` is `grids.resize`.
 
 | `mask_features` | image side F                                                        | mask    |
 |-----------------|---------------------------------------------------------------------|---------|
-| baseline        | IMG                                                                 | h  w    |
-| replication     | VHQ                                                                 | H  W    |
-| rfr             | VHQ + up(IMG - V1)                                                  | H  W    |
-| rfa             | f_out( e(f_vit(VHQ)) + up( e(f_llm(IMG)) - e(f_vit(V1)) ) )         | 2H 2W   |
+| baseline        | IMG                                                                 | L  L    |
+| replication     | VHQ                                                                 | 2L 2L   |
+| rfr             | VHQ + up(IMG - V1)                                                  | 2L 2L   |
+| rfa             | f_out( e(f_vit(VHQ)) + up( e(f_llm(IMG)) - e(f_vit(V1)) ) )         | 4L 4L   |
 
 The query s is SEG itself, under `rfa` `f_out(mean of the r*r groups of f_llm(SEG))`. All logits are
 `F . s / sqrt(C)`. The auxiliary mask uses `e(f_llm(IMG))` (`rfa`, with `f_out` on request) or IMG as image side.
 
-F is not built at full size, because `up` and dot products are linear. The first layer of `f_out` is applied before
-`up` and, where it sees the photo alone, once per photo; its second layer moves to the query:
-`(W h + b) . s = h . (W^T s) + b . s`. Only the hidden layer has the size (rows, 2H, 2W, C), a few rows at a time.
+Shape legend: T tiles of all images, t tiles of all conversations with a mask, L image tokens per side of a tile,
+S = rL patches, r = 2 the ratio, m queries, h w a stitched grid, C LLM width.
 
-To add a feature variant, write a class with `upsampling`, `image_side` and `forward`, and enter it in `HEADS`.
+To add a variant, write a class with `upsampling` and `features`, and enter it in `HEADS`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
-from self1e.model.grids import expand, grid_of, resize
+from self1e.model.grids import expand, grid_of, resize, stitch_tiles
 
 INITIAL_STD = 0.02
-ROWS_AT_ONCE = 4  # rows whose hidden layer is in memory together
 
 
-@dataclass(frozen=True)
-class ImageSide:
-    """What the head keeps of one photo, so that all its rows share it.
+class Masked(NamedTuple):
+    """A conversation that asks for masks: its image's first tile and grid (rows, columns), its number of `[SEG]`s."""
 
-    `refill`: (1, ...) features on the mask's grid; `origin`: (1, ...) what the LLM's image features are compared with.
-    """
-
-    refill: Tensor
-    origin: Tensor
-
-    def to(self, device: torch.device) -> "ImageSide":
-        """The same on `device`: with a device map, photos are encoded elsewhere."""
-        return ImageSide(self.refill.to(device), self.origin.to(device))
+    tile: int
+    grid: tuple[int, int]
+    queries: int
 
 
 class SegmentationHead(nn.Module):
@@ -78,32 +65,56 @@ class SegmentationHead(nn.Module):
         """Cells of the mask per side of an image token."""
         return 1
 
-    def image_side(self, low: Tensor, high: Tensor) -> list[ImageSide]:
-        """What depends on photos alone, photos of one grid together.
+    def forward(
+        self, v1: Tensor, vhq: Tensor, img: Tensor, seg: Tensor, conversations: Sequence[Masked]
+    ) -> tuple[Tensor, ...]:
+        """Masks of all conversations of a batch that hold a `[SEG]`.
+
+        DeepSpeed's ZeRO-3 treats the head as one unit (`Self1EForSegmentation.set_zero3_leaf`). That works with one
+        call per forward pass, tensors given by position, and a flat tuple of tensors returned; any other form
+        loses gradients without an error.
 
         Args:
-            low: V1 (i, h, w, C), what the LLM was given.
-            high: VHQ (i, H, W, C), the self-replicated features.
-        """
-        return sides_of(low, low)
-
-    def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
-        """Masks of rows that share one grid size.
-
-        Args:
-            image: IMG (n, h, w, C), the LLM's normalised states at image tokens.
-            seg: SEG (n, k, C), the LLM's normalised states one position before each `[SEG]`.
-            sides: per row the image side of its photo; rows of a photo are neighbours and share the object.
+            v1: (T, L, L, C), what the LLM was given.
+            vhq: (T, S, S, C), the self-replicated features.
+            img: (t, L, L, C), the LLM's normalised states at the image tokens of these conversations.
+            seg: (m, C), the LLM's normalised states one position before each of their `[SEG]`s.
 
         Returns:
-            Mask logits (n, k, ., .) and auxiliary logits (n, k, ., .); the latter are None under `baseline`, whose
-            mask already is the LLM's own.
+            Per conversation mask logits (queries, h, w); then, but for `baseline`, whose mask already is the LLM's
+            own, per conversation auxiliary logits (queries, h, w).
         """
-        return self.logits(image, seg), None
+        v1, vhq, img, query = self.project(v1, vhq, img, seg)
+        features = self.features
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            features = lambda *sides: self._gradient_checkpointing_func(self.features, *sides)  # noqa: E731
+        tiles = [math.prod(grid) for _, grid, _ in conversations]
+        masks, auxiliary = [], []
+        for (tile, grid, _), count, own, s in zip(
+            conversations, tiles, img.split(tiles), query.split([queries for _, _, queries in conversations])
+        ):  # one at a time, because F is the largest tensor of the model
+            image = slice(tile, tile + count)
+            own = stitch_tiles(own, grid)
+            masks.append(self.logits(features(stitch_tiles(v1[image], grid), stitch_tiles(vhq[image], grid), own), s))
+            side = self.auxiliary(own)
+            auxiliary += [] if side is None else [self.logits(side, s)]
+        return *masks, *auxiliary
+
+    def project(self, v1: Tensor, vhq: Tensor, img: Tensor, seg: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What happens to each token by itself, once for all images and conversations; gives v1, vhq, img, query."""
+        return v1, vhq, img, seg
+
+    def features(self, v1: Tensor, vhq: Tensor, img: Tensor) -> Tensor:
+        """F, the image side of the mask, of one conversation: projected (1, h, w, C) each -> (1, h, w, C)."""
+        return img
+
+    def auxiliary(self, img: Tensor) -> Tensor | None:
+        """The image side of the auxiliary mask: (1, h, w, C) -> (1, h, w, C)."""
+        return None
 
     def logits(self, features: Tensor, query: Tensor) -> Tensor:
-        """Scaled dot products: (n or 1, h, w, C), (n, k, C) -> (n, k, h, w)."""
-        return einsum(features, query, "n h w c, n k c -> n k h w") * self.scale
+        """Scaled dot products: (1, h, w, C), (k, C) -> (k, h, w)."""
+        return einsum(rearrange(features, "1 h w c -> h w c"), query, "h w c, k c -> k h w") * self.scale
 
 
 class ReplicationHead(SegmentationHead):
@@ -113,27 +124,21 @@ class ReplicationHead(SegmentationHead):
     def upsampling(self) -> int:
         return self.ratio
 
-    def image_side(self, low: Tensor, high: Tensor) -> list[ImageSide]:
-        return sides_of(high, low)
+    def features(self, v1: Tensor, vhq: Tensor, img: Tensor) -> Tensor:
+        return vhq
 
-    def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
-        mask = torch.cat([self.logits(side.refill, seg[rows]) for side, rows in rows_by_photo(sides, image.device)])
-        return mask, self.logits(image, seg)
+    def auxiliary(self, img: Tensor) -> Tensor | None:
+        return img
 
 
 class ResidualHead(ReplicationHead):
     """RFR (eq. 3, 4): what the LLM changed, refilled into the self-replicated features."""
 
-    def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
-        masks = []
-        for side, rows in rows_by_photo(sides, image.device):
-            change = rearrange(self.logits(image[rows] - side.origin, seg[rows]), "n k h w -> n h w k")
-            change = rearrange(resize(change, grid_of(side.refill)), "n h w k -> n k h w")
-            masks.append(self.logits(side.refill, seg[rows]) + change)
-        return torch.cat(masks), self.logits(image, seg)
+    def features(self, v1: Tensor, vhq: Tensor, img: Tensor) -> Tensor:
+        return vhq + resize(img - v1, grid_of(vhq))
 
 
-class AmplifiedHead(SegmentationHead):
+class AmplifiedHead(ResidualHead):
     """RFR with RFA (eq. 3 to 6): residual and refill are expanded to four times the cells, the full method."""
 
     def __init__(self, hidden_size: int, **kwargs):
@@ -146,39 +151,17 @@ class AmplifiedHead(SegmentationHead):
     def upsampling(self) -> int:
         return self.ratio**2
 
-    def image_side(self, low: Tensor, high: Tensor) -> list[ImageSide]:
-        first = self.f_out[0]
-        refill, origin = (first(expand(self.f_vit(x), self.ratio)) for x in (high, low))
-        return sides_of(refill, origin)
+    def project(self, v1: Tensor, vhq: Tensor, img: Tensor, seg: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        query = self.f_out(reduce(self.f_llm(seg), "m (g c) -> m c", "mean", g=self.ratio**2))
+        v1, vhq, img = self.f_vit(v1), self.f_vit(vhq), self.f_llm(img)
+        return expand(v1, self.ratio), expand(vhq, self.ratio), expand(img, self.ratio), query
 
-    def forward(self, image: Tensor, seg: Tensor, sides: Sequence[ImageSide]) -> tuple[Tensor, Tensor | None]:
-        first, activation, last = self.f_out
-        query = self.f_out(reduce(self.f_llm(seg), "n k (g c) -> n k c", "mean", g=self.ratio**2))
-        folded, offset = last(query, adjoint=True)
-        expanded = expand(self.f_llm(image), self.ratio)
-        projected = first(expanded)
-        masks = []
-        for side, rows in rows_by_photo(sides, image.device, ROWS_AT_ONCE):
-            change = projected[rows] - side.origin  # the layer's bias cancels here and stays in `refill`
-            given = side.refill, change, folded[rows], offset[rows]
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                masks.append(self._gradient_checkpointing_func(self.refine, *given))
-            else:
-                masks.append(self.refine(*given))
-        if self.auxiliary_projection:
-            auxiliary = self.logits(activation(projected), folded) + offset[..., None, None] * self.scale
-        else:
-            auxiliary = self.logits(expanded, query)
-        return torch.cat(masks), auxiliary
+    def features(self, v1: Tensor, vhq: Tensor, img: Tensor) -> Tensor:
+        residual = img - v1
+        return self.f_out(vhq + resize(residual, grid_of(vhq)))
 
-    def refine(self, refill: Tensor, change: Tensor, query: Tensor, offset: Tensor) -> Tensor:
-        """The hidden layer of `f_out` and its product with folded queries.
-
-        It calls no module, because ranks come here unequally often: ZeRO-3 would take even the activation's module for
-        another order of layers, drop its plan on one rank alone, and wait for ever.
-        """
-        hidden = F.gelu(resize(change, grid_of(refill)) + refill)
-        return self.logits(hidden, query) + offset[..., None, None] * self.scale
+    def auxiliary(self, img: Tensor) -> Tensor | None:
+        return self.f_out(img) if self.auxiliary_projection else img
 
 
 HEADS: dict[str, type[SegmentationHead]] = {
@@ -189,36 +172,11 @@ HEADS: dict[str, type[SegmentationHead]] = {
 }
 
 
-class AdjointLinear(nn.Linear):
-    """A linear layer that a dot product can send to its other side: `y(h) . s = h . a + c` with `a, c` of s."""
-
-    def forward(self, x: Tensor, *, adjoint: bool = False):
-        """(..., in) -> (..., out), or as adjoint (..., out) -> (..., in) and (...,)."""
-        return (x @ self.weight, (x * self.bias).sum(-1)) if adjoint else super().forward(x)
-
-
 def two_layers(width: int, out: int) -> nn.Sequential:
     """Linear, exact GELU, Linear; the weights start at N(0, 0.02), the biases at 0."""
-    layers = nn.Sequential(nn.Linear(width, width), nn.GELU(), AdjointLinear(width, out))
+    layers = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))
     for layer in layers:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=INITIAL_STD)
             nn.init.zeros_(layer.bias)
     return layers
-
-
-def sides_of(refill: Tensor, origin: Tensor) -> list[ImageSide]:
-    """(i, ...) twice -> one entry per photo."""
-    return [ImageSide(refill[i : i + 1], origin[i : i + 1]) for i in range(len(refill))]
-
-
-def rows_by_photo(
-    sides: Sequence[ImageSide], device: torch.device, limit: int | None = None
-) -> Iterator[tuple[ImageSide, slice]]:
-    """Neighbouring rows of one photo, at most `limit` at a time, with its image side on `device`."""
-    start = 0
-    for _, rows in groupby(sides, key=id):
-        count, side = len(list(rows)), sides[start].to(device)
-        for first in range(start, start + count, limit or count):
-            yield side, slice(first, min(first + (limit or count), start + count))
-        start += count

@@ -1,21 +1,25 @@
-"""What users call on a photo of theirs: `model.segment` and `model.chat`.
+"""From a trained model to masks: `masks_of` a batch, and what users call on their own images, `segment` and `chat`.
 
-A photo is encoded once and shared by all its prompts. `segment` gives the model the answer `[SEG].` and reads the mask
-(the evaluation protocol, one forward pass); `chat` lets it write, causally, and reads the masks of every `[SEG]` it
-wrote in one more pass over the whole text, because image tokens look at `[SEG]`.
+An image is encoded once and shared by all its prompts. `segment` gives the model the answer `[SEG].` and reads the
+mask (the evaluation protocol, one forward pass); `chat` lets it write, causally, and reads the masks of every `[SEG]`
+it wrote in one more pass over the whole text, because image tokens look at `[SEG]`.
 
-Legend: H W pixels of the upright photo, h w mask grid of the model, n masks of a reply.
+Legend: H W pixels of the upright image, h w mask grid of the model, n masks of a conversation.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from self1e.errors import UserError
 from self1e.model.photos import as_rgb
 from self1e.model.prompts import (
     ANSWER,
@@ -26,10 +30,140 @@ from self1e.model.prompts import (
     evaluation_prompt,
     looks_like_sentence,
 )
-from self1e.model.results import Reply, Segmentation, logit_of, to_masks
 
 Message = dict[str, str | list[dict[str, str]]]
 Conversation = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of one conversation, one for each `[SEG]` in it.
+
+    foreground: bool (n, H, W). logits: float32 (n, h, w), before the resize. Both on the model's device.
+    """
+
+    foreground: Tensor
+    logits: Tensor
+
+    @property
+    def scores(self) -> list[float | None]:
+        """Mean foreground probability over each mask, 0..1; None for an empty mask."""
+        found = [
+            (resized(grid, mask.shape).sigmoid() * mask).sum() / mask.sum()
+            for grid, mask in zip(self.logits, self.foreground)
+        ]
+        return [None if math.isnan(x) else x for x in torch.stack(found).tolist()] if found else []
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The mask of one prompt.
+
+    prompt: as given. text: the answer. mask: bool (H, W). logits: float32 (h, w), before the resize.
+    score: mean foreground probability over the mask, 0..1; None for an empty mask.
+    """
+
+    prompt: str
+    text: str
+    mask: np.ndarray
+    logits: np.ndarray
+    score: float | None
+
+    def __repr__(self) -> str:
+        share = f"{self.mask.mean():.1%} of {self.mask.shape[1]} x {self.mask.shape[0]}"
+        return f"Segmentation({self.prompt!r}: {share}, score {short(self.score)})"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote, with one mask for every `[SEG]` in it, in order.
+
+    text: without the closing token. masks: bool (n, H, W). logits: float32 (n, h, w), before the resize.
+    (0, 0, 0) without any. scores: mean foreground probability over each mask; None for an empty one.
+    """
+
+    text: str
+    masks: np.ndarray
+    logits: np.ndarray
+    scores: list[float | None]
+
+    def __repr__(self) -> str:
+        scores = f" with scores {', '.join(map(short, self.scores))}" if self.scores else ""
+        return f"Reply({self.text!r}, {len(self.masks)} mask{'s' * (len(self.masks) != 1)}{scores})"
+
+
+def short(score: float | None) -> str:
+    return "none" if score is None else f"{score:.3f}"
+
+
+@torch.no_grad()
+def masks_of(
+    model,
+    batch: Mapping[str, Tensor],
+    sizes: Sequence[tuple[int, int]],
+    *,
+    threshold: float = 0.5,
+    conversations_per_forward: int = 16,
+    forwards: int | None = None,
+    image_features=None,
+) -> list[Masks]:
+    """Predict the masks of every conversation of a batch.
+
+    Args:
+        batch: what the processor returns, in host memory, padded on the right.
+        sizes: (H, W) per image, of the masks.
+        threshold: probability above which a pixel is foreground, 0..1 exclusive; 0.5 is logit 0.
+        conversations_per_forward: of them in one pass; the images are encoded once for all.
+        forwards: passes to run, the same number on every rank of ZeRO-3, whose ranks gather weights together; those
+            beyond the batch's own repeat the last one, and their result is dropped. None: as many as there are.
+        image_features: of `encode_images`, if the images of the batch are encoded already.
+
+    Returns:
+        One entry per conversation.
+
+    Raises:
+        FloatingPointError: mask logits are not finite.
+    """
+    cut, limit = logit_of(threshold), conversations_per_forward
+    if image_features is None:
+        pixels = batch["pixel_values"].to(model.device, non_blocking=True)
+        image_features = model.encode_images(pixels, batch["tile_grids"])
+    starts = range(0, len(batch["input_ids"]), limit)
+    logits: list[Tensor] = []
+    for step in range(len(starts) if forwards is None else forwards):
+        start = starts[min(step, len(starts) - 1)]
+        part = slice(start, start + limit)
+        inputs = {name: batch[name][part] for name in ("input_ids", "attention_mask", "row_image")}
+        packed = model.pack(**inputs, grids=image_features.grids)  # on the host, so that the GPU is not waited for
+        found = model(packed=packed, image_features=image_features)
+        logits += [x.float() for x in found.mask_logits] if step < len(starts) else []
+    if logits and not bool(torch.stack([x.isfinite().all() for x in logits]).all()):
+        raise FloatingPointError(
+            "the mask logits are not finite: float16 overflows, load the model in bfloat16 or float32"
+            if model.dtype == torch.float16
+            else f"the mask logits are not finite in {model.dtype}, whose range is wide enough: the weights or the "
+            "picture hold NaN or infinity; check the checkpoint"
+        )
+    wanted = [sizes[image] for image in batch["row_image"].tolist()]
+    return [Masks(foreground(x, size, cut), x) for x, size in zip(logits, wanted, strict=True)]
+
+
+def foreground(logits: Tensor, size: tuple[int, int], cut: float) -> Tensor:
+    """Logits (n, h, w) -> bool (n, H, W), True above `cut`; one mask at a time is in memory as float."""
+    masks = [resized(grid, size) > cut for grid in logits]
+    return torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.bool, device=logits.device)
+
+
+def resized(grid: Tensor, size: Sequence[int]) -> Tensor:
+    """(h, w) -> (H, W), bilinear."""
+    return interpolate(grid[None, None], tuple(size), mode="bilinear", align_corners=False)[0, 0]
+
+
+def logit_of(threshold: float) -> float:
+    """The logit of a probability. Raises UserError for one outside 0..1."""
+    if not 0 < threshold < 1:
+        raise UserError(f"threshold (--threshold) is {threshold}; expected a probability above 0 and below 1")
+    return math.log(threshold / (1 - threshold))
 
 
 class InferenceMixin:
@@ -41,8 +175,6 @@ class InferenceMixin:
     trained_head: bool
     encode_images: Callable[..., Any]
     generate: Callable[..., Any]
-    layout_of: Callable[..., Any]
-    __call__: Callable[..., Any]
 
     @torch.no_grad()
     def segment(
@@ -54,7 +186,7 @@ class InferenceMixin:
         is_sentence: bool | None = None,
         threshold: float = 0.5,
         max_tiles: int = 1,
-        rows_per_forward: int = 16,
+        conversations_per_forward: int = 16,
     ) -> list[Segmentation] | list[list[Segmentation]]:
         """One mask for every prompt, by the evaluation protocol.
 
@@ -66,44 +198,42 @@ class InferenceMixin:
         >>> both = model.segment(processor, image, ["the red circle", "Which of these shapes has no corners?"])
         >>> [mask.prompt for mask in both]
         ['the red circle', 'Which of these shapes has no corners?']
-        >>> per_photo = model.segment(processor, [image, image], [["the star"], ["the ring", "the cross"]])
-        >>> [len(masks) for masks in per_photo]
+        >>> per_image = model.segment(processor, [image, image], [["the star"], ["the ring", "the cross"]])
+        >>> [len(masks) for masks in per_image]
         [1, 2]
 
         Args:
             processor: the `Self1EProcessor` of the checkpoint.
-            images: one photo or several, of any mode; EXIF orientation is applied, H and W are those of the result.
-            prompts: one or several, asked of every photo; or, for several photos, a list for each.
+            images: one or several, of any mode; EXIF orientation is applied, H and W are those of the result.
+            prompts: one or several, asked of every image; or, for several images, a list for each.
             is_sentence: ask with the prompt as a sentence ("Which one rolls?") or as a phrase ("the ball", which is
                 lower-cased); None: a prompt that ends like a sentence is one.
             threshold: probability above which a pixel is foreground, 0..1 exclusive; 0.5 is logit 0.
             max_tiles: 1, or 4 for high resolution (train with it too).
-            rows_per_forward: prompts in one pass, and photos encoded together.
+            conversations_per_forward: prompts in one pass, and about as many for images encoded together.
 
         Returns:
-            One result per prompt; for several photos such a list each.
+            One result per prompt; for several images such a list each.
 
         Raises:
-            ValueError: no trained head, an empty prompt, a reserved token in it, a threshold outside 0..1, prompt
-                lists that do not match the photos.
+            UserError: no trained head, an empty prompt, a control token in it, a threshold outside 0..1, prompt lists
+                that do not match the images, images that are no `PIL.Image.Image`.
             FloatingPointError: the model computed no numbers (float16 overflows).
         """
-        self._check_head()
-        cut = logit_of(threshold)
-        photos, single = _photos(images)
-        asked = _prompts_per_photo(prompts, len(photos))
-        rows = [[[_question(text, is_sentence), ANSWER] for text in texts] for texts in asked]
-        logits = []
-        with _evaluating(self):
-            for features, batch in self._batches(processor, photos, rows, max_tiles, rows_per_forward):
-                logits += self._finite(self._masks(features, batch))
-        found = iter(logits)
-        results: list[list[Segmentation]] = []
-        for photo, texts in zip(photos, asked):
-            results.append([])
-            for text in texts:
-                masks, scores, grids = to_masks(next(found), (photo.height, photo.width), cut)
-                results[-1].append(Segmentation(text, ANSWER, masks[0], grids[0], scores[0]))
+        check_head(self)
+        logit_of(threshold)
+        single = isinstance(images, Image.Image)
+        upright = upright_images([images] if single else images)
+        asked = prompts_per_image(prompts, len(upright))
+        conversations = [[[question(text, is_sentence), ANSWER] for text in texts] for texts in asked]
+        options: dict[str, Any] = {"threshold": threshold, "conversations_per_forward": conversations_per_forward}
+        found: list[Masks] = []
+        with evaluating(self):
+            for part in image_groups([len(texts) for texts in asked], conversations_per_forward):
+                batch = processor(upright[part], conversations[part], max_tiles=max_tiles)
+                found += masks_of(self, batch, [(image.height, image.width) for image in upright[part]], **options)
+        following = iter(found)
+        results = [[as_segmentation(text, next(following)) for text in texts] for texts in asked]
         return results[0] if single else results
 
     @torch.no_grad()
@@ -116,7 +246,7 @@ class InferenceMixin:
         max_new_tokens: int = 256,
         threshold: float = 0.5,
         max_tiles: int = 1,
-        rows_per_forward: int = 8,
+        conversations_per_forward: int = 8,
         **generate_kwargs,
     ) -> Reply | list[Reply]:
         """Let the model answer, and read one mask for every `[SEG]` it writes (none: no mask).
@@ -132,160 +262,99 @@ class InferenceMixin:
         [True, True]
 
         Args:
-            processor, images, threshold, max_tiles: as in `segment`. A photo that occurs several times in `images`
-                (the same object) is encoded once.
+            processor, images, threshold, max_tiles: as in `segment`. An image that occurs several times (the same
+                object) is encoded once for the conversations that are generated together.
             messages: a question, or a list of `{"role": "user" | "assistant", "content": text}` that starts and ends
-                with the user; several photos take one such conversation each. The photo comes first by itself.
+                with the user; several images take one such conversation each. The image comes first by itself.
             max_new_tokens: length limit of the answer.
-            rows_per_forward: conversations generated together.
+            conversations_per_forward: of them generated together.
             generate_kwargs: of `generate`; the default is greedy decoding.
 
         Returns:
-            The reply; for several photos a list.
+            The reply; for several images a list.
 
         Raises:
-            ValueError: no trained head, a reserved token in a text of the user, roles that do not alternate.
+            UserError: no trained head, a control token in a text of the user, roles that do not alternate.
             FloatingPointError: the model computed no numbers (float16 overflows).
         """
-        self._check_head()
-        cut = logit_of(threshold)
-        given, single = _photos(images, keep=True)
+        check_head(self)
+        logit_of(threshold)
+        single = isinstance(images, Image.Image)
+        given = [images] if single else list(images)
+        upright = upright_images(given)
         conversations = [messages] if single else list(messages)
         if isinstance(messages, str) > single or len(conversations) != len(given):
-            raise ValueError(f"{len(given)} photos need as many conversations, in a list")
-        rows: dict[int, list[list[str]]] = {}  # photo -> its conversations
-        for image, conversation in zip(given, conversations):
-            rows.setdefault(id(image), []).append(conversation_turns(cast(Conversation, conversation)))
-        photos = {id(image): as_rgb(image) for image in given}
+            raise UserError(f"{len(given)} images need as many conversations, in a list")
+        turns = [conversation_turns(cast(Conversation, conversation)) for conversation in conversations]
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
-        replies = []
-        with _evaluating(self):
-            for features, batch in self._batches(
-                processor, list(photos.values()), list(rows.values()), max_tiles, rows_per_forward, padding_side="left"
-            ):
-                replies += self._write(processor, features, batch, options)
-        ordered = iter(replies)
-        found = {key: [next(ordered) for _ in texts] for key, texts in rows.items()}
-        results = []
-        for image in given:
-            text, logits = found[id(image)].pop(0)
-            size = (photos[id(image)].height, photos[id(image)].width)
-            masks, scores, grids = to_masks(logits, size, cut)
-            results.append(Reply(text, masks, grids, scores))
-        return results[0] if single else results
+        keys = [id(image) for image in given]
+        order = sorted(range(len(given)), key=lambda index: keys.index(keys[index]))  # neighbours share an image
+        replies: dict[int, Reply] = {}
+        with evaluating(self):
+            for start in range(0, len(order), conversations_per_forward):
+                part = order[start : start + conversations_per_forward]
+                members: dict[int, list[int]] = {}
+                for index in part:
+                    members.setdefault(keys[index], []).append(index)
+                pictures = [upright[indices[0]] for indices in members.values()]
+                asked = [[turns[index] for index in indices] for indices in members.values()]
+                batch = processor(pictures, asked, max_tiles=max_tiles, padding_side="left")
+                sizes = [(image.height, image.width) for image in pictures]
+                replies |= zip(part, self._reply(processor, batch, sizes, threshold, options))
+        return replies[0] if single else [replies[index] for index in range(len(given))]
 
-    def prepare_inputs_for_generation(self, *args, image_features=None, is_first_iteration: bool = False, **kwargs):
-        """As the library's; photos that are encoded already enter with the prompt and are then in the cache."""
-        library: Any = super()
-        inputs = library.prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        return inputs | {"image_features": image_features if is_first_iteration else None}
-
-    def _check_head(self) -> None:
-        if not self.trained_head:
-            raise ValueError(
-                f"{self.config.name_or_path or 'this model'} is a base model without a trained segmentation head: "
-                "give trained weights (weights= in from_pretrained, --model_weights on a command line) or train it"
-            )
-
-    def _batches(
-        self, processor, photos, rows, max_tiles: int, rows_per_forward: int, padding_side: str = "right"
-    ) -> Iterator[tuple]:
-        """Encoded photos, at most `rows_per_forward` of their rows at a time: (features, texts in host memory)."""
-        for group in _groups([len(texts) for texts in rows], rows_per_forward):
-            batch = processor(
-                images=photos[group], conversations=rows[group], max_tiles=max_tiles, padding_side=padding_side
-            )
-            pixels = batch["pixel_values"].to(self.device, non_blocking=True)
-            features = self.encode_images(pixels, batch["tile_grids"])
-            for start in range(0, len(batch["input_ids"]), rows_per_forward):
-                part = slice(start, start + rows_per_forward)
-                filled = batch["attention_mask"][part].any(0)  # columns that are not padding in every row
-                inputs = {name: batch[name][part][:, filled] for name in ("input_ids", "attention_mask")}
-                yield features, inputs | {"row_image": batch["row_image"][part]}
-
-    def _masks(self, features, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Mask logits per row (n_seg, h, w) of a batch in host memory, which is read there: the GPU is not waited for.
-
-        features: of `encode_images`. inputs: `input_ids`, `attention_mask` and `row_image`.
-        """
-        inputs = {name: value.cpu() for name, value in inputs.items()}
-        layout = self.layout_of(None, **inputs, labels=None, grids=features.grids, whole=False)
-        ids = inputs.pop("input_ids").to(self.device, non_blocking=True)
-        return self(input_ids=ids, layout=layout, **inputs, image_features=features).mask_logits
-
-    def _finite(self, logits: list[Tensor]) -> list[Tensor]:
-        """The logits in float32. Raises FloatingPointError where they are not finite."""
-        logits = [row.float() for row in logits]
-        if logits and not bool(torch.stack([row.isfinite().all() for row in logits]).all()):
-            raise FloatingPointError(
-                "the mask logits are not finite: float16 overflows, load the model in bfloat16 or float32"
-                if self.dtype == torch.float16
-                else f"the mask logits are not finite in {self.dtype}, whose range is wide enough: the weights or the "
-                "picture hold NaN or infinity; check the checkpoint"
-            )
-        return logits
-
-    def _write(self, processor, features, inputs: dict[str, Tensor], options: dict) -> list[tuple[str, Tensor]]:
-        """Generate the rows of a left-padded batch: each one's text and the mask logits (n, h, w) of its `[SEG]`s."""
+    def _reply(self, processor, batch: Mapping, sizes: list, threshold: float, options: dict) -> list[Reply]:
+        """Generate answers to a left-padded batch and read the masks of their `[SEG]`s; `sizes` (H, W) per image."""
         tokenizer = processor.tokenizer
         end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        moved = {name: value.to(self.device) for name, value in inputs.items()}
+        features = self.encode_images(batch["pixel_values"].to(self.device, non_blocking=True), batch["tile_grids"])
         generated = self.generate(
-            **moved,
+            **{name: batch[name].to(self.device) for name in ("input_ids", "attention_mask", "row_image")},
             image_features=features,
             eos_token_id=end,
             pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=[self.config.image_token_id],  # no picture belongs to one that the model writes
+            suppress_tokens=[self.config.image_token_id],  # no image belongs to one that the model writes
             **options,
         )
-        texts, answers, whole = [], [], []
-        length = inputs["input_ids"].shape[1]
-        for prompt, filled, new in zip(
-            inputs["input_ids"], inputs["attention_mask"].bool(), generated[:, length:].tolist()
-        ):
-            answer = new[: new.index(end)] if end in new else new
-            texts.append(tokenizer.decode(answer, skip_special_tokens=False))
-            answers.append(answer.count(self.config.seg_token_id))
-            whole.append(prompt[filled].tolist() + answer)
-        logits = [torch.zeros(0, 0, 0)] * len(texts)
-        chosen = [row for row, count in enumerate(answers) if count]
+        new = generated[:, batch["input_ids"].shape[1] :].tolist()
+        answers = [ids[: ids.index(end)] if end in ids else ids for ids in new]
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+        counts = [answer.count(self.config.seg_token_id) for answer in answers]
+        none = [torch.zeros(0, *sizes[image], dtype=torch.bool) for image in batch["row_image"].tolist()]
+        found = [Masks(empty, torch.zeros(0, 0, 0)) for empty in none]
+        chosen = [index for index, count in enumerate(counts) if count]
         if chosen:
-            ids = {"input_ids": [whole[row] for row in chosen]}
-            again = tokenizer.pad(ids, padding_side="right", return_tensors="pt")
-            photos = inputs["row_image"][chosen]
-            found = self._masks(features, {**again, "row_image": photos})
-            for row, masks in zip(chosen, self._finite(found)):
-                logits[row] = masks[-answers[row] :]  # those of earlier turns come first
-        return list(zip(texts, logits))
+            whole = tokenizer.pad({"input_ids": [prompts[i] + answers[i] for i in chosen]}, padding_side="right")
+            again = {name: torch.tensor(whole[name]) for name in ("input_ids", "attention_mask")}
+            again["row_image"] = batch["row_image"][chosen]
+            masks = masks_of(self, again, sizes, threshold=threshold, image_features=features)
+            for index, all_turns in zip(chosen, masks):  # those of earlier turns come first
+                last = slice(-counts[index], None)
+                found[index] = Masks(all_turns.foreground[last], all_turns.logits[last])
+        texts = [tokenizer.decode(answer, skip_special_tokens=False) for answer in answers]
+        return [
+            Reply(text, x.foreground.cpu().numpy(), x.logits.cpu().numpy(), x.scores) for text, x in zip(texts, found)
+        ]
+
+    def prepare_inputs_for_generation(self, *args, image_features=None, is_first_iteration: bool = False, **kwargs):
+        """As the library's; images that are encoded already enter with the prompt and are then in the cache."""
+        library: Any = super()
+        inputs = library.prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        needed = is_first_iteration or not kwargs.get("use_cache", True)
+        return inputs | {"image_features": image_features if needed else None}
 
 
-def predict_photo(
-    model, batch: Mapping[str, Tensor], size: tuple[int, int], *, rows_per_forward: int, forwards: int
-) -> Tensor:
-    """Foreground of all rows of one photo: bool (rows, H, W) on the model's device.
-
-    Args:
-        batch: the processor's output for the photo, in host memory.
-        size: (H, W) of the masks.
-        forwards: passes to run; those beyond the photo's rows repeat the last one, and their result is dropped.
-    """
-    pixels = batch["pixel_values"].to(model.device, non_blocking=True)
-    features = model.encode_images(pixels, batch["tile_grids"])
-    masks: list[Tensor] = []
-    starts = range(0, len(batch["input_ids"]), rows_per_forward)
-    for step in range(forwards):
-        start = starts[min(step, len(starts) - 1)]
-        names = ("input_ids", "attention_mask", "row_image")
-        rows = {name: batch[name][start : start + rows_per_forward] for name in names}
-        logits = [row[-1] for row in model._masks(features, rows)]  # the answer's [SEG] is the last of its row
-        if step < len(starts):
-            full = (interpolate(x.float()[None, None], size, mode="bilinear", align_corners=False) for x in logits)
-            masks += [x[0, 0] > 0 for x in full]
-    return torch.stack(masks)
+def check_head(model) -> None:
+    """Raise UserError for a base model that never learned to segment."""
+    if not model.trained_head:
+        raise UserError(
+            f"{model.config.name_or_path or 'this model'} is a base model without a trained segmentation head: "
+            "give trained weights (weights= in from_pretrained, --model_weights on a command line) or train it"
+        )
 
 
 @contextmanager
-def _evaluating(model):
+def evaluating(model) -> Iterator[None]:
     """Dropout and stochastic depth off; the model's mode is as before afterwards."""
     training = model.training
     model.eval()
@@ -295,48 +364,54 @@ def _evaluating(model):
         model.train(training)
 
 
-def _photos(images, *, keep: bool = False) -> tuple[list[Image.Image], bool]:
-    """The photos as a list, upright unless `keep`, and whether there was just one outside a list."""
-    single = isinstance(images, Image.Image)
-    photos = [images] if single else list(images)
-    wrong = [type(photo).__name__ for photo in photos if not isinstance(photo, Image.Image)]
+def upright_images(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The images, RGB and upright. Raises UserError for what is no image."""
+    wrong = [type(image).__name__ for image in images if not isinstance(image, Image.Image)]
     if wrong:
-        raise ValueError(f"images must be PIL.Image.Image, found {wrong[0]}: open a file with PIL.Image.open")
-    return photos if keep else [as_rgb(photo) for photo in photos], single
+        raise UserError(f"images must be PIL.Image.Image, found {wrong[0]}: open a file with PIL.Image.open")
+    return [as_rgb(image) for image in images]
 
 
-def _prompts_per_photo(prompts, photos: int) -> list[list[str]]:
+def prompts_per_image(prompts, images: int) -> list[list[str]]:
+    """A list of prompts for each image."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if all(isinstance(prompt, str) for prompt in prompts):
-        return [prompts] * photos
-    if len(prompts) != photos or any(isinstance(texts, str) for texts in prompts):
-        raise ValueError(
-            f"{len(prompts)} lists of prompts for {photos} photos: give one per photo, or one list for all"
+        return [prompts] * images
+    if len(prompts) != images or any(isinstance(texts, str) for texts in prompts):
+        raise UserError(
+            f"{len(prompts)} lists of prompts for {images} images: give one per image, or one list for all"
         )
     return [list(texts) for texts in prompts]
 
 
-def _question(prompt: str, is_sentence: bool | None) -> str:
+def question(prompt: str, is_sentence: bool | None) -> str:
+    """The fixed question of evaluation about a prompt."""
     check_prompt(prompt)
     return evaluation_prompt(prompt, looks_like_sentence(prompt) if is_sentence is None else is_sentence, lower=True)
 
 
-def conversation_turns(conversation: Conversation) -> list[str]:
-    """Texts of a conversation, the photo's tag in front: user, assistant, ..., user.
+def as_segmentation(prompt: str, masks: Masks) -> Segmentation:
+    """The result of a prompt whose answer holds one `[SEG]`."""
+    mask, logits = masks.foreground[0].cpu().numpy(), masks.logits[0].cpu().numpy()
+    return Segmentation(prompt, ANSWER, mask, logits, masks.scores[0])
 
-    Raises ValueError for roles that do not alternate, and for a reserved token in a text of the user.
+
+def conversation_turns(conversation: Conversation) -> list[str]:
+    """Texts of a conversation, the image's tag in front: user, assistant, ..., user.
+
+    Raises UserError for roles that do not alternate, and for a control token in a text of the user.
     """
     alone = isinstance(conversation, str)
     messages: list[Any] = [{"role": "user", "content": conversation}] if alone else list(conversation)
     roles = [message.get("role") for message in messages]
     if roles != ["assistant" if index % 2 else "user" for index in range(len(roles))] or len(roles) % 2 == 0:
-        raise ValueError(
+        raise UserError(
             f"the roles are {roles}; expected user, assistant, ..., user (the system sentence is part of the weights)"
         )
     texts = []
     for index, message in enumerate(messages):
         content = message["content"]
-        if not isinstance(content, str):  # the library's parts; the photo is in front anyway
+        if not isinstance(content, str):  # the library's parts; the image is in front anyway
             content = "".join(part["text"] for part in content if part["type"] == "text")
         if index == 0:
             content = content.removeprefix(IMAGE_TAG).removeprefix("\n")
@@ -345,15 +420,15 @@ def conversation_turns(conversation: Conversation) -> list[str]:
     return [f"{IMAGE_TAG}\n{texts[0]}", *texts[1:]]
 
 
-def _groups(counts: Sequence[int], limit: int) -> Iterator[slice]:
-    """Slices of neighbouring photos with at most `limit` rows together, but at least one photo with rows."""
+def image_groups(counts: Sequence[int], limit: int) -> Iterator[slice]:
+    """Slices of neighbouring images with at most `limit` conversations together, but at least one image with some."""
     if limit < 1:
-        raise ValueError(f"rows_per_forward (--batch_size) is {limit}; it must be at least 1")
-    start = rows = 0
+        raise UserError(f"conversations_per_forward (--batch_size) is {limit}; it must be at least 1")
+    start = conversations = 0
     for stop, count in enumerate(counts):
-        if rows and rows + count > limit:
+        if conversations and conversations + count > limit:
             yield slice(start, stop)
-            start, rows = stop, 0
-        rows += count
-    if rows:
+            start, conversations = stop, 0
+        conversations += count
+    if conversations:
         yield slice(start, len(counts))

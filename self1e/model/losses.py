@@ -1,6 +1,6 @@
 """Mask losses (paper, section 4.1; formulas of LISA's protocol): BCE and Dice on masks of short side at most 128."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,31 +33,34 @@ def shrink_target(target: Tensor) -> Tensor:
     return F.interpolate(target[None], size=size, mode="bilinear")[0]
 
 
-def mask_losses(predictions: Sequence[tuple[Tensor, ...]], targets: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """BCE and Dice of a micro-batch: summed over a row's masks and predictions, divided by the number of all rows.
+# By name; each compares logits with soft targets, (m, h, w) twice -> (m,). Their weights stand in the configuration.
+MASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mask_bce": bce, "mask_dice": dice}
+
+
+def mask_losses(predictions: Sequence[Sequence[Tensor]], targets: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Each of `MASK_LOSSES`: summed over masks and kinds of predictions, divided by the number of all conversations.
 
     Masks of one size are resized and compared together, so that a micro-batch costs few kernels.
 
     Args:
-        predictions: per row the logits to train, each (n_seg, h, w): the mask and, if used, the auxiliary mask.
-        targets: per row (n_seg, H, W) in {0, 1}, or None for a row without supervision of its masks.
+        predictions: the masks' logits and, if used, the auxiliary masks': each per conversation (n_seg, h, w).
+        targets: per conversation (n_seg, H, W) in {0, 1}, or None without supervision of its masks.
 
     Returns:
-        `{"mask_bce", "mask_dice"}`, scalars; 0 where no row has a mask.
+        Scalars by name; 0 where no conversation has a mask.
     """
     device = predictions[0][0].device
-    alike: dict[tuple, list[tuple[tuple[Tensor, ...], Tensor]]] = {}  # sizes -> rows
-    for row, target in zip(predictions, targets):
+    by_size: dict[tuple, list[tuple[tuple[Tensor, ...], Tensor]]] = {}
+    for *logits, target in zip(*predictions, targets):
         if target is not None and len(target):
-            sizes = tuple(target.shape[1:]), *(tuple(logits.shape[1:]) for logits in row)
-            alike.setdefault(sizes, []).append((row, target.to(device, non_blocking=True)))
-    total = {"mask_bce": torch.zeros((), device=device), "mask_dice": torch.zeros((), device=device)}
-    for rows in alike.values():
-        target = shrink_target(torch.cat([target for _, target in rows]))
-        kinds = [torch.cat(logits).float()[None] for logits in zip(*(row for row, _ in rows))]
-        size = target.shape[-2:]
-        logits = torch.cat([F.interpolate(x, size=size, mode="bilinear")[0] for x in kinds])
+            sizes = tuple(target.shape[1:]), *(tuple(x.shape[1:]) for x in logits)
+            by_size.setdefault(sizes, []).append((tuple(logits), target.to(device, non_blocking=True)))
+    total = {name: torch.zeros((), device=device) for name in MASK_LOSSES}
+    for pairs in by_size.values():
+        target = shrink_target(torch.cat([target for _, target in pairs]))
+        kinds = [torch.cat(logits).float()[None] for logits in zip(*(logits for logits, _ in pairs))]
+        logits = torch.cat([F.interpolate(x, size=target.shape[-2:], mode="bilinear")[0] for x in kinds])
         target = target.repeat(len(kinds), 1, 1)
-        total["mask_bce"] = total["mask_bce"] + bce(logits, target).sum()
-        total["mask_dice"] = total["mask_dice"] + dice(logits, target).sum()
-    return {name: value / len(predictions) for name, value in total.items()}
+        for name, loss in MASK_LOSSES.items():
+            total[name] = total[name] + loss(logits, target).sum()
+    return {name: value / len(targets) for name, value in total.items()}

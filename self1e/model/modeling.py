@@ -1,79 +1,68 @@
 """Self1E: InternVL that segments by itself. The model is transformers' InternVL plus a head and a mask overlay.
 
-Shape legend: T tiles of all images, I images, R rows (conversations), N tokens per row, S patches and L = S/r image
-tokens per side of a tile, h w an image's stitched grid of image tokens, Cv and C widths of ViT and LLM, m `[SEG]`s.
+Shape legend: T tiles of all images, I images, R conversations, N tokens each, P tokens of all (`self1e.model.batch`),
+S patches and L = S/r image tokens per side of a tile, Cv and C widths of ViT and LLM, m `[SEG]`s.
 """
 
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import InternVLForConditionalGeneration
-from transformers.cache_utils import Cache
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    ModelOutput,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from self1e import distributed
 from self1e.model.attention import perception_mask
+from self1e.model.batch import Grid, Group, Packed, as_grids, pack
 from self1e.model.config import Self1EConfig
-from self1e.model.grids import REPLICATIONS, compress, stitch_tiles
-from self1e.model.head import HEADS, INITIAL_STD, ImageSide, SegmentationHead
+from self1e.model.grids import REPLICATIONS, compress
+from self1e.model.head import HEADS, INITIAL_STD, Masked, SegmentationHead
 from self1e.model.inference import InferenceMixin
-from self1e.model.layout import Grid, Group, HeadGroup, Layout, PackedMasks, as_grids, read_layout, take
 from self1e.model.losses import mask_losses
-from self1e.model.recomputation import recompute_mlps
 from self1e.model.weights import load_checkpoint
 
 
 @dataclass
-class Self1EOutput(ModelOutput):
+class Self1EOutput(CausalLMOutputWithPast):
     """What `forward` returns; absent entries are None.
 
-    `loss`: weighted sum of `losses` {"ce", "mask_bce", "mask_dice"} (scalars). `logits`: (R, k, vocabulary), where
-    `logits_to_keep=k` asked for them. `mask_logits`: per row (n_seg, height, width) before any resize.
+    `loss`: weighted sum of `losses`, scalars by name. `logits`: (R, k, vocabulary), while generating. `mask_logits`:
+    per conversation (n_seg, h, w) before any resize.
     """
 
-    loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None
-    logits: Tensor | None = None
     mask_logits: list[Tensor] | None = None
-    past_key_values: Cache | None = None
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Photos, encoded once for all their rows.
+    """Images, encoded once for all their conversations.
 
-    `tokens`: (T, L*L, C) image tokens (V1); `grids`: per image (rows, columns) of tiles; `sides`: per image what the
-    head shares among rows, None when no mask was asked for; `spare`: of runs of the head that other ranks need.
+    `v1`: (T, L, L, C) image tokens; `vhq`: (T, S, S, C) self-replicated features, None when no mask was asked for;
+    `grids`: per image (rows, columns) of tiles.
     """
 
-    tokens: Tensor
+    v1: Tensor
+    vhq: Tensor | None
     grids: list[Grid]
-    sides: list[ImageSide] | None
-    spare: list[ImageSide] = field(default_factory=list)
 
 
 class StochasticDepthLayer(InternVLVisionLayer):
     """A ViT layer whose two branches are dropped per tile with probability `drop_prob` while training."""
 
     def __init__(self, config, drop_prob: float):
-        from timm.layers import DropPath  # its import takes a fifth of the time of torch's
-
         super().__init__(config)
         self.drop_path = DropPath(drop_prob)
 
@@ -97,7 +86,6 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             self.model.vision_tower.encoder.layer = nn.ModuleList(
                 StochasticDepthLayer(vision, step * i) for i in range(vision.num_hidden_layers)
             )
-        recompute_mlps(self.model.language_model, self.model.vision_tower)
         self.segmentation_head = HEADS[config.mask_features](
             config.llm.hidden_size, ratio=config.ratio, auxiliary_projection=config.auxiliary_projection
         )
@@ -154,33 +142,20 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             Path(save_directory, name).unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def encode_images(
-        self, pixel_values: Tensor, tile_grids: Tensor | Sequence[Grid], *, for_masks: bool = True, head_runs: int = 0
-    ) -> ImageFeatures:
-        """Encode photos once; pass the result to `forward(image_features=...)` for any number of rows.
+    def set_zero3_leaf(self) -> None:
+        """Tell DeepSpeed's ZeRO-3, before its engine is made, to gather the head's weights as one.
 
-        Args:
-            pixel_values: (T, 3, size, size), the tiles of all images in order.
-            tile_grids: (I, 2), rows and columns of each image's tiles.
-            for_masks: also compute the head's image side. head_runs: its runs at least, see `head_runs`.
+        Ranks hold different numbers of masks, so they run the head's layers unequally often, and would wait for each
+        other for ever if each layer were gathered by itself.
         """
-        grids = as_grids(tile_grids)
-        patches = self.model.vision_tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state[:, 1:]  # no CLS
-        patches = rearrange(patches, "t (h w) c -> t h w c", h=int(patches.shape[1] ** 0.5))
-        low = self.model.multi_modal_projector(compress(patches, self.config.ratio))  # V1: T L L C
-        tokens = rearrange(low, "t h w c -> t (h w) c")
-        if not for_masks:
-            return ImageFeatures(tokens, grids, None)
-        high = self.model.multi_modal_projector(REPLICATIONS[self.config.replication](patches, self.config.ratio))
-        stops = [0, *accumulate(rows * cols for rows, cols in grids)]
-        sides: dict[int, ImageSide] = {}
-        for grid in dict.fromkeys(grids):
-            images = [image for image, other in enumerate(grids) if other == grid]
-            tiles = [slice(stops[image], stops[image + 1]) for image in images]
-            pair = (stitch_tiles(torch.cat([x[part] for part in tiles]), grid) for x in (low, high))
-            sides |= zip(images, self.segmentation_head.image_side(*pair))
-        spare = [self.segmentation_head.image_side(low[:1], high[:1]) for _ in range(len(set(grids)), head_runs)]
-        return ImageFeatures(tokens, grids, [sides[image] for image in range(len(grids))], sum(spare, []))
+        from deepspeed.utils import set_z3_leaf_modules  # an optional package
+
+        set_z3_leaf_modules(self, [type(self.segmentation_head)])
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether ZeRO-3 has partitioned the weights, so that all ranks must call the same layers together."""
+        return hasattr(self.lm_head.weight, "ds_id")
 
     def forward(
         self,
@@ -191,105 +166,82 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         tile_grids: Tensor | None = None,
         row_image: Tensor | None = None,
         mask_targets: Sequence[Tensor | None] | None = None,
-        layout: Layout | None = None,
+        packed: Packed | None = None,
         image_features: ImageFeatures | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
+        past_key_values=None,
         logits_to_keep: int = 0,
         **kwargs,
     ) -> Self1EOutput:
-        """One pass over rows; masks come from every `[SEG]` in them.
+        """One pass over conversations; masks come from every `[SEG]` in them.
 
         Args:
-            input_ids: (R, N), with `L*L` image tokens per tile of the row's image.
+            input_ids: (R, N), with `L*L` image tokens per tile of the conversation's image.
             attention_mask: (R, N), 1 at tokens, 0 at padding (either side).
             labels: (R, N), -100 where unsupervised; asks for the CE loss.
             pixel_values, tile_grids: as for `encode_images`; or give `image_features`.
-            row_image: (R,), the image of each row.
-            mask_targets: per row uint8 (n_seg, H, W) of any size, or None; asks for the mask losses, in evaluation
-                mode too. They are 0 where no row has a mask.
-            layout: where things stand in this very batch, as the processor read it on the host. Without one, or when
-                ids are on the CPU, it is read here; on a GPU that waits for the device.
-            logits_to_keep: vocabulary logits of that many last positions (generation); 0: none.
-            past_key_values: a cache makes the pass plain causal and without masks (generation).
-            position_ids, inputs_embeds, kwargs: the library's.
+            row_image: (R,), the image of each conversation.
+            mask_targets: per conversation uint8 (n_seg, H, W) of any size, or None; asks for the mask losses, in
+                evaluation mode too. They are 0 where no conversation has a mask.
+            packed: the batch as `pack` reads it, which the processor's `collate` did on the host. Without it, the
+                tensors above are read here; on a GPU that waits for the device.
+            past_key_values, logits_to_keep: of `generate`; with either, the pass is plain causal and without masks.
+            kwargs: the library's; others than `generate`'s go to the LLM.
 
         Raises:
-            ValueError: image tokens and tiles do not match, or masks and `[SEG]`s of a row do not; or masks are given
-                without photos, or with a cache.
+            ValueError: image tokens and tiles do not match, or masks and `[SEG]`s of a conversation do not; or masks
+                are given without images, or while generating.
         """
-        generating = past_key_values is not None
-        with_photos = image_features is not None or pixel_values is not None
-        if mask_targets is not None and (generating or not with_photos):
-            raise ValueError("mask_targets need photos (pixel_values or image_features) and no past_key_values")
-        if not with_photos and labels is None:
-            embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            out = self.run_llm(embeds, attention_mask, position_ids, past_key_values, **kwargs)
-            logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:]) if logits_to_keep else None
-            return Self1EOutput(logits=logits, past_key_values=out.past_key_values)
-        assert input_ids is not None, "photos and labels need input_ids"
-        whole = generating or bool(logits_to_keep) or position_ids is not None or inputs_embeds is not None
-        grids = tile_grids if image_features is None else image_features.grids
-        layout = self.layout_of(layout, input_ids, attention_mask, labels, grids, row_image, whole=whole)
-        layout = layout.to(input_ids.device)
-        if mask_targets is not None:
-            layout.check_masks(mask_targets)
-        with_masks = with_photos and not generating and (self.training or bool(layout.heads))
-        runs = self.head_runs(layout)
-        # The text comes first, so that the embeddings' large gradient is made last, when the ViT's states are gone.
-        ids = take(input_ids.flatten(), layout.part("source"))  # P
-        embeds = (self.get_input_embeddings()(ids[None]) if inputs_embeds is None else inputs_embeds).flatten(0, 1)
-        if image_features is None and pixel_values is not None:
-            for_photos = runs[0] if with_masks else 0
-            image_features = self.encode_images(pixel_values, layout.grids, for_masks=with_masks, head_runs=for_photos)
-        if image_features is not None:
-            embeds = layout.place_image_tokens(embeds, image_features.tokens)
-        outputs, padding = [], layout.part("padding_mask")
-        for group, part in layout.split():
-            rows = rearrange(embeds[part], "(r n) c -> r n c", r=len(group.rows))
-            mask = attention_mask if generating else self.attention_mask_of(rows, ids[part], padding[part], group)
-            outputs.append(self.run_llm(rows, mask, position_ids, past_key_values, **kwargs))
-        states = torch.cat([out.last_hidden_state.flatten(0, 1) for out in outputs])  # P C, normalised
-        result = Self1EOutput(past_key_values=outputs[-1].past_key_values)
-        if logits_to_keep:
-            result.logits = self.lm_head(outputs[-1].last_hidden_state[:, -logits_to_keep:])
-        losses = {} if labels is None else {"ce": self.text_loss(states, labels, layout)}
-        if image_features is not None and not generating:
-            predictions = self.predict_masks(states, image_features, layout)
-            result.mask_logits = [row[0] for row in predictions]
-            if mask_targets is not None:
-                kinds = 2 if self.config.auxiliary_loss else 1  # the mask, and the auxiliary mask where there is one
-                kept = [tuple(x for x in row[:kinds] if x is not None) for row in predictions]
-                if isinstance(mask_targets, PackedMasks):  # those of a plain list move where they are used
-                    mask_targets = mask_targets.to(states.device)
-                losses |= mask_losses(kept, mask_targets)
-        if losses:
-            result.losses = losses
-            weights = self.config.loss_weights
-            terms = [weights[name] * value.to(states.device) for name, value in losses.items()]
-            if self.training and with_masks and image_features is not None:
-                terms.append(self.touch_head(states, image_features, layout, predictions, runs[1]))
-            result.loss = torch.stack(terms).sum()
-        return result
+        with_images = pixel_values is not None or image_features is not None
+        generating = past_key_values is not None or bool(logits_to_keep)
+        if mask_targets is not None and (generating or not with_images):
+            raise ValueError("mask_targets need images (pixel_values or image_features), and no generation")
+        if generating or not with_images and labels is None:
+            if pixel_values is not None:
+                image_features = self.encode_images(pixel_values, tile_grids, for_masks=False)
+            cache = {"past_key_values": past_key_values, "logits_to_keep": logits_to_keep}
+            return self.causal_pass(input_ids, attention_mask, image_features, row_image, **cache, **kwargs)
 
-    def layout_of(
+        grids = tile_grids if image_features is None else image_features.grids
+        if packed is None:
+            packed = self.pack(input_ids, attention_mask, labels, grids=grids, row_image=row_image)
+        if self.is_partitioned and len(packed.groups) > 1:
+            raise ValueError("under ZeRO-3 all ranks must run the LLM equally often: collate with groups=1")
+        batch = packed.to(self.device)
+        if mask_targets is not None:
+            check_masks(batch.n_seg, mask_targets)
+        with_masks = with_images and (self.training or any(batch.n_seg))
+        # The text comes first, so that the embeddings' large gradient is made last, when the ViT's states are gone.
+        embeds = self.get_input_embeddings()(batch.ids[None])[0]  # P C
+        if pixel_values is not None:
+            image_features = self.encode_images(pixel_values, batch.grids, for_masks=with_masks)
+        if image_features is not None:
+            tokens = rearrange(take(image_features.v1, batch.tiles), "t h w c -> (t h w) c").to(embeds)
+            embeds = embeds.index_copy(0, batch.image.to(embeds.device), tokens)
+        states = self.run_llm(embeds, batch, **kwargs)  # P C, normalised
+        logits = self.run_head(states, image_features, batch) if with_masks and image_features is not None else ()
+        masks, auxiliary = self.by_conversation(logits, batch, states)
+        losses = {} if labels is None else {"ce": self.text_loss(states, batch)}
+        if mask_targets is not None:
+            use_auxiliary = self.config.auxiliary_loss and auxiliary is not None
+            losses |= mask_losses([masks, auxiliary] if use_auxiliary else [masks], mask_targets)
+        output = Self1EOutput(losses=losses or None, mask_logits=masks if with_images else None)
+        if losses:
+            output.loss = self.weigh(losses, states.device)
+            if self.training and logits:  # every rank reaches every weight of the head in every backward pass
+                output.loss = output.loss + 0.0 * torch.stack([x.sum() for x in logits]).sum().to(output.loss)
+        return output
+
+    def pack(
         self,
-        layout: Layout | None,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        grids: Tensor | Sequence[Grid] | None,
-        row_image: Tensor | Sequence[int] | None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         *,
-        whole: bool,
-    ) -> Layout:
-        """The given layout, if it fits this pass and the ids are on a GPU; otherwise it is read from the ids."""
-        split = not is_deepspeed_zero3_enabled()  # ranks must run the LLM equally often there
-        if layout is not None and (layout.whole or not whole) and (split or len(layout.groups) == 1):
-            if input_ids.device.type != "cpu":
-                return layout
-        return read_layout(
+        grids: Tensor | Sequence[Grid] | None = None,
+        row_image: Tensor | Sequence[int] | None = None,
+    ) -> Packed:
+        """Read a batch that the processor's `collate` has not read."""
+        return pack(
             input_ids,
             attention_mask,
             labels,
@@ -298,111 +250,138 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             tile_tokens=self.config.tile_tokens,
             image_token_id=self.config.image_token_id,
             seg_token_id=self.config.seg_token_id,
-            split=split,
-            whole=whole,
+            groups=1 if self.is_partitioned else 2,
         )
 
-    def attention_mask_of(
-        self, embeds: Tensor, ids: Tensor, padding_mask: Tensor, group: Group
-    ) -> dict[str, Tensor | None]:
+    def encode_images(
+        self, pixel_values: Tensor, tile_grids: Tensor | Sequence[Grid], *, for_masks: bool = True
+    ) -> ImageFeatures:
+        """Encode images once; pass the result to `forward(image_features=...)` for any number of conversations.
+
+        Args:
+            pixel_values: (T, 3, size, size), the tiles of all images in order.
+            tile_grids: (I, 2), rows and columns of each image's tiles.
+            for_masks: also compute the self-replicated features.
+        """
+        project, ratio = self.model.multi_modal_projector, self.config.ratio
+        patches = self.model.vision_tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state[:, 1:]  # no CLS
+        patches = rearrange(patches, "t (h w) c -> t h w c", h=int(patches.shape[1] ** 0.5))
+        v1 = project(compress(patches, ratio))
+        vhq = project(REPLICATIONS[self.config.replication](patches, ratio)) if for_masks else None
+        return ImageFeatures(v1, vhq, as_grids(tile_grids))
+
+    def run_llm(self, embeds: Tensor, batch: Packed, **kwargs) -> Tensor:
+        """The LLM's normalised final states: (P, C) -> (P, C), each group of conversations by itself."""
+        llm, states = self.model.language_model, []
+        options = {name: value for name, value in kwargs.items() if name not in ("use_cache", "return_dict")}
+        ids, padding = (x.to(embeds.device) for x in (batch.ids, batch.padding))
+        for group, part in batch.split():
+            rows = rearrange(embeds[part], "(r n) c -> r n c", n=group.length)
+            mask = self.attention_mask_of(rows, ids[part], padding[part], group)
+            with without_dynamic_rope(llm.rotary_emb, group.length):
+                out = llm(inputs_embeds=rows, attention_mask=mask, use_cache=False, **options)
+            states.append(out.last_hidden_state.flatten(0, 1))
+        return torch.cat(states)
+
+    def attention_mask_of(self, embeds: Tensor, ids: Tensor, padding: Tensor, group: Group) -> dict:
         """The LLM's attention mask for a group: (r, n, C), (r n,), (r n,) 1 at tokens, 0 at padding."""
-        ids, padding_mask = (
-            rearrange(x.to(embeds.device), "(r n) -> r n", r=len(group.rows)) for x in (ids, padding_mask)
-        )
+        ids, padding = (rearrange(x, "(r n) -> r n", n=group.length) for x in (ids, padding))
         mask = perception_mask(
             self.config.attention_pathway if group.segments else "causal",
             config=self.config.llm,
             embeds=embeds,
-            padding_mask=padding_mask if group.padded else None,
+            padding_mask=padding if group.padded else None,
             is_image=ids == self.config.image_token_id,
             is_seg=ids == self.config.seg_token_id,
         )
         return dict.fromkeys(set(self.config.llm.layer_types), mask)
 
-    def run_llm(self, embeds: Tensor, mask, position_ids: Tensor | None, past_key_values: Cache | None, **kwargs):
-        """The LLM alone, over embeddings (R, N, C)."""
-        llm = self.model.language_model
-        options = {name: value for name, value in kwargs.items() if name not in ("use_cache", "return_dict")}
-        known = past_key_values is None and position_ids is None
-        with steady_rope(llm.rotary_emb, embeds.shape[1]) if known else nullcontext():
-            return llm(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
-                **options,
-            )
-
-    def text_loss(self, states: Tensor, labels: Tensor, layout: Layout) -> Tensor:
-        """Next-token cross-entropy, mean over supervised tokens, 0 without any: (P, C), (R, N) -> scalar.
+    def text_loss(self, states: Tensor, batch: Packed) -> Tensor:
+        """Next-token cross-entropy, mean over supervised tokens, 0 without any: (P, C) -> scalar.
 
         Vocabulary logits are computed at supervised positions only.
         """
-        text = layout.part("text")
-        if not len(text):
+        if not len(batch.text):
             return self.lm_head(states[:1]).float().mean() * 0.0  # keeps lm_head in every backward pass
-        logits = self.lm_head(take(states, text)).float()
-        return F.cross_entropy(logits, take(labels.flatten(), layout.part("labels")).to(logits.device))
+        logits = self.lm_head(take(states, batch.text)).float()
+        return F.cross_entropy(logits, batch.text_labels.to(logits.device))
 
-    def predict_masks(
-        self, states: Tensor, features: ImageFeatures, layout: Layout
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Mask and auxiliary logits, per row (n_seg, ., .); rows of one grid are computed together.
+    def run_head(self, states: Tensor, features: ImageFeatures, batch: Packed) -> tuple[Tensor, ...]:
+        """What the head returns for the conversations with a `[SEG]`: (P, C), ... -> logits (n_seg, ., .).
 
-        Args:
-            states: (P, C) final states.
+        Without any, it runs on one token, so that every rank calls it once in a training pass.
         """
-        side = self.config.tile_side * self.segmentation_head.upsampling
-        grids = [layout.grids[image] for image in layout.row_image]
-        results: list[tuple[Tensor, Tensor | None]] = [
-            (states.new_zeros(0, rows * side, cols * side), None) for rows, cols in grids
-        ]
-        for group in layout.heads:
-            places = layout.part(f"image {group.name}"), layout.part(f"seg {group.name}")
-            mask, auxiliary = self.run_head(states, features, layout, group, *places)
-            for place, row in enumerate(group.rows):
-                count = slice(0, layout.n_seg[row])
-                results[row] = mask[place, count], None if auxiliary is None else auxiliary[place, count]
-        return results
+        v1, vhq, side = features.v1, features.vhq, self.config.tile_side
+        assert vhq is not None, "the images were encoded without masks in mind"
+        first = [0, *accumulate(rows * cols for rows, cols in batch.grids)]
+        asked = [Masked(first[i], batch.grids[i], n) for i, n in zip(batch.row_image, batch.n_seg) if n]
+        img, seg = take(states, batch.seg_image), take(states, batch.seg)
+        if not asked:
+            asked, side, img, seg = [Masked(0, (1, 1), 1)], 1, states[:1], states[:1]
+            v1, vhq = v1[:1, :1, :1], vhq[:1, : self.config.ratio, : self.config.ratio]
+        img = rearrange(img, "(t h w) c -> t h w c", h=side, w=side)
+        return self.segmentation_head(v1, vhq, img, seg, asked)
 
-    def run_head(
-        self, states: Tensor, features: ImageFeatures, layout: Layout, group: HeadGroup, image: Tensor, seg: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The head over rows of one grid; `image`, `seg`: packed positions as `HeadGroup` says."""
-        assert features.sides is not None, "the photos were encoded without masks in mind"
-        sides = [features.sides[layout.row_image[row]] for row in group.rows]
-        length = self.config.tile_side
-        tiles = rearrange(take(states, image), "(t h w) c -> t h w c", h=length, w=length)
-        queries = rearrange(take(states, seg), "(n k) c -> n k c", k=group.masks)
-        device = sides[0].refill.device  # with a device_map, the head's
-        return self.segmentation_head(stitch_tiles(tiles, group.grid).to(device), queries.to(device), sides)
+    def by_conversation(
+        self, logits: tuple[Tensor, ...], batch: Packed, states: Tensor
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Mask and auxiliary logits of all conversations, (0, h, w) where one has no `[SEG]`."""
+        cells, count = self.config.tile_side * self.segmentation_head.upsampling, sum(n > 0 for n in batch.n_seg)
+        empty = [states.new_zeros(0, *(cells * n for n in batch.grids[image])) for image in batch.row_image]
 
-    def head_runs(self, layout: Layout) -> list[int]:
-        """How often a training pass runs the head: over grids of photos, and over groups of rows with masks.
+        def spread(found: Sequence[Tensor]) -> list[Tensor]:
+            following = iter(found)
+            return [next(following) if n else none for n, none in zip(batch.n_seg, empty)]
 
-        Under ZeRO-3 it is as often on every rank as on the one that needs it most, because all ranks gather the
-        parameters of every run together.
-        """
-        runs = [len(set(layout.grids)), max(1, len(layout.heads))]
-        return distributed.most(runs) if self.training and is_deepspeed_zero3_enabled() else runs
+        masks, auxiliary = logits[:count], logits[count:]
+        return spread(masks), spread(auxiliary) if count and auxiliary else None
 
-    def touch_head(
-        self, states: Tensor, features: ImageFeatures, layout: Layout, predictions: list, runs: int
-    ) -> Tensor:
-        """0, but through every parameter of the head and every one of its `runs`, so that ranks stay in step."""
-        group = HeadGroup(layout.grids[layout.row_image[0]], rows=(0,), masks=1)
-        tokens = self.config.tile_tokens * group.grid[0] * group.grid[1]
-        image, first = layout.part("image")[:tokens], layout.part("image")[:1]
-        more = [self.run_head(states, features, layout, group, image, first) for _ in range(len(layout.heads), runs)]
-        reached = [x.sum() for row in predictions + more for x in row if x is not None]
-        idle = features.spare + (features.sides or [] if is_deepspeed_zero3_enabled() else [])  # ranks go back alike
-        reached += [x.sum().to(reached[0].device) for side in idle for x in (side.refill, side.origin)]
-        return torch.stack(reached).sum().float().to(states.device) * 0.0
+    def weigh(self, losses: dict[str, Tensor], device: torch.device) -> Tensor:
+        """The weighted sum of the losses. Raises ValueError for a loss that the configuration gives no weight."""
+        weights = self.config.loss_weights
+        if unknown := losses.keys() - weights.keys():
+            raise ValueError(
+                f"no weight for the loss {', '.join(sorted(unknown))}: give it one in config.LOSS_WEIGHTS"
+            )
+        return torch.stack([weights[name] * value.to(device) for name, value in losses.items()]).sum()
+
+    def causal_pass(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        features: ImageFeatures | None,
+        row_image: Tensor | Sequence[int] | None,
+        **kwargs,
+    ) -> Self1EOutput:
+        """A pass as the library's own model takes it, with vocabulary logits and without masks."""
+        embeds = self.get_input_embeddings()(input_ids)
+        if features is not None:
+            is_image = (input_ids == self.config.image_token_id).to(embeds.device)
+            stops = [0, *accumulate(rows * cols for rows, cols in features.grids)]
+            images = row_image.tolist() if isinstance(row_image, Tensor) else row_image or ()
+            tiles = torch.tensor([tile for image in images for tile in range(stops[image], stops[image + 1])])
+            tokens = rearrange(take(features.v1, tiles), "t h w c -> (t h w) c").to(embeds)
+            if (found := int(is_image.sum())) != len(tokens):
+                raise ValueError(f"conversations hold {found} image tokens, their images fill {len(tokens)}")
+            embeds = embeds.masked_scatter(is_image[..., None], tokens)
+        out = super().forward(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        return Self1EOutput(logits=out.logits, past_key_values=out.past_key_values)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Entries of the first axis, the index moved to where they are."""
+    return x.index_select(0, index.to(x.device))
+
+
+def check_masks(n_seg: Sequence[int], targets: Sequence[Tensor | None]) -> None:
+    """Raise ValueError unless every conversation has a mask for each `[SEG]` (or None)."""
+    given = [count if target is None else len(target) for count, target in zip(n_seg, targets)]
+    if len(targets) != len(n_seg) or given != list(n_seg):
+        raise ValueError(f"conversations hold {list(n_seg)} [SEG] tokens, mask_targets hold {given} masks")
 
 
 @contextmanager
-def steady_rope(rotary, length: int) -> Iterator[None]:
+def without_dynamic_rope(rotary, length: int) -> Iterator[None]:
     """Keep dynamic RoPE from asking the GPU for the longest position, which the host knows."""
     kind = rotary.rope_type
     if kind == "dynamic" and length <= rotary.original_max_seq_len == rotary.max_seq_len_cached:
@@ -411,3 +390,21 @@ def steady_rope(rotary, length: int) -> Iterator[None]:
         yield
     finally:
         rotary.rope_type = kind
+
+
+def selective_checkpointing_kwargs() -> dict[str, Any]:
+    """For `gradient_checkpointing_enable`: keep products of matrices and compute the rest again in the backward pass.
+
+    These products are nearly all of the work, and a small part of the memory that activations take; results are the
+    same to the last bit. As in Korthikanti et al., 2022, "Reducing Activation Recomputation".
+    """
+    # Autocast casts a weight once per forward pass, though a layer runs for each group of conversations, and casts it
+    # anew in each part of the backward pass: such casts are no part of what is compared.
+    SAC_IGNORED_OPS.add(torch.ops.aten._to_copy.default)
+    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, save_products)}
+
+
+def save_products(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
+    """The policy of `selective_checkpointing_kwargs`, asked for each operation."""
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+    return CheckpointPolicy.MUST_SAVE if operation in products else CheckpointPolicy.PREFER_RECOMPUTE

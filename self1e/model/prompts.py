@@ -7,6 +7,8 @@ import re
 
 import numpy as np
 
+from self1e.errors import UserError
+
 SEG, SEGT = "[SEG]", "[SEGT]"
 IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END = "<image>", "<img>", "<IMG_CONTEXT>", "</img>"
 START_OF_TURN, END_OF_TURN, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -82,8 +84,8 @@ def reserved_in(text: str) -> list[str]:
 
 
 def check_prompt(text: str) -> None:
-    """Raise ValueError for a prompt that is empty or holds a control token."""
+    """Raise UserError for a prompt that is empty or holds a control token."""
     if not text.strip():
-        raise ValueError("a prompt is empty")
+        raise UserError("a prompt is empty")
     if found := reserved_in(text):
-        raise ValueError(f"the prompt {text!r} holds the reserved token {found[0]}: leave it out")
+        raise UserError(f"the prompt {text!r} holds the reserved token {found[0]}: leave it out")

@@ -28,7 +28,7 @@ from self1e import distributed
 from self1e.errors import UserError, check_known
 from self1e.files import replacing_folder
 from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, check_source, original_config
-from self1e.model.processing import Self1EProcessor
+from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
 
 HEAD = "segmentation_head."

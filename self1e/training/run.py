@@ -28,7 +28,7 @@ from self1e.evaluation.watchdog import Watchdog
 from self1e.flags import REQUEUE, check_writable, counted
 from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation
-from self1e.model.processing import HIGH_RES_TILES, Self1EProcessor
+from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.weights import save_checkpoint
 from self1e.training.adaptation import adapt, training_table
 from self1e.training.args import LLM_LINEARS, parse
@@ -167,6 +167,8 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         healthy.check(recipe)
     if args.trainable_embeddings == "new":
         train_new_rows(model, processor.seg_token_id)
+    if args.zero_stage == 3:
+        model.set_zero3_leaf()
     sizes = ", ".join(f"{name} {size:,}" for name, size in mixture.sizes.items())
     micro_batches = counted(args.grad_accumulation_steps, "micro-batch", "micro-batches")
     size = f"{counted(args.batch_size, 'photo')} x {micro_batches} x {counted(settings.world_size, 'rank')}"
@@ -199,6 +201,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
             eval_dataset=splits or None,
             mixture=mixture,
             processor=processor,
+            groups=1 if args.zero_stage == 3 else 2,
             lr=args.lr,
             vision_lr=args.vision_lr,
             reduction=args.grad_accumulation_reduction,

@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 
 from self1e.data.mixture import AllBroken, Mixture
 from self1e.data.samples import Sample, SampleError
+from self1e.errors import UserError
 
 
 class TooManyBroken(RuntimeError):
@@ -22,7 +23,7 @@ class Encode:
     def __call__(self, sample: Sample) -> dict:
         try:
             encoded = self.processor.encode(sample.image, sample.conversations, sample.masks, **self.options)
-        except ValueError as error:
+        except (UserError, ValueError) as error:
             raise SampleError(sample.id, str(error)) from error
         return encoded | {"id": sample.id, "replaced": sample.replaced}
 
@@ -30,15 +31,18 @@ class Encode:
 class Collate:
     """Join encoded samples to a batch that also names its samples and the broken ones that they replace."""
 
-    def __init__(self, processor):
-        self.processor = processor
+    def __init__(self, processor, *, groups: int = 2):
+        self.processor, self.groups = processor, groups
 
     def __call__(self, encoded: list[dict | TooManyBroken]) -> dict:
         whole = [entry for entry in encoded if not isinstance(entry, TooManyBroken)]
         if len(whole) < len(encoded):
             return {"failed": next(entry for entry in encoded if isinstance(entry, TooManyBroken))}
         replaced = [pair for entry in whole for pair in entry["replaced"]]
-        return dict(self.processor.collate(whole)) | {"ids": [entry["id"] for entry in whole], "replaced": replaced}
+        return dict(self.processor.collate(whole, groups=self.groups)) | {
+            "ids": [entry["id"] for entry in whole],
+            "replaced": replaced,
+        }
 
 
 class Stream(Dataset):

@@ -70,6 +70,7 @@ class Self1ETrainer(Trainer):
     """The Trainer with the arguments below beyond its own.
 
     Args:
+        groups: of conversations, see `Self1EProcessor.collate`.
         lr, vision_lr: see `adaptation.optimizer_groups`.
         reduction: "sum" or "mean" of the accumulated micro-batches' gradients, before clipping.
         epoch_limit: the most micro-batches per epoch. first_epoch: see `MicroBatches`.
@@ -84,6 +85,7 @@ class Self1ETrainer(Trainer):
         *,
         mixture: Mixture,
         processor,
+        groups: int,
         lr: float,
         vision_lr: float,
         reduction: str,
@@ -110,7 +112,7 @@ class Self1ETrainer(Trainer):
         self.micro_batches = self.samples = self.seen = 0
         self.broken: list[tuple[str, str]] = []
         self.logged_at = time.perf_counter()
-        super().__init__(train_dataset=Stream(mixture), data_collator=Collate(processor), **kwargs)
+        super().__init__(train_dataset=Stream(mixture), data_collator=Collate(processor, groups=groups), **kwargs)
         self.model_accepts_loss_kwargs = False
         self.pop_callback(ProgressCallback)
         self.add_callback(Progress)

@@ -28,7 +28,7 @@ from PIL import Image
 
 from self1e import cli
 from self1e.model.modeling import Self1EForSegmentation
-from self1e.model.processing import Self1EProcessor
+from self1e.model.processor import Self1EProcessor
 from self1e.model.weights import save_checkpoint
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.training import run

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from self1e import Self1EConfig, Self1EForSegmentation
 from self1e.apps.measuring import Peak
-from self1e.model.inference import predict_photo
-from self1e.model.layout import PackedMasks, read_layout
+from self1e.model.batch import pack
+from self1e.model.inference import masks_of
 from self1e.training.adaptation import adapt
 
 TEXT = {
@@ -56,13 +56,13 @@ def batch(photos: int, rows: int, *, training: bool) -> dict:
     if training:
         labels = torch.full_like(ids, -100)
         labels[:, -5:-1] = ids[:, -5:-1]
-        layout = read_layout(
+        packed = pack(
             ids, None, labels, grids=[(1, 1)] * photos, row_image=row_image.tolist(),
             tile_tokens=TILE_TOKENS, image_token_id=IMAGE, seg_token_id=SEG,
         )  # fmt: skip
-        masks = PackedMasks([torch.ones(1, 480, 640, dtype=torch.uint8)] * len(ids))
-        found |= {"labels": labels, "layout": layout, "mask_targets": masks}
-        found = {name: x.to("meta") for name, x in found.items()}
+        masks = [torch.ones(1, 480, 640, dtype=torch.uint8, device="meta")] * len(ids)
+        found |= {"labels": labels, "packed": packed, "mask_targets": masks}
+        found = {name: x if isinstance(x, list) else x.to("meta") for name, x in found.items()}
     return found
 
 
@@ -104,8 +104,8 @@ def test_evaluation(model):
     found = {}
     for rows in (7, 30):
         inputs = batch(1, rows, training=False)
-        chunks = {"rows_per_forward": 16, "forwards": -(-rows // 16)}
-        work = partial(predict_photo, model.eval(), inputs, (480, 640), **chunks)
+
+        work = partial(masks_of, model.eval(), inputs, [(480, 640)])
         flops, memory = found[rows] = cost(work, model)
         share = memory / PUBLISHED_EVALUATION
         print(f"{rows} sentences: {flops / 1e12:.3f} TFLOP, {memory / 1e9:.3f} GB, {share:.3f} of published")

@@ -6,7 +6,7 @@ from helpers import noise
 
 from self1e.model.attention import PATHWAYS, perception_mask
 from self1e.model.grids import REPLICATIONS, replicate_tile
-from self1e.model.head import HEADS, ImageSide, SegmentationHead
+from self1e.model.head import HEADS, SegmentationHead
 from self1e.training.args import make_parser
 
 
@@ -17,12 +17,11 @@ class GatedHead(SegmentationHead):
         super().__init__(hidden_size, **kwargs)
         self.gate = torch.nn.Linear(hidden_size, hidden_size)
 
-    def image_side(self, low, high):
-        gated = high * self.gate(high).sigmoid()
-        return [ImageSide(gated[i : i + 1], low[i : i + 1]) for i in range(len(low))]
+    def project(self, v1, vhq, img, seg):
+        return v1, vhq * self.gate(vhq).sigmoid(), img, seg
 
-    def forward(self, image, seg, sides):
-        return self.logits(torch.cat([side.refill for side in sides]), seg), self.logits(image, seg)
+    def features(self, v1, vhq, img):
+        return vhq
 
 
 def image_to_seg(is_image, is_seg):

@@ -6,10 +6,10 @@ from gpu_rehearsal import Rehearsal, Tagged, WrongPlace, dispatch, place
 from helpers import noise
 
 from self1e.model.head import HEADS
-from self1e.model.inference import predict_photo
+from self1e.model.inference import masks_of
 from self1e.training.adaptation import adapt
 
-TRAINING_LIMIT, PHOTO_LIMIT = 12, 8  # waits of the host, copies of the inputs included
+TRAINING_LIMIT, PHOTO_LIMIT = 12, 14  # waits of the host, copies of what was packed included
 ASKED, TOLD = ["<image>\nWhere is it?", "It is [SEG]."], ["<image>\nWhat is it?", "A thing, I think."]
 
 
@@ -28,7 +28,10 @@ def micro_batch(processor, *, masks: bool, max_tiles: int = 1) -> dict:
 
 def as_trainer(batch: dict) -> dict:
     """As the library's Trainer hands a batch to the model: tensors moved one by one, blocking, the rest as it is."""
-    return {name: x.to("cuda:0") if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    batch = {name: x.to("cuda:0") if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    if "mask_targets" in batch:
+        batch["mask_targets"] = [None if x is None else x.to("cuda:0") for x in batch["mask_targets"]]
+    return batch
 
 
 def waits(gpu: Rehearsal, title: str) -> int:
@@ -55,14 +58,15 @@ def test_a_training_micro_batch_hardly_waits(tiny_processor, load_tiny, name):
     adapt(model, llm_lora=True, vision_lora=True, optimize_vision=True, r=4)
     model.to(case["dtype"]).train()
     if case["checkpointing"]:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     batch = micro_batch(tiny_processor, masks=case["masks"], max_tiles=case["max_tiles"])
-    assert len(batch["layout"].groups) == 2 or not case["masks"] or case["max_tiles"] == 1
+    assert len(batch["packed"].groups) == 2 or not case["masks"] or case["max_tiles"] == 1
     with Rehearsal() as gpu:
         place(model, "cuda:0")
+        inputs = as_trainer(batch)
         gpu.waits.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=case["autocast"]):
-            out = model(**as_trainer(batch))
+            out = model(**inputs)
         out.loss.backward()
         assert waits(gpu, f"training, {name}") <= TRAINING_LIMIT
         assert all(isinstance(x.grad, Tagged) for x in model.parameters() if x.requires_grad)
@@ -77,7 +81,7 @@ def test_an_evaluated_photo_hardly_waits(tiny_processor, load_tiny):
     with Rehearsal() as gpu:
         place(model, "cuda:0")
         gpu.waits.clear()
-        masks = predict_photo(model, batch, (40, 60), rows_per_forward=16, forwards=1)
+        masks = torch.cat([one.foreground for one in masks_of(model, batch, [(40, 60)])])
         targets = targets.to(masks.device)
         pixels = torch.stack([(masks & (targets > 0)).sum((1, 2)), (masks | (targets > 0)).sum((1, 2))]).tolist()
         arrays = masks.cpu().numpy()

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.errors import UserError
 from self1e.model import inference
 from self1e.model.prompts import ANSWER, RESERVED
 
@@ -109,7 +110,7 @@ def test_batches_do_not_change_results_and_photos_are_encoded_once(tiny, monkeyp
     encoded = watch_encoding(model, monkeypatch)
     for limit, passes in ((16, [3]), (2, [1, 1])):
         encoded.clear()
-        together = model.segment(processor, photos, prompts, rows_per_forward=limit)
+        together = model.segment(processor, photos, prompts, conversations_per_forward=limit)
         assert encoded == passes
         assert [len(x) for x in together] == [1, 4, 0]
         for one, other in zip(sum(alone, []), sum(together, [])):
@@ -198,7 +199,7 @@ def test_random_model_never_writes_image_tokens(tiny):
 def test_reserved_tokens_are_refused(tiny, token):
     model, processor = tiny
     for call in (model.segment, model.chat):
-        with pytest.raises(ValueError, match="reserved token"):
+        with pytest.raises(UserError, match="reserved token"):
             call(processor, photo(20, 20), f"the {token} star")
 
 
@@ -208,8 +209,8 @@ def test_other_refusals(tiny, monkeypatch):
     cases = [
         ("prompt is empty", lambda: model.segment(processor, image, "  ")),
         ("threshold", lambda: model.segment(processor, image, "it", threshold=1.0)),
-        ("--batch_size", lambda: model.segment(processor, image, "it", rows_per_forward=0)),
-        ("2 lists of prompts for 1 photos", lambda: model.segment(processor, [image], [["a"], ["b"]])),
+        ("--batch_size", lambda: model.segment(processor, image, "it", conversations_per_forward=0)),
+        ("2 lists of prompts for 1 images", lambda: model.segment(processor, [image], [["a"], ["b"]])),
         ("PIL.Image", lambda: model.segment(processor, "photo.jpg", "it")),
         ("as many conversations", lambda: model.chat(processor, [image, image], ["it"])),
         ("as many conversations", lambda: model.chat(processor, [image] * 2, "it")),
@@ -217,12 +218,12 @@ def test_other_refusals(tiny, monkeypatch):
         ("roles", lambda: model.chat(processor, image, [])),
     ]
     for message, call in cases:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             call()
     model.trained_head = False
     try:
         for call in (model.segment, model.chat):
-            with pytest.raises(ValueError, match="--model_weights"):
+            with pytest.raises(UserError, match="--model_weights"):
                 call(processor, image, "it")
     finally:
         model.trained_head = True
@@ -234,7 +235,7 @@ def test_other_refusals(tiny, monkeypatch):
             model.segment(processor, image, "it")
         monkeypatch.setattr(type(model), "dtype", torch.float16)
         with pytest.raises(FloatingPointError, match="float16 overflows, load the model in bfloat16"):
-            model._finite([torch.full((1, 2, 2), torch.inf)])
+            model.segment(processor, image, "it")
     finally:
         bias.data.copy_(kept)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from self1e.model.layout import PackedMasks
 from self1e.model.losses import SHORT_SIDE, bce, dice, mask_losses, shrink_target
 
 
@@ -69,14 +68,14 @@ def test_shrunk_edges_are_soft_and_not_antialiased():
     assert not shrink_target(quarter).any()
 
 
-def test_sum_over_masks_and_predictions_mean_over_all_rows():
+def test_sum_over_masks_and_predictions_mean_over_all_conversations():
     (a, a_target), (b, b_target) = example(1, 2, 6, 4), example(2, 1, 6, 4)
     auxiliary = example(3, 2, 6, 4)[0]
     nothing = torch.zeros(0, 6, 4)
-    rows = [(a, auxiliary), (b,), (nothing, nothing), (b,)]
-    found = mask_losses(rows, [a_target, b_target, torch.zeros(0, 9, 9), None])
+    predictions = [[a, b, nothing, b], [auxiliary, b, nothing, b]]
+    found = mask_losses(predictions, [a_target, b_target, torch.zeros(0, 9, 9), None])
     pairs = [(a[0], a_target[0]), (a[1], a_target[1]), (auxiliary[0], a_target[0]), (auxiliary[1], a_target[1])]
-    pairs.append((b[0], b_target[0]))
+    pairs += [(b[0], b_target[0])] * 2
     assert found["mask_bce"].item() == pytest.approx(sum(bce_by_hand(*pair) for pair in pairs) / 4, rel=1e-5)
     assert found["mask_dice"].item() == pytest.approx(sum(dice_by_hand(*pair) for pair in pairs) / 4, rel=1e-5)
 
@@ -85,18 +84,18 @@ def test_predictions_are_resized_to_the_target():
     logits = torch.tensor([[[-4.0, 4.0]]])
     target = torch.tensor([[[0, 0, 1, 1]]], dtype=torch.uint8)
     resized = torch.tensor([[[-4.0, -2, 2, 4]]])
-    found = mask_losses([(logits,)], [target])["mask_bce"].item()
+    found = mask_losses([[logits]], [target])["mask_bce"].item()
     assert found == pytest.approx(bce_by_hand(resized, target), rel=1e-5)
 
 
 def test_no_masks_at_all_cost_nothing():
-    found = mask_losses([(torch.zeros(0, 4, 4),)] * 2, [None, None])
+    found = mask_losses([[torch.zeros(0, 4, 4)] * 2], [None, None])
     assert {name: value.item() for name, value in found.items()} == {"mask_bce": 0, "mask_dice": 0}
 
 
 def test_half_precision_logits_are_summed_in_float32():
     logits, target = example(4, 1, 128, 128)
-    found = mask_losses([(logits.bfloat16(),)], [target])
+    found = mask_losses([[logits.bfloat16()]], [target])
     assert found["mask_dice"].dtype == torch.float32
     assert found["mask_bce"].item() == pytest.approx(bce_by_hand(logits.bfloat16().float(), target), rel=1e-4)
 
@@ -113,9 +112,9 @@ class Operations(TorchDispatchMode):
 
 def test_masks_of_one_size_cost_as_many_operations_as_one():
     counts = []
-    for rows in (1, 15):
-        predictions = [tuple(torch.zeros(1, side, side, requires_grad=True) for side in (64, 32)) for _ in range(rows)]
-        targets = list(PackedMasks([torch.ones(1, 200, 300, dtype=torch.uint8)] * rows))
+    for count in (1, 15):
+        predictions = [[torch.zeros(1, side, side, requires_grad=True) for _ in range(count)] for side in (64, 32)]
+        targets = [torch.ones(1, 200, 300, dtype=torch.uint8)] * count
         with Operations() as operations:
             sum(mask_losses(predictions, targets).values()).backward()
         counts.append(operations.count)

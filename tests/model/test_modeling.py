@@ -7,18 +7,20 @@ import pytest
 import torch
 from helpers import noise
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 
+from self1e.model.batch import pack
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
-from self1e.model.layout import read_layout
 from self1e.model.losses import mask_losses
-from self1e.model.modeling import StochasticDepthLayer
+from self1e.model.modeling import StochasticDepthLayer, selective_checkpointing_kwargs
+from self1e.training.adaptation import adapt
 
 SIDE = 2  # image tokens a tile side of the tiny model
 ENLARGED = {"baseline": 1, "replication": 2, "rfr": 2, "rfa": 4}
-# Photos by their tile grid (rows, cols), and rows with 1, 0, 2 and 3 [SEG].
+# Images by their tile grid (rows, cols), and conversations with 1, 0, 2 and 3 [SEG].
 SIZES = {(1, 2): (112, 56), (2, 1): (56, 112), (1, 3): (168, 56), (2, 2): (112, 112)}
 ROWS = [
     [["<image>\nthe cat", "[SEG]."], ["<image>\nhow many?", "two"]],
@@ -27,6 +29,7 @@ ROWS = [
     [["<image>\nall", "[SEG][SEG] [SEG]", "why?", "so"], ["<image>\nthe large dog on the left", "It is [SEG]."]],
 ]
 COUNTS = [1, 0, 2, 0, 3, 1]
+PRODUCTS = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm
 
 
 def masks_for(rows, seed=0) -> list[np.ndarray]:
@@ -39,6 +42,15 @@ def mixed_batch(processor, **options):
     images = [noise(*size, seed) for seed, size in enumerate(SIZES.values())]
     targets = [masks_for(rows, i) for i, rows in enumerate(ROWS)]
     return processor(images, ROWS, targets, max_tiles=4, **options)
+
+
+def one_group(model, batch) -> dict:
+    """`packed`, so that all conversations go through the LLM together."""
+    text = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    places = {"grids": batch["tile_grids"].tolist(), "row_image": batch["row_image"].tolist()}
+    config = model.config
+    ids = {"image_token_id": config.image_token_id, "seg_token_id": config.seg_token_id}
+    return {"packed": pack(*text, **places, **ids, tile_tokens=config.tile_tokens, groups=1)}
 
 
 def without_gradient(model) -> list[str]:
@@ -86,7 +98,7 @@ def test_switches_change_the_mask(tiny_processor, load_tiny):
 
 
 @torch.no_grad()
-def test_rows_together_equal_rows_alone(tiny_processor, load_tiny):
+def test_conversations_together_equal_conversations_alone(tiny_processor, load_tiny):
     model = load_tiny()
     together = iter(model(**mixed_batch(tiny_processor)).mask_logits)
     for seed, (size, rows) in enumerate(zip(SIZES.values(), ROWS)):
@@ -104,25 +116,21 @@ def test_several_seg_are_answered_in_order(tiny_processor, load_tiny):
     model.model.language_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
     rows = [["<image>\nboth", "[SEG] and [SEG]."], ["<image>\none", "It is [SEG]."]]
     batch = tiny_processor([noise(56, 56)], [rows])
-    model(**batch)
-    _, seg, _ = given[0]
-    states = torch.cat([group[:, : batch["input_ids"].shape[1]].flatten(0, 1) for group in states])
-    positions = [(ids == model.config.seg_token_id).nonzero()[:, 0] for ids in batch["input_ids"]]
-    assert list(map(len, positions)) == [2, 1] and torch.equal(seg[1, 0], seg[1, 1])  # the second is a filler
-    length = len(states) // 2
-    assert torch.equal(seg[0], states[positions[0] - 1]) and torch.equal(
-        seg[1, 0], states[length + positions[1][0] - 1]
-    )
+    model(**batch | one_group(model, batch))
+    ((_, _, _, seg, asked),), (states,) = given, states
+    rows, positions = (batch["input_ids"] == model.config.seg_token_id).nonzero().T
+    assert [one.queries for one in asked] == [2, 1] and rows.tolist() == [0, 0, 1]
+    assert torch.equal(seg, states[rows, positions - 1])
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_photo_is_encoded_once_for_all_its_rows(tiny_processor, load_tiny, training):
+def test_an_image_is_encoded_once_for_all_its_conversations(tiny_processor, load_tiny, training):
     model, tiles = load_tiny().train(training), []
     model.model.vision_tower.register_forward_hook(lambda module, args, out: tiles.append(len(out[0])))
     batch = mixed_batch(tiny_processor)
     model(**batch)
     assert tiles == [sum(rows * cols for rows, cols in SIZES)]
-    # Chunks of rows share what was encoded before.
+    # Chunks of conversations share what was encoded before.
     batch = mixed_batch(tiny_processor)
     whole = model.eval()(**batch).mask_logits
     features = model.encode_images(batch["pixel_values"], batch["tile_grids"])
@@ -153,11 +161,12 @@ def test_evaluation_computes_no_vocabulary_logits(tiny_processor, load_tiny):
 @torch.no_grad()
 def test_text_loss_is_that_of_all_logits(tiny_processor, load_tiny):
     model, batch = load_tiny(), mixed_batch(tiny_processor)
-    n = batch["input_ids"].shape[1]
-    out = model(**batch, logits_to_keep=n)
-    assert out.logits.shape == (len(COUNTS), n, len(tiny_processor.tokenizer))
-    expected = cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    assert torch.allclose(out.losses["ce"], expected, rtol=1e-5)
+    states = []
+    model.model.language_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
+    losses = model(**batch | one_group(model, batch)).losses
+    logits = model.lm_head(states[0])
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert torch.allclose(losses["ce"], expected, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -167,7 +176,7 @@ def test_loss_is_the_weighted_sum_and_the_auxiliary_mask_counts(tiny_processor, 
     total = 0.5 * out.losses["ce"] + 3 * out.losses["mask_bce"] + 7 * out.losses["mask_dice"]
     assert torch.allclose(out.loss, total)
     alone = load_tiny(auxiliary_loss=False)(**batch)
-    expected = mask_losses([(x,) for x in alone.mask_logits], batch["mask_targets"])
+    expected = mask_losses([alone.mask_logits], batch["mask_targets"])
     assert all(torch.equal(alone.losses[name], value) for name, value in expected.items())
     assert out.losses["mask_bce"] > alone.losses["mask_bce"]
 
@@ -193,7 +202,7 @@ def test_every_micro_batch_reaches_every_parameter(tiny_processor, load_tiny, na
         batch["labels"] = torch.full_like(batch["labels"], -100)
     model = load_tiny(mask_features=mask_features).train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     out = model(**batch)
     assert torch.isfinite(out.loss) and (not unsupervised or out.losses["ce"] == 0)
     out.loss.backward()
@@ -203,7 +212,7 @@ def test_every_micro_batch_reaches_every_parameter(tiny_processor, load_tiny, na
         assert not any(x.grad.any() for x in model.segmentation_head.parameters())
 
 
-def test_rows_without_masks_leave_the_loss_of_the_others(tiny_processor, load_tiny):
+def test_conversations_without_masks_leave_the_loss_of_the_others(tiny_processor, load_tiny):
     """They count in the denominator, as published."""
     model, mask = load_tiny(), np.ones((1, 9, 9), np.uint8)
     row, other = ["<image>\nthe cat", "[SEG]."], ["<image>\nhow many?", "two"]
@@ -213,15 +222,41 @@ def test_rows_without_masks_leave_the_loss_of_the_others(tiny_processor, load_ti
         assert two[name].item() == pytest.approx(one[name].item() / 2, rel=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_processor, load_tiny):
-    gradients = []
-    for enabled in (False, True):
+CHECKPOINTING = {"full": {"use_reentrant": False}, "selective": selective_checkpointing_kwargs()}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_checkpointing_changes_no_bit(tiny_processor, load_tiny, kind, autocast):
+    """With adapters and their dropout on both towers, in float32 and under autocast."""
+    found = []
+    for kwargs in (None, CHECKPOINTING[kind]):
         model = load_tiny().train()
-        if enabled:
-            model.activation_checkpointing_enable()
-        model(**mixed_batch(tiny_processor)).loss.backward()
-        gradients.append({name: x.grad for name, x in model.named_parameters()})
-    assert all(torch.allclose(x, gradients[1][name], atol=1e-5) for name, x in gradients[0].items())
+        torch.manual_seed(0)
+        adapt(model, llm_lora=True, vision_lora=True, optimize_vision=True, r=4, dropout=0.3)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        if kwargs:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**mixed_batch(tiny_processor)).loss
+        loss.backward()
+        found.append({"loss": loss} | {name: x.grad for name, x in model.named_parameters() if x.requires_grad})
+    assert [name for name, x in found[0].items() if not torch.equal(x, found[1][name])] == []
+
+
+def test_selective_checkpointing_computes_no_product_twice(tiny_processor, load_tiny):
+    flops = {}
+    for kind, kwargs in ({"none": None} | CHECKPOINTING).items():
+        model = load_tiny().train()
+        if kwargs:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        with FlopCounterMode(display=False) as counter:
+            model(**mixed_batch(tiny_processor)).loss.backward()
+        flops[kind] = sum(counter.get_flop_counts()["Global"][op] for op in PRODUCTS)
+    assert flops["none"] == flops["selective"] < flops["full"]
 
 
 # Stochastic depth.
@@ -281,7 +316,7 @@ def test_text_alone_runs(tiny_processor, load_tiny, training):
 def test_image_tokens_must_match_the_tiles(tiny_processor, load_tiny):
     batch = mixed_batch(tiny_processor)
     batch["input_ids"][0, batch["input_ids"][0] == tiny_processor.image_token_id] = 5
-    with pytest.raises(ValueError, match=r"rows hold \[0, 8, .*their images fill \[8, 8, "):
+    with pytest.raises(ValueError, match=r"conversations hold \[0, 8, .*their images fill \[8, 8, "):
         load_tiny()(**batch)
 
 
@@ -289,36 +324,27 @@ def test_image_tokens_must_match_the_tiles(tiny_processor, load_tiny):
 def test_masks_must_match_the_seg_tokens(tiny_processor, load_tiny, change):
     batch = mixed_batch(tiny_processor)
     batch["mask_targets"] = change(batch["mask_targets"])
-    with pytest.raises(ValueError, match=r"rows hold \[1, 0, 2, 0, 3, 1\] \[SEG\] tokens, mask_targets hold"):
+    with pytest.raises(ValueError, match=r"conversations hold \[1, 0, 2, 0, 3, 1\] \[SEG\] tokens, mask_targets hold"):
         load_tiny()(**batch)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_masks_of_rows_without_seg_are_checked_and_cost_nothing(tiny_processor, load_tiny, training):
+def test_masks_of_conversations_without_seg_are_checked_and_cost_nothing(tiny_processor, load_tiny, training):
     batch = tiny_processor([noise(56, 56)], [[["<image>\nhow many?", "two"]]], [[np.zeros((0, 9, 9), np.uint8)]])
     model = load_tiny().train(training)
     losses = model(**batch).losses
     assert losses["mask_bce"] == losses["mask_dice"] == 0 and losses["ce"] > 0
     batch["mask_targets"] = [torch.ones(1, 9, 9, dtype=torch.uint8)]
-    with pytest.raises(ValueError, match=r"rows hold \[0\] \[SEG\] tokens, mask_targets hold \[1\] masks"):
+    with pytest.raises(ValueError, match=r"conversations hold \[0\] \[SEG\] tokens, mask_targets hold \[1\] masks"):
         model(**batch)
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
-def test_masks_without_photos_or_with_a_cache_are_refused(tiny_processor, load_tiny, with_labels):
+def test_masks_without_images_or_with_a_cache_are_refused(tiny_processor, load_tiny, with_labels):
     batch = {name: x for name, x in mixed_batch(tiny_processor).items() if with_labels or name != "labels"}
     for change in ({"pixel_values": None}, {"past_key_values": DynamicCache()}):
-        with pytest.raises(ValueError, match="mask_targets need photos .* and no past_key_values"):
+        with pytest.raises(ValueError, match="mask_targets need images"):
             load_tiny()(**{**batch, **change})
-
-
-def test_image_tokens_are_placed_in_order():
-    tokens = torch.arange(3 * 2.0).reshape(3, 2, 1)  # three tiles of two tokens, width 1
-    ids = torch.tensor([[0, 9, 9, 0, 0], [9, 9, 9, 9, 0], [0, 0, 0, 9, 9]])
-    places = {"tile_tokens": 2, "image_token_id": 9, "seg_token_id": None, "split": False}
-    layout = read_layout(ids, grids=[(1, 2), (1, 1)], row_image=[1, 0, 1], **places)
-    found = layout.place_image_tokens(torch.full((15, 1), -1.0), tokens)
-    assert found.view(3, 5).tolist() == [[-1, 4, 5, -1, -1], [0, 1, 2, 3, -1], [-1, -1, -1, 4, 5]]
 
 
 def test_fresh_heads_follow_the_seed(tiny_version, tiny_processor):

@@ -28,8 +28,8 @@ from self1e.evaluation.results import Results, Stopped, claim_folder, make_setti
 from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score
 from self1e.evaluation.segmentation.report import save_figures, save_pictures, summary_table
 from self1e.model.config import SWITCHES
-from self1e.model.inference import predict_photo
-from self1e.model.processing import HIGH_RES_TILES
+from self1e.model.inference import masks_of
+from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER, IMAGE_TAG
 
 
@@ -75,7 +75,7 @@ class Photos(Dataset):
             batch = dict(self.processor(images=[image], conversations=[conversations], **self.limits))
         except SampleError as error:
             return error
-        except ValueError as error:  # a sentence that is longer than --model_max_length
+        except UserError as error:  # a sentence that is longer than --model_max_length
             return SampleError(photo.image_id, str(error))
         del batch["labels"]
         return batch, masks
@@ -145,9 +145,9 @@ def evaluate_units(
         if isinstance(item, Exception):
             raise item
         batch, targets = item[0], np.asarray(item[1])
-        masks = predict_photo(
-            model, batch, targets.shape[1:], rows_per_forward=conversations_per_forward, forwards=visit.forwards
-        )
+        passes = {"conversations_per_forward": conversations_per_forward, "forwards": visit.forwards}
+        predicted = masks_of(model, batch, [targets.shape[1:]], **passes)
+        masks = torch.stack([one.foreground[-1] for one in predicted])  # the answer's [SEG] is the last
         if visit.counts:
             new = make_units(split[visit.photo], entry, masks.cpu().numpy(), targets)
             units |= {unit.id: unit for unit in new}

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from self1e.data.samples import SampleError
+from self1e.errors import UserError
 from self1e.evaluation.loading import read_ahead
 from self1e.evaluation.vqa.base import Question
 from self1e.evaluation.watchdog import Watchdog
@@ -51,8 +52,8 @@ class _Prompts(Dataset):
             rows.setdefault(question.image, []).append([text])
         try:
             batch = self.processor(list(photos.values()), list(rows.values()), padding_side="left", **self.tiling)
-        except ValueError as error:  # a reserved token in the text
-            return ValueError(
+        except UserError as error:  # a control token in the text
+            return UserError(
                 f"question {' or '.join(str(self.questions[i].id) for i in self.batches[number])}: {error}"
             )
         del batch["labels"]
@@ -104,7 +105,7 @@ def answer_questions(
         watchdog: hears which questions this rank is at.
 
     Raises:
-        ValueError: a photo cannot be decoded, or a text holds a reserved token; the message names it.
+        ValueError: a photo cannot be decoded. UserError: a text holds a reserved token; the message names it.
         SampleError: a process that decodes died.
     """
     batches = make_batches(questions, indices, batch_size)

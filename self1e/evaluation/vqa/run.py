@@ -31,7 +31,7 @@ from self1e.files import write_json, write_text
 from self1e.flags import check_writable, told
 from self1e.model.config import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
-from self1e.model.processing import Self1EProcessor
+from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
 
 README = "docs/vqa.md, section Benchmarks"

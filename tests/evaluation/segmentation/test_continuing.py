@@ -17,11 +17,11 @@ def predicted(monkeypatch):
     """The photos that are predicted from here on, one entry each."""
     photos = []
 
-    def count(*args, predict=module.predict_photo, **options):
+    def count(*args, predict=module.masks_of, **options):
         photos.append(1)
         return predict(*args, **options)
 
-    monkeypatch.setattr(module, "predict_photo", count)
+    monkeypatch.setattr(module, "masks_of", count)
     return photos
 
 

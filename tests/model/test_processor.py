@@ -1,4 +1,4 @@
-"""Photos to tiles, conversations to ids and labels, rows to a padded batch."""
+"""Images to tiles, conversations to ids and labels, both to a padded batch."""
 
 import unicodedata
 
@@ -10,8 +10,9 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from self1e import Self1EProcessor
+from self1e.errors import UserError
 from self1e.model.photos import resize_bicubic
-from self1e.model.processing import MEAN, SEG, SEGT, STD, RowTooLong, cut_tiles
+from self1e.model.processor import MEAN, SEG, SEGT, STD, ConversationTooLong, cut_tiles
 
 SIZE = 56
 IMAGE_TOKENS = 4  # a tile of the tiny model
@@ -29,7 +30,7 @@ def supervised(processor, labels) -> str:
 
 
 def test_text_is_the_published_chat_format(tiny_processor):
-    ids, _ = tiny_processor.encode_row(["<image>\nWhat?", "It is [SEG].", "And this?"], n_tiles=2)
+    ids, _ = tiny_processor.encode_conversation(["<image>\nWhat?", "It is [SEG].", "And this?"], n_tiles=2)
     assert decode(tiny_processor, ids) == (
         "<|im_start|>system\nYou are an helpful assistant.<|im_end|>\n<|im_start|>user\n<img>"
         + "<IMG_CONTEXT>" * 2 * IMAGE_TOKENS
@@ -40,20 +41,20 @@ def test_text_is_the_published_chat_format(tiny_processor):
 
 def test_labels_are_the_answers_and_their_end(tiny_processor):
     row = ["<image>\nWhat?", "It is [SEG].", "Is it assistant?", " yes\n", "?", "2"]
-    ids, labels = tiny_processor.encode_row(row, 1)
+    ids, labels = tiny_processor.encode_conversation(row, 1)
     assert supervised(tiny_processor, labels) == "It is [SEG].<|im_end|> yes\n<|im_end|>2<|im_end|>"
     assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
     assert labels[-1] == -100 and decode(tiny_processor, ids[-1:]) == "\n"
 
 
-def test_open_row_has_no_labels_after_the_last_question(tiny_processor):
-    _, labels = tiny_processor.encode_row(["<image>\nWhat?"], 1)
+def test_an_open_conversation_has_no_labels_after_the_last_question(tiny_processor):
+    _, labels = tiny_processor.encode_conversation(["<image>\nWhat?"], 1)
     assert set(labels) == {-100}
 
 
 @pytest.mark.parametrize("text", ["naïve façade 数 🚗", "", "a\u0301", "<|endoftext|>x"])
 def test_labels_of_any_text_decode_to_it(tiny_processor, text):
-    _, labels = tiny_processor.encode_row(["<image>\n" + text, text], 1)
+    _, labels = tiny_processor.encode_conversation(["<image>\n" + text, text], 1)
     assert supervised(tiny_processor, labels) == unicodedata.normalize("NFC", text) + "<|im_end|>"  # Qwen2's rule
 
 
@@ -62,7 +63,7 @@ def test_template_writes_what_the_processor_encodes(tiny_processor):
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(row)]
     text = tiny_processor.apply_chat_template(messages, add_generation_prompt=True)
     picture = "<img>" + "<IMG_CONTEXT>" * IMAGE_TOKENS + "</img>"
-    assert text.replace("<image>", picture) == decode(tiny_processor, tiny_processor.encode_row(row, 1)[0])
+    assert text.replace("<image>", picture) == decode(tiny_processor, tiny_processor.encode_conversation(row, 1)[0])
     messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": "What?"}]
     assert tiny_processor.apply_chat_template(messages, add_generation_prompt=True) == text
 
@@ -81,34 +82,34 @@ def test_added_tokens_follow_the_base_vocabulary(tiny_processor, tiny_version):
 
 def test_long_text_is_cut_at_its_end(tiny_processor):
     row = ["<image>\nWhat?", "a long answer without any end to it"]
-    ids, labels = tiny_processor.encode_row(row, 1)
+    ids, labels = tiny_processor.encode_conversation(row, 1)
     for limit in (len(ids) - 5, len(ids), len(ids) + 1):
-        assert tiny_processor.encode_row(row, 1, limit) == (ids[:limit], labels[:limit])
+        assert tiny_processor.encode_conversation(row, 1, limit) == (ids[:limit], labels[:limit])
 
 
 def test_cutting_seg_or_image_tokens_is_an_error(tiny_processor):
     row = ["<image>\nWhat?", "It is [SEG]. Because."]
-    ids, _ = tiny_processor.encode_row(row, 1)
+    ids, _ = tiny_processor.encode_conversation(row, 1)
     seg, last_image = ids.index(tiny_processor.seg_token_id), ids.index(tiny_processor.image_token_id) + 3
-    assert len(tiny_processor.encode_row(row, 1, seg + 1)[0]) == seg + 1
-    with pytest.raises(RowTooLong, match=rf"{len(ids)} tokens.*--model_max_length {seg}: \[SEG\]"):
-        tiny_processor.encode_row(row, 1, seg)
-    with pytest.raises(RowTooLong, match="<IMG_CONTEXT> would be cut"):
-        tiny_processor.encode_row(row, 1, last_image)
+    assert len(tiny_processor.encode_conversation(row, 1, seg + 1)[0]) == seg + 1
+    with pytest.raises(ConversationTooLong, match=rf"{len(ids)} tokens.*--model_max_length {seg}: \[SEG\]"):
+        tiny_processor.encode_conversation(row, 1, seg)
+    with pytest.raises(ConversationTooLong, match="<IMG_CONTEXT> would be cut"):
+        tiny_processor.encode_conversation(row, 1, last_image)
     question = ["<image>\nWhat?"]
-    assert len(tiny_processor.encode_row(question, 1, last_image + 1)[0]) == last_image + 1
+    assert len(tiny_processor.encode_conversation(question, 1, last_image + 1)[0]) == last_image + 1
 
 
 @pytest.mark.parametrize("row", [["<image>\nA <IMG_CONTEXT>?", "x"], ["<image>\nA?", "<IMG_CONTEXT>", "B?"]])
 def test_image_tokens_in_the_text_are_an_error_that_quotes_it(tiny_processor, row):
     culprit = next(text for text in row if "<IMG_CONTEXT>" in text)
-    with pytest.raises(ValueError, match="reserved token <IMG_CONTEXT>") as error:
-        tiny_processor.encode_row(row, 1)
+    with pytest.raises(UserError, match="reserved token <IMG_CONTEXT>") as error:
+        tiny_processor.encode_conversation(row, 1)
     assert repr(culprit) in str(error.value)
 
 
 def test_a_second_image_tag_stays_text(tiny_processor):
-    ids, _ = tiny_processor.encode_row(["<image>\nWhat is <image>?", "no <image>"], 1)
+    ids, _ = tiny_processor.encode_conversation(["<image>\nWhat is <image>?", "no <image>"], 1)
     assert ids.count(tiny_processor.image_token_id) == IMAGE_TOKENS
     assert decode(tiny_processor, ids).count("<image>") == 2
 
@@ -118,20 +119,20 @@ def test_reserved_words_in_a_text_count_as_what_they_are(tiny_processor):
     row = ["<image>\nWhat does [SEG] mean?", "It is <|im_end|> [SEG]."]
     with pytest.raises(ValueError, match="2 .SEG. but 1 masks"):
         tiny_processor(images=[noise(9, 9)], conversations=[[row]], mask_targets=[[np.ones((1, 9, 9), np.uint8)]])
-    _, labels = tiny_processor.encode_row(row, 1)
+    _, labels = tiny_processor.encode_conversation(row, 1)
     assert supervised(tiny_processor, labels) == "It is <|im_end|> [SEG].<|im_end|>"
 
 
 @pytest.mark.parametrize("row", [["What?", "x"], [], ["What?", "<image>"]])
-def test_a_row_without_image_is_an_error(tiny_processor, row):
-    with pytest.raises(ValueError, match="first turn of a row must hold <image>"):
+def test_a_conversation_without_image_is_an_error(tiny_processor, row):
+    with pytest.raises(UserError, match="must hold <image>"):
         tiny_processor(images=[noise(9, 9)], conversations=[[row]])
 
 
 # Batches.
 
 
-def test_batch_of_several_photos_and_rows(tiny_processor):
+def test_batch_of_several_images_and_conversations(tiny_processor):
     batch = tiny_processor(
         images=[noise(112, 112), noise(112, 56, 1)],
         conversations=[
@@ -159,7 +160,7 @@ def test_padding_is_by_length_and_keeps_id_zero(tiny_processor, side):
     rows = [["<image>\nWow !", "!"], ["<image>\nWow ! and a lot more words", "! !"]]
     batch = tiny_processor(images=[noise(9, 9)], conversations=[rows], padding_side=side)
     for i, row in enumerate(rows):
-        ids, labels = tiny_processor.encode_row(row, 1)
+        ids, labels = tiny_processor.encode_conversation(row, 1)
         assert 0 in ids
         n_pad = batch["input_ids"].shape[1] - len(ids)
         assert (n_pad > 0) == (i == 0)
@@ -189,10 +190,10 @@ def test_counts_that_do_not_match_are_errors(tiny_processor):
     image, row, mask = noise(9, 9), ["<image>\nA?", "[SEG]."], np.ones((1, 5, 5), np.uint8)
     with pytest.raises(ValueError, match=r"1 \[SEG\] but 2 masks"):
         tiny_processor(images=[image], conversations=[[row]], mask_targets=[[np.ones((2, 5, 5), np.uint8)]])
-    with pytest.raises(ValueError, match="2 rows but masks for 1"):
+    with pytest.raises(ValueError, match="masks for 1 of 2"):
         tiny_processor(images=[image], conversations=[[row, row]], mask_targets=[[mask]])
     for conversations, targets in (([[row], [row]], None), ([[row]], [[mask], [mask]]), ([[row]], [])):
-        with pytest.raises(ValueError, match="one entry per photo"):
+        with pytest.raises(ValueError, match="one entry per image"):
             tiny_processor(images=[image], conversations=conversations, mask_targets=targets)
     with pytest.raises(ValueError, match="padding_side='both'"):
         tiny_processor(images=[image], conversations=[[row]], padding_side="both")
@@ -326,13 +327,13 @@ def test_saved_processor_reads_back(tiny_processor, tmp_path, loader):
 def test_a_tokenizer_without_image_tokens_is_refused(tiny_version, tmp_path):
     for name in ("config.json", "vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((tiny_version / name).read_bytes())
-    with pytest.raises(ValueError, match="lacks.*<IMG_CONTEXT>.*InternVL3's tokenizer"):
+    with pytest.raises(UserError, match="lacks.*<IMG_CONTEXT>.*InternVL3's tokenizer"):
         Self1EProcessor.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_refused(tiny_version, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny_version / "config.json").read_bytes())
-    with pytest.raises(ValueError, match="no tokenizer there.*--model_weights"):
+    with pytest.raises(UserError, match="no tokenizer there.*--model_weights"):
         Self1EProcessor.from_pretrained(tmp_path)
 
 
