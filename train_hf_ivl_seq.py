@@ -7,18 +7,7 @@ python train_hf_ivl_seq.py ...                                                # 
 
 import sys
 
-from self1e.flags import guarded, uncollected
-
-
-def main() -> int:
-    from self1e.training.arguments import parse  # here, so that Ctrl-C ends it by the guard below
-
-    args = parse(sys.argv[1:])  # before anything heavy is imported: --help and a wrong flag are answered at once
-    with uncollected(lasting=True):
-        from self1e.training.run import start
-
-    return start(args)
-
+from self1e.cli import main
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(main(["train", *sys.argv[1:]]))

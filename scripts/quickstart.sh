@@ -22,7 +22,7 @@ self1e make-tiny "$output/base"
 self1e make-shapes "$output/shapes" --simple --size 112 --val 50
 
 echo "== 2/3  training, with validation, and evaluation of scenes that were held out"
-self1e launch --nproc_per_node "$processes" train_hf_ivl_seq.py --config configs/quickstart.yaml --batch_size $((8 / processes)) \
+torchrun --standalone --nproc_per_node "$processes" train_hf_ivl_seq.py --config configs/quickstart.yaml --batch_size $((8 / processes)) \
     --version "$output/base" --dataset_dir "$output/shapes/dataset" --data_dir "$output/shapes/data" \
     --exp_name shapes --log_base_dir "$output/runs"
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Purpose: the README's training command on several nodes of a Slurm cluster. A template: edit the lines marked <--.
-# Command: sbatch scripts/train_slurm.sh
+# Purpose: training or evaluation on the nodes of a Slurm cluster. A template: edit the lines marked <--.
+# Command: sbatch scripts/train_slurm.sh                                            the README's training command
+#          sbatch --nodes=1 scripts/train_slurm.sh eval segmentation                then the 13 splits of the same run
+#          sbatch --nodes=1 scripts/train_slurm.sh eval vqa --dynamic               or any other command of `self1e`
 # Cost:    as on one node with as many GPUs; the global batch is batch_size x grad_accumulation_steps x GPUs, so lower
 #          grad_accumulation_steps as nodes are added to keep the recipe's 5 x 8 x 8 = 320 photos per step.
-# Result:  runs/<exp_name>/ckpt_model on the shared file system. Slurm warns the ranks ten minutes before the time is
-#          up; they save a checkpoint after their next step and exit with 75, and the job puts itself back into the
-#          queue. A job that was pre-empted or requeued continues from its last checkpoint in the same way.
+# Result:  RUN/ckpt_model, RUN/eval, RUN/eval_vqa on the shared file system. Slurm warns the ranks ten minutes before
+#          the time is up; a training saves a checkpoint after its next step, an evaluation stops before its next photo,
+#          and both leave the mark RUN/requeue, by which this script puts the job back into the queue.
 #
 #SBATCH --job-name=self1e
 #SBATCH --nodes=2
@@ -21,9 +23,12 @@
 
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
+RUN=${RUN:-runs/self1e_2b}             # <-- the run's folder
 source .venv/bin/activate              # <-- your environment
 export NCCL_SOCKET_IFNAME=^lo,docker   # <-- your network
-export OMP_NUM_THREADS=8
+if [ $# -eq 0 ]; then                  # <-- your training
+    set -- train --config configs/self1e_2b.yaml --version PATH/InternVL3-2B --grad_accumulation_steps 4 --auto_resume
+fi
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True   # batches differ in size; without it memory fragments
 # Each node builds the data's index once and shares it among its ranks and workers.
 export SELF1E_CACHE=${SELF1E_CACHE:-$HOME/.cache/self1e}
@@ -31,15 +36,14 @@ export SELF1E_CACHE=${SELF1E_CACHE:-$HOME/.cache/self1e}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS
 
+rm -f "$RUN/requeue"                    # of an earlier job
 code=0
 # srun does not take --cpus-per-task over from sbatch; --kill-on-bad-exit ends the other ranks when one has failed.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
     bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' rank \
-    python train_hf_ivl_seq.py --config configs/self1e_2b.yaml \
-    --version PATH/InternVL3-2B --exp_name self1e_2b \
-    --grad_accumulation_steps 4 --auto_resume || code=$?
+    python -m self1e "$@" --log_base_dir "$(dirname "$RUN")" --exp_name "$(basename "$RUN")" || code=$?
 
-if [ "$code" -eq 75 ]; then            # stopped on request, with a checkpoint
+if [ -e "$RUN/requeue" ]; then         # stopped on request; the same command continues
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -1,56 +1,83 @@
-"""The command line for everything that is no recipe: `self1e COMMAND ...`, or `python -m self1e COMMAND ...`.
+"""The command line: `self1e COMMAND ...`, or `python -m self1e COMMAND ...` from a checkout.
 
-A command is one entry of `COMMANDS`. Its module is imported only when it is called, reads its flags before it imports
-anything heavy, and has `main(argv) -> exit code`.
+A command is one entry of a table: a module with `main(argv) -> exit code`, imported when it is called.
 """
 
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
 
-from self1e.flags import did_you_mean, guarded
-
-
-class Command(NamedTuple):
-    """module: has `main`. purpose: in the list of commands. preset: arguments in front of the user's."""
-
-    module: str
-    purpose: str
-    preset: tuple[str, ...] = ()
-
+from self1e.distributed import run_program
+from self1e.errors import UserError
 
 COMMANDS = {
-    "segment": Command("self1e.apps.predict", "masks for pictures and prompts"),
-    "chat": Command("self1e.apps.predict", "answers about pictures, with the masks in them", ("--mode", "chat")),
-    "demo": Command("self1e.apps.demo", "a page in the browser that segments and chats"),
-    "export": Command("self1e.apps.export", "predictions as a COCO data set or for Label Studio"),
-    "check-data": Command("self1e.apps.check_data", "counts and faults of the data trees or of own data"),
-    "convert": Command("self1e.apps.convert", "checkpoints from one layout to another, verified"),
-    "score": Command("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),
-    "launch": Command("self1e.apps.launch", "training or an evaluation on several GPUs: torchrun with a clean end"),
-    "card": Command("self1e.training.model_card", "the model card of a checkpoint, with its scores"),
-    "pictures": Command("self1e.apps.method_pictures", "what each part of the method does to a photo"),
-    "make-shapes": Command("self1e.apps.make_shapes", "a synthetic data tree in every format"),
-    "make-tiny": Command("self1e.apps.make_tiny", "a tiny InternVL3 checkpoint with random weights"),
+    "segment": ("self1e.apps.predict", "masks for photos and prompts"),
+    "chat": ("self1e.apps.predict", "answers about photos, with the masks in them"),
+    "demo": ("self1e.apps.demo", "a page in the browser that segments and chats"),
+    "train": ("self1e.training.run", "training, as by train_hf_ivl_seq.py"),
+    "eval": ("self1e.cli", "eval segmentation RUN, eval vqa RUN: what eval_all.sh and eval_vqas.sh start"),
+    "convert": ("self1e.apps.convert", "checkpoints from one layout to another, verified"),
+    "card": ("self1e.training.model_card", "the model card of a checkpoint, with its scores"),
+    "check-data": ("self1e.apps.check_data", "counts and faults of the data trees or of own data"),
+    "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),
+}
+DEVELOPERS = {
+    "make-shapes": ("self1e.apps.make_shapes", "a synthetic data tree in every format"),
+    "make-tiny": ("self1e.apps.make_tiny", "a tiny InternVL3 checkpoint with random weights"),
+    "pictures": ("self1e.apps.method_pictures", "what each part of the method does to a photo"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<12}{command.purpose}" for name, command in COMMANDS.items()]
-    return "usage: self1e COMMAND ...\n\ncommands:\n" + "\n".join(lines) + "\n\nself1e COMMAND --help tells more.\n"
+    tables = {"commands": COMMANDS, "for developers": DEVELOPERS}
+    lines = (
+        f"\n{title}:\n" + "".join(f"  {name:<12}{text}\n" for name, (_, text) in table.items())
+        for title, table in tables.items()
+    )
+    return "usage: self1e COMMAND ...\n" + "".join(lines) + "\nself1e COMMAND --help tells more.\n"
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """`eval segmentation|vqa [RUN] [flags]`: RUN, the folder of a run, stands for --log_base_dir and --exp_name."""
+    kind, *flags = [*argv] or [""]
+    if kind not in ("segmentation", "vqa"):
+        print("usage: self1e eval segmentation|vqa [RUN] [flags]; self1e eval vqa --help tells more", file=sys.stderr)
+        return 2
+    given = {flag.split("=")[0] for flag in flags}
+    if flags and not flags[0].startswith("-"):
+        run = Path(flags.pop(0)).absolute()
+        if "--version" not in given and not (run / "ckpt_model").is_dir():
+            raise UserError(f"{run} holds no ckpt_model; name the folder of a run, or --version V --exp_name E")
+        flags += ["--log_base_dir", str(run.parent), "--exp_name", run.name]
+    if kind == "vqa":
+        return importlib.import_module("self1e.evaluation.vqa.run").main(flags)
+    preset = ["--eval_only"] if "--val_dataset" in given else ["--eval_only", "--eval_all_datasets"]
+    return importlib.import_module(COMMANDS["train"][0]).main([*preset, *flags])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code, 2 when there is no such command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter ends no run
+            stream.reconfigure(errors="backslashreplace")
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
-    if name in ("", "-h", "--help"):
-        print(usage(), end="", file=sys.stdout if name else sys.stderr)
-        return 0 if name else 2
-    if name not in COMMANDS:
+    known = COMMANDS | DEVELOPERS
+    rest = ["--mode", "chat", *rest] if name == "chat" else rest
+    if name not in known:
+        asked = name in ("-h", "--help")
         print(
-            f"self1e: there is no command {name!r}{did_you_mean(name, COMMANDS)}\n\n{usage()}", end="", file=sys.stderr
+            ("" if asked or not name else f"self1e: there is no command {name!r}\n\n") + usage(),
+            end="",
+            file=sys.stdout if asked else sys.stderr,
         )
-        return 2
-    command = COMMANDS[name]
-    return guarded(lambda: importlib.import_module(command.module).main([*command.preset, *rest]))
+        return 0 if asked else 2
+    try:
+        return run_program(
+            lambda: evaluate(rest) if name == "eval" else importlib.import_module(known[name][0]).main(rest)
+        )
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from self1e.errors import UserError
-from self1e.flags import INTERRUPTED, REQUEUE, told
+from self1e.flags import EXPECTED, INTERRUPTED, REQUEUE, told
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
@@ -174,10 +174,12 @@ def run_program(program: Callable[[], int], *, expected: tuple[type[BaseExceptio
         if is_main():
             print(f"\n{stop if stop.args else 'interrupted'}", file=sys.stderr)
         code = INTERRUPTED
-    except UserError as error:
+    except BrokenPipeError:
+        raise
+    except EXPECTED as error:  # UserError alone, when all that users can meet are
         if not is_main():
             time.sleep(PATIENCE)
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {told(error)}", file=sys.stderr)
         code = 1
     except SystemExit:
         raise

@@ -124,12 +124,11 @@ def pictures(folder: Path) -> dict[str, list[tuple[int, Image.Image]]]:
 def launch(*args: Path | str, launcher: str = "deepspeed") -> subprocess.Popen:
     """Two CPU processes under a launcher, in a process group of their own, killed after `LIMIT` seconds.
 
-    launcher: deepspeed, torchrun or `self1e launch`.
+    launcher: deepspeed or torchrun.
     """
     start = {
         "deepspeed": [LAUNCHER, "--num_accelerators=2"],
         "torchrun": [LAUNCHER.with_name("torchrun"), "--nproc_per_node=2"],
-        "self1e launch": [sys.executable, "-m", "self1e", "launch", "--nproc_per_node=2"],
     }[launcher]
     program = [*start, f"--master_port={free_port()}", ROOT / "train_hf_ivl_seq.py"]
     process = subprocess.Popen(

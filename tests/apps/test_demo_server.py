@@ -41,12 +41,23 @@ FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Address, process and temporary folder of `python -m self1e.demo`, with a picture limit of 1 megapixel."""
+    """Address, process and temporary folder of `self1e demo`, with a picture limit of 1 megapixel."""
     folder = tmp_path_factory.mktemp("server")
     version = Path(os.environ.get("SELF1E_DEMO_MODEL") or make_trained(folder / "trained"))
     port = free_port()
     (folder / "tmp").mkdir()
-    command = [sys.executable, "-m", "self1e.demo", "--version", str(version), "--port", str(port), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "self1e",
+        "demo",
+        "--version",
+        str(version),
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
     command += ["--max_megapixels", "1", "--max_upload", "1mb", "--max_disk", "20mb", "--queue", str(CLIENTS)]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(

@@ -22,12 +22,16 @@ STAND_INS = {
         echo "scontrol $*" >> "$CALLS" """,
     "python": """
         echo "rank $RANK $LOCAL_RANK of $WORLD_SIZE at $MASTER_ADDR: $*" >> "$CALLS"
+        [ "$CODE" = 75 ] && mkdir -p runs/self1e_2b && touch runs/self1e_2b/requeue
         exit "$CODE" """,
 }
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True)])
 def test_the_template_starts_every_rank_and_requeues_what_was_stopped(tmp_path: Path, code: int, requeued: bool):
+    """By the mark in the run's folder, of this job and not of an earlier one."""
+    (tmp_path / "runs/self1e_2b").mkdir(parents=True)
+    (tmp_path / "runs/self1e_2b/requeue").touch()
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").write_text("")
     for name, body in STAND_INS.items():
@@ -42,8 +46,6 @@ def test_the_template_starts_every_rank_and_requeues_what_was_stopped(tmp_path: 
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == "srun --cpus-per-task=4 --kill-on-bad-exit=1"
     for rank, call in enumerate(calls[1:3]):
-        assert call.startswith(
-            f"rank {rank} {rank} of 2 at node7: train_hf_ivl_seq.py --config configs/self1e_2b.yaml"
-        )
-        assert call.endswith("--auto_resume")
+        assert call.startswith(f"rank {rank} {rank} of 2 at node7: -m self1e train --config configs/self1e_2b.yaml")
+        assert call.endswith("--auto_resume --log_base_dir runs --exp_name self1e_2b")
     assert calls[3:] == (["scontrol requeue 31"] if requeued else [])

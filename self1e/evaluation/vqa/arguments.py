@@ -38,6 +38,10 @@ def list_candidates(
     there. One model writes to `<log_base_dir>/<exp_name>/eval_vqa`, several to a folder below it each. Raises
     ValueError when the numbers do not fit.
     """
+    trained, root = log_base_dir / exp_name / "ckpt_model", log_base_dir / exp_name / "eval_vqa"
+    if not versions and not trained.is_dir():
+        raise ValueError(f"--version is needed: there is no {trained}")
+    versions = versions or [str(trained)]
     if len(versions) > 1 and len(weights) not in (0, len(versions)):
         raise ValueError(
             f"{len(versions)} --version but {len(weights)} --model_weights: give one for each, `{OWN_WEIGHTS}` for a "
@@ -46,7 +50,6 @@ def list_candidates(
     count = max(len(versions), len(weights))
     versions = list(versions) * (count if len(versions) == 1 else 1)
     chosen: list[str | None] = [None if each == OWN_WEIGHTS else each for each in weights] or [None] * count
-    trained, root = log_base_dir / exp_name / "ckpt_model", log_base_dir / exp_name / "eval_vqa"
     if not weights and count == 1 and trained.is_dir():
         chosen = [str(trained)]
     if count == 1:
@@ -63,12 +66,13 @@ def _label(checkpoint: str) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="eval_vqas.sh", description=DESCRIPTION)
+    parser = Parser(prog="self1e eval vqa", description=DESCRIPTION)
     add = parser.add_argument
     # fmt: off
     # A flag is one line, and where that is too long its help another.
-    add("--version", type=checkpoint_folder, nargs="+", action="extend", required=True, metavar="V",
-        help="model folder, run folder or hub id; two for base and fine-tuned side by side (also as a repeated flag)")
+    add("--version", type=checkpoint_folder, nargs="+", action="extend", default=[], metavar="V",
+        help="model folder, run folder or hub id, needed where the run holds no model; two for base and fine-tuned "
+             "side by side (also as a repeated flag)")
     add("--model_weights", type=checkpoint_folder, nargs="+", action="extend", default=[], metavar="W",
         help=f"weights over --version, one for each, or several over one; `{OWN_WEIGHTS}` means the version's own. "
              "Default: <log_base_dir>/<exp_name>/ckpt_model if it is there (with one --version), else the version's "
