@@ -9,7 +9,7 @@
 | internvl  | original InternVL, without the head                        | this project; with its code files, theirs |
 | hf        | transformers' own InternVL (-hf), without the head         | stock InternVLForConditionalGeneration    |
 | published | as the published SELF1E code saves and reads (full method) | this project and theirs                   |
-| self1e    | ours: native names, processor                              | this project, Auto classes after import   |
+| self1e    | ours: native names, processor, model card                  | this project, Auto classes after import   |
 
 The source's layout is recognised; published weights carry no tokenizer, so they need their base as `--version`. A
 trained head is dropped only with `--drop_head`; the vocabulary then still holds `[SEG]` and `[SEGT]`. Weights keep
@@ -47,6 +47,7 @@ from self1e.model.config import DTYPES
 from self1e.model.processor import CHAT_TEMPLATE, MEAN, STD
 from self1e.model.prompts import END_OF_TURN, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING, SEG, SEGT
 from self1e.model.weights import HEAD, checkpoint_folder, quiet, save_checkpoint
+from self1e.training.card import write_card
 
 LAYOUTS = ("internvl", "hf", "published", "self1e")
 HEADLESS = ("internvl", "hf")
@@ -90,11 +91,13 @@ def convert(
         written = digests(copy, with_head=with_head)
         changed = sorted(name for name in stored.keys() | written.keys() if stored.get(name) != written.get(name))
         if changed:
-            raise RuntimeError(f"{len(changed)} tensors are not as in {source}, {changed[0]} first; nothing is written")
+            raise RuntimeError(f"{len(changed)} tensors are not as in {source}, first {changed[0]}")
         pairs = zip(expected, outputs(copy, inputs), strict=True)
         difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
         if not difference <= TOLERANCE[precision]:
-            raise RuntimeError(f"outputs differ by {difference:.1e} (relative) from {source}; nothing is written")
+            raise RuntimeError(f"outputs differ by {difference:.1e} (relative) from {source}")
+        if layout == "self1e":
+            write_card(partial, title=target.name, base_model=version)
     return difference
 
 
@@ -104,7 +107,8 @@ def load(source: str, version: str | None, dtype: torch.dtype | str):
         model = Self1EForSegmentation.from_pretrained(version, weights=source, dtype=dtype)
         return model, Self1EProcessor.from_pretrained(version)
     config = Self1EConfig.from_pretrained(source)
-    if config.seg_token_id is not None or any(x.startswith(("combine_decode_proj", HEAD)) for x in tensor_names(source)):
+    has_head = any(name.startswith(("combine_decode_proj", HEAD)) for name in tensor_names(source))
+    if has_head or config.seg_token_id is not None:
         processor = Self1EProcessor.from_pretrained(source)  # first: it tells when --version is needed
         return Self1EForSegmentation.from_pretrained(source, dtype=dtype), processor
     tokenizer = Qwen2Tokenizer.from_pretrained(source)

@@ -22,20 +22,19 @@ from self1e.data.loader import build_mixture
 from self1e.data.paths import require_paths
 from self1e.data.samples import SampleError
 from self1e.data.splits import get_splits, load_split, split_paths
-from self1e.evaluation.provenance import checkpoint_settings, fingerprint
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.evaluation.watchdog import Watchdog
 from self1e.flags import REQUEUE, check_writable, counted
 from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
-from self1e.model.weights import save_checkpoint
+from self1e.model.weights import save_checkpoint, weights_identity
 from self1e.training.adaptation import adapt, training_table
 from self1e.training.args import LLM_LINEARS, parse
+from self1e.training.card import write_card
 from self1e.training.checkpoint import alone_in, check_unused, checkpoints_in, defining_settings, find_checkpoint
 from self1e.training.curves import write_curves
 from self1e.training.healthy import recipe_of
-from self1e.training.model_card import write_model_card
 from self1e.training.new_rows import merge_new_rows, train_new_rows
 from self1e.training.stop import StopRequest
 from self1e.training.stream import Encode, TooManyBroken, broken_list
@@ -155,7 +154,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         vars(args),
         ranks=settings.world_size,
         zero_stage=args.zero_stage,
-        base=checkpoint_settings(args.version, args.model_weights),
+        base=weights_identity(args.version, args.model_weights),
         **distributed.on_main(mixture.describe),
     )
     checkpoint = find_checkpoint(args, defining)
@@ -343,7 +342,7 @@ def save(args: Namespace, trainer: Self1ETrainer, model, tuner, processor) -> No
 
     def write() -> None:
         save_checkpoint(merged, processor, args.run_dir / "ckpt_model")
-        write_model_card(args.run_dir / "ckpt_model", base=args.version, command=args.command)
+        write_card(args.run_dir / "ckpt_model", base_model=args.version, command=args.command)
         if args.save_published_layout:
             save_checkpoint(merged, processor, args.run_dir / "ckpt_model_published", published=True)
 
@@ -390,9 +389,9 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
         output_dir=args.run_dir / "eval",
         visualize=args.eval_visualize,
         skip_missing=skip_missing,
-        weights={"weights": fingerprint(args.model_weights or args.version)},
+        weights=weights_identity(args.version, args.model_weights),
         overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
         **evaluation_options(args),
     )
     if args.version == str(trained) and distributed.is_main():
-        write_model_card(trained)  # with the table
+        write_card(trained)  # with the table

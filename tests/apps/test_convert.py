@@ -1,6 +1,7 @@
 """`self1e convert`: every way between the four layouts, outputs compared, heads neither lost nor made."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from helpers import each_pack, make_base, make_trained
 from transformers import InternVLForConditionalGeneration
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.apps import conversion as converter
-from self1e.apps.conversion import convert
+from self1e.apps import convert as converter
+from self1e.apps.convert import convert
 from self1e.cli import main
+from self1e.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_base_keeps_its_vocabulary_for_the_stock_model(sources):
 
 @pytest.mark.parametrize("layout", ["hf", "internvl"])
 def test_head_is_dropped_on_request_only(sources, tmp_path, layout):
-    with pytest.raises(ValueError, match="--drop_head"):
+    with pytest.raises(UserError, match="--drop_head"):
         convert(str(sources["self1e"]), tmp_path / "out", layout)
     assert not (tmp_path / "out").exists()
     convert(str(sources["self1e"]), tmp_path / "out", layout, drop_head=True)
@@ -73,44 +75,39 @@ def test_head_is_dropped_on_request_only(sources, tmp_path, layout):
 
 def test_no_head_is_invented_and_nothing_overwritten(sources, tmp_path, capsys):
     for layout in ("published", "self1e"):
-        with pytest.raises(ValueError, match="train it first"):
+        with pytest.raises(UserError, match="train it first"):
             convert(str(sources["internvl"]), tmp_path / "out", layout)
-    assert not (tmp_path / "out").exists()
     (tmp_path / "taken").mkdir()
-    with pytest.raises(SystemExit) as end:
-        main(["convert", str(sources["internvl"]), str(tmp_path / "taken"), "--layout", "hf"])
-    assert end.value.code == 2 and "exists" in capsys.readouterr().err
-    (sources["published"] / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    (sources["published"] / "tokenizer_config.json").rename(tmp_path / "tokenizer_config.json")
-    try:
-        arguments = ["convert", str(sources["published"]), str(tmp_path / "out"), "--layout", "self1e"]
-        assert main(arguments) == 1 and "--version" in capsys.readouterr().err
-        assert main([*arguments, "--version", str(sources["internvl"])]) == 0
-        assert f"{tmp_path / 'out'} is written, with the weights of its source and " in capsys.readouterr().out
-    finally:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (tmp_path / name).rename(sources["published"] / name)
+    assert main(["convert", str(sources["internvl"]), str(tmp_path / "taken"), "--layout", "hf"]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_published_weights_without_a_tokenizer_need_their_base(sources, tmp_path, capsys):
+    bare = shutil.copytree(sources["published"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    arguments = ["convert", str(bare), str(tmp_path / "out"), "--layout", "self1e"]
+    assert main(arguments) == 1 and "--version" in capsys.readouterr().err
+    assert main([*arguments, "--version", str(sources["internvl"])]) == 0
+    assert "with the weights of its source and " in capsys.readouterr().out
     assert_same(weights(tmp_path / "out"), weights(sources["self1e"]))
     assert "base_model:" in (tmp_path / "out/README.md").read_text()
 
 
-def test_verification_can_fail(sources, tmp_path, monkeypatch):
-    functions = convert.__globals__
-    original = functions["reload"]
+@pytest.mark.parametrize("broken", ["digests", "outputs"])
+def test_a_copy_that_differs_is_not_left_behind(sources, tmp_path, monkeypatch, broken):
+    original, calls = getattr(converter, broken), []
 
-    def damaged(*args):
-        model = original(*args)
-        model.segmentation_head.f_out[2].bias.data[0] += 1
-        return model
+    def damaged(model, *args, **kwargs):
+        found = original(model, *args, **kwargs)
+        calls.append(found)
+        if len(calls) == 2:  # of the copy
+            found = {name: b"" for name in found} if broken == "digests" else [x + 1 for x in found]
+        return found
 
-    monkeypatch.setitem(functions, "reload", damaged)
-    with pytest.raises(ValueError, match=r"1 tensors, segmentation_head\.f_out\.2\.bias first"):
+    monkeypatch.setattr(converter, broken, damaged)
+    with pytest.raises(RuntimeError, match="tensors are not as in" if broken == "digests" else "outputs differ"):
         convert(str(sources["self1e"]), tmp_path / "out", "published")
-    monkeypatch.setitem(functions, "digests", lambda *args, **kwargs: {})
-    with pytest.raises(ValueError, match="outputs differ"):
-        convert(str(sources["self1e"]), tmp_path / "out", "published")
-    assert not list(tmp_path.iterdir())
-    convert(str(sources["self1e"]), tmp_path / "out", "published", verify=False)
+    assert len(calls) == 2 and not list(tmp_path.iterdir())
 
 
 def test_dtype(sources, tmp_path):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.apps.conversion import convert
+from self1e.apps.convert import convert
 from self1e.model.prompts import SEG
 from self1e.model.weights import save_checkpoint
 

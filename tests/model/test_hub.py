@@ -1,23 +1,16 @@
-"""The Hub format: round trips to the bit, shards, Auto classes, device maps, quantization, push, the model card."""
+"""The Hub format: round trips to the bit, shards, Auto classes, device maps, quantization, push."""
 
 import importlib.util
 import json
-import os
 
 import pytest
 import torch
-import yaml
 from helpers import make_trained
-from huggingface_hub import parse_eval_result_entries
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.apps.loading import load
-from self1e.data.sets.parquet import READY
-from self1e.files import write_json
-from self1e.training.model_card import main as model_card
-from self1e.training.model_card import write_model_card
 
 SENTENCE = "Which one of these rolls?"
 FILES = {
@@ -147,77 +140,3 @@ def test_quantized_model_segments(tmp_path, image, bits):
     one, other = logits(full, processor, image), logits(model, processor, image)
     assert one.shape == other.shape and not one.equal(other)
     assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.9
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_widths_that_four_bits_do_not_fit_are_named(folder):
-    with pytest.raises(ValueError, match=r"(?s)--quantize 4 on a CPU needs widths.*use --quantize 8"):
-        load(str(folder), device="cpu", bits=4)
-
-
-def test_figures_in_the_form_of_the_hub(folder, tmp_path, capsys):
-    checkpoint = tmp_path / "exp/ckpt_model"
-    Self1EForSegmentation.from_pretrained(folder).save_pretrained(checkpoint)
-    figures = {"protocol": "lisa", "n": 20, "giou": 0.5, "ciou": 0.41237}
-    ready = "parquet|reasonseg_val|test"
-    splits = {
-        ready: {"note": "another copy"},
-        "ReasonSeg|val": {},
-        "parquet|mine/shards|val": {},
-        "refcoco|unc|val": {},
-    }
-    write_json(tmp_path / "exp/eval/summary.json", {split: figures | more for split, more in splits.items()})
-    started = "2026-03-01T10:00:00+00:00"
-    write_json(tmp_path / "exp/eval/settings.json", {ready: {"figures": {}, "run": {"started": started}}})
-    own = "ReasonSeg|val=org/reasonseg:short"
-    assert model_card([str(checkpoint), "--benchmarks", own]) == 0
-    file = checkpoint / ".eval_results/self1e.yaml"
-    hub, named = parse_eval_result_entries(yaml.safe_load(file.read_text()))
-    expected = (READY["reasonseg_val"].source, "test", 41.24, started)
-    assert (hub.dataset_id, hub.task_id, hub.value, hub.date) == expected
-    assert hub.notes == "cIoU in percent; gIoU 50.0; 20 sentences; protocol lisa; another copy"
-    assert (named.dataset_id, named.task_id, named.value) == ("org/reasonseg", "short", 50.0)
-    assert named.notes.startswith("gIoU in percent; cIoU 41.24;")
-
-    for benchmark, message in (
-        ("grefcoco|unc|val=org/g", "grefcoco.unc.val; the splits evaluated with these weights: "),
-        ("ReasonSeg|val=a b/c", "a b/c"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            model_card([str(checkpoint), "--benchmarks", benchmark])
-    with pytest.raises(SystemExit):
-        model_card([str(checkpoint), "--benchmarks", "org/reasonseg"])
-    assert "--benchmarks 'org/reasonseg': expected SPLIT=DATASET" in capsys.readouterr().err
-    os.utime(tmp_path / "exp/eval/summary.json", (0, 0))
-    write_model_card(checkpoint)
-    assert not file.exists(), "figures of weights that are replaced now"
-
-
-def test_model_card(folder, tmp_path, capsys):
-    Self1EForSegmentation.from_pretrained(folder).save_pretrained(tmp_path / "exp/ckpt_model")
-    checkpoint = tmp_path / "exp/ckpt_model"
-    command = "deepspeed train_hf_ivl_seq.py --version base \\\n    --exp_name exp"
-    card = write_model_card(checkpoint, base="org/base", command=command).read_text()
-    assert (
-        "base_model: org/base\n" in card
-        and f"```bash\n{command}\n```" in card
-        and card.startswith("---\nlibrary_name: transformers")
-    )
-    assert "# exp\n" in card and card.count("Not evaluated yet.") == 2
-    table = "| split | gIoU |\n|-------|-----:|\n| ReasonSeg\\|val | 59.4 |\n"
-    (tmp_path / "exp/eval").mkdir()
-    (tmp_path / "exp/eval/summary.md").write_text(table)
-    assert model_card([str(checkpoint)]) == 0
-    card = (checkpoint / "README.md").read_text()
-    assert table.strip() in card and card.count("Not evaluated yet.") == 1
-    assert "base_model: org/base\n" in card and command in card, "what an earlier card knew is kept"
-    os.utime(tmp_path / "exp/eval/summary.md", (0, 0))
-    assert "59.4" not in write_model_card(checkpoint).read_text(), "scores of weights that are replaced now"
-    assert "59.4" in write_model_card(checkpoint, results=tmp_path / "exp").read_text()
-    for header in "a: [", "- a", "a: " + "[" * 100_000:
-        (checkpoint / "README.md").write_text(f"---\n{header}\n---\n")
-        with pytest.raises(ValueError, match="README.md: its header is no YAML"):
-            write_model_card(checkpoint)
-    with pytest.raises(SystemExit):
-        model_card([str(tmp_path)])
-    assert "config.json is missing" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""The model card of a checkpoint, its README.md: how to use it, how it was trained, what it scored.
+
+    self1e card runs/exp        # after an evaluation, to fill in its figures
+
+Training writes the card with the weights, and `hf upload USER/NAME runs/exp/ckpt_model` carries both to the hub. Its
+figures are those of evaluations of these very weights. What you write into the card stays; only its header and the
+section "Evaluation" are renewed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from self1e.errors import UserError
+from self1e.evaluation.tables import TITLES
+from self1e.files import read_json
+from self1e.model.config import Self1EConfig
+from self1e.model.weights import checkpoint_folder, weights_identity
+
+TEXT = """
+# {title}
+
+A multimodal LLM that segments by itself: one `[SEG]` token, no mask decoder (SELF1E, arXiv 2603.19026).
+Head `{config.mask_features}`, replication `{config.replication}`, attention pathway `{config.attention_pathway}`.
+
+## Use
+
+```python
+from PIL import Image
+from self1e import Self1EForSegmentation, Self1EProcessor
+
+processor = Self1EProcessor.from_pretrained("{title}")
+model = Self1EForSegmentation.from_pretrained("{title}")
+result = model.segment(processor, Image.open("photo.jpg"), "the red car")[0]
+result.mask, result.score                     # bool (height, width), mean foreground probability
+```
+
+## Training
+
+{training}
+"""
+EVALUATION = "\n## Evaluation\n"
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    title: str | None = None,
+    command: str | None = None,
+    results: str | Path | None = None,
+    **header: str | list[str] | None,
+) -> Path:
+    """Write or renew `<folder>/README.md` and return its path.
+
+    Args:
+        folder: of a checkpoint, layout `self1e`.
+        title: of a new card; default: the folder's name, or the run's around a `ckpt_model`.
+        command: that trained it, for a new card.
+        results: folder that holds `eval` and `eval_vqa`; default: the one around the checkpoint.
+        header: fields of the hub, `base_model`, `license`, `datasets`; those that are None stay as they are.
+    """
+    folder = Path(folder)
+    path, named, config = folder / "README.md", folder.resolve(), Self1EConfig.from_pretrained(folder)
+    title = title or (named.parent.name if named.name == "ckpt_model" else named.name)
+    if path.is_file():
+        card = ModelCard.load(path)
+    else:
+        training = f"```bash\n{command}\n```" if command else "The command is not known."
+        data = ModelCardData(
+            library_name="transformers",
+            pipeline_tag="image-segmentation",
+            tags=["self1e", "referring-segmentation", "reasoning-segmentation"],
+        )
+        text = TEXT.format(title=title, config=config, training=training)
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    for name, value in header.items():
+        if value:
+            local = isinstance(value, str) and Path(value).is_dir()  # a path of this machine tells nobody anything
+            card.data[name] = Path(value).name if local else value
+    tables, scores = evaluation(folder, Path(results or folder.parent))
+    card.data.eval_results, card.data.model_name = scores or None, title if scores else None
+    before, _, after = card.text.partition(EVALUATION)
+    rest = after[after.find("\n## ") :] if "\n## " in after else ""
+    card.text = f"{before.rstrip()}\n{EVALUATION}\n{tables}\n{rest}"
+    card.save(path)
+    return path
+
+
+def evaluation(folder: Path, results: Path) -> tuple[str, list[EvalResult]]:
+    """The section's text, and the figures in the hub's form, of the results that the checkpoint's own weights made."""
+    mine = weights_identity(folder)["weights"]
+    found = {
+        name: results / place
+        for name, place in {"Segmentation": "eval", "Visual question answering": "eval_vqa"}.items()
+        if (results / place / "summary.md").is_file() and (results / place / "settings.json").is_file()
+        if read_json(results / place / "settings.json", dict).get("weights") == mine
+    }
+    tables = [f"### {name}\n\n{(place / 'summary.md').read_text(encoding='utf-8')}" for name, place in found.items()]
+    splits = read_json(found["Segmentation"] / "summary.json", dict) if "Segmentation" in found else {}
+    scores = [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type=Path(split.split("|")[0]).name,  # without the paths of this machine
+            dataset_name=" ".join(Path(part).name for part in split.split("|")),
+            dataset_split=split.split("|")[-1],
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(100 * figures[metric], 2),
+        )
+        for split, figures in splits.items()
+        for metric, name in TITLES.items()
+    ]
+    return "\n".join(tables) or "These weights have not been evaluated yet.\n", scores
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="self1e card",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("folder", type=checkpoint_folder, help="folder of a run, or of its checkpoint")
+    add("--base_model", metavar="ID", help="hub id of what the training started from")
+    add("--license", help="of the weights, as the hub spells it, such as apache-2.0")
+    add("--datasets", nargs="+", metavar="ID", help="hub ids of the training data")
+    add("--results", type=Path, help="folder with eval and eval_vqa; default: the one around the checkpoint")
+    args = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    if args["results"] is not None and not args["results"].is_dir():
+        raise UserError(f"--results {args['results']}: no such folder; expected one with eval or eval_vqa in it")
+    print(f"written: {write_card(args.pop('folder'), **args)}")
+    return 0

@@ -1,0 +1,61 @@
+"""The model card: what it knows, what stays of it, and whose figures it shows."""
+
+import pytest
+from helpers import make_trained
+from huggingface_hub import ModelCard
+
+from self1e import Self1EForSegmentation
+from self1e.cli import main
+from self1e.files import write_json
+from self1e.model.weights import weights_identity
+from self1e.training.card import write_card
+
+FIGURES = {"refcoco|unc|val": {"giou": 0.5, "ciou": 0.41237}, "custom|/data/mine/shards|val": {"giou": 1, "ciou": 1}}
+TABLE = "| split | gIoU |\n|-------|-----:|\n| refcoco | 59.4 |\n"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return make_trained(tmp_path / "exp/ckpt_model", tmp_path / "base" if (tmp_path / "base").exists() else None)
+
+
+def evaluate(checkpoint):
+    """Leave what an evaluation of the checkpoint leaves."""
+    folder = checkpoint.parent / "eval"
+    write_json(folder / "settings.json", weights_identity(checkpoint) | {"precision": "float32"})
+    write_json(folder / "summary.json", FIGURES)
+    (folder / "summary.md").write_text(TABLE)
+
+
+def test_a_card_says_how_to_use_it_how_it_was_trained_and_what_it_scored(checkpoint, tmp_path):
+    command = "deepspeed train_hf_ivl_seq.py --version base \\\n    --exp_name exp"
+    card = ModelCard.load(write_card(checkpoint, base_model=str(tmp_path / "exp"), command=command))
+    assert card.data.base_model == "exp" and card.data.library_name == "transformers"
+    assert "# exp\n" in card.text and f"```bash\n{command}\n```" in card.text and "not been evaluated yet" in card.text
+
+    path = checkpoint / "README.md"
+    path.write_text(path.read_text().replace("## Use", "My own sentence.\n\n## Use") + "\n## Thanks\n\nTo all.\n")
+    evaluate(checkpoint)
+    assert main(["card", str(checkpoint.parent), "--license", "mit", "--datasets", "org/a", "org/b"]) == 0
+    card = ModelCard.load(path)
+    assert (card.data.base_model, card.data.license, card.data.datasets) == ("exp", "mit", ["org/a", "org/b"])
+    for text in (TABLE, command, "My own sentence.", "## Thanks\n\nTo all."):
+        assert card.text.count(text) == 1
+    assert "not been evaluated yet" not in card.text
+    found = {(x.dataset_name, x.metric_type): x.metric_value for x in card.data.eval_results}
+    assert found["refcoco unc val", "ciou"] == 41.24 and found["custom shards val", "giou"] == 100
+    again = path.read_text()
+    assert write_card(checkpoint).read_text() == again
+
+
+def test_figures_of_other_weights_are_left_out(checkpoint):
+    evaluate(checkpoint)
+    assert "59.4" in write_card(checkpoint).read_text()
+    Self1EForSegmentation.from_pretrained(checkpoint).save_pretrained(checkpoint)  # other weights now
+    card = ModelCard.load(write_card(checkpoint))
+    assert "59.4" not in card.text and not card.data.eval_results
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
+    assert main(["card", str(tmp_path)]) == 1
+    assert "config.json" in capsys.readouterr().err
