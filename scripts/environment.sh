@@ -6,7 +6,7 @@ use_environment() { # use_environment WHAT...: the arguments of pip install, rel
     cd "$root"
     local venv=${SELF1E_VENV:-$root/.venv} wanted
     if [ ! -x "$venv/bin/python" ]; then
-        "${PYTHON:-python3}" -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON" if sys.version_info < (3, 11) else 0)'
+        "${PYTHON:-python3}" -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed; set PYTHON" if not (3, 11) <= sys.version_info < (3, 14) else 0)'
         "${PYTHON:-python3}" -m venv "$venv"
     fi
     wanted="$* $(cat requirements.txt pyproject.toml | cksum)"

@@ -5,8 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import packages_distributions
 
 import yaml
 from helpers import ROOT
@@ -22,39 +21,24 @@ def test_requirements_are_the_package_with_training_and_tests():
     assert [line for line in lines if line] == [*PROJECT["dependencies"], *extras["train"], *extras["test"]]
 
 
-def brought(names: Iterable[str]) -> set[str]:
-    """The distributions of these requirements and all that they require in turn, by canonical name."""
-    found: set[str] = set()
-    waiting = [Requirement(name) for name in names]
-    while waiting:
-        wanted = waiting.pop()
-        for extra in ("", *wanted.extras):
-            key = canonicalize_name(wanted.name) + (f"[{extra}]" if extra else "")
-            if key not in found and (wanted.marker is None or wanted.marker.evaluate()):
-                found.add(key)
-                lines = map(Requirement, requires(wanted.name) or [])
-                waiting += [line for line in lines if line.marker is None or line.marker.evaluate({"extra": extra})]
-    return found
+def declared(*extras: str) -> set[str]:
+    """Canonical names of the package's dependencies and of those that the extras add."""
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    return {canonicalize_name(Requirement(line).name) for line in lines}
 
 
-def top_level_imports(source: str) -> set[str]:
-    """The packages that a module imports when it is imported itself."""
-    nodes = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
-    return {name.split(".")[0] for name in names} - {PROJECT["name"]} - set(sys.stdlib_module_names)
-
-
-def test_a_fresh_environment_holds_what_is_imported():
-    """An import that only an extra or a leftover of this environment serves would break the quickstart."""
-    there = brought([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]])
+def test_what_is_imported_is_declared():
+    """Not brought by chance by another package; what only an extra brings is imported where it is used."""
     owners = packages_distributions()
-    apps = ROOT / "self1e/apps"
-    with_an_extra = {apps / "page.py", apps / "gate.py", *apps.glob("lmms_eval/**/*.py")}
-    for file in {*ROOT.glob("self1e/**/*.py")} - with_an_extra:
-        for name in top_level_imports(file.read_text()):
-            served = {canonicalize_name(owner) for owner in owners.get(name, ())}
-            assert served & there, f"{file} imports {name}, which no requirement brings"
+    with_an_extra = {"page.py": "demo", "lmms_eval.py": "lmms-eval"}
+    for file in ROOT.glob("self1e/**/*.py"):
+        there = declared("train", *([with_an_extra[file.name]] if file.name in with_an_extra else []))
+        for node in ast.parse(file.read_text()).body:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            for name in {module.split(".")[0] for module in modules} - {"self1e"} - sys.stdlib_module_names:
+                served = {canonicalize_name(owner) for owner in owners.get(name, ())}
+                assert served & there, f"{file} imports {name}, which no requirement names"
 
 
 def test_the_lock_is_of_this_project_and_of_the_public_index():
@@ -62,9 +46,8 @@ def test_the_lock_is_of_this_project_and_of_the_public_index():
     assert set(re.findall(r"https?://([^/\"]+)", text)) <= {"pypi.org", "files.pythonhosted.org"}
     (locked,) = [package for package in tomllib.loads(text)["package"] if package["name"] == PROJECT["name"]]
     assert set(locked["metadata"]["provides-extras"]) == set(PROJECT["optional-dependencies"])
-    declared = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
-    names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in declared}
-    assert {entry["name"] for entry in locked["metadata"]["requires-dist"]} == names - {PROJECT["name"]}
+    names = {entry["name"] for entry in locked["metadata"]["requires-dist"]}
+    assert names == declared(*PROJECT["optional-dependencies"])
 
 
 def test_the_version_is_one():
