@@ -1,6 +1,6 @@
 """The command line: `self1e COMMAND ...`, or `python -m self1e COMMAND ...` from a checkout.
 
-A command is one entry of a table: a module with `main(argv) -> exit code`, imported when it is called.
+A command is one entry of a table: the module of `main(argv) -> exit code`, or MODULE:FUNCTION, imported when called.
 """
 
 import importlib
@@ -18,15 +18,15 @@ COMMANDS = {
     "chat": ("self1e.apps.predict", "answers about photos, with the masks in them"),
     "demo": ("self1e.apps.demo", "a page in the browser that segments and chats"),
     "train": ("self1e.training.run", "training, as by train_hf_ivl_seq.py"),
-    "eval": ("self1e.cli", "eval segmentation RUN, eval vqa RUN: what eval_all.sh and eval_vqas.sh start"),
+    "eval": ("self1e.cli:evaluate", "eval segmentation RUN, eval vqa RUN: what eval_all.sh and eval_vqas.sh start"),
     "convert": ("self1e.apps.convert", "checkpoints from one layout to another, verified"),
     "card": ("self1e.training.card", "the model card of a checkpoint, with its scores"),
     "check-data": ("self1e.apps.check_data", "counts and faults of the data trees or of own data"),
     "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),
 }
 DEVELOPERS = {
-    "make-shapes": ("self1e.apps.make_shapes", "a synthetic data tree in every format"),
-    "make-tiny": ("self1e.apps.make_tiny", "a tiny InternVL3 checkpoint with random weights"),
+    "make-shapes": ("self1e.apps.make:shapes", "a synthetic data tree in every format"),
+    "make-tiny": ("self1e.apps.make:tiny", "a tiny InternVL3 checkpoint with random weights"),
     "pictures": ("self1e.apps.method_pictures", "what each part of the method does to a photo"),
 }
 
@@ -74,10 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stdout if asked else sys.stderr,
         )
         return 0 if asked else 2
+    module, _, function = known[name][0].partition(":")
     try:
-        return run_program(
-            lambda: evaluate(rest) if name == "eval" else importlib.import_module(known[name][0]).main(rest)
-        )
+        return run_program(lambda: getattr(importlib.import_module(module), function or "main")(rest))
     except BrokenPipeError:  # whoever read our output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

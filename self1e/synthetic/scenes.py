@@ -1,6 +1,5 @@
 """Scenes of the synthetic data: coloured shapes on a photo-like background, and exact masks of what is visible."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -82,7 +81,10 @@ def render(rng: np.random.Generator, shapes: list[Shape], masks: np.ndarray) -> 
 
 
 def place_shapes(rng: np.random.Generator, height: int, width: int, simple: bool) -> tuple[list[Shape], np.ndarray]:
-    """Two to four shapes, no two alike, each at least 60% visible, and their whole masks uint8 (N, H, W)."""
+    """Two to four shapes, no two of the same colour and kind, each at least 60% visible.
+
+    Returns the shapes, and their whole masks uint8 (N, H, W).
+    """
     if simple:
         count = 3
         colours = rng.choice(list(COLOURS), count, replace=False)
@@ -90,30 +92,10 @@ def place_shapes(rng: np.random.Generator, height: int, width: int, simple: bool
     else:
         count = rng.choice([2, 3, 3, 3, 4])
         pairs = [PAIRS[i] for i in rng.choice(len(PAIRS), count, replace=False)]
-    return place(rng, height, width, pairs)
-
-
-def place(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    pairs: Sequence[tuple[str, str]],
-    *,
-    radius: tuple[float, float] = (0.15, 0.28),
-    hole: float = 0.55,
-    arm: float = 0.36,
-) -> tuple[list[Shape], np.ndarray]:
-    """Place a shape of each (colour, kind), at least 60% visible: the shapes, and their whole masks uint8 (N, H, W).
-
-    `radius`: range of the shapes' radii, as fractions of the shorter side. `hole`, `arm`: see `outline`.
-    """
-    count = len(pairs)
     while True:
-        radii = rng.uniform(*radius, count) * min(height, width)
+        radii = rng.uniform(0.15, 0.28, count) * min(height, width)
         centres = rng.uniform(radii[:, None] * 1.1, np.array([[width, height]]) - radii[:, None] * 1.1)
-        parts = [
-            outline(rng, kind, x, y, r, hole=hole, arm=arm) for (_, kind), (x, y), r in zip(pairs, centres, radii)
-        ]
+        parts = [outline(rng, kind, x, y, r) for (_, kind), (x, y), r in zip(pairs, centres, radii)]
         rles = [coco_mask.merge(coco_mask.frPyObjects(part, height, width)) for part in parts]
         masks = coco_mask.decode(rles).transpose(2, 0, 1)
         front = np.cumsum(masks[::-1], axis=0)[::-1] - masks  # how many shapes lie over a pixel of each
@@ -128,14 +110,8 @@ def place(
     return shapes, masks
 
 
-def outline(
-    rng: np.random.Generator, kind: str, x: float, y: float, radius: float, *, hole: float = 0.55, arm: float = 0.36
-) -> list[list[float]]:
-    """Polygons of a slightly turned shape within `radius`: two overlapping bars for a cross, else one.
-
-    `hole`: radius of a ring's hole as a fraction of the ring's. `arm`: width of a cross's bars as a fraction of their
-    length, roughly.
-    """
+def outline(rng: np.random.Generator, kind: str, x: float, y: float, radius: float) -> list[list[float]]:
+    """Polygons of a slightly turned shape within `radius`: two overlapping bars for a cross, else one."""
 
     def polar(n: int, radii: float | list[float], start: float) -> np.ndarray:
         angle = start + np.arange(n) * 2 * np.pi / n
@@ -146,10 +122,10 @@ def outline(
 
     up = -np.pi / 2  # y grows downwards
     if kind == "ring":
-        outer, inner = polar(40, 1.0, 0), polar(40, hole, 0)
+        outer, inner = polar(40, 1.0, 0), polar(40, 0.55, 0)
         parts = [np.concatenate([outer, outer[:1], inner[:1], inner[::-1]])]  # round, in through a slit, and back
     elif kind == "cross":
-        parts = [bar(1.05, arm), bar(arm, 1.05)]
+        parts = [bar(1.05, 0.36), bar(0.36, 1.05)]
     else:
         corners: dict[str, tuple[int, float | list[float], float]] = {
             "circle": (40, 1.0, 0),

@@ -1,9 +1,18 @@
-"""A synthetic dataset tree in the real formats: coloured shapes on photo-like backgrounds; see `apps.make_shapes`."""
+"""A synthetic dataset tree in the real formats: coloured shapes on photo-like backgrounds; see `apps.make`.
+
+What the semantic sets call the shapes (index in the set's class list):
+    ade20k     by kind:   circle ball 119, square box 41, triangle tent 114, star light 82, cross signboard 43,
+                          ring basket 112, background wall 0; outlines are `other`
+    cocostuff  by colour: red apple 52, green broccoli 55, blue sea 154, yellow banana 51, purple flower 118,
+                          orange orange 54, background wall-other 172; outlines are 255
+    mapillary  by colour: "Red Paint" ..., in the order of COLOURS, then "Wall"
+"""
 
 from pathlib import Path
 
 from tqdm import tqdm
 
+from self1e.errors import UserError
 from self1e.synthetic.conversations import write_conversations
 from self1e.synthetic.reasoning import write_reasoning
 from self1e.synthetic.referring import write_referring
@@ -22,23 +31,22 @@ def make_shapes_dataset(
     size: int = 224,
     simple: bool = False,
     seed: int = 0,
-    progress: bool = False,
 ) -> Path:
     """Write the tree below `path` and return it: `train` training scenes, three times `val` held-out scenes.
 
     `size`: pixels of a photo's longer side. `simple`: scenes whose colours tell the shapes apart, and one expression
-    a shape, colour and kind: what a model of a million parameters learns in minutes. Raises ValueError when there are
+    a shape, colour and kind: what a model of a million parameters learns in minutes. Raises UserError when there are
     too few scenes or pixels.
     """
     if train < 2 or val < 2:
-        raise ValueError(f"--train {train} --val {val}: every set needs two scenes at least")
+        raise UserError(f"--train {train} --val {val}: every set needs two scenes at least")
     if size < 48:
-        raise ValueError(f"--size {size}: shapes of a few pixels cannot be told apart, use 48 or more")
+        raise UserError(f"--size {size}: shapes of a few pixels cannot be told apart, use 48 or more")
     root = Path(path)
     counts = {"train": train} | dict.fromkeys(SPLITS, val)
     groups: dict[str, list[Scene]] = {split: [] for split in counts}
     splits = [split for split, n in counts.items() for _ in range(n)]
-    for scene_id, split in enumerate(tqdm(splits, desc="scenes", mininterval=1, disable=not progress), start=1):
+    for scene_id, split in enumerate(tqdm(splits, desc="scenes", mininterval=1, delay=2), start=1):
         groups[split].append(draw_scene(scene_id, seed=seed, size=size, simple=simple))
     dataset = root / "dataset"
     write_referring(dataset / "refer_seg", groups, seed)

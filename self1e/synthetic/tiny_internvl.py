@@ -1,6 +1,6 @@
 """A tiny InternVL3: random weights and a small tokenizer of its own, in the layout of the real checkpoints.
 
-The command, with the meaning of its options, is `apps.make_tiny`.
+The command is in `apps.make`.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
 
+from self1e.errors import UserError
 from self1e.files import write_json
 from self1e.model.config import native_config
 from self1e.model.weights import RENAMINGS, quiet
@@ -199,7 +200,18 @@ def make_tiny_internvl(
 ) -> Path:
     """Write a checkpoint folder: config, bf16 weights, tokenizer and preprocessor files; same options, same bytes.
 
-    Options: see `--help`. Raises ValueError for sizes that do not fit together. Returns the folder.
+    Returns the folder. Raises UserError for sizes that do not fit together.
+
+    Args:
+        layout: `internvl`, the original one, or `hf`, the one of transformers.
+        llm: `qwen2`, or `qwen3` (q and k norms, no bias in q, k, v).
+        image_size, patch_size: pixels per side of a tile and of a patch.
+        width, layers, heads, kv_heads: the LLM; its MLP is 3 times as wide.
+        vision_width, vision_layers, vision_heads: the ViT; its MLP is 4 times as wide.
+        layer_scale: initial layer scale of the ViT's branches. drop_path_rate: stochastic depth of its last layer.
+        vocab_size: byte symbols and merges at most.
+        tie_word_embeddings: no lm_head of its own, like Qwen2 0.5B.
+        shards: weight files.
     """
     options = dict(locals())
     check_sizes(options)
@@ -242,4 +254,4 @@ def check_sizes(options: dict) -> None:
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
-        raise ValueError("; ".join(broken))
+        raise UserError("; ".join(broken))

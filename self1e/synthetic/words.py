@@ -43,16 +43,16 @@ def phrases(scene: Scene, shape: Shape) -> tuple[list[str], list[str]]:
     if scene.simple:
         return [shape.name], []
     others = [other for other in scene.shapes if other is not shape]
-    alike = [other for other in others if other.kind == shape.kind]
+    same_kind = [other for other in others if other.kind == shape.kind]
     size, place = extremes(scene, shape, others)
     look = [shape.name]
-    if not alike:
+    if not same_kind:
         look.append(shape.kind)
     if shape.colour not in {other.colour for other in others}:
         look.append(f"{shape.colour} shape")
     look += [f"{word} shape" for word in size]
     spots = [f"{word} shape" for word in place]
-    size, place = extremes(scene, shape, alike)
+    size, place = extremes(scene, shape, same_kind)
     look += [f"{word} {shape.kind}" for word in size]
     spots += [f"{word} {shape.kind}" for word in place]
     return look, spots

@@ -1,0 +1,54 @@
+"""Make synthetic data and tiny models: for the quickstart, tests and debugging, on a CPU, in seconds.
+
+    self1e make-shapes runs/shapes                        # 2,000 + 300 scenes, 120 MB, 25 s
+    self1e make-shapes runs/few --train 8 --val 3         # for a look, 1 s
+    self1e make-tiny runs/tiny                            # a tiny InternVL3: 1 M parameters, 2 MB, 1 s
+    self1e make-tiny runs/tiny3 --llm qwen3 --shards 3    # like InternVL3.5, in shards
+
+`make-shapes` writes coloured shapes on photo-like backgrounds in the format of every data set: OUTPUT/dataset holds
+the segmentation and conversation sets, OUTPUT/data the VQA sets. A scene is one photo with two to four shapes, no two
+of the same colour and kind, which may overlap; an annotation is what is visible. No held-out photo is in a training
+set.
+
+`make-tiny` writes random weights and a small tokenizer of its own in the layout of the real checkpoints, `internvl`
+(`model_type: internvl_chat`) or `hf` (`model_type: internvl`, the `-hf` repositories).
+
+The same options write the same bytes.
+"""
+
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from self1e.errors import UserError
+from self1e.synthetic.shapes_dataset import make_shapes_dataset
+from self1e.synthetic.tiny_internvl import make_tiny_internvl
+
+
+def run(name: str, make: Callable[..., Path], argv: Sequence[str] | None, choices: dict[str, list[str]]) -> int:
+    """Call `make` with flags that are its keyword arguments, of the types of their defaults."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"self1e {name}", description=__doc__, formatter_class=formatter)
+    parser.add_argument("path", type=Path, metavar="OUTPUT", help="folder to write")
+    keywords = [p for p in inspect.signature(make).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for keyword in keywords:
+        flag, default = f"--{keyword.name}", keyword.default
+        options: dict[str, Any] = {"type": type(default), "choices": choices.get(keyword.name)}
+        if isinstance(default, bool):
+            options = {"action": "store_true"}
+        parser.add_argument(flag, default=default, help=f"default: {default}", **options)
+    try:
+        print(f"written: {make(**vars(parser.parse_args(argv)))}")
+    except UserError as error:
+        parser.error(str(error))
+    return 0
+
+
+def shapes(argv: Sequence[str] | None = None) -> int:
+    return run("make-shapes", make_shapes_dataset, argv, {})
+
+
+def tiny(argv: Sequence[str] | None = None) -> int:
+    return run("make-tiny", make_tiny_internvl, argv, {"layout": ["internvl", "hf"], "llm": ["qwen2", "qwen3"]})
