@@ -1,26 +1,42 @@
 """Sets of numbers and plans of them, for tests of the training stream."""
 
+import numpy as np
+
 from self1e.data.mixture import unpack
-from self1e.data.samples import Sample, SampleError
+from self1e.data.samples import Sample, SampleError, TrainingSet
 
 
-class Numbers:
-    """A set whose sample k has the id "<name>/<k>" and one random number as its conversation."""
+class Numbers(TrainingSet):
+    """A set whose sample k has the id "<name>/<k>" and one random number as its conversation.
 
-    def __init__(self, name, size, broken=(), cap=None):
-        self.name, self.size, self.broken, self.cap = name, size, set(broken), cap
+    broken: numbers of samples that cannot be read
+    empty:  numbers of samples without a usable label
+    """
+
+    def __init__(self, name, size, broken=(), cap=None, empty=()):
+        self.name, self.size, self.broken, self.cap, self.empty = name, size, set(broken), cap, set(empty)
+
+    @classmethod
+    def paths(cls, dataset_dir, data_dir):
+        return []
 
     def __len__(self):
         return self.size
 
-    def sample(self, index, rng):
+    def image_keys(self):
+        return np.arange(self.size)
+
+    def read(self, index, rng):
         if index in self.broken:
             raise SampleError(f"{self.name}/{index}", "torn")
-        return Sample(f"{self.name}/{index}", None, [[str(rng.integers(1 << 40))]], [])
+        if index in self.empty:
+            return None
+        mask = np.zeros((0, 1, 1), np.uint8)
+        return Sample(f"{self.name}/{index}", None, [[str(rng.integers(1 << 40))]], [mask])
 
 
 def ids(mixture, places):
-    return [f"{mixture.sets[unpack(t)[1]].name}/{unpack(t)[2]}" for t in places]
+    return [f"{mixture.sets[unpack(t)[1]].data.name}/{unpack(t)[2]}" for t in places]
 
 
 def epoch_batches(mixture, world=1, epoch=0):

@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.measuring import Peak, seconds
-from self1e.data import samples
-from self1e.data.families import FAMILIES, SetChoice
+from self1e.data.families import FAMILIES, DataConfig, SetChoice
+from self1e.data.loader import Encode
 from self1e.data.paths import missing
+from self1e.data.samples import SampleError
 from self1e.files import replacing, write_json
+from self1e.model import photos
 from self1e.model.config import DTYPES
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
-from self1e.training.stream import Encode
 
 QUESTION = "<image>\n What is thing {} in this image? Please output segmentation mask."
 EVALUATION = "evaluation, {} sentences"
@@ -125,7 +126,7 @@ def data_rates(processor: Self1EProcessor, args: Namespace) -> dict[str, dict[st
     stage: annotations with masks and texts, decoding of the photo, the processor. The disk is not measured.
     """
     encode = Encode(Self1EProcessor(processor.tokenizer, **TILE), max_length=512, max_tiles=1)
-    found, spent, decode = {}, dict.fromkeys(STAGES, 0.0), samples.as_rgb
+    found, spent, decode = {}, dict.fromkeys(STAGES, 0.0), photos.as_rgb
 
     def timed(stored: Image.Image) -> Image.Image:
         start = time.perf_counter()
@@ -134,14 +135,16 @@ def data_rates(processor: Self1EProcessor, args: Namespace) -> dict[str, dict[st
         return image
 
     for name, choice in tqdm(list(training_sets(args.dataset_dir, args.data_dir)), desc="data", mininterval=1):
-        data = choice.open(args.dataset_dir, args.data_dir, rows=3)
+        data = choice.open(DataConfig(Path(args.dataset_dir), Path(args.data_dir)))
         items = np.linspace(0, len(data) - 1, min(args.samples, len(data))).astype(int).tolist()
         for _ in range(2):  # the first time brings the files into memory
             spent, whole = dict.fromkeys(STAGES, 0.0), 0
             for item in items:
                 start, decoding = time.perf_counter(), spent["photo"]
-                with suppress(samples.SampleError), patch.object(samples, "as_rgb", timed):
-                    sample = data.sample(item, np.random.default_rng(item))
+                with suppress(SampleError), patch.object(photos, "as_rgb", timed):
+                    sample = data.read(item, np.random.default_rng(item))
+                    if sample is None:
+                        continue
                     read = time.perf_counter()
                     encode(sample)
                     spent["processor"] += time.perf_counter() - read

@@ -27,12 +27,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from self1e.data.families import FAMILIES, SetChoice
+from self1e.data.families import FAMILIES, DataConfig, SetChoice
 from self1e.data.paths import missing
-from self1e.data.samples import Annotation, EvalImage, EvalSplit, SampleError, TrainingSet, own_texts
+from self1e.data.samples import EvalImage, EvalSplit, Sample, SampleError, TrainingSet, check_sample
 from self1e.data.sets.custom import CustomData, CustomSplit
+from self1e.data.sets.referring import ReferringData
 from self1e.data.splits import SPLITS, load_split, split_paths
 from self1e.data.totals import compare
+from self1e.errors import UserError
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
@@ -96,13 +98,17 @@ def training_source(name: str, data: TrainingSet) -> Source:
             for what, empty in (("a phrase", " ".join(row[0].split()) in EMPTY_QUESTIONS), ("an answer", "" in row))
             if empty
         ]
-        rows = list(zip(sample.conversations, sample.masks))
-        return Seen(sample.id, sample.image, rows, problems + polygon_problems(data.annotations(item, sample.image)))
+        return Seen(sample.id, sample.image, list(zip(sample.conversations, sample.masks)), problems)
 
-    keys = data.keys()
-    return Source(
-        name, len(keys), len(np.unique(keys)), read, data.faults(), data.remarks(), compare(name, data.counts())
-    )
+    photos = len(np.unique(data.image_keys()))
+    return Source(name, len(data), photos, read, list(data.problems), totals=compare(name, counts(data)))
+
+
+def counts(data: TrainingSet | EvalSplit) -> dict[str, int]:
+    """What a set holds on disk, to compare with the known totals."""
+    if isinstance(getattr(data, "data", None), ReferringData):
+        return data.data.counts()
+    return {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
 
 
 class NamedAlready(SampleError):
@@ -115,6 +121,7 @@ class OwnData(CustomSplit):
     def __init__(self, path: Path, *, allow_outside: bool = False):
         self.name = str(path)
         self.data = CustomData(path, allow_outside=allow_outside)
+        self.problems = self.data.faults()
 
     def read(self, item: int) -> EvalImage:
         if not self.data.complete(item):
@@ -129,11 +136,10 @@ def evaluation_source(name: str, data: EvalSplit) -> Source:
         problems += [f"unit {id} occurs twice" for id, times in Counter(unit.unit_ids).items() if times > 1]
         image, masks = unit.load()
         rows = [([text.strip()], mask[None]) for text, mask in zip(unit.sentences, masks)]
-        return Seen(unit.image_id, image, rows, problems + polygon_problems(data.annotations(item, image)))
+        return Seen(unit.image_id, image, rows, problems)
 
-    return Source(
-        name, len(data), len(np.unique(data.keys())), read, data.faults(), data.remarks(), compare(name, data.counts())
-    )
+    photos = len(np.unique(data.image_keys()))
+    return Source(name, len(data), photos, read, list(data.problems), totals=compare(name, counts(data)))
 
 
 def question_source(name: str, questions: list[Question], problems: list[str]) -> Source:
@@ -156,31 +162,6 @@ def reference_problems(benchmark: VQABenchmark, questions: list[Question], data_
     return []
 
 
-# -------------------------------------------------------------------------------------------------------- polygons
-
-
-def polygon_problems(annotations: Iterable[Annotation]) -> list[str]:
-    """Annotations whose polygons leave the photo by more than a rounding error: 1% of a side, at least 2 pixels."""
-    found = []
-    for place, points, width, height in polygons(annotations):
-        slack = max(2, 0.01 * max(width, height))
-        low, high = points.min(0), points.max(0) - (width, height)
-        if min(low) < -slack or max(high) > slack:
-            found.append(
-                f"{place}: a polygon reaches ({points[:, 0].min():.0f} to {points[:, 0].max():.0f}, "
-                f"{points[:, 1].min():.0f} to {points[:, 1].max():.0f}), outside {width} x {height} pixels"
-            )
-    return found
-
-
-def polygons(annotations: Iterable[Annotation]) -> Iterator[tuple[str, np.ndarray, int, int]]:
-    """(place, points (n, 2), width, height) of every polygon."""
-    for place, segmentation, height, width in annotations:
-        for part in segmentation if isinstance(segmentation, list) else []:
-            if isinstance(part, list) and len(part) >= 2:
-                yield place, np.reshape(part[: len(part) // 2 * 2], (-1, 2)), width, height
-
-
 # ----------------------------------------------------------------------------------------------------------- tree
 
 
@@ -192,19 +173,19 @@ def training_sets() -> Iterator[tuple[str, type[TrainingSet]]]:
 def is_tree(path: Path) -> bool:
     """Whether a folder holds one of the folders of the sets; those of question sets are another folder's."""
     elsewhere = Path(os.devnull)
-    marks = (training_set.mark(path, elsewhere) for _, training_set in training_sets())
+    marks = (training_set.paths(path, elsewhere)[0] for _, training_set in training_sets())
     return any((path / mark.relative_to(path).parts[0]).is_dir() for mark in marks if mark.is_relative_to(path))
 
 
 def tree_sources(dataset_dir: Path, data_dir: Path, *, allow_outside: bool) -> Iterator[Source | str]:
     """Training sets, evaluation splits and VQA benchmarks; the bare name of one that is absent."""
     for name, training_set in training_sets():
-        if not training_set.mark(dataset_dir, data_dir).exists():
+        if not training_set.paths(dataset_dir, data_dir)[0].exists():
             yield name
             continue
-        options = training_set.everything(dataset_dir, data_dir)
-        choice = SetChoice(training_set, options)
-        load = partial(choice.open, dataset_dir, data_dir, rows=ALL_ROWS, allow_outside=allow_outside)
+        choice = SetChoice(training_set)
+        config = DataConfig(dataset_dir, data_dir, conversations=ALL_ROWS, allow_outside=allow_outside)
+        load = partial(choice.open, config)
         yield open_source(name, load, training_source, choice.paths(dataset_dir, data_dir))
     for name in SPLITS:
         if missing(split_paths([name], dataset_dir)):
@@ -230,7 +211,7 @@ def open_source(name: str, load: Callable, source: Callable, paths: Iterable[Pat
         return Source(name, problems=absent)
     try:
         return source(name, load())
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         return Source(name, problems=[str(error)])
 
 
@@ -253,8 +234,10 @@ class Report:
 def problems_of(seen: Seen) -> list[str]:
     problems = list(seen.problems)
     for turns, masks in seen.rows:
-        texts = own_texts(turns, len(masks))
-        problems += [f"{text!r} holds the reserved token {t}" for text in texts for t in prompts.reserved_in(text)]
+        try:
+            check_sample(Sample(seen.id, seen.image, [turns], [masks]))
+        except SampleError as error:
+            problems.append(error.cause)
         if len(masks) and masks.shape[1:] != (seen.image.height, seen.image.width):
             size = f"{masks.shape[2]} x {masks.shape[1]}, the photo {seen.image.width} x {seen.image.height}"
             problems.append(f"the mask's size is {size} pixels")

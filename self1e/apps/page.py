@@ -22,7 +22,7 @@ from PIL import Image
 from self1e.apps.gate import bytes_in
 from self1e.apps.results import Results
 from self1e.apps.segmenting import ask
-from self1e.data.samples import UNREADABLE, SampleError, load_image
+from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
 from self1e.files import replacing
 from self1e.model.inference import Reply
@@ -153,7 +153,7 @@ class Demo:
         try:
             with open_picture(path) as opened:
                 size = opened.width * opened.height / 1e6
-        except UNREADABLE:
+        except Exception:  # Pillow's decoders raise almost anything
             refuse(unreadable)
         if size > self.limits.megapixels:
             message = f"The picture has {size:.1f} megapixels; this server takes {self.limits.megapixels:g} at most."

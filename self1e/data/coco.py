@@ -1,89 +1,69 @@
 """Look-ups in a COCO-style annotation file: instances.json of the referring sets, PACO, PASCAL-Part."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from self1e.data.readers import read_coco, remarks_on
-from self1e.data.samples import Annotation
-from self1e.data.tables import open_index
+from self1e.data.masks import decode_segmentation
+from self1e.data.readers import read_coco
+from self1e.data.samples import SampleError
+from self1e.data.tables import open_tables
 
 
 class CocoIndex:
-    """Look-ups in a COCO-style file; memory-mapped (see `read_coco`)."""
+    """Images and annotations of a COCO-style file, memory-mapped (see `read_coco`); numbers are places in the file."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._index = open_index(path, read_coco)
-        self._images = self._index.table("images")
-        self._annotations = self._index.table("annotations")
-        self.categories: dict[int, str] = dict(map(tuple, self._index.meta["categories"]))
-
-    @property
-    def sha256(self) -> str:
-        """The SHA-256 of the file."""
-        return self._index.sha256
-
-    @property
-    def image_keys(self) -> np.ndarray:
-        """`image_key` of each image, int64, in file order."""
-        return self._index.array("image_keys")
+        self._tables = open_tables(path, read_coco)
+        self._images, self._annotations = self._tables.records("images"), self._tables.records("annotations")
+        self.categories: dict[int, str] = dict(map(tuple, self._tables.meta["categories"]))
+        self.problems = [f"{path.name}: {problem}" for problem in self._tables.meta["problems"]]
+        self.image_keys = self._tables.array("image_keys")  # `image_key` of each image, int64, in file order
+        self._image_ids, self._image_order = (self._tables.array(f"image_{what}") for what in ("ids", "order"))
+        self._ids, self._order = (self._tables.array(f"annotation_{what}") for what in ("ids", "order"))
+        self._owners, self._owned = (self._tables.array(f"owner_{what}") for what in ("ids", "order"))
 
     @property
     def image_ids(self) -> np.ndarray:
         """Image ids in file order."""
-        ids = np.empty_like(self._index.array("image_ids"))
-        ids[self._index.array("image_order")] = self._index.array("image_ids")
+        ids = np.empty_like(self._image_ids)
+        ids[self._image_order] = self._image_ids
         return ids
 
-    def image_rows(self, image_ids: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Row of each image id in file order. Raises KeyError for an unknown one."""
-        ids = self._index.array("image_ids")
-        places = np.searchsorted(ids, image_ids)
-        found = np.append(ids, -1)[places] == image_ids if len(ids) else np.zeros(len(places), bool)
+    def image_numbers(self, image_ids: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Number of each image id. Raises KeyError for an unknown one."""
+        places = np.searchsorted(self._image_ids, image_ids)
+        found = np.append(self._image_ids, np.iinfo(np.int64).min)[places] == image_ids
         if not found.all():
             raise KeyError(f"image id {np.asarray(image_ids)[~found][0]}")
-        return self._index.array("image_order")[places]
+        return self._image_order[places]
 
-    def image(self, row: int) -> tuple[str, int, int]:
+    def image(self, number: int) -> tuple[str, int, int]:
         """(file name, height, width)."""
-        file_name, height, width = self._images[row]
+        file_name, height, width = self._images[number]
         return file_name, height, width
 
-    def annotation(self, annotation_id: int) -> dict:
-        """An annotation as it stands in the file. Raises KeyError for an unknown id."""
-        ids = self._index.array("annotation_ids")
-        place = np.searchsorted(ids, annotation_id)
-        if place == len(ids) or ids[place] != annotation_id:
-            raise KeyError(f"annotation id {annotation_id}")
-        return self._annotations[int(self._index.array("annotation_order")[place])]
+    def annotation(self, id: int) -> dict:
+        """{id, category_id, segmentation} of an annotation. Raises KeyError for an unknown id."""
+        place = np.searchsorted(self._ids, id)
+        if place == len(self._ids) or self._ids[place] != id:
+            raise KeyError(f"annotation id {id}")
+        return self.annotation_at(self._order[place])
 
-    def annotation_rows(self, image_id: int) -> np.ndarray:
-        """Rows of all annotations of an image, in file order; read one with `annotation_at`."""
-        owners = self._index.array("owner_ids")
-        start, stop = np.searchsorted(owners, image_id), np.searchsorted(owners, image_id, side="right")
-        return self._index.array("owner_order")[start:stop]
+    def annotations_of(self, image_id: int) -> np.ndarray:
+        """Numbers of all annotations of an image, in file order; read one with `annotation_at`."""
+        start, stop = np.searchsorted(self._owners, image_id), np.searchsorted(self._owners, image_id, side="right")
+        return self._owned[start:stop]
 
-    def annotation_at(self, row: int) -> dict:
-        return self._annotations[int(row)]
+    def annotation_at(self, number: int) -> dict:
+        return self._annotations[int(number)]
 
-    def placed(self, row: int, annotations: Iterable[dict]) -> Iterator[Annotation]:
-        """Annotations of the image in a row, with their frame."""
-        _, height, width = self.image(row)
-        for annotation in annotations:
-            yield Annotation(f"annotation {annotation['id']}", annotation["segmentation"], height, width)
-
-    def faults(self) -> list[str]:
-        """Ids that occur twice, and annotations of no image."""
-        ids = {what: self._index.array(f"{what}_ids") for what in ("image", "annotation", "owner")}  # sorted
-        found = []
-        for what in "image", "annotation":
-            twice = np.unique(ids[what][1:][np.diff(ids[what]) == 0])
-            found += [f"{self.path.name}: {what} id {id} occurs twice" for id in twice]
-        lost = np.setdiff1d(ids["owner"], ids["image"])
-        return found + [f"{self.path.name}: annotations of image {id}, which is not among its images" for id in lost]
-
-    def remarks(self, *, empty: str) -> list[str]:
-        """Annotations whose segmentation is odd; `empty` says what becomes of an empty one."""
-        return remarks_on(self._index.meta["oddities"], self.path.name, empty=empty)
+    @staticmethod
+    def mask(annotation: dict, height: int, width: int, id: str) -> np.ndarray:
+        """The mask of an annotation, uint8 {0, 1} (height, width). Raises SampleError under `id`, naming it."""
+        try:
+            return decode_segmentation(annotation["segmentation"], height, width)
+        except ValueError as error:
+            raise SampleError(id, f"annotation {annotation['id']}: malformed segmentation ({error})") from error

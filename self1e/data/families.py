@@ -19,26 +19,38 @@ from self1e.data.sets.reasoning import ReasonSeg, split_names
 from self1e.data.sets.referring import GRefCOCO, RefCLEF, RefCOCO, RefCOCOg, RefCOCOPlus
 from self1e.data.sets.semantic import ADE20K, PACO, COCOStuff, Mapillary, PascalPart
 from self1e.data.sets.vqa import GQA, OKVQA, LLaVAInstruct, TextVQA, VizWiz, VQAv2
-from self1e.flags import check_known
+from self1e.errors import UserError, check_known
 
 SEPARATOR = "||"
 
 
 @dataclass(frozen=True)
 class SetChoice:
-    """A selected set and the further arguments of its class."""
+    """A selected set, the further arguments of its class, and whether the rate of its family multiplies it."""
 
     training_set: type[TrainingSet]
     options: Mapping[str, Any] = field(default_factory=dict)
+    rated: bool = True
 
     def paths(self, dataset_dir: Path, data_dir: Path) -> list[Path]:
         """Files and folders that must exist before it is opened."""
         paths: Callable[..., list[Path]] = self.training_set.paths
         return paths(dataset_dir, data_dir, **self.options)
 
-    def open(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False) -> TrainingSet:
-        """The set. Raises ValueError for files of another schema."""
-        return self.training_set(dataset_dir, data_dir, rows=rows, allow_outside=allow_outside, **self.options)
+    def open(self, config: "DataConfig") -> TrainingSet:
+        """The set. Raises UserError for files of another schema, and for a set without samples."""
+        data = self.training_set(
+            config.dataset_dir,
+            config.data_dir,
+            conversations=config.conversations,
+            allow_outside=config.allow_outside,
+            **self.options,
+        )
+        if not len(data):
+            raise UserError(
+                f"{data.name}: no training samples in {self.paths(config.dataset_dir, config.data_dir)[0]}"
+            )
+        return data
 
 
 @dataclass(frozen=True)
@@ -49,16 +61,19 @@ class Family:
     default: the flag's value when it is not given, names joined by "||"; None: it must be given
     help:    the flag's line in `--help`
     options: further flags of the family with their defaults; `choose` gets their values
+    unrated: names of sets that count once, whatever the family's rate
     """
 
     sets: Mapping[str, type[TrainingSet]]
     default: str | None
     help: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    unrated: tuple[str, ...] = ()
 
     def choose(self, flag: str, value: str | None, **options: Any) -> tuple[SetChoice, ...]:
-        """The sets that a flag's value names. Raises ValueError naming the flag and what is known."""
-        return tuple(SetChoice(self.sets[name]) for name in _names(value or "", self.sets, flag))
+        """The sets that a flag's value names. Raises UserError naming the flag and what is known."""
+        names = _names(value or "", self.sets, flag)
+        return tuple(SetChoice(self.sets[name], rated=name not in self.unrated) for name in names)
 
 
 class ReasoningFamily(Family):
@@ -68,7 +83,7 @@ class ReasoningFamily(Family):
         names, _, splits = (value or "").partition("|")
         split_names(splits or "train")
         if options["explanatory"] != -1 and not 0 <= options["explanatory"] <= 1:
-            raise ValueError(f"--explanatory is {options['explanatory']}; expected -1 (off) or a share from 0 to 1")
+            raise UserError(f"--explanatory is {options['explanatory']}; expected -1 (off) or a share from 0 to 1")
         chosen = super().choose(flag, names)
         return tuple(SetChoice(c.training_set, {"splits": splits or "train"} | options) for c in chosen)
 
@@ -78,7 +93,7 @@ class CustomFamily(Family):
 
     def choose(self, flag: str, value: str | None, **options: Any) -> tuple[SetChoice, ...]:
         if not value:
-            raise ValueError(f"--dataset custom needs {flag}: one path or several, joined by ||")
+            raise UserError(f"--dataset custom needs {flag}: one path or several, joined by ||")
         return tuple(SetChoice(CustomSet, {"source": path.strip()}) for path in value.split(SEPARATOR))
 
 
@@ -104,6 +119,7 @@ FAMILIES: dict[str, Family] = {
         _by_name(LLaVAInstruct, VQAv2, OKVQA, TextVQA, VizWiz, GQA),
         "llava_instruct_150k||vqav2||okvqa||textvqa||vizwiz||gqa",
         "conversation and question sets, joined by ||",
+        unrated=("vqav2", "okvqa", "textvqa", "vizwiz", "gqa"),
     ),
     "custom": CustomFamily({}, None, "own data of the family custom: paths, joined by ||"),
 }
@@ -126,15 +142,15 @@ class DataConfig:
     dataset_dir:   folder of the segmentation sets and LLaVA
     data_dir:      folder of the question sets
     families:      what is trained on, in the order of `--dataset`
-    rows:          conversations per sample, at most (`--num_classes_per_sample`)
+    conversations: of a sample, at most (`--num_classes_per_sample`)
     exclude_val:   drop every training photo that an evaluation split on disk uses, under whatever name
     allow_outside: photos may lie outside the folders of their set (see `paths.inside`)
     """
 
     dataset_dir: Path
     data_dir: Path
-    families: tuple[FamilyChoice, ...]
-    rows: int = 3
+    families: tuple[FamilyChoice, ...] = ()
+    conversations: int = 3
     exclude_val: bool = False
     allow_outside: bool = False
 
@@ -156,29 +172,26 @@ class DataConfig:
         """Build it from the values of the command line's flags of the same names (see `flags`).
 
         sample_rates: one per family of `dataset`, in its order; None: 1 each
-        Raises ValueError that names the flag, TypeError for a name that is no flag.
+        Raises UserError that names the flag, TypeError for a name that is no flag.
         """
-        unknown = flags.keys() - cls.flags().keys()
-        if unknown:
+        if unknown := flags.keys() - cls.flags().keys():
             raise TypeError(f"DataConfig.parse takes no {', '.join(sorted(unknown))}")
         flags = cls.flags() | flags
         names = _names(flags["dataset"], FAMILIES, "--dataset")
         if len(set(names)) < len(names):
-            raise ValueError(f"--dataset {flags['dataset']!r} names a family twice; use --sample_rates instead")
+            raise UserError(f"--dataset {flags['dataset']!r} names a family twice; use --sample_rates instead")
         if flags["num_classes_per_sample"] < 1:
-            raise ValueError(f"--num_classes_per_sample is {flags['num_classes_per_sample']}; expected at least 1")
+            raise UserError(f"--num_classes_per_sample is {flags['num_classes_per_sample']}; expected at least 1")
         families = []
         for name, rate in zip(names, _rates(flags["sample_rates"], names)):
-            family = FAMILIES[name]
-            options = {option: flags[option] for option in family.options}
-            families.append(
-                FamilyChoice(name, rate, family.choose(f"--{name}_data", flags[f"{name}_data"], **options))
-            )
+            options = {option: flags[option] for option in FAMILIES[name].options}
+            sets = FAMILIES[name].choose(f"--{name}_data", flags[f"{name}_data"], **options)
+            families.append(FamilyChoice(name, rate, sets))
         return cls(
             dataset_dir=Path(dataset_dir),
             data_dir=Path(data_dir),
             families=tuple(families),
-            rows=flags["num_classes_per_sample"],
+            conversations=flags["num_classes_per_sample"],
             exclude_val=flags["exclude_val"],
             allow_outside=flags["allow_outside"],
         )
@@ -195,7 +208,7 @@ class DataConfig:
 
 def _names(value: str, known: Iterable[str], flag: str) -> list[str]:
     names = [name.strip() for name in value.split(SEPARATOR)]
-    check_known(f"{flag}: unknown", names, known, note=", joined by ||")
+    check_known(f"{flag}: unknown", names, known)
     return names
 
 
@@ -205,11 +218,11 @@ def _rates(sample_rates: str | None, families: list[str]) -> list[float]:
     try:
         rates = [float(rate) for rate in sample_rates.split(",")]
     except ValueError as error:
-        raise ValueError(f"--sample_rates {sample_rates!r}: {error}; expected numbers such as 1,1,0.5") from error
+        raise UserError(f"--sample_rates {sample_rates!r}: {error}; expected numbers such as 1,1,0.5") from error
     if any(rate < 0 or not math.isfinite(rate) for rate in rates):
-        raise ValueError(f"--sample_rates {sample_rates!r}: rates must be finite and not negative")
+        raise UserError(f"--sample_rates {sample_rates!r}: rates must be finite and not negative")
     if len(rates) != len(families):
-        raise ValueError(
+        raise UserError(
             f"--sample_rates {sample_rates!r} holds {len(rates)} rates for the {len(families)} of --dataset "
             f"({', '.join(families)}); give one each, in that order"
         )

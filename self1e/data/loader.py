@@ -1,56 +1,143 @@
-"""The training mixture of the selected sets.
+"""From the flags of a run to its batches.
 
 mixture = build_mixture(config, batch_size=5, seed=0)
-for places in mixture.micro_batches(epoch, rank=0, world_size=1): samples = [mixture[place] for place in places]
+encode = Encode(processor, max_length=1024, max_tiles=1)
+for epoch in range(epochs):
+    for batch in make_loader(mixture, encode, epoch=epoch, rank=rank, world_size=world_size):
+        model(**batch)  # after taking `ids` and `replaced` out of it
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
+from self1e import distributed
 from self1e.data.families import DataConfig
-from self1e.data.mixture import Group, Mixture
+from self1e.data.mixture import AllBroken, Group, Mixture
 from self1e.data.paths import missing, require_paths
-from self1e.data.samples import Sample, say_once
+from self1e.data.samples import Sample, SampleError
 from self1e.data.splits import SPLITS, load_split, split_paths
+from self1e.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
-def evaluation_keys(dataset_dir: str | Path) -> np.ndarray:
-    """Sorted `image_key`s of every photo of the evaluation splits that are on disk."""
-    keys = [load_split(name, dataset_dir).keys() for name in SPLITS if not missing(split_paths([name], dataset_dir))]
-    return np.unique(np.concatenate(keys)) if keys else np.zeros(0, np.int64)
-
-
-def build_mixture(
-    config: DataConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    mode: str = "published",
-    transform: Callable[[Sample], Any] | None = None,
-) -> Mixture:
+def build_mixture(config: DataConfig, *, batch_size: int, seed: int, mode: str = "published") -> Mixture:
     """The training mixture of the selected sets; see `Mixture` for the arguments.
 
-    Raises ValueError for bad arguments or schemas; FileNotFoundError naming every missing path.
+    Raises UserError for bad arguments or schemas, and one that names every missing path.
     """
     require_paths(config.paths())
     excluded = evaluation_keys(config.dataset_dir) if config.exclude_val else None
     groups = []
     for family in config.families:
-        sets = []
-        for choice in family.sets:
-            data = choice.open(
-                config.dataset_dir, config.data_dir, rows=config.rows, allow_outside=config.allow_outside
-            )
-            for remark in data.remarks():
-                say_once(remark)
-            if excluded is not None:
-                data.exclude(excluded)
-            sets.append(data)
-        kinds = dict.fromkeys((data.rated, data.segmentation, data.redrawn) for data in sets)
-        for rated, segmentation, redrawn in sorted(kinds, reverse=True):
-            alike = [d for d in sets if (d.rated, d.segmentation, d.redrawn) == (rated, segmentation, redrawn)]
-            groups.append(Group(alike, family.rate if rated else 1, segmentation, redraw=redrawn))
-    return Mixture(groups, batch_size=batch_size, seed=seed, mode=mode, transform=transform)
+        sets = [choice.open(config) for choice in family.sets]
+        for problem in dict.fromkeys(problem for data in sets for problem in data.problems):
+            log.warning("%s", problem)
+        traits = [(choice.rated, data.segmentation, data.redrawn) for choice, data in zip(family.sets, sets)]
+        for kind in sorted(set(traits), reverse=True):
+            rated, segmentation, redrawn = kind
+            members = [data for data, its in zip(sets, traits) if its == kind]
+            groups.append(Group(members, family.rate if rated else 1, segmentation, redraw=redrawn))
+    return Mixture(groups, batch_size=batch_size, seed=seed, mode=mode, excluded=excluded)
+
+
+def evaluation_keys(dataset_dir: str | Path) -> np.ndarray:
+    """Sorted `image_key`s of every photo of the evaluation splits that are on disk."""
+    there = [name for name in SPLITS if not missing(split_paths([name], dataset_dir))]
+    return np.unique(
+        np.concatenate([np.zeros(0, np.int64), *(load_split(n, dataset_dir).image_keys() for n in there)])
+    )
+
+
+class Encode:
+    """Turn a sample into what `Self1EProcessor.collate` takes; a sample that does not fit counts as broken."""
+
+    def __init__(self, processor: Any, *, max_length: int, max_tiles: int):
+        self.processor, self.options = processor, {"max_length": max_length, "max_tiles": max_tiles}
+
+    def __call__(self, sample: Sample) -> dict:
+        try:
+            encoded = self.processor.encode(sample.image, sample.conversations, sample.masks, **self.options)
+        except (UserError, ValueError) as error:
+            raise SampleError(sample.id, str(error)) from error
+        return encoded | {"id": sample.id, "replaced": sample.replaced}
+
+
+class Collate:
+    """Join encoded samples to a batch that also names its samples and the broken ones that they replace."""
+
+    def __init__(self, processor: Any, **options: Any):
+        self.processor, self.options = processor, options
+
+    def __call__(self, encoded: list[dict | AllBroken]) -> dict | AllBroken:
+        for entry in encoded:
+            if isinstance(entry, AllBroken):
+                return entry
+        replaced = [pair for entry in encoded for pair in entry["replaced"]]
+        ids = [entry["id"] for entry in encoded]
+        return dict(self.processor.collate(encoded, **self.options)) | {"ids": ids, "replaced": replaced}
+
+
+class Stream(Dataset):
+    """The encoded samples of a mixture by their places."""
+
+    def __init__(self, mixture: Mixture, encode: Encode):
+        self.mixture, self.encode = mixture, encode
+
+    def __len__(self) -> int:
+        return self.mixture.epoch_size
+
+    def __getitem__(self, place: int) -> dict | AllBroken:
+        try:
+            return self.mixture.build(place, self.encode)
+        except AllBroken as error:  # raised by the main process: from a worker it would come inside a traceback
+            return error
+
+
+class Loader(DataLoader):
+    """A DataLoader that raises the AllBroken that a worker met."""
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in super().__iter__():
+            if isinstance(batch, AllBroken):
+                raise batch
+            yield batch
+
+
+def make_loader(
+    mixture: Mixture,
+    encode: Encode,
+    *,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    first: int = 0,
+    stop: int | None = None,
+    workers: int = 0,
+    timeout: float = 0,
+    groups: int = 2,
+) -> DataLoader:
+    """This rank's batches of an epoch: what `processor.collate` makes, with `ids` and `replaced` (see `Collate`).
+
+    first, stop: take these micro-batches of the epoch alone, as after a resume
+    workers:     processes that read and encode; 0: this one does
+    timeout:     seconds after which a worker that gives nothing is an error; 0: never
+    groups:      of conversations of similar length in a batch, at most (see `processor.collate`)
+    """
+    plan = mixture.micro_batches(epoch, rank=rank, world_size=world_size)[first:stop]
+    return Loader(
+        Stream(mixture, encode),
+        batch_sampler=[places.tolist() for places in plan],
+        collate_fn=Collate(encode.processor, groups=groups),
+        num_workers=workers,
+        timeout=timeout if workers else 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=distributed.ignore_requests_to_stop,
+        generator=torch.Generator(),  # workers' seeds come from here and not from the training's own stream
+    )

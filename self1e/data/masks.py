@@ -3,16 +3,16 @@
 Masks are uint8 (H, W), {0, 1}, 255 = ignored where a format knows such pixels.
 """
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO
 
+import cv2
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from self1e.data.samples import UNREADABLE, SampleError, why_unreadable
-from self1e.model.photos import open_picture
+from self1e.data.samples import SampleError
+from self1e.model.photos import decode
 
 # What each EXIF orientation asks of an array, as Pillow's exif_transpose does to the photo.
 ORIENT = {
@@ -25,26 +25,10 @@ ORIENT = {
     7: lambda a: a[::-1, ::-1].T,
     8: lambda a: a.T[::-1],
 }
-
-
-T = TypeVar("T")
 IGNORED = 255  # value of a pixel that no class or score counts
-NAMED = 10  # faulty annotations of a photo that one message names
-MAX_PIXELS = 2 * 89_478_485  # of a picture, as Pillow allows
-MAX_OUTLINE = 4_000_000  # pixels along all polygons of an annotation; the library keeps five points for each
-MAX_SHAPES = 1_000  # of a photo of ReasonSeg
 
 
-def check_size(height: int, width: int) -> None:
-    """Raise TypeError unless these are the sides of a picture that Pillow would open."""
-    if height < 1 or width < 1 or height * width > MAX_PIXELS:
-        raise TypeError(f"height and width are {height} and {width}")
-
-
-def is_short_part(part: object) -> bool:
-    """Whether a polygon's part is no area: fewer than three points, or half a point too many."""
-    short = isinstance(part, list) and (len(part) < 6 or len(part) % 2 == 1)
-    return short and all(isinstance(number, (int, float)) for number in part)  # type: ignore[attr-defined]
+# ------------------------------------------------------------------------------------------------- COCO
 
 
 def check_runs(counts: list | str | bytes, height: int, width: int) -> None:
@@ -57,7 +41,7 @@ def check_runs(counts: list | str | bytes, height: int, width: int) -> None:
         runs = _decompress(counts.encode() if isinstance(counts, str) else counts)
     else:
         runs = np.asarray(counts)
-        if runs.dtype.kind not in "iu" or runs.ndim != 1 or any(isinstance(run, bool) for run in counts):
+        if runs.dtype.kind not in "iu" or runs.ndim != 1:
             raise ValueError("the runs are no integers")
     if (runs < 0).any() or (runs > height * width).any() or int(runs.sum()) != height * width:
         raise ValueError("the runs do not add up to the image")
@@ -87,81 +71,116 @@ def _decompress(counts: bytes) -> np.ndarray:
 
 
 def _rle(segmentation: dict, height: int, width: int) -> dict:
-    """Compressed RLE of a compressed or uncompressed one."""
-    if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"its size is {segmentation['size']!r:.80}, the image's is {[height, width]}")
-    counts = segmentation["counts"]
+    """Compressed RLE of a compressed or uncompressed one. Raises ValueError unless its runs fill the image."""
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if size != [height, width] and size != (height, width):
+        raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
     check_runs(counts, height, width)
     if isinstance(counts, (str, bytes)):
         return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
     return coco.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
 
 
-def _outline(points: list) -> np.ndarray:
-    """One part x0, y0, x1, y1, ... as float64 (n, 2)."""
-    array = np.asarray(points)
-    # pycocotools takes four numbers for a box and walks without end along a non-finite edge.
-    if array.dtype.kind not in "iuf" or array.ndim != 1 or len(array) < 6 or not (np.abs(array) < 1e6).all():
+def is_short_part(part: object) -> bool:
+    """Whether a polygon's part is no area: fewer than three points, or half a point too many."""
+    short = isinstance(part, list) and (len(part) < 6 or len(part) % 2 == 1)
+    return short and all(isinstance(number, (int, float)) for number in part)
+
+
+def parts_of(segmentation: list | dict) -> list:
+    """The parts of a COCO segmentation, polygons or RLE, without those that are no area (see `is_short_part`).
+
+    A flat list of numbers is one polygon. Raises ValueError where there are parts and none is an area.
+    """
+    parts = segmentation
+    if isinstance(segmentation, dict) or segmentation and isinstance(segmentation[0], (int, float)):
+        parts = [segmentation]
+    good = [part for part in parts if not is_short_part(part)]
+    if parts and not good:
         raise ValueError("a polygon needs at least three finite points")
-    return array.astype(np.float64).reshape(-1, 2)
+    return good
+
+
+def _rle_of(part: list | dict, height: int, width: int) -> dict:
+    """One part of a segmentation as compressed RLE. Raises ValueError for anything that is no part."""
+    if isinstance(part, dict):
+        return _rle(part, height, width)
+    points = np.asarray(part)
+    # pycocotools takes four numbers for a box and walks without end along a non-finite edge.
+    if points.dtype.kind not in "iuf" or points.ndim != 1 or len(points) < 6 or not (np.abs(points) < 1e6).all():
+        raise ValueError("a polygon needs at least three finite points")
+    return coco.frPyObjects([points.astype(float).tolist()], height, width)[0]
 
 
 def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """COCO segmentation -> uint8 {0, 1} (height, width), the union of its parts.
 
-    Accepts polygons (one or several parts), compressed RLE (`counts` str or bytes), uncompressed RLE (list), a list of
-    RLEs, and an empty list (an empty mask). Among several parts of a polygon those that are no area (`is_short_part`)
+    Accepts polygons (one or several parts, or one flat list), compressed RLE (`counts` str or bytes), uncompressed RLE
+    (list), a list of RLEs, and an empty list (an empty mask). Among several parts of a polygon those that are no area
     count as empty, as in the published code. Raises ValueError for anything else.
     """
-    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    if not isinstance(parts, list):
-        raise ValueError(f"neither polygons nor RLE: {type(parts).__name__}")
-    good = [part for part in parts if not is_short_part(part)]
-    if parts and not good:
-        raise ValueError("a polygon needs at least three finite points")
+    if not isinstance(segmentation, (list, dict)):
+        raise ValueError(f"neither polygons nor RLE: {type(segmentation).__name__}")
     mask = np.zeros((height, width), np.uint8)
-    length = 0.0
-    try:
-        for part in good:
-            if isinstance(part, dict):
-                rle = _rle(part, height, width)
-            else:
-                points = _outline(part)
-                length += np.abs(points - np.roll(points, 1, axis=0)).max(1).sum()
-                if length > MAX_OUTLINE:
-                    raise ValueError(f"the outlines of its polygons are longer than {MAX_OUTLINE:,} pixels")
-                rle = coco.frPyObjects([points.ravel().tolist()], height, width)[0]
-            mask |= coco.decode(rle)
-    except KeyError as error:
-        raise ValueError(f"RLE without {error}") from error
-    except (TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+    for part in parts_of(segmentation):
+        mask |= coco.decode(_rle_of(part, height, width))
     return mask
 
 
-def annotation_mask(annotation: dict, height: int, width: int, id: str) -> np.ndarray:
-    """The mask of one COCO annotation. Raises SampleError under `id`, naming the annotation."""
-    try:
-        return decode_segmentation(annotation["segmentation"], height, width)
-    except ValueError as error:
-        raise SampleError(id, f"annotation {annotation['id']}: malformed segmentation ({error})") from error
+def contradiction(annotation: dict, height: int, width: int) -> str | None:
+    """How a COCO annotation contradicts its own `bbox` and `area` or the image's size, or None.
 
-
-def decode_each(keys: Iterable[T], decode: Callable[[T], np.ndarray], id: str) -> dict[T, np.ndarray]:
-    """Key -> mask of several annotations of a photo; `decode` raises SampleError for a faulty one.
-
-    Raises one SampleError under `id` that names all faulty ones, so that they can be mended at once.
+    Its segmentation may be empty beside a box, far from the box or of another area by more than a factor of four,
+    leave the image by more than a rounding error (1% of a side, at least 2 pixels), or be in units of the image's
+    size instead of pixels. What is malformed is left to `decode_segmentation`.
     """
-    masks, causes = {}, []
-    for key in keys:
-        try:
-            masks[key] = decode(key)
-        except SampleError as error:
-            causes.append(error.cause)
-    if causes:
-        more = [f"and {len(causes) - NAMED} more"] if len(causes) > NAMED else []
-        raise SampleError(id, "; ".join([*causes[:NAMED], *more]))
-    return masks
+    box, area = annotation.get("bbox") or [], annotation.get("area") or 0
+    box = box if len(box) == 4 and min(box[2:]) > 0 else []
+    if not annotation["segmentation"]:
+        return "empty segmentation beside a bbox or an area" if box or area > 0 else None
+    try:
+        left, top, right, bottom, covered = _extent(annotation["segmentation"], height, width)
+    except (ValueError, TypeError):
+        return None
+    slack = max(2, 0.01 * max(height, width))
+    if right <= 1 and bottom <= 1 and max(height, width) > 2:
+        return "segmentation with coordinates from 0 to 1; they must be pixels"
+    if min(left, top) < -slack or right > width + slack or bottom > height + slack:
+        return "segmentation that reaches outside its image"
+    if box:
+        x, y, w, h = box
+        far = max(abs(left - x) / w, abs(right - x - w) / w, abs(top - y) / h, abs(bottom - y - h) / h)
+        if far > 0.5 and max(abs(left - x), abs(right - x - w), abs(top - y), abs(bottom - y - h)) > 4:
+            return "segmentation far from its bbox"
+    if area > 0 and max(area, covered) > 4 * min(area, covered) + 16:
+        return "segmentation of another area than it states"
+    return None
+
+
+def _extent(segmentation: list | dict, height: int, width: int) -> tuple[float, float, float, float, float]:
+    """(left, top, right, bottom, area) of a segmentation in pixels, overlaps counted twice."""
+    boxes, area = [], 0.0
+    for part in parts_of(segmentation):
+        if isinstance(part, dict):
+            rle = _rle(part, height, width)
+            x, y, w, h = coco.toBbox(rle).tolist()
+            boxes.append((x, y, x + w, y + h))
+            area += float(coco.area(rle))
+        else:
+            xs, ys = part[::2], part[1::2]
+            boxes.append((min(xs), min(ys), max(xs), max(ys)))
+            area += abs(sum(x * (below - above) for x, below, above in zip(xs, ys[1:] + ys[:1], ys[-1:] + ys))) / 2
+    lefts, tops, rights, bottoms = zip(*boxes)
+    return min(lefts), min(tops), max(rights), max(bottoms), area
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """bool or {0, 1} (H, W) -> COCO's compressed RLE as JSON holds it, a few hundred bytes."""
+    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+# -------------------------------------------------------------------------------------------- ReasonSeg
 
 
 def paint_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
@@ -171,22 +190,21 @@ def paint_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
     outline of thickness 1 included. A label holding "ignore" gives 255, equal to "flag" is skipped, whatever the case.
     Raises ValueError for shapes that are no polygons.
     """
-    if len(shapes) > MAX_SHAPES:
-        raise ValueError(f"it has {len(shapes):,} shapes; expected at most {MAX_SHAPES:,}")
     polygons = []
-    try:
-        for shape in shapes:
-            label = shape["label"].lower()
-            if label == "flag":
-                continue
-            points = np.asarray(shape["points"])
-            if points.dtype.kind not in "iuf" or points.shape[1:] != (2,) or not (np.abs(points) < 1e6).all():
-                raise ValueError("a shape needs finite points (x, y)")
-            points = points.astype(np.int32)
-            area = int(_paint(np.zeros((height, width), np.uint8), points, 1).sum())
-            polygons.append((area, points, IGNORED if "ignore" in label else 1))
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"shape without {error}") from error
+    for number, shape in enumerate(shapes):
+        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str) or "points" not in shape:
+            raise ValueError(f"shapes[{number}] has no label or no points")
+        label = shape["label"].lower()
+        if label == "flag":
+            continue
+        if (kind := shape.get("shape_type", "polygon")) not in ("polygon", None):
+            raise ValueError(f"shapes[{number}] is a {kind}; draw it as a polygon")
+        points = np.asarray(shape["points"])
+        if points.dtype.kind not in "iuf" or points.shape[1:] != (2,) or not (np.abs(points) < 1e6).all():
+            raise ValueError(f"shapes[{number}] needs finite points (x, y)")
+        points = points.astype(np.int32)
+        area = int(_paint(np.zeros((height, width), np.uint8), points, 1).sum())
+        polygons.append((area, points, IGNORED if "ignore" in label else 1))
     mask = np.zeros((height, width), np.uint8)
     for _, points, value in sorted(reversed(polygons), key=lambda polygon: -polygon[0]):
         _paint(mask, points, value)
@@ -194,27 +212,21 @@ def paint_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
 
 
 def _paint(mask: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
-    import cv2  # reading data is all that needs it, and command lines import this module
-
     cv2.polylines(mask, [points], isClosed=True, color=value, thickness=1)
     return cv2.fillPoly(mask, [points], color=value)
 
 
-def encode_mask(mask: np.ndarray) -> dict:
-    """bool or {0, 1} (H, W) -> COCO's compressed RLE as JSON holds it, a few hundred bytes."""
-    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+# ------------------------------------------------------------------------------------- label maps and frames
 
 
-def load_label_map(path: Path, id: str) -> np.ndarray:
+def load_label_map(path: Path | BinaryIO, id: str) -> np.ndarray:
     """One-channel label image -> integers (H, W), as stored. Raises SampleError under `id`."""
     try:
-        with open_picture(path) as image:
-            if image.format == "JPEG":
-                raise SampleError(id, f"{path} is a JPEG, which blurs the labels at every edge; store it as a PNG")
-            labels = np.asarray(image)
-    except UNREADABLE as error:
-        raise SampleError(id, f"cannot read {path}: {why_unreadable(error)}") from error
+        labels, format = decode(path, lambda picture: (np.asarray(picture), picture.format))
+    except OSError as error:
+        raise SampleError(id, f"cannot read {path}: {error.strerror or error}") from error
+    if format == "JPEG":
+        raise SampleError(id, f"{path} is a JPEG, which blurs the labels at every edge; store it as a PNG")
     if labels.ndim != 2:
         raise SampleError(id, f"{path} has {labels.shape[2]} channels; a mask or label map has one")
     return labels

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.samples import Sample, SampleError, TrainingSet
+from self1e.data.samples import Sample, SampleError, TrainingSet, check_sample
+from self1e.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ EPOCH_BITS, SET_BITS, ITEM_BITS, DRAW_BITS = 12, 5, 22, 24
 SHARE, REDRAW, SHUFFLE, REPLACE, SUBSET = range(5)
 
 
-class AllBroken(RuntimeError):
+class AllBroken(UserError):
     """Every sample tried for one place is broken."""
 
 
@@ -45,9 +46,34 @@ def unpack(place: int) -> tuple[int, int, int, int]:
     return place >> SET_BITS, place & (1 << SET_BITS) - 1, item, draw
 
 
-def samples_per_pass(data: TrainingSet) -> int:
-    """Samples of a set that one pass takes: all of them, or its cap."""
-    return len(data) if data.cap is None else min(data.cap, len(data))
+class Records:
+    """Those records of a set that take part: all, or those whose photo is not among `excluded` (see `image_key`)."""
+
+    def __init__(self, data: TrainingSet, excluded: np.ndarray | None = None):
+        self.data = data
+        self.numbers = np.arange(len(data), dtype=np.int32)  # item -> record of the set
+        if excluded is not None:
+            self.numbers = self.numbers[~np.isin(data.image_keys(), excluded)]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def per_pass(self) -> int:
+        """Samples that one pass takes: all of them, or the set's cap."""
+        return len(self) if self.data.cap is None else min(self.data.cap, len(self))
+
+    def sample(self, item: int, rng: np.random.Generator) -> Sample:
+        """Sample `item` in [0, len); one without usable labels is served by the next that has some, cyclically.
+
+        Raises SampleError when it is broken, which includes a text that holds a control token.
+        """
+        for step in range(len(self)):
+            sample = self.data.read(int(self.numbers[(item + step) % len(self)]), rng)
+            if sample is not None:
+                check_sample(sample)
+                return sample
+        raise SampleError(self.data.name, "no image of this set has a usable label")
 
 
 @dataclasses.dataclass
@@ -55,7 +81,7 @@ class Group:
     """Sets that share a rate.
 
     rate:         times each sample stands in an epoch; of the fraction, a random share of the samples of all sets
-    segmentation: its samples carry masks
+    segmentation: their samples carry masks
     redraw:       mode "published" draws the items of these places with replacement
     """
 
@@ -64,11 +90,11 @@ class Group:
     segmentation: bool
     redraw: bool
 
-    @property
-    def size(self) -> int:
-        """Places in an epoch."""
-        total = sum(map(samples_per_pass, self.sets))
-        return int(self.rate) * total + int((self.rate % 1) * total + 0.5)
+
+def group_size(rate: float, members: list[Records]) -> int:
+    """Places of a group in an epoch."""
+    total = sum(records.per_pass for records in members)
+    return int(rate) * total + int((rate % 1) * total + 0.5)
 
 
 class Mixture:
@@ -80,7 +106,7 @@ class Mixture:
                       segmentation sample
     Neither constrains anything at batch size 1 or without segmentation sets.
 
-    transform: Sample -> what `mixture[place]` returns (e.g. a processed sample); None gives the Sample
+    excluded: `image_key`s of photos whose samples do not take part
     """
 
     def __init__(
@@ -90,45 +116,36 @@ class Mixture:
         batch_size: int,
         seed: int,
         mode: str = "published",
-        transform: Callable[[Sample], Any] | None = None,
+        excluded: np.ndarray | None = None,
     ):
         if mode not in MODES:
-            raise ValueError(f"--mixture is {mode!r}; known: {', '.join(MODES)}")
+            raise UserError(f"--mixture is {mode!r}; known: {', '.join(MODES)}")
         if batch_size < 1:
-            raise ValueError(f"--batch_size is {batch_size}; expected at least 1")
+            raise UserError(f"--batch_size is {batch_size}; expected at least 1")
         if seed < 0:
-            raise ValueError(f"--seed is {seed}; expected 0 or more")
-        self.groups = groups
-        self.sets = [data for group in groups for data in group.sets]
+            raise UserError(f"--seed is {seed}; expected 0 or more")
+        self.groups = [(group, [Records(data, excluded) for data in group.sets]) for group in groups]
+        self.sets = [records for _, members in self.groups for records in members]
         self.segmentation = [group.segmentation for group in groups for _ in group.sets]
-        self.batch_size, self.seed, self.mode, self.transform = batch_size, seed, mode, transform
+        self.batch_size, self.seed, self.mode = batch_size, seed, mode
         self._logged: set[str] = set()
         if not self.epoch_size:
-            raise ValueError("the mixture is empty: check --sample_rates, --exclude_val and the datasets")
+            raise UserError("the mixture is empty: check --sample_rates, --exclude_val and the datasets")
         assert len(self.sets) <= 1 << SET_BITS and max(map(len, self.sets)) <= 1 << ITEM_BITS
         if 2 * self.epoch_size > 1 << DRAW_BITS:
-            raise ValueError(f"an epoch of {self.epoch_size} samples is too large; lower --sample_rates")
+            raise UserError(f"an epoch of {self.epoch_size} samples is too large; lower --sample_rates")
 
     @property
     def epoch_size(self) -> int:
         """Places (samples) in an epoch, the same in every epoch."""
-        return sum(group.size for group in self.groups)
+        return sum(group_size(group.rate, members) for group, members in self.groups)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Samples of each set that take part, before rates."""
-        return {data.name: samples_per_pass(data) for data in self.sets}
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """What tells the data from others wherever they lie: `samples` and `data`, size and digest by set."""
-        labels = [data.label for data in self.sets]
-        labels = [
-            f"{label} #{labels[:k].count(label)}" if label in labels[:k] else label for k, label in enumerate(labels)
-        ]
-        return {
-            "samples": dict(zip(labels, map(samples_per_pass, self.sets), strict=True)),
-            "data": {label: data.digest() for label, data in zip(labels, self.sets, strict=True)},
-        }
+        """Samples of each set that take part, before rates; a name that occurs again gets a number."""
+        names = [records.data.name for records in self.sets]
+        names = [f"{name} #{names[:k].count(name)}" if name in names[:k] else name for k, name in enumerate(names)]
+        return {name: records.per_pass for name, records in zip(names, self.sets, strict=True)}
 
     # ------------------------------------------------------------------------------------------ plan
     def _rng(self, epoch: int, stream: int) -> np.random.Generator:
@@ -136,18 +153,18 @@ class Mixture:
 
     def _pass(self, number: int, epoch: int, repetition: int) -> np.ndarray:
         """Items of the capped set `number`, int64 (cap,), that one of the passes of an epoch takes."""
-        data = self.sets[number]
+        records = self.sets[number]
         rng = np.random.default_rng([self.seed, epoch, SUBSET, number, repetition, 0])
-        return np.sort(rng.choice(len(data), samples_per_pass(data), replace=False))
+        return np.sort(rng.choice(len(records), records.per_pass, replace=False))
 
     def _places(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Places of an epoch in the order of the sets, int64 (n,), and whether each is a segmentation sample."""
         places, segmentation, first = [], [], 0
         share, redraw = self._rng(epoch, SHARE), self._rng(epoch, REDRAW)
-        for group in self.groups:
-            sizes = [samples_per_pass(data) for data in group.sets]
+        for group, members in self.groups:
+            sizes = [records.per_pass for records in members]
             total, whole = sum(sizes), int(group.rate)
-            part = np.sort(share.choice(max(total, 1), group.size - whole * total, replace=False))
+            part = np.sort(share.choice(max(total, 1), group_size(group.rate, members) - whole * total, replace=False))
             flat = np.concatenate([np.tile(np.arange(total), whole), part]).astype(np.int64)
             repetitions = np.repeat(np.arange(whole + 1), [total] * whole + [len(part)])
             draws = repetitions
@@ -156,8 +173,8 @@ class Mixture:
             starts = np.cumsum([0, *sizes])
             sets = np.searchsorted(starts, flat, side="right") - 1
             items = flat - starts[sets]
-            for k, data in enumerate(group.sets):
-                if sizes[k] < len(data):
+            for k, records in enumerate(members):
+                if sizes[k] < len(records):
                     for repetition in range(whole + 1):
                         chosen = (sets == k) & (repetitions == repetition)
                         items[chosen] = self._pass(first + k, epoch, repetition)[items[chosen]]
@@ -171,12 +188,12 @@ class Mixture:
 
         Every rank gets ceil(n / (batch_size * world_size)) of them; the n places are split evenly, and micro-batch j
         of all goes to rank j % world_size. With batch size 1 and n no multiple of world_size, the first places of the
-        epoch stand again at its end. Raises ValueError when there are fewer samples than ranks.
+        epoch stand again at its end. Raises UserError when there are fewer samples than ranks.
         """
         assert 0 <= epoch < 1 << EPOCH_BITS
         n = self.epoch_size
         if n < world_size:
-            raise ValueError(f"{n} training samples are fewer than the {world_size} processes")
+            raise UserError(f"{n} training samples are fewer than the {world_size} processes")
         count = -(-n // (self.batch_size * world_size)) * world_size
         places, segmentation = self._places(epoch)
         order = self._rng(epoch, SHUFFLE).permutation(n)
@@ -211,8 +228,12 @@ class Mixture:
         return spread
 
     # ------------------------------------------------------------------------------------------ samples
-    def __getitem__(self, place: int) -> Any:
-        """The sample of a place, through `transform`.
+    def __getitem__(self, place: int) -> Sample:
+        """The sample of a place (see `build`)."""
+        return self.build(place, lambda sample: sample)
+
+    def build(self, place: int, transform: Callable[[Sample], Any]) -> Any:
+        """What `transform` makes of the sample of a place.
 
         A broken one (SampleError from its set or from `transform`) is logged once by its id, and others, drawn from
         (seed, place, attempt), are tried in its place: first of the same set, then of all sets of its kind. What took
@@ -229,8 +250,7 @@ class Mixture:
                 item = int(rng.integers(len(self.sets[number])))
             try:
                 sample = self.sets[number].sample(item, rng)
-                sample = dataclasses.replace(sample, replaced=replaced)
-                return sample if self.transform is None else self.transform(sample)
+                return transform(dataclasses.replace(sample, replaced=replaced))
             except SampleError as error:
                 replaced += ((error.id, error.cause),)
                 if error.id not in self._logged:

@@ -1,16 +1,13 @@
-"""Which files and folders the selected data needs, which are absent, and which no annotation file may name."""
+"""Which files the selected data needs, which are absent, and which names annotation files may use."""
 
 import os
+import unicodedata
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from self1e.flags import did_you_mean
+from self1e.errors import UserError
 
 DATASETS, OWN_DATA = "docs/data.md, section Datasets", "docs/data.md, section Own data"
-# Sets that scripts/get_data.sh does not bring: a user's own, and those that only their authors hand out.
-UNFETCHED = ("custom", "parquet", "refcocom", "refzom", "rrefcoco", "rrefcoco+", "rrefcocog")
-FEW = 3  # missing paths of one missing folder that are named one by one
 LINKED_LEVELS = 2  # folders below a photo folder that may be links to anywhere
 
 
@@ -20,37 +17,22 @@ def missing(wanted: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
 
 
 def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
-    """Raise one FileNotFoundError that names every path of the (set or split, path) pairs that is not on disk.
+    """Raise one UserError that names every path of the (set or split, path) pairs that is not on disk.
 
-    Several of them below one folder that is missing itself, such as a mistyped `--dataset_dir`, are one line.
+    All of them below one folder that is missing itself, such as a mistyped `--dataset_dir`, are one line.
     """
-    users: dict[Path, list[str]] = {}
+    users: dict[Path, dict[Path, list[str]]] = {}  # missing folder or file -> paths in it -> sets
     for name, path in missing(wanted):
-        if name not in users.setdefault(path, []):
-            users[path].append(name)
+        users.setdefault(_first_missing(path), {}).setdefault(path, []).append(name)
     if not users:
         return
-    below: dict[Path, list[Path]] = {}
-    for path in users:
-        below.setdefault(_first_missing(path), []).append(path)
-    lines = []
-    for folder, paths in below.items():
-        if len(paths) > FEW:
-            sets = {name for path in paths for name in users[path]}
-            lines.append(f"{folder}   (the folder is missing: {len(paths)} files and folders of {len(sets)} sets)")
-        else:
-            lines += [f"{path}   ({', '.join(users[path])}{_near(path, users[path])})" for path in paths]
-    wanted_sets = dict.fromkeys(name.split("|")[0] for names in users.values() for name in names)
-    where = OWN_DATA if wanted_sets.keys() <= {"custom"} else DATASETS
-    get = " ".join(name for name in wanted_sets if name not in UNFETCHED)
-    brings = f", and `bash scripts/get_data.sh {get}` brings what can be downloaded" if get else ""
-    raise FileNotFoundError(f"missing data; {where}, says what goes where{brings}:\n  " + "\n  ".join(lines))
-
-
-def _near(path: Path, users: Iterable[str]) -> str:
-    """What a missing file of a user's own may have meant to name, as `did_you_mean` says it."""
-    own = all(name.split("|")[0] == "custom" for name in users) and path.parent.is_dir()
-    return did_you_mean(path.name, (beside.name for beside in path.parent.iterdir())) if own else ""
+    lines = [
+        f"{top}   (missing, with {len(paths)} files and folders)"
+        if len(paths) > 3
+        else "\n  ".join(f"{path}   ({', '.join(dict.fromkeys(names))})" for path, names in paths.items())
+        for top, paths in users.items()
+    ]
+    raise UserError(f"missing data; {DATASETS}, says what goes where, scripts/get_data.sh fetches sets:\n  " + "\n  ".join(lines))
 
 
 def _first_missing(path: Path) -> Path:
@@ -60,28 +42,37 @@ def _first_missing(path: Path) -> Path:
     return path
 
 
+def list_names(folder: Path, suffix: str) -> list[str]:
+    """Sorted names of the files of a folder that end with `suffix`, such as ".jpg"; hidden ones are left out.
+
+    Hidden are names that begin with a dot, such as the `._x.jpg` that a Mac puts beside x.jpg.
+    """
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.name.endswith(suffix) and entry.name[0] != ".")
+
+
 def inside(folder: Path, name: str, *, allow_outside: bool = False) -> Path:
     """The path of a file that an annotation file names relative to `folder`.
 
     Annotation files come from strangers, so a name may not lead out of the folder: it is relative and has no `..`. The
     folder itself and the folders in its first two levels may be links to anywhere, because users link whole folders of
-    photos into the tree; a file that is a link, or a link deeper down, must stay in that folder. Raises ValueError for
-    all else, unless `allow_outside`.
+    photos into the tree; a file that is a link, or a link deeper down, must stay in that folder. Raises UserError for
+    all else, unless `allow_outside`. A name with accents is found in either of its Unicode forms.
     """
-    path = folder / name
-    if allow_outside:
-        return path
     pure = PurePosixPath(name)
-    if pure.is_absolute() or PureWindowsPath(name).drive or ".." in PureWindowsPath(name).parts or "\0" in name:
-        raise ValueError(f"{name!r:.200} leads out of {folder}; if that is meant, add --allow_outside")
-    if os.path.islink(path) or len(pure.parts) > LINKED_LEVELS + 1:
-        anchor = _resolved(folder.joinpath(*pure.parts[:-1][:LINKED_LEVELS]))
+    if not allow_outside and (
+        pure.is_absolute() or PureWindowsPath(name).drive or ".." in PureWindowsPath(name).parts or "\0" in name
+    ):
+        raise UserError(f"{name!r:.200} leads out of {folder}; if that is meant, add --allow_outside")
+    path = folder / name
+    if not name.isascii() and not path.exists():
+        forms = (folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+        path = next((form for form in forms if form.exists()), path)
+    if "\\" in name and not path.exists():
+        raise UserError(f"{name!r:.200} has backslashes, which separate folders on Windows alone; write slashes")
+    if not allow_outside and (os.path.islink(path) or len(pure.parts) > LINKED_LEVELS + 1):
+        anchor = Path(os.path.realpath(folder.joinpath(*pure.parts[:-1][:LINKED_LEVELS])))
         target = Path(os.path.realpath(path))
         if not target.is_relative_to(anchor):
-            raise ValueError(f"{path} is a link to {target}, outside {anchor}; if that is meant, add --allow_outside")
+            raise UserError(f"{path} is a link to {target}, outside {anchor}; if that is meant, add --allow_outside")
     return path
-
-
-@lru_cache(maxsize=4096)
-def _resolved(folder: Path) -> Path:
-    return Path(os.path.realpath(folder))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from self1e.data.paths import require_paths
-from self1e.data.samples import EvalSplit, say_once
+from self1e.data.samples import EvalSplit
 from self1e.data.sets.custom import CustomSplit
 from self1e.data.sets.parquet import ParquetSplit
 from self1e.data.sets.reasoning import ReasoningSplit
@@ -110,10 +110,7 @@ def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = Fals
     """
     entry = get_splits([name])[name]
     require_paths(split_paths([name], dataset_dir))
-    split = entry.reader(name, Path(dataset_dir), allow_outside=allow_outside)
-    for remark in split.remarks():
-        say_once(remark)
-    return split
+    return entry.reader(name, Path(dataset_dir), allow_outside=allow_outside)
 
 
 def file_stem(split: str) -> str:

@@ -1,36 +1,113 @@
-"""Photos in one mode and at one size, without torch: what reads data needs no more."""
+"""Photos as users have them, turned into RGB pictures that stand upright."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
+
+from self1e.errors import UserError
+
+T = TypeVar("T")
 
 # What photos and masks come in. Pillow opens more, and would start Ghostscript for a file that turns out to be EPS.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 MAX_SIDE = 65_535  # pixels, as in JPEG: to shrink a long side, Pillow takes 32 bytes for each of its pixels
+ORIENTATION_TAG = 0x0112
+TURNS = {  # what each EXIF orientation asks for; 1 and all else: nothing
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @cache
 def _readable() -> tuple[str, ...]:
-    """Those of `FORMATS` that the installed Pillow knows."""
+    """Those of `FORMATS` that the installed Pillow knows; HEIF comes with the package pillow-heif."""
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def open_picture(source: Path | str | BinaryIO) -> Image.Image:
-    """A file that may come from a stranger, opened and not decoded yet, whatever its name says.
+    """A picture file, opened and not decoded yet, whatever its name says.
 
-    Raises OSError when it is none of `FORMATS`, or longer than `MAX_SIDE`; decoding may raise more
-    (`data.samples.UNREADABLE`).
+    Raises OSError when it is none of `FORMATS`, or longer than `MAX_SIDE`; decoding may raise anything.
     """
     picture = Image.open(source, formats=_readable())
     if max(picture.size) > MAX_SIDE:
         picture.close()
         raise OSError(f"it is {picture.width:,} x {picture.height:,} pixels, and no side may be over {MAX_SIDE:,}")
     return picture
+
+
+def decode(source: Path | str | BinaryIO, read: Callable[[Image.Image], T]) -> T:
+    """What `read` makes of a picture file. Raises OSError saying why when it cannot be opened or decoded."""
+    try:
+        with open_picture(source) as picture:
+            return read(picture)
+    except UnidentifiedImageError as error:
+        raise OSError(_what_it_is(source)) from error
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything for a damaged file
+        raise OSError(str(error) or type(error).__name__) from error
+
+
+def _what_it_is(source: Path | str | BinaryIO) -> str:
+    """What a file that Pillow does not know may be, by its first bytes."""
+    head = b""
+    if isinstance(source, (Path, str)):
+        with open(source, "rb") as file:
+            head = file.read(32)
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"
+    if head[4:11] in (b"ftyphei", b"ftypmif", b"ftyphev"):
+        return "it is a HEIC picture: pip install pillow-heif"
+    return "it is no picture of a known format, or an empty file"
+
+
+def read_picture(source: Path | str | BinaryIO) -> tuple[Image.Image, int]:
+    """A photo in RGB, EXIF orientation applied, and the orientation (1 to 8) it had. Raises OSError saying why."""
+    return decode(source, lambda picture: (as_rgb(picture), orientation(picture)))
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 (stored upright) where there is none or the metadata cannot be read."""
+    try:
+        tag = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata: the picture may be whole
+        return 1
+    return tag if tag in TURNS else 1
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB, EXIF orientation applied and all metadata dropped.
+
+    Greys of 12 or 16 bits are scaled to 8. Raises UserError for deeper ones, which Pillow would clip.
+    """
+    turn = TURNS.get(orientation(image))
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 0xFFFF:
+            raise UserError("its greys have more than 16 bits; save it with 8 or 16 bits per pixel")
+        image = Image.fromarray((grey >> (8 if grey.max() > 0xFFF else 4)).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours; Pillow warns of the direct way
+    image = image.convert("RGB")
+    image.info = {}  # a second call must not turn it again
+    return image if turn is None else image.transpose(turn)
 
 
 def resize_bicubic(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -41,11 +118,3 @@ def resize_bicubic(image: Image.Image, width: int, height: int) -> Image.Image:
     columns, rows = max(0, image.width - width), image.height - height
     first = (image.width, height) if rows > 0 and rows > 2 * columns else (width, image.height)
     return image.resize(first, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB, EXIF orientation applied; 16-bit greys keep their upper byte (Pillow alone would clip them)."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")

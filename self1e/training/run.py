@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from self1e import distributed
 from self1e.data.families import DataConfig
-from self1e.data.loader import build_mixture
+from self1e.data.loader import Encode, build_mixture
 from self1e.data.paths import require_paths
 from self1e.data.samples import SampleError
 from self1e.data.splits import get_splits, load_split, split_paths
@@ -37,7 +37,7 @@ from self1e.training.curves import write_curves
 from self1e.training.healthy import recipe_of
 from self1e.training.new_rows import merge_new_rows, train_new_rows
 from self1e.training.stop import StopRequest
-from self1e.training.stream import Encode, TooManyBroken, broken_list
+from self1e.training.stream import TooManyBroken, broken_list
 from self1e.training.trainer import NotSaved, Self1ETrainer
 
 CHAT_TOKENS = 30  # system text, role headers and a few words: the least a row needs beside its image
@@ -138,7 +138,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
     settings = training_arguments(args)  # starts the process group; before it, no rank may wait for another
     encode = Encode(processor, max_length=args.model_max_length, max_tiles=HIGH_RES_TILES if args.high_res else 1)
     with settings.main_process_first(local=True, desc="index of the data"):
-        mixture = build_mixture(data, batch_size=args.batch_size, seed=args.seed, mode=args.mixture, transform=encode)
+        mixture = build_mixture(data, batch_size=args.batch_size, seed=args.seed, mode=args.mixture)
         for split in splits:  # a faulty one fails here and not hours later
             load_split(split, args.dataset_dir, allow_outside=args.allow_outside)
     per_epoch = -(-mixture.epoch_size // (args.batch_size * settings.world_size * args.grad_accumulation_steps))
@@ -155,7 +155,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
         ranks=settings.world_size,
         zero_stage=args.zero_stage,
         base=weights_identity(args.version, args.model_weights),
-        **distributed.on_main(mixture.describe),
+        samples=mixture.sizes,
     )
     checkpoint = find_checkpoint(args, defining)
     set_seed(args.seed)  # the fresh head is the same on every rank
@@ -199,6 +199,7 @@ def train(args: Namespace, stop: StopRequest) -> str | None:
             args=settings,
             eval_dataset=splits or None,
             mixture=mixture,
+            encode=encode,
             processor=processor,
             groups=1 if args.zero_stage == 3 else 2,
             lr=args.lr,

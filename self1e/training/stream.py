@@ -6,26 +6,10 @@ from collections.abc import Iterator
 from torch.utils.data import Dataset
 
 from self1e.data.mixture import AllBroken, Mixture
-from self1e.data.samples import Sample, SampleError
-from self1e.errors import UserError
 
 
 class TooManyBroken(RuntimeError):
     """More samples than tolerated could not be read."""
-
-
-class Encode:
-    """Turn a sample into what `Self1EProcessor.collate` takes; a sample that does not fit counts as broken."""
-
-    def __init__(self, processor, *, max_length: int, max_tiles: int):
-        self.processor, self.options = processor, {"max_length": max_length, "max_tiles": max_tiles}
-
-    def __call__(self, sample: Sample) -> dict:
-        try:
-            encoded = self.processor.encode(sample.image, sample.conversations, sample.masks, **self.options)
-        except (UserError, ValueError) as error:
-            raise SampleError(sample.id, str(error)) from error
-        return encoded | {"id": sample.id, "replaced": sample.replaced}
 
 
 class Collate:
@@ -48,15 +32,15 @@ class Collate:
 class Stream(Dataset):
     """The mixture as the map from places to samples that a DataLoader reads."""
 
-    def __init__(self, mixture: Mixture):
-        self.mixture = mixture
+    def __init__(self, mixture: Mixture, encode):
+        self.mixture, self.encode = mixture, encode
 
     def __len__(self) -> int:
         return self.mixture.epoch_size
 
     def __getitem__(self, place: int) -> dict | TooManyBroken:
         try:
-            return self.mixture[place]
+            return self.mixture.build(place, self.encode)
         except AllBroken as error:  # raised by the main process: from a worker it would come inside a traceback
             return TooManyBroken(str(error))
 

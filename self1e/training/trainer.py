@@ -84,6 +84,7 @@ class Self1ETrainer(Trainer):
         self,
         *,
         mixture: Mixture,
+        encode,
         processor,
         groups: int,
         lr: float,
@@ -112,7 +113,9 @@ class Self1ETrainer(Trainer):
         self.micro_batches = self.samples = self.seen = 0
         self.broken: list[tuple[str, str]] = []
         self.logged_at = time.perf_counter()
-        super().__init__(train_dataset=Stream(mixture), data_collator=Collate(processor, groups=groups), **kwargs)
+        self.encode = encode
+        stream = Stream(mixture, encode)
+        super().__init__(train_dataset=stream, data_collator=Collate(processor, groups=groups), **kwargs)
         self.model_accepts_loss_kwargs = False
         self.pop_callback(ProgressCallback)
         self.add_callback(Progress)
@@ -127,7 +130,7 @@ class Self1ETrainer(Trainer):
             first_epoch=self.first_epoch,
         )
         return DataLoader(
-            Stream(self.mixture),
+            Stream(self.mixture, self.encode),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,

@@ -19,15 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from self1e.data.masks import decode_segmentation, load_label_map
 from self1e.data.paths import inside
-from self1e.data.readers import remarks_on
-from self1e.data.samples import Annotation, SampleError, image_keys
+from self1e.data.samples import SampleError, image_keys
 from self1e.data.sets.custom_source import HELP, READERS, find_source
 from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSet, ExpressionSplit
-from self1e.data.tables import open_index
+from self1e.data.tables import open_tables
+from self1e.errors import UserError
 from self1e.flags import counted
 from self1e.model.prompts import looks_like_sentence
 
@@ -45,16 +44,15 @@ class CustomData(ExpressionData):
         self.name = f"{NAME}|{path}"
         self.source = find_source(path)
         self.allow_outside = allow_outside
-        self._index = open_index(self.source, READERS[self.source.suffix.lower()])
-        self.sources = [self._index.sha256]
-        self._photos, self._targets = self._index.table("photos"), self._index.table("targets")
+        self._index = open_tables(self.source, READERS[self.source.suffix.lower()])
+        self._photos, self._targets = self._index.records("photos"), self._index.records("targets")
         self._categories = dict(map(tuple, self._index.meta["categories"]))
         self._rows = np.flatnonzero(np.diff(self._index.array("starts")))
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def problems(self) -> list[str]:
+    def faults(self) -> list[str]:
         """ "<place>: <what>" of every faulty record, and of every photo and mask file that is not on disk."""
         wanted: dict[tuple[str, str], str] = {}  # (file, folder) -> where it is named first
         for item in range(len(self)):
@@ -64,7 +62,7 @@ class CustomData(ExpressionData):
         return [*self._index.meta["problems"], *filter(None, absent)]
 
     def complete(self, item: int) -> bool:
-        """Whether all files of a photo are on disk; `problems` names those that are not."""
+        """Whether all files of a photo are on disk; `faults` names those that are not."""
         return not any(self._absent(file, place) for file, place in self._files(item))
 
     def _files(self, item: int) -> Iterator[tuple[tuple[str, str], str]]:
@@ -82,27 +80,19 @@ class CustomData(ExpressionData):
         folder = self.source.parent
         try:
             found = os.path.isfile(self._find(name, below))
-        except ValueError as error:
+        except UserError as error:
             return f"{place}: {error}"
         return None if found else f"{place} {name} is neither in {folder} nor in {folder / below}"
 
-    def files(self, item: int) -> list[Path]:
-        """Where a photo and its mask files are. Raises ValueError for a name that leads out of the source's folder."""
-        return [self._find(*file) for file, _ in self._files(item)]
-
-    def remarks(self) -> list[str]:
-        """What is odd in the source but has a settled meaning."""
-        return remarks_on(self._index.meta["oddities"], self.source.name, empty="mean that nothing is there")
-
     def check(self) -> None:
         """Raises one ValueError that names every problem."""
-        problems = self.problems()
+        problems = self.faults()
         if problems:
             more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
             lines = "\n  ".join(problems[:SHOWN] + more)
-            raise ValueError(f"{self.source}, {counted(len(problems), 'problem')} ({HELP}):\n  {lines}")
+            raise UserError(f"{self.source}, {counted(len(problems), 'problem')} ({HELP}):\n  {lines}")
 
-    def keys(self) -> np.ndarray:
+    def image_keys(self) -> np.ndarray:
         """`image_key` of each photo: COCO's number, or one of the file's place, since own names mean little."""
         names = (self._photo(item)[0] for item in range(len(self)))
         return image_keys(os.path.realpath(self.source.parent / self._place(name, "images")) for name in names)
@@ -143,14 +133,6 @@ class CustomData(ExpressionData):
     def where(self, target: int) -> str:
         return self._targets[target][2]
 
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        """The segmentations of a photo of a COCO-style source."""
-        _, size, _ = self._photo(item)
-        if size is not None:
-            for number in {number for each in self.expressions(item) for number in each.targets}:
-                _, segmentation, place = self._targets[number]
-                yield Annotation(place, segmentation, *size)
-
     def photo(self, item: int, id: str) -> Path:
         return self._open(self.file_name(item), "images", id)
 
@@ -158,7 +140,7 @@ class CustomData(ExpressionData):
         """`_find` that raises SampleError."""
         try:
             return self._find(name, below)
-        except ValueError as error:
+        except UserError as error:
             raise SampleError(id, str(error)) from error
 
     def mask(self, item: int, target: int, id: str) -> np.ndarray:
@@ -181,21 +163,22 @@ class CustomSet(ExpressionSet):
     name = NAME
 
     def __init__(
-        self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False, source: str | Path
+        self,
+        dataset_dir: Path,
+        data_dir: Path,
+        *,
+        conversations: int,
+        allow_outside: bool = False,
+        source: str | Path,
     ):
-        self.data = CustomData(source, allow_outside=allow_outside)
-        self.data.check()
-        self.name = self.data.name
-        self.rows = rows
-        self.choose(len(self.data), self.data.source)
+        data = CustomData(source, allow_outside=allow_outside)
+        data.check()
+        super().__init__(data, conversations=conversations)
+        self.name = f"{NAME}|{data.source.name}"
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path, source: str | Path | None = None) -> list[Path]:
         return [] if source is None else [find_source(source)]
-
-    @property
-    def label(self) -> str:
-        return f"{NAME}|{self.data.source.name}"
 
 
 class CustomSplit(ExpressionSplit):
@@ -204,18 +187,14 @@ class CustomSplit(ExpressionSplit):
     data: CustomData
 
     def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
-        self.name = name
-        self.data = CustomData(_path(name), allow_outside=allow_outside)
+        super().__init__(name, CustomData(_path(name), allow_outside=allow_outside))
         self.data.check()
         if not len(self.data):
-            raise ValueError(f"{self.data.source} holds no sentence to evaluate")
+            raise UserError(f"{self.data.source} holds no sentence to evaluate")
 
     @staticmethod
     def paths(name: str, dataset_dir: Path) -> list[Path]:
         return [find_source(_path(name))]
-
-    def faults(self) -> list[str]:
-        return self.data.problems()
 
 
 def _path(name: str) -> str:

@@ -6,6 +6,7 @@ of a file can be named at once.
 
 import csv
 import io
+import reprlib
 from array import array
 from collections import Counter
 from collections.abc import Container
@@ -14,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.masks import check_size
-from self1e.data.readers import Oddities, shown, stream_json, take
+from self1e.data.readers import stream_json, take
 from self1e.data.tables import Writer
 
 HELP = "docs/data.md, section Own data"
@@ -28,11 +28,11 @@ class _Tables:
     Tables `photos` [file name, [height, width] or null, place] and `targets` [[sentence, ...] or category id,
     segmentation or [mask file, value or null], place], in file order; `order` are the targets sorted by photo,
     `starts` (photos + 1,) each photo's first place in it; meta `categories` [[id, name], ...], `problems`
-    ["<place>: <what>", ...] and `oddities`.
+    ["<place>: <what>", ...].
     """
 
     def __init__(self, out: Writer):
-        self.out, self.photos, self.oddities = out, 0, Oddities()
+        self.out, self.photos = out, 0
         self.owners: array[int] = array("q")
         self.problems: list[str] = []
         self.categories: dict[int | str, str] = {}
@@ -56,13 +56,12 @@ class _Tables:
         self.out.array("starts", np.searchsorted(owners[order], np.arange(self.photos + 1)))
         self.out.meta["categories"] = list(self.categories.items())
         self.out.meta["problems"] = self.problems
-        self.oddities.close(self.out)
 
 
 def _require(record: Any, fields: dict[str, tuple[type, ...]]) -> None:
     """Raise ValueError naming the fields of a JSON record that are absent or of another type."""
     if not isinstance(record, dict):
-        raise ValueError(f"{shown(record)} is no object")
+        raise ValueError(f"{reprlib.repr(record)} is no object")
     faults = []
     for name, kinds in fields.items():
         try:
@@ -70,7 +69,7 @@ def _require(record: Any, fields: dict[str, tuple[type, ...]]) -> None:
         except KeyError:
             faults.append(f"it has no {name}")
         except TypeError:
-            faults.append(f"{name} is {shown(record[name])}")
+            faults.append(f"{name} is {reprlib.repr(record[name])}")
     if faults:
         raise ValueError(", ".join(faults))
 
@@ -87,7 +86,7 @@ def _sentences(annotation: dict) -> list[str]:
         value = annotation.get(field) or []
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise ValueError(f"{field} is {shown(value)}, neither a string nor a list of strings")
+            raise ValueError(f"{field} is {reprlib.repr(value)}, neither a string nor a list of strings")
         if not all(text.strip() for text in value):
             raise ValueError(f"{field} holds an empty sentence")
         found += [text.strip() for text in value]
@@ -110,10 +109,8 @@ class _CocoTables(_Tables):
         size = [record["height"], record["width"]]
         _once(record["id"], self.numbers, "id")
         _once(record["file_name"], self.names, "file_name")
-        try:
-            check_size(*size)
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        if min(size) < 1:
+            raise ValueError(f"height and width are {size}")
         self.numbers[record["id"]] = self.photo(record["file_name"], size, place)
         self.names.add(record["file_name"])
 
@@ -133,7 +130,6 @@ class _CocoTables(_Tables):
                 raise ValueError("it has neither captions nor phrases nor a category_id")
         self.target(-1, sentences or category or 0, record["segmentation"], place)
         self.pending.append((place, record["image_id"], category))
-        self.oddities.look(record["segmentation"], place)
 
     def close(self) -> None:
         """Find the image and the category of each target, now that all of them are known."""
@@ -152,12 +148,12 @@ def read_coco_sentences(path: Path, out: Writer) -> None:
     tables = _CocoTables(out)
     counts: Counter[str] = Counter()
     takes = {"images": tables.take_image, "annotations": tables.take_annotation, "categories": tables.take_category}
-    for key, record, _ in stream_json(path, out, remedy="save it as one"):
-        if key in takes and record != []:
+    for key, take_record in takes.items():
+        for record in stream_json(path, f"{key}.item"):
             place = f"{key}[{counts[key]}]"
             counts[key] += 1
             try:
-                takes[key](record, place)
+                take_record(record, place)
             except ValueError as error:
                 tables.problems.append(f"{place}: {error}")
     absent = [key for key in ("images", "annotations") if not counts[key]]
@@ -181,7 +177,6 @@ def read_prompt_table(path: Path, out: Writer) -> None:
                     f"expected {','.join(COLUMNS)} and, if wanted, value, separated by commas ({HELP})"
                 )
             for row in rows:
-                out.progress(file.tell(), path.stat().st_size)
                 place = f"line {rows.line_num}"
                 faults = [f"{name} is empty" for name in COLUMNS if not (row[name] or "").strip()]
                 if None in row:

@@ -126,7 +126,7 @@ class ParquetSplit(EvalSplit):
     def __len__(self) -> int:
         return len(self.photos)
 
-    def keys(self) -> np.ndarray:
+    def image_keys(self) -> np.ndarray:
         return image_keys(photo for photo, _ in self.photos)
 
     def _texts(self, row: int) -> list[str]:

@@ -8,18 +8,16 @@ For evaluation also R-RefCOCO (rrefcoco, rrefcoco+, rrefcocog) and Ref-ZOM (refz
 mscoco/images/trainval2014), where a sentence may mean nothing, as in gRefCOCO.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from self1e.data.coco import CocoIndex
-from self1e.data.masks import annotation_mask
 from self1e.data.readers import read_refs
-from self1e.data.samples import Annotation, PhotoFolder, SampleError
+from self1e.data.samples import PhotoFolder, SampleError
 from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSet, ExpressionSplit
-from self1e.data.tables import open_index
+from self1e.data.tables import open_tables
+from self1e.errors import UserError
 
 PHOTOS = {"refclef": "saiapr_tc-12", "refzom": "mscoco/images/trainval2014"}  # below refer_seg/images
 
@@ -40,16 +38,16 @@ class ReferringData(ExpressionData):
         self.name = name
         self.refs, instances, photos = self.paths(dataset_dir, name, partition)
         self.photos = PhotoFolder(photos, allow_outside)
-        index = open_index(self.refs, read_refs)
+        tables = open_tables(self.refs, read_refs)
         self.coco = CocoIndex(instances)
-        self.sources = [index.sha256, self.coco.sha256]
-        self._groups = index.table("groups")
-        parts = [np.arange(a, b) for known, a, b in index.meta["splits"] if _in_split(known, split, name)]
-        rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        self.problems = self.coco.problems
+        self._groups = tables.records("groups")
+        parts = [np.arange(a, b) for known, a, b in tables.meta["splits"] if _in_split(known, split, name)]
+        groups = np.concatenate([np.zeros(0, np.int64), *parts])
         # An image can belong to several raw splits (testA and testB make up test): one entry, its groups together.
-        images = index.array("group_images")[rows]
+        images = tables.array("group_images")[groups]
         order = np.argsort(images, kind="stable")
-        self._rows = rows[order]
+        self._order = groups[order]
         self.image_ids, self._starts = np.unique(images[order], return_index=True)
 
     @staticmethod
@@ -63,28 +61,29 @@ class ReferringData(ExpressionData):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def keys(self) -> np.ndarray:
-        """`image_key` of each image."""
+    def image_keys(self) -> np.ndarray:
         try:
-            return self.coco.image_keys[self.coco.image_rows(self.image_ids)]
+            return self.coco.image_keys[self.coco.image_numbers(self.image_ids)]
         except KeyError as error:
-            raise ValueError(f"{self.coco.path} has no {error}, which {self.refs.name} names") from error
+            raise UserError(f"{self.coco.path} has no {error}, which {self.refs.name} names") from error
+
+    def references(self, item: int) -> list[tuple[int, list[int], list[tuple[int, str]]]]:
+        """(ref id, annotation ids, [(sentence id, sentence), ...]) of each reference of an image."""
+        stop = self._starts[item + 1] if item + 1 < len(self) else len(self._order)
+        return [ref for group in self._order[self._starts[item] : stop] for ref in self._groups[int(group)][1]]
 
     def expressions(self, item: int) -> list[Expression]:
         """The sentences as read; the place of one is "<ref id>/<sentence id>"."""
-        stop = self._starts[item + 1] if item + 1 < len(self) else len(self._rows)
         return [
             Expression(sentence, ids or [-1], f"{ref_id}/{sent_id}", no_target=set(ids) <= {-1})
-            for row in self._rows[self._starts[item] : stop]
-            for ref_id, ids, sentences in self._groups[int(row)][1]
+            for ref_id, ids, sentences in self.references(item)
             for sent_id, sentence in sentences
         ]
 
     def counts(self) -> dict[str, int]:
-        """Images, expressions and sentences."""
-        groups = [self._groups[int(row)][1] for row in self._rows]
-        sentences = sum(len(texts) for group in groups for _, _, texts in group)
-        return {"images": len(self), "refs": sum(map(len, groups)), "sentences": sentences}
+        """Images, references and sentences, to compare with the known totals."""
+        sentences = [len(texts) for item in range(len(self)) for _, _, texts in self.references(item)]
+        return {"images": len(self), "refs": len(sentences), "sentences": sum(sentences)}
 
     def file_name(self, item: int) -> str:
         """Name of the photo below its folder. Raises SampleError when instances.json lacks the image."""
@@ -92,26 +91,16 @@ class ReferringData(ExpressionData):
 
     def _image(self, item: int) -> tuple[str, int, int]:
         try:
-            return self.coco.image(int(self.coco.image_rows(self.image_ids[item : item + 1])[0]))
+            return self.coco.image(int(self.coco.image_numbers(self.image_ids[item : item + 1])[0]))
         except KeyError as error:
             raise SampleError(f"{self.name}/{self.image_ids[item]}", f"{self.coco.path} has no {error}") from error
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        """The annotations that an image's expressions name."""
-        wanted = sorted({id for each in self.expressions(item) for id in each.targets} - {-1})
-        row = int(self.coco.image_rows(self.image_ids[item : item + 1])[0])
-        return self.coco.placed(row, map(self.coco.annotation, wanted))
-
-    def remarks(self) -> list[str]:
-        """What is odd in the annotations but has a settled meaning."""
-        return self.coco.remarks(empty="are empty masks")
 
     def mask(self, item: int, target: int, id: str) -> np.ndarray:
         _, height, width = self._image(item)
         if target == -1:
             return np.zeros((height, width), np.uint8)
         try:
-            return annotation_mask(self.coco.annotation(target), height, width, id)
+            return self.coco.mask(self.coco.annotation(target), height, width, id)
         except KeyError as error:
             raise SampleError(id, f"{self.coco.path} has no {error}") from error
 
@@ -130,21 +119,13 @@ class ReferringTrain(ExpressionSet):
     data: ReferringData
     partition = "unc"
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
-        self.data = ReferringData(dataset_dir, self.name, self.partition, "train", allow_outside=allow_outside)
-        self.rows = rows
-        self.choose(len(self.data), self.paths(dataset_dir, data_dir)[0])
-
-    @classmethod
-    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
-        return Path(dataset_dir) / "refer_seg" / cls.name
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, conversations: int, allow_outside: bool = False):
+        data = ReferringData(dataset_dir, self.name, self.partition, "train", allow_outside=allow_outside)
+        super().__init__(data, conversations=conversations)
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
         return list(ReferringData.paths(dataset_dir, cls.name, cls.partition))
-
-    def faults(self) -> list[str]:
-        return self.data.coco.faults()
 
 
 class RefCLEF(ReferringTrain):
@@ -172,8 +153,7 @@ class ReferringSplit(ExpressionSplit):
     """An evaluation split; `name` is "<set>|<partition>|<split>"."""
 
     def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
-        self.name = name
-        self.data = ReferringData(dataset_dir, *name.split("|"), allow_outside=allow_outside)
+        super().__init__(name, ReferringData(dataset_dir, *name.split("|"), allow_outside=allow_outside))
 
     @staticmethod
     def paths(name: str, dataset_dir: Path) -> list[Path]:

@@ -1,20 +1,19 @@
 """Semantic and part segmentation: ade20k, cocostuff, mapillary (label maps), paco_lvis, pascal_part (annotations).
 
-dataset/README.md shows the folders. A row asks for one class, or for one part annotation.
+dataset/README.md shows the folders. A conversation asks for one class, or for one part annotation.
 """
 
 import os
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from self1e.data.coco import CocoIndex
-from self1e.data.masks import IGNORED, annotation_mask, decode_each, load_label_map, orient
+from self1e.data.masks import IGNORED, load_label_map, orient
+from self1e.data.paths import list_names
 from self1e.data.readers import expected_schema, take
-from self1e.data.samples import Annotation, PhotoFolder, Sample, SampleError, TrainingSet, image_keys, load_oriented
+from self1e.data.samples import PhotoFolder, Sample, SampleError, TrainingSet, draw, image_keys, load_oriented
 from self1e.files import read_json
 from self1e.model import prompts
 
@@ -24,16 +23,10 @@ def class_names(name: str) -> list[str]:
     return files("self1e.data").joinpath("classes", f"{name}.txt").read_text(encoding="utf-8").splitlines()
 
 
-def _file_names(folder: Path, suffix: str) -> np.ndarray:
-    """Sorted names, without suffix, as fixed-width bytes: a tenth of the memory of a list of strings."""
-    stems = sorted(entry.name.removesuffix(suffix) for entry in os.scandir(folder) if entry.name.endswith(suffix))
-    return np.array([os.fsencode(stem) for stem in stems], dtype="S")
-
-
 class LabelMapSet(TrainingSet):
     """Photos (.jpg) with a label map (.png) of the same name each.
 
-    Sub-classes give `name`, `paths` (first the folder of photos, then that of label maps) and `read_names`, and change
+    Sub-classes give `name`, `paths` (first the folder of label maps, then that of photos) and `read_names`, and change
     what the attributes below say where it differs.
 
     listed: "photos" or "labels", whichever folder's files are the samples
@@ -42,35 +35,30 @@ class LabelMapSet(TrainingSet):
     listed = "labels"
     first_label = 0  # label of the first class; smaller ones are ignored
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
-        self.photos, self.labels = self.paths(dataset_dir, data_dir)[:2]
-        self.rows = rows
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, conversations: int, allow_outside: bool = False):
+        self.labels, self.photos = self.paths(dataset_dir, data_dir)[:2]
+        self.conversations = conversations
         self.names = [name.strip().lower() for name in self.read_names(Path(dataset_dir))]
         folder, suffix = (self.photos, ".jpg") if self.listed == "photos" else (self.labels, ".png")
-        self.stems = _file_names(folder, suffix)
-        self.choose(len(self.stems), folder)
+        stems = sorted(name.removesuffix(suffix) for name in list_names(folder, suffix))
+        self.stems = np.array([os.fsencode(stem) for stem in stems], dtype="S")  # a tenth of a list's memory
 
     def read_names(self, dataset_dir: Path) -> list[str]:
         """Class names in label order."""
         return class_names(self.name)
 
-    def keys(self) -> np.ndarray:
-        return image_keys(f"{os.fsdecode(stem)}.jpg" for stem in self.stems)
-
-    def contents(self) -> Iterator[bytes]:
-        yield "\n".join(self.names).encode()
-        yield b"\n".join(self.stems)
-
-    def files(self, item: int) -> list[Path]:
-        stem = os.fsdecode(self.stems[item])
-        return [self.photos / f"{stem}.jpg", self.labels / f"{stem}.png"]
-
     def usable(self, label: int) -> bool:
         """Whether a class may be asked for."""
         return True
 
-    def read(self, item: int, rng: np.random.Generator) -> Sample | None:
-        stem = os.fsdecode(self.stems[item])
+    def __len__(self) -> int:
+        return len(self.stems)
+
+    def image_keys(self) -> np.ndarray:
+        return image_keys(f"{os.fsdecode(stem)}.jpg" for stem in self.stems)
+
+    def read(self, index: int, rng: np.random.Generator) -> Sample | None:
+        stem = os.fsdecode(self.stems[index])
         id = f"{self.name}/{stem}.jpg"
         labels = load_label_map(self.labels / f"{stem}.png", id)
         present = [v for v in np.unique(labels).tolist() if self.first_label <= v != IGNORED]
@@ -82,7 +70,7 @@ class LabelMapSet(TrainingSet):
         image, orientation = load_oriented(self.photos / f"{stem}.jpg", id)
         labels = orient(labels, image, orientation)
         conversations, masks = [], []
-        for value in self.draw(present, rng):
+        for value in draw(present, self.conversations, rng):
             name = self.names[value - self.first_label]
             conversations.append([prompts.question(name, rng, is_sentence=False), prompts.answer(rng)])
             masks.append((labels == value).astype(np.uint8)[None])
@@ -91,24 +79,22 @@ class LabelMapSet(TrainingSet):
 
 class ADE20K(LabelMapSet):
     name = "ade20k"
-    folder = "ade20k"
     listed = "photos"
     first_label = 1  # 0 = other
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        root = cls.mark(dataset_dir, data_dir)
-        return [root / "images" / "training", root / "annotations" / "training"]
+        root = Path(dataset_dir) / "ade20k"
+        return [root / "annotations" / "training", root / "images" / "training"]
 
 
 class COCOStuff(LabelMapSet):
     name = "cocostuff"
-    folder = "cocostuff"
     cap = 30_000
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        return [Path(dataset_dir) / "coco" / "train2017", Path(dataset_dir) / "cocostuff" / "train2017"]
+        return [Path(dataset_dir) / "cocostuff" / "train2017", Path(dataset_dir) / "coco" / "train2017"]
 
     def usable(self, label: int) -> bool:
         return "-" not in self.names[label]
@@ -116,84 +102,64 @@ class COCOStuff(LabelMapSet):
 
 class Mapillary(LabelMapSet):
     name = "mapillary"
-    folder = "mapillary"
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        root = cls.mark(dataset_dir, data_dir)
-        return [root / "training" / "images", root / "training" / "v2.0" / "labels", root / "config_v2.0.json"]
+        root = Path(dataset_dir) / "mapillary"
+        return [root / "training" / "v2.0" / "labels", root / "training" / "images", root / "config_v2.0.json"]
 
     def read_names(self, dataset_dir: Path) -> list[str]:
         path = self.paths(dataset_dir, dataset_dir)[2]
-        config = read_json(path, dict, remedy="download it again")
+        config = read_json(path, dict)
         with expected_schema(path):
             return [take(label, "readable", str) for label in take(config, "labels", list)]
 
 
 class PartSet(TrainingSet):
-    """Photos with COCO-style part annotations; a row is one annotation with its own mask."""
+    """Photos with COCO-style part annotations; a conversation is about one annotation with its own mask."""
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, conversations: int, allow_outside: bool = False):
         annotations, photos = self.paths(dataset_dir, data_dir)[:2]
         self.photos = PhotoFolder(photos, allow_outside)
-        self.rows = rows
+        self.conversations = conversations
         self.coco = CocoIndex(annotations)
+        self.problems = self.coco.problems
         self.names = {id: self.split_name(name) for id, name in self.coco.categories.items()}
         self.image_ids = self.coco.image_ids
-        self.choose(len(self.image_ids), annotations)
-
-    def keys(self) -> np.ndarray:
-        return self.coco.image_keys
-
-    def annotations(self, item: int, image: Image.Image) -> Iterator[Annotation]:
-        rows = self.coco.annotation_rows(int(self.image_ids[item]))
-        return self.coco.placed(item, map(self.coco.annotation_at, rows))
-
-    def contents(self) -> Iterator[bytes]:
-        yield self.coco.sha256.encode()
-
-    def files(self, item: int) -> list[Path]:
-        name, _, _ = self.coco.image(item)
-        return [self.photos.path(name, f"{self.name}/{name}")]
-
-    def faults(self) -> list[str]:
-        return self.coco.faults()
-
-    def remarks(self) -> list[str]:
-        return self.coco.remarks(empty="are skipped")
 
     @staticmethod
     def split_name(name: str) -> tuple[str, ...]:
         """(object,) or (object, part), lower case."""
         return tuple(piece.strip().lower() for piece in name.split(":", 1))
 
-    def read(self, item: int, rng: np.random.Generator) -> Sample | None:
-        found = map(self.coco.annotation_at, self.coco.annotation_rows(int(self.image_ids[item])))
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def image_keys(self) -> np.ndarray:
+        return self.coco.image_keys
+
+    def read(self, index: int, rng: np.random.Generator) -> Sample | None:
+        found = map(self.coco.annotation_at, self.coco.annotations_of(int(self.image_ids[index])))
         usable = [annotation for annotation in found if annotation["segmentation"]]
         if not usable:
             return None
-        file_name, height, width = self.coco.image(item)
+        file_name, height, width = self.coco.image(index)
         id = f"{self.name}/{file_name}"
         image, orientation = self.photos.load(file_name, id)
-
-        def decode(k: int) -> np.ndarray:
-            if usable[k]["category_id"] not in self.names:
-                raise SampleError(id, f"annotation {usable[k]['id']}: unknown category {usable[k]['category_id']}")
-            return orient(annotation_mask(usable[k], height, width, id), image, orientation)
-
-        masks = decode_each(self.draw(range(len(usable)), rng), decode, id)
-        conversations = []
-        for k in masks:
-            names = self.names[usable[k]["category_id"]]
+        conversations, masks = [], []
+        for annotation in draw(usable, self.conversations, rng):
+            if annotation["category_id"] not in self.names:
+                raise SampleError(id, f"annotation {annotation['id']}: unknown category {annotation['category_id']}")
+            names = self.names[annotation["category_id"]]
             phrases = (" ".join(names), f"the {names[1]} of the {names[0]}") if len(names) == 2 else names
             name = phrases[rng.integers(len(phrases))]
             conversations.append([prompts.question(name, rng, is_sentence=False), prompts.answer(rng)])
-        return Sample(id, image, conversations, [mask[None] for mask in masks.values()])
+            masks.append(orient(self.coco.mask(annotation, height, width, id), image, orientation)[None])
+        return Sample(id, image, conversations, masks)
 
 
 class PACO(PartSet):
     name = "paco_lvis"
-    folder = "vlpart/paco"
     cap = 30_000
 
     @classmethod
@@ -210,9 +176,8 @@ class PACO(PartSet):
 
 class PascalPart(PartSet):
     name = "pascal_part"
-    folder = "vlpart/pascal_part"
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        root = cls.mark(dataset_dir, data_dir)
+        root = Path(dataset_dir) / "vlpart" / "pascal_part"
         return [root / "train.json", root / "VOCdevkit" / "VOC2010" / "JPEGImages"]

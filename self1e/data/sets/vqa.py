@@ -2,74 +2,62 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from self1e.data.readers import read_instructions, read_questions, take
+from self1e.data.readers import read_instructions, read_questions
 from self1e.data.samples import PhotoFolder, Sample, SampleError, TrainingSet
-from self1e.data.tables import Writer, open_index
+from self1e.data.tables import Tables, open_tables
 from self1e.model import prompts
 
 SPEAKERS = {"human": 0, "gpt": 1}
 
 
 class TextSet(TrainingSet):
-    """Records of one index, each a conversation about a photo, without masks."""
+    """Records of a file, each a conversation about a photo, without masks."""
 
     segmentation = False
 
-    def open(self, source: Path, read: Callable[[Path, Writer], None], photos: PhotoFolder) -> None:
-        """Take all records of `source`."""
-        self.photos, self._index = photos, open_index(source, read)
-        self._items = self._index.table("items")
-        self.choose(len(self._items), source)
+    def __init__(self, tables: Tables, photos: PhotoFolder):
+        self.tables, self.records, self.photos = tables, tables.records("items"), photos
 
     @abstractmethod
-    def entry(self, item: int) -> tuple[str, str, list[str]]:
+    def entry(self, index: int) -> tuple[str, str, list[str]]:
         """(id, photo, turns) of a record; the turns are user, assistant, user, ... Raises SampleError."""
 
-    def keys(self) -> np.ndarray:
-        return self._index.array("image_keys")
+    def __len__(self) -> int:
+        return len(self.records)
 
-    def contents(self) -> Iterator[bytes]:
-        yield self._index.sha256.encode()
+    def image_keys(self) -> np.ndarray:
+        return self.tables.array("image_keys")
 
-    def files(self, item: int) -> list[Path]:
-        id, photo, _ = self.entry(item)
-        return [self.photos.path(photo, id)]
-
-    def read(self, item: int, rng: np.random.Generator) -> Sample:
-        id, photo, turns = self.entry(item)
+    def read(self, index: int, rng: np.random.Generator) -> Sample:
+        id, photo, turns = self.entry(index)
         image, _ = self.photos.load(photo, id)
         return Sample(id, image, [turns], [np.zeros((0, image.height, image.width), np.uint8)])
 
 
 class LLaVAInstruct(TextSet):
-    """Conversations of `llava_dataset/llava_instruct_150k.json` about `coco/train2017`; several turns, one row.
+    """Conversations of `llava_dataset/llava_instruct_150k.json` about `coco/train2017`, each of several turns.
 
     Other files of the folder, such as the parts that this one was merged from, are not read.
     """
 
     name = "llava_instruct_150k"
-    folder = "llava_dataset"
     redrawn = True
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, conversations: int, allow_outside: bool = False):
         source, photos = self.paths(dataset_dir, data_dir)
-        self.open(source, read_instructions, PhotoFolder(photos, allow_outside))
+        super().__init__(open_tables(source, read_instructions), PhotoFolder(photos, allow_outside))
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
         root = Path(dataset_dir)
         return [root / "llava_dataset" / "llava_instruct_150k.json", root / "coco" / "train2017"]
 
-    def counts(self) -> dict[str, int]:
-        return super().counts() | {"conversations": len(self._items)}
-
-    def entry(self, item: int) -> tuple[str, str, list[str]]:
-        record, photo, turns = self._items[item]
+    def entry(self, index: int) -> tuple[str, str, list[str]]:
+        record, photo, turns = self.records[index]
         id = f"{self.name}/{record}"
         return id, photo, instruction_turns(turns, id)
 
@@ -92,35 +80,28 @@ class QuestionSet(TextSet):
     """Questions with a short answer, one per line; a leading `data/` of an image path stands for `data_dir`."""
 
     cap = 100_000
-    rated = False
     instruction = prompts.VQA_INSTRUCTION
     file: str
 
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, rows: int, allow_outside: bool = False):
-        self.open(Path(data_dir) / self.file, read_questions, PhotoFolder(Path(data_dir), allow_outside))
+    def __init__(self, dataset_dir: Path, data_dir: Path, *, conversations: int, allow_outside: bool = False):
+        folder = Path(data_dir)
+        super().__init__(open_tables(folder / self.file, read_questions), PhotoFolder(folder, allow_outside))
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
         """The questions and, if they are there, the folder that the first one's photo is in."""
         path = Path(data_dir) / cls.file
         try:
-            with open(path, encoding="utf-8") as lines:
-                image = take(json.loads(next(lines)), "image", str)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError, StopIteration):
-            return [path]  # missing or another schema: the index says so, with the line
-        return [path, (Path(data_dir) / image.removeprefix("data/")).parent]
+            with open(path, encoding="utf-8-sig") as lines:
+                image = json.loads(lines.readline())["image"]
+                return [path, (Path(data_dir) / image.removeprefix("data/")).parent]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return [path]  # missing or another schema: the reader says so, with the line
 
-    @classmethod
-    def mark(cls, dataset_dir: Path, data_dir: Path) -> Path:
-        return Path(data_dir) / cls.file
-
-    def counts(self) -> dict[str, int]:
-        return {"questions": len(self._items)}
-
-    def entry(self, item: int) -> tuple[str, str, list[str]]:
-        image, question, answer = self._items[item]
+    def entry(self, index: int) -> tuple[str, str, list[str]]:
+        image, question, answer = self.records[index]
         turns = [f"{prompts.IMAGE_TAG}\n{question}{self.instruction}"] + ([] if answer is None else [answer])
-        return f"{self.name}/{item}", image.removeprefix("data/"), turns
+        return f"{self.name}/{index}", image.removeprefix("data/"), turns
 
 
 class VQAv2(QuestionSet):

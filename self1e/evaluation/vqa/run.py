@@ -19,7 +19,8 @@ from transformers import GenerationConfig
 
 from self1e import distributed
 from self1e.data.paths import inside
-from self1e.data.samples import SampleError, forged
+from self1e.data.samples import SampleError, check_texts
+from self1e.errors import UserError
 from self1e.evaluation.provenance import Settings, checkpoint_settings, describe
 from self1e.evaluation.vqa.arguments import Candidate, parse_args
 from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
@@ -53,9 +54,8 @@ def read_questions(
     """
     questions = benchmark.questions(data_dir)
     for question in questions:
-        fault = forged([question.prompt.replace(IMAGE_TAG, "", 1)])  # a question may say where its photo belongs
-        if fault:
-            raise ValueError(f"question {question.id}: {fault}")
+        # A question may say where its photo belongs.
+        check_texts(f"question {question.id}", [question.prompt.replace(IMAGE_TAG, "", 1)])
     if with_references and benchmark.metric is not None:
         benchmark.metric([Answer(question, "") for question in questions], data_dir)
     if with_images:
@@ -64,8 +64,8 @@ def read_questions(
             name = path.relative_to(data_dir) if path.is_relative_to(data_dir) else path.absolute()
             try:
                 inside(data_dir, str(name))
-            except ValueError as error:
-                raise ValueError(f"question {question.id}: {error}") from error
+            except UserError as error:
+                raise UserError(f"question {question.id}: {error}") from error
         missing = sorted(path for path in paths if not path.is_file())
         if missing:
             raise FileNotFoundError(f"{missing[0]} is missing, one of {len(missing)} missing photos")
