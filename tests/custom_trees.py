@@ -33,8 +33,8 @@ def mask(path, columns):
     label_map(path, columns)
 
 
-def train(source, rows=9):
-    return CustomSet(".", ".", rows=rows, source=str(source))
+def train(source, conversations=9):
+    return CustomSet(".", ".", conversations=conversations, source=str(source))
 
 
 def targets(sample):

@@ -134,7 +134,7 @@ def make_loader(
     return Loader(
         Stream(mixture, encode),
         batch_sampler=[places.tolist() for places in plan],
-        collate_fn=Collate(encode.processor, groups=groups),
+        collate_fn=Collate(encode.processor, **({} if groups == 2 else {"groups": groups})),
         num_workers=workers,
         timeout=timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),

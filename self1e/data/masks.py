@@ -15,7 +15,7 @@ from self1e.data.samples import SampleError
 from self1e.model.photos import decode
 
 # What each EXIF orientation asks of an array, as Pillow's exif_transpose does to the photo.
-ORIENT = {
+TURNS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -244,4 +244,4 @@ def orient(mask: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray
     height, width = mask.shape
     if orientation >= 5 and np.sign(width - height) == np.sign(image.width - image.height) != 0:
         return mask
-    return np.ascontiguousarray(ORIENT[orientation](mask))
+    return np.ascontiguousarray(TURNS[orientation](mask))

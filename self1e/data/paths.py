@@ -32,7 +32,8 @@ def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
         else "\n  ".join(f"{path}   ({', '.join(dict.fromkeys(names))})" for path, names in paths.items())
         for top, paths in users.items()
     ]
-    raise UserError(f"missing data; {DATASETS}, says what goes where, scripts/get_data.sh fetches sets:\n  " + "\n  ".join(lines))
+    where = f"missing data; {DATASETS}, says what goes where, and scripts/get_data.sh fetches sets"
+    raise UserError("\n  ".join([f"{where}:", *lines]))
 
 
 def _first_missing(path: Path) -> Path:

@@ -12,6 +12,7 @@ from trees import SQUARE, H, W, photo, write_json
 from self1e.data.paths import require_paths
 from self1e.data.samples import SampleError
 from self1e.data.sets.custom import CustomData
+from self1e.errors import UserError
 from self1e.model import inference, prompts
 
 
@@ -59,14 +60,14 @@ def test_alike_sentences_of_a_photo_mean_all_their_annotations(tmp_path):
 def test_training_sample(tmp_path):
     texts = ["one", "two", "Three three.", "four"]
     source = coco_set(tmp_path, [annotation(k, phrases=[text]) for k, text in enumerate(texts)])
-    data = train(source, rows=3)
-    sample = data.sample(0, np.random.default_rng(0))
+    data = train(source, conversations=3)
+    sample = data.read(0, np.random.default_rng(0))
     assert sample.id == f"custom|{source}/a.jpg" and sample.image.size == (W, H)
     assert [m.shape for m in sample.masks] == [(1, H, W)] * 3 and all(m.dtype == np.uint8 for m in sample.masks)
     assert [answer.count("[SEG]") for _, answer in sample.conversations] == [1] * 3
-    drawn = {tuple(map(tuple, data.sample(0, np.random.default_rng(seed)).conversations)) for seed in range(9)}
+    drawn = {tuple(map(tuple, data.read(0, np.random.default_rng(seed)).conversations)) for seed in range(9)}
     assert len(drawn) > 1 and all(len({question for question, _ in rows}) == 3 for rows in drawn)
-    assert data.sample(0, np.random.default_rng(0)).conversations == sample.conversations
+    assert data.read(0, np.random.default_rng(0)).conversations == sample.conversations
     questions_ = {q for rows in drawn for q, _ in rows if "Three" in q}
     assert questions_ <= {template.format("Three three.") for template in prompts.LONG_QUESTIONS}
 
@@ -124,7 +125,7 @@ def test_a_mask_of_another_size_is_broken(tmp_path):
     source = coco_set(tmp_path, [annotation(1, phrases="x")])
     Image.new("RGB", (40, 24)).save(tmp_path / "images/a.jpg")
     with pytest.raises(SampleError, match=r"annotations\[0\]: the mask's size is 20 x 12, the photo 40 x 24"):
-        train(source).sample(0, np.random.default_rng(0))
+        train(source).read(0, np.random.default_rng(0))
 
 
 def test_one_error_names_every_faulty_record(tmp_path):
@@ -144,7 +145,7 @@ def test_one_error_names_every_faulty_record(tmp_path):
         images=[(1, "a.jpg"), (2, "gone.jpg"), (2, "b.jpg"), (3, "a.jpg")],
     )
     (tmp_path / "images/gone.jpg").unlink()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         train(source)
     assert [line.strip() for line in str(error.value).splitlines()] == [
         f"{source}, 10 problems (docs/data.md, section Own data):",
@@ -159,7 +160,7 @@ def test_one_error_names_every_faulty_record(tmp_path):
         "annotations[7]: image_id 3 is not among the images",
         f"images[1]: image gone.jpg is neither in {tmp_path} nor in {tmp_path / 'images'}",
     ]
-    with pytest.raises(ValueError, match="problems"):
+    with pytest.raises(UserError, match="problems"):
         split(source)
 
 
@@ -176,7 +177,7 @@ def test_one_error_names_every_faulty_record(tmp_path):
     ],
 )
 def test_other_json(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         train(write_json(tmp_path / "x.json", content))
 
 
@@ -201,7 +202,7 @@ def test_table_of_prompts(tmp_path):
     column = H * W // 4
     assert unit_areas(first) == {"Red, big": column, "anything": 3 * column, "three": 2 * column, "absent": 0}
     assert unit_areas(second) == {'Is it "thin"?': H} and second.is_sentence == [True]
-    sample = train(tmp_path).sample(0, np.random.default_rng(0))
+    sample = train(tmp_path).read(0, np.random.default_rng(0))
     assert sorted(targets(sample).values()) == [0, column, 2 * column, 3 * column]
 
 
@@ -228,7 +229,7 @@ def test_one_error_names_every_faulty_line_and_missing_file(tmp_path):
         ],
         header=("image", "mask", "prompt", "value"),
     )
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         train(source)
     assert [line.strip() for line in str(error.value).splitlines()] == [
         f"{source}, 6 problems (docs/data.md, section Own data):",
@@ -244,7 +245,7 @@ def test_one_error_names_every_faulty_line_and_missing_file(tmp_path):
 def test_a_file_that_appears_later_is_found(tmp_path):
     mask(tmp_path / "m.png", [1])
     source = table(tmp_path, [("a.jpg", "m.png", "it")])
-    with pytest.raises(ValueError, match="line 2: image a.jpg is neither"):
+    with pytest.raises(UserError, match="line 2: image a.jpg is neither"):
         train(source)
     photo(tmp_path / "a.jpg")
     assert len(train(source)) == 1
@@ -252,7 +253,7 @@ def test_a_file_that_appears_later_is_found(tmp_path):
 
 def test_a_long_list_of_problems_is_cut(tmp_path):
     source = table(tmp_path, [(f"{k}.jpg", "m.png", "it") for k in range(80)])
-    with pytest.raises(ValueError, match="81 problems") as error:
+    with pytest.raises(UserError, match="81 problems") as error:
         train(source)
     assert len(str(error.value).splitlines()) == 52 and str(error.value).endswith("and 31 more")
 
@@ -272,14 +273,14 @@ def test_a_long_list_of_problems_is_cut(tmp_path):
 )
 def test_other_tables(tmp_path, header, delimiter, encoding, message):
     source = table(tmp_path, [("a", "b", "c")], header=header, delimiter=delimiter, encoding=encoding)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         train(source)
 
 
 def test_an_empty_table(tmp_path):
-    with pytest.raises(ValueError, match="no training samples"):
+    with pytest.raises(UserError, match="no training samples"):
         train(table(tmp_path, []))
-    with pytest.raises(ValueError, match="no sentence to evaluate"):
+    with pytest.raises(UserError, match="no sentence to evaluate"):
         split(table(tmp_path, []))
 
 
@@ -291,15 +292,15 @@ def test_broken_files_are_named(tmp_path):
     Image.new("RGB", (W, H)).save(tmp_path / "colour.png")
     data = train(table(tmp_path, [("cut.jpg", "m.png", "x"), ("a.jpg", "colour.png", "x")]))
     with pytest.raises(SampleError, match="cannot read .*cut.jpg"):
-        data.sample(0, np.random.default_rng(0))
+        data.read(0, np.random.default_rng(0))
     with pytest.raises(SampleError, match="colour.png has 3 channels; a mask or label map has one"):
-        data.sample(1, np.random.default_rng(0))
+        data.read(1, np.random.default_rng(0))
 
 
 def test_a_mistyped_file_is_guessed(tmp_path):
     table(tmp_path, [])
     absent = [tmp_path / name for name in ("trian.csv", "photos.json", "no/train.csv")]
-    with pytest.raises(FileNotFoundError, match="section Own data") as error:
+    with pytest.raises(UserError, match="section Own data") as error:
         require_paths([("custom", absent[0]), (f"custom|{absent[1]}", absent[1]), ("custom", absent[2])])
     assert "trian.csv   (custom; did you mean train.csv?)" in str(error.value)
     assert str(error.value).count("did you mean") == 1

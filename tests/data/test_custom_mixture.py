@@ -9,6 +9,7 @@ from self1e.data.families import DataConfig
 from self1e.data.loader import build_mixture
 from self1e.data.mixture import unpack
 from self1e.data.splits import DEFAULT_SPLITS, file_stem, get_splits, load_split, split_paths
+from self1e.errors import UserError
 from self1e.training.args import parse
 
 
@@ -46,20 +47,20 @@ def test_a_family_of_several_sources_mixed_by_rate(tmp_path):
 
 def test_selection_errors_name_flags_and_files(tmp_path):
     arguments = {"dataset_dir": tmp_path, "data_dir": tmp_path, "batch_size": 1, "seed": 0, "sample_rates": "1"}
-    with pytest.raises(ValueError, match="--dataset custom needs --custom_data"):
+    with pytest.raises(UserError, match="--dataset custom needs --custom_data"):
         build(dataset="custom", **arguments)
     gone = f"{tmp_path / 'gone.csv'}||{tmp_path / 'lost'}"
-    with pytest.raises(FileNotFoundError, match=r"gone\.csv   \(custom\)\n.*lost   \(custom\)"):
+    with pytest.raises(UserError, match=r"gone\.csv   \(custom\)\n.*lost   \(custom\)"):
         build(dataset="custom", custom_data=gone, **arguments)
     name = f"custom|{tmp_path / 'gone.csv'}"
     assert split_paths([name], tmp_path) == [(name, tmp_path / "gone.csv")]
     (tmp_path / "x.txt").touch()
     for path, message in (tmp_path, "should hold one .csv, found none"), (tmp_path / "x.txt", "expected a .json"):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             build(dataset="custom", custom_data=str(path), **arguments)
     for name in "a.csv", "b.csv":
         table(tmp_path, [], name=name)
-    with pytest.raises(ValueError, match="found a.csv, b.csv"):
+    with pytest.raises(UserError, match="found a.csv, b.csv"):
         load_split(f"custom|{tmp_path}", tmp_path)
 
 

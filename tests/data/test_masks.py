@@ -1,23 +1,18 @@
-"""self1e/data/masks.py and sample.py: segmentations, painting, label maps, EXIF frames, broken photos."""
+"""self1e/data/masks.py: segmentations, painting, label maps, EXIF frames."""
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
+from trees import SQUARE, H, W
 
-from self1e.data.masks import (
-    ORIENT,
-    annotation_mask,
-    decode_segmentation,
-    load_label_map,
-    orient,
-    paint_shapes,
-)
-from self1e.data.samples import SampleError, image_key, load_image, load_oriented
+from self1e.data.coco import CocoIndex
+from self1e.data.masks import TURNS, decode_segmentation, load_label_map, orient, paint_shapes
+from self1e.data.samples import SampleError, load_oriented
 
-H, W = 12, 20
-SQUARE = [2, 3, 8, 3, 8, 9, 2, 9]  # x 2..8, y 3..9
-OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]  # shares x 6..8
+OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]  # shares x 6..8 with SQUARE, which is x 2..8, y 3..9
 
 
 def rectangle(x0, x1, y0=3, y1=9):
@@ -27,21 +22,11 @@ def rectangle(x0, x1, y0=3, y1=9):
 
 
 def test_polygons_one_and_several_parts():
-    assert (decode_segmentation([SQUARE], H, W) == rectangle(2, 8)).all()
+    for polygon in [SQUARE], SQUARE:  # one part, and a flat list of numbers
+        assert (decode_segmentation(polygon, H, W) == rectangle(2, 8)).all()
     union = decode_segmentation([SQUARE, OVERLAP], H, W)
-    assert union.dtype == np.uint8 and union.max() == 1
-    assert (union == rectangle(2, 12)).all()
-
-
-def test_run_lengths_of_every_kind_agree():
-    mask = rectangle(2, 8)
-    compressed = coco.encode(np.asfortranarray(mask))
-    column_major = mask.flatten(order="F")
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], column_major]))).tolist()
-    runs = np.diff([0, *edges, len(column_major)]).tolist()
-    text = {"size": [H, W], "counts": compressed["counts"].decode()}
-    for kind in compressed, text, {"size": [H, W], "counts": runs}, [text], [text, compressed]:
-        assert (decode_segmentation(kind, H, W) == mask).all()
+    assert union.dtype == np.uint8 and (union == rectangle(2, 12)).all()
+    assert decode_segmentation([], H, W).shape == (H, W) and not decode_segmentation([], H, W).any()
 
 
 @pytest.mark.parametrize("short", [[], [1, 2], [1, 2, 3, 4], SQUARE[:-1], [3.5] * 5])
@@ -52,11 +37,19 @@ def test_a_part_that_is_no_area_counts_as_empty_beside_a_good_one(short):
         decode_segmentation([short, short], H, W)
 
 
-def compress(numbers):
-    """COCO's compressed RLE of runs, written independently: differences of every second number, 5 bits a character."""
+# ------------------------------------------------------------------------------------------------ run lengths
+def runs_of(mask):
+    """Lengths of equal pixels, column by column, zeros first."""
+    flat = mask.flatten(order="F")
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flat])))
+    return np.diff([0, *edges, len(flat)]).tolist()
+
+
+def compress(runs):
+    """COCO's compressed RLE of runs, written independently: differences of every second, 5 bits a character."""
     text = ""
-    for k, number in enumerate(numbers):
-        number -= numbers[k - 2] if k > 2 else 0
+    for k, number in enumerate(runs):
+        number -= runs[k - 2] if k > 2 else 0
         more = True
         while more:
             digit, number = number & 31, number >> 5
@@ -65,40 +58,30 @@ def compress(numbers):
     return text
 
 
-def test_runs_are_checked_before_they_are_decoded():
-    assert (
-        compress([5, 30, 205]) == coco.frPyObjects({"size": [H, W], "counts": [5, 30, 205]}, H, W)["counts"].decode()
-    )
-    good = compress([5, 30, 7, 100, 98])
-    assert decode_segmentation({"size": [H, W], "counts": good}, H, W).sum() == 130
-    cut = [good[:k] for k in range(len(good))]
-    wrong = [[5, 30, 206], [5, 30, 204], [5, -30, 265], [1 << 40, 240 - (1 << 40)], [0], []]
-    trailing = [good + "o", good + "P", good[:-1] + chr(ord(good[-1]) + 32), good + "0 ", "é" + good, good + "\x7f"]
-    for counts in [*cut, *map(compress, wrong), *trailing, good.encode() + b"\xff", "o" * 50, "P" * 50]:
-        with pytest.raises(ValueError, match="counts|runs"):
-            decode_segmentation({"size": [H, W], "counts": counts}, H, W)
-    for counts in [5.0, 235.0], [True, 239], ["5", "235"], [[240]], [1 << 70], [None], None, {}, 240, [240, -1, 1]:
-        with pytest.raises(ValueError, match="integers|runs"):
-            decode_segmentation({"size": [H, W], "counts": counts}, H, W)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 1 << 30))
+def test_run_lengths_of_every_kind_agree(height, width, share, seed):
+    mask = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
+    compressed, size = coco.encode(np.asfortranarray(mask)), [height, width]
+    text = {"size": size, "counts": compressed["counts"].decode()}
+    assert compress(runs_of(mask)) == text["counts"]
+    for kind in compressed, text, {"size": size, "counts": runs_of(mask)}, [text], [text, compressed]:
+        assert (decode_segmentation(kind, height, width) == mask).all()
 
 
-def test_runs_of_random_masks_pass():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        height, width = rng.integers(1, 60, 2).tolist()
-        mask = (rng.random((height, width)) < rng.random()).astype(np.uint8)
-        assert (decode_segmentation(coco.encode(np.asfortranarray(mask)), height, width) == mask).all()
-
-
-@pytest.mark.parametrize("points", [[0, 0, 9e5, 9e5, 0, 9e5] * 20, [True] * 6, ["1"] * 6, [[1, 2]] * 6, [1 << 70] * 6])
-def test_polygons_without_end_and_of_other_types_are_refused(points):
-    with pytest.raises(ValueError):
-        decode_segmentation([points], H, W)
-
-
-def test_empty_segmentation_is_an_empty_mask():
-    mask = decode_segmentation([], H, W)
-    assert mask.shape == (H, W) and mask.sum() == 0
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(-5, H * W + 5), max_size=6), st.integers(0, 12), st.integers(32, 126))
+def test_runs_that_do_not_fill_the_image_are_refused_before_they_are_decoded(runs, place, byte):
+    """The library would read and write outside its memory."""
+    for counts in runs, compress(runs), compress(runs)[:place] + chr(byte) + compress(runs)[place + 1 :]:
+        try:
+            mask = decode_segmentation({"size": [H, W], "counts": counts}, H, W)
+        except ValueError:
+            continue
+        back = coco.encode(np.asfortranarray(mask))
+        assert coco.area(back) == mask.sum() and mask.max(initial=0) <= 1
+        if counts is runs:
+            assert sum(runs) == H * W and min(runs) >= 0
 
 
 @pytest.mark.parametrize(
@@ -107,22 +90,29 @@ def test_empty_segmentation_is_an_empty_mask():
         [[1, 2, 3]],
         [[1, 2, 3, 4]],
         [[1, 2, 3, 4, 5, float("nan")]],
+        [[1, 2, 3, 4, 5, float("inf")]],
         [["a", "b", "c", "d", "e", "f"]],
+        [[[1, 2], [3, 4], [5, 6]]],
         "polygon",
+        None,
         {"size": [H, W]},
         {"size": [W, H], "counts": [H * W]},
         {"size": [H, W], "counts": [H * W + 1]},
         {"size": [H, W], "counts": [-1, H * W + 1]},
+        {"size": [H, W], "counts": [5.0, 235.0]},
+        {"size": [H, W], "counts": ["240"]},
+        {"size": [H, W], "counts": ""},
+        {"size": [H, W], "counts": "o" * 50},
         {"size": [H, W], "counts": "zzzzzzzzzzzz"},
         {"size": 3, "counts": "1"},
-        None,
     ],
 )
 def test_malformed_segmentation_names_the_annotation(broken):
     with pytest.raises(SampleError, match="set/photo.jpg: annotation 77: malformed"):
-        annotation_mask({"id": 77, "segmentation": broken}, H, W, "set/photo.jpg")
+        CocoIndex.mask({"id": 77, "segmentation": broken}, H, W, "set/photo.jpg")
 
 
+# ------------------------------------------------------------------------------------------------ shapes
 def shape(label, x0, y0, x1, y1):
     return {"label": label, "points": [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]}
 
@@ -148,13 +138,15 @@ def test_painting_goes_from_large_to_small_and_draws_the_outline():
         {"label": "target", "points": [[1, 2, 3]]},
         {"label": "target", "points": [[1, float("inf")]]},
         {"label": None, "points": []},
+        {"label": "target", "points": [[1, 2], [9, 9]], "shape_type": "rectangle"},
     ],
 )
 def test_broken_shapes(broken):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"shapes\[0\]"):
         paint_shapes([broken], H, W)
 
 
+# ------------------------------------------------------------------------------------------------ frames
 def save_turned(path, orientation, array):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -179,21 +171,7 @@ def test_square_masks_count_as_stored(tmp_path):
     stored = np.triu(np.ones((H, H), np.uint8))
     save_turned(tmp_path / "photo.png", 6, np.repeat(stored[:, :, None] * 255, 3, 2))
     image, tag = load_oriented(tmp_path / "photo.png")
-    assert (orient(stored, image, tag) == ORIENT[6](stored)).all()
-
-
-def test_photos_become_rgb_and_broken_ones_are_named(tmp_path):
-    Image.new("LA", (5, 4)).save(tmp_path / "grey.png")
-    assert load_image(tmp_path / "grey.png").mode == "RGB"
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "whole.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:800])
-    (tmp_path / "text.jpg").write_text("no photo")
-    for name in "cut.jpg", "text.jpg", "absent.jpg":
-        with pytest.raises(SampleError) as error:
-            load_image(tmp_path / name, f"set/{name}")
-        assert error.value.id == f"set/{name}" and name in error.value.cause
-        assert str(error.value).startswith(f"set/{name}: ")
+    assert (orient(stored, image, tag) == TURNS[6](stored)).all()
 
 
 def test_label_maps_keep_their_values(tmp_path):
@@ -203,12 +181,7 @@ def test_label_maps_keep_their_values(tmp_path):
     palette.save(tmp_path / "labels.png")
     assert (load_label_map(tmp_path / "labels.png", "x") == labels).all()
     Image.new("RGB", (3, 3)).save(tmp_path / "colour.png")
-    with pytest.raises(SampleError, match="a mask or label map has one"):
-        load_label_map(tmp_path / "colour.png", "x")
-
-
-def test_one_photo_has_one_key_under_all_its_names():
-    names = "000000000042.jpg", "COCO_train2014_000000000042.jpg", "data/vqav2/val2014/COCO_val2014_000000000042.jpg"
-    assert {image_key(name) for name in names} == {42}
-    others = image_key("10/images/450.jpg"), image_key("36/images/450.jpg"), image_key("VizWiz_train_00000003.jpg")
-    assert len(set(others)) == 3 and max(others) < 0
+    Image.new("L", (3, 3)).save(tmp_path / "blurred.jpg")
+    for name, cause in ("colour.png", "has one"), ("blurred.jpg", "JPEG"), ("absent.png", "No such file"):
+        with pytest.raises(SampleError, match=f"x: .*{name}.*{cause}"):
+            load_label_map(tmp_path / name, "x")

@@ -26,6 +26,7 @@ from self1e.data.mixture import Group, Mixture, pack, unpack
 from self1e.data.paths import missing
 from self1e.data.samples import SampleError
 from self1e.data.splits import split_paths
+from self1e.errors import UserError
 
 
 def toy(mode="exact", batch_size=4, seg=30, text=50, rates=(1, 1), broken=(), seed=0, transform=None, redraw=False):
@@ -150,7 +151,7 @@ def test_a_broken_kind_falls_back_to_its_own_kind_then_stops():
     def refuse(sample):
         raise SampleError(sample.id, f"too long after {len(sample.replaced)}")
 
-    with pytest.raises(RuntimeError, match="21 samples tried.*\n.*text/4: too long after 0\ntext/.*after 1") as error:
+    with pytest.raises(UserError, match="21 samples tried.*\n.*text/4: too long after 0\ntext/.*after 1") as error:
         toy(transform=refuse)[pack(0, 2, 4, 0)]
     assert str(error.value).count("\n") == 21
 
@@ -165,12 +166,12 @@ def test_a_broken_kind_falls_back_to_its_own_kind_then_stops():
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         toy(**arguments)
 
 
 def test_fewer_samples_than_ranks():
-    with pytest.raises(ValueError, match="85 training samples are fewer than the 86"):
+    with pytest.raises(UserError, match="85 training samples are fewer than the 86"):
         toy().micro_batches(0, rank=0, world_size=86)
 
 
@@ -280,7 +281,7 @@ def test_rates_go_with_names_and_spare_the_question_sets(tmp_path):
 )
 def test_bad_flags_are_named(tmp_path, arguments, words):
     (tmp_path / "reason_seg/ReasonSeg/explanatory").mkdir(parents=True)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         build(tree(tmp_path) if "explanatory" not in arguments else explained(tmp_path), **arguments)
     assert all(word in str(error.value) for word in words)
 
@@ -294,7 +295,7 @@ def test_missing_data_is_one_error(tmp_path):
     flags = {"sem_seg_data": "ade20k||cocostuff||mapillary", "explanatory": 0.1}
     for _, path in DataConfig.parse(dataset_dir=tmp_path, data_dir=tmp_path / "data", **flags).paths():
         path.parent.mkdir(parents=True, exist_ok=True)  # several paths of a missing folder would be one line
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         build(tmp_path, **flags)
     message = str(error.value)
     for word in (

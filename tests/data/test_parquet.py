@@ -82,7 +82,7 @@ def test_rows_of_one_photo_are_together_and_columns_have_any_name(tmp_path):
     description = {"source": str(tmp_path / "set"), "columns": columns, "note": "mine"}
     (tmp_path / "set.yaml").write_text(json.dumps(description))
     split = load_split(f"parquet|{tmp_path}/set.yaml|test", "nowhere")
-    assert [image.image_id for image in split] == ["7", "8"] and split.note == "mine" and len(split.keys()) == 2
+    assert [image.image_id for image in split] == ["7", "8"] and split.note == "mine" and len(split.image_keys()) == 2
     assert split[0].unit_ids == ["7/0", "7/0#1", "7/2"] and split[0].load()[1].shape == (3, HEIGHT, WIDTH)
     assert split[0].is_sentence == [True, False, False]
 

@@ -1,40 +1,91 @@
-"""What a user reads when data is absent."""
+"""self1e/data/paths.py: what a user reads when data is absent, and which files annotations may name."""
 
-import re
+import unicodedata
 
 import pytest
-from helpers import ROOT
+from trees import SQUARE, photo, reference, referring_set
 
-from self1e.data.families import FAMILIES, DataConfig
-from self1e.data.paths import UNFETCHED, require_paths
-from self1e.data.splits import PREFIXES, SPLITS, split_paths
-
-
-def told(wanted) -> list[str]:
-    with pytest.raises(FileNotFoundError) as error:
-        require_paths(wanted)
-    return str(error.value).splitlines()
+from self1e.data.families import DataConfig
+from self1e.data.loader import build_mixture
+from self1e.data.paths import inside, list_names, require_paths
+from self1e.data.samples import SampleError
+from self1e.data.splits import load_split
+from self1e.errors import UserError
 
 
-def test_a_missing_folder_is_one_line_with_the_command_that_fills_it(tmp_path):
-    config = DataConfig.parse(
-        dataset_dir=tmp_path / "absent", data_dir=tmp_path / "data", dataset="sem_seg||refer_seg"
-    )
-    first, *lines = told(config.paths() + split_paths(["refcoco|unc|val", "refzom|final|test"], tmp_path / "absent"))
-    assert "get_data.sh ade20k cocostuff paco_lvis pascal_part refclef refcoco refcoco+ refcocog" in first
-    assert len(lines) == 1 and lines[0].startswith(f"  {tmp_path / 'absent'}   (the folder is missing: ")
-    assert lines[0].endswith("files and folders of 10 sets)")
-
-
-def test_few_missing_paths_are_named_one_by_one(tmp_path):
+def test_missing_paths_are_one_error_and_a_missing_folder_one_line(tmp_path):
     (tmp_path / "tree").mkdir()
-    wanted = [("gqa", tmp_path / "tree/gqa/a"), ("gqa", tmp_path / "tree/gqa/b"), ("vqav2", tmp_path / "tree/gqa/b")]
-    assert told(wanted)[1:] == [f"  {tmp_path}/tree/gqa/a   (gqa)", f"  {tmp_path}/tree/gqa/b   (gqa, vqav2)"]
-    assert "get_data" not in told([("custom", tmp_path / "mine.csv")])[0]  # it brings nobody's own data
+    wanted = [(f"set{k}", tmp_path / f"absent/{k}/x") for k in range(9)]
+    wanted += [("gqa", tmp_path / "tree/a"), ("vqav2", tmp_path / "tree/b"), ("gqa", tmp_path / "tree/b")]
+    with pytest.raises(UserError) as error:
+        require_paths(wanted)
+    _, *lines = str(error.value).splitlines()
+    assert len(lines) == 3 and str(tmp_path / "absent") in lines[0] and "9 files" in lines[0]
+    assert "tree/a " in lines[1] and "tree/b " in lines[2] and "vqav2, gqa" in lines[2]
+    require_paths([("x", tmp_path)])
 
 
-def test_every_set_is_one_that_can_be_fetched_or_not():
-    names = {name for family in FAMILIES.values() for name in family.sets} | {name.split("|")[0] for name in SPLITS}
-    names |= {prefix.rstrip("|") for prefix in PREFIXES}
-    cases = re.findall(r"^        ([\w+| -]+)\)", (ROOT / "scripts/get_data.sh").read_text(), re.MULTILINE)
-    assert names - {name for case in cases for name in case.split(" | ")} == set(UNFETCHED)
+def test_hidden_files_are_not_listed(tmp_path):
+    for name in "b.jpg", "a.jpg", "._a.jpg", ".jpg", "c.json":
+        (tmp_path / name).touch()
+    assert list_names(tmp_path, ".jpg") == ["a.jpg", "b.jpg"]
+
+
+def test_names_stay_in_their_folder(tmp_path):
+    folder, outside = tmp_path / "photos", tmp_path / "outside"
+    (folder / "a/b/c").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "x.jpg").touch()
+    assert inside(folder, "a/b/c/x.jpg") == folder / "a/b/c/x.jpg"
+    for name in "../outside/x.jpg", "a/../../outside/x.jpg", f"{outside}/x.jpg", "C:\\x.jpg", "a\\..\\..\\x.jpg", "\0":
+        with pytest.raises(UserError, match="leads out of .*photos.*--allow_outside"):
+            inside(folder, name)
+    for name in "../outside/x.jpg", f"{outside}/x.jpg":
+        assert inside(folder, name, allow_outside=True).samefile(outside / "x.jpg")
+    (folder / "link.jpg").symlink_to(outside / "x.jpg")
+    (folder / "a/b/c/deep").symlink_to(outside)
+    for name in "link.jpg", "a/b/c/deep/x.jpg":
+        with pytest.raises(UserError, match="is a link to .*outside.*--allow_outside"):
+            inside(folder, name)
+    (folder / "near.jpg").symlink_to("a/y.jpg")
+    assert inside(folder, "near.jpg") == folder / "near.jpg"
+
+
+def test_linked_folders_of_photos_are_fine(tmp_path):
+    (tmp_path / "store/train").mkdir(parents=True)
+    (tmp_path / "store/train/x.jpg").touch()
+    (tmp_path / "tree/coco").mkdir(parents=True)
+    (tmp_path / "tree/coco/train").symlink_to(tmp_path / "store/train")
+    (tmp_path / "linked").symlink_to(tmp_path / "store")
+    for folder, name in ("tree", "coco/train/x.jpg"), ("linked", "train/x.jpg"), ("tree/coco/train", "x.jpg"):
+        assert inside(tmp_path / folder, name).exists()
+
+
+def test_accents_are_found_in_either_form_and_backslashes_are_named(tmp_path):
+    for form, other in ("NFC", "NFD"), ("NFD", "NFC"):
+        (tmp_path / form).mkdir()
+        (tmp_path / form / unicodedata.normalize(form, "Küche.jpg")).touch()
+        assert inside(tmp_path / form, unicodedata.normalize(other, "Küche.jpg")).exists()
+    with pytest.raises(UserError, match="backslashes"):
+        inside(tmp_path, "a\\b.jpg")
+
+
+def test_a_set_and_a_split_refuse_a_photo_outside_unless_allowed(tmp_path):
+    square = [{"id": 1, "image_id": 7, "segmentation": [SQUARE]}]
+    refs = [reference(1, 7, 1, "train", "x"), reference(2, 7, 1, "val", "x")]
+    referring_set(tmp_path / "tree", "refcoco", refs, square, images=[(7, "../" * 5 + "secret.jpg")])
+    (tmp_path / "tree/refer_seg/images/mscoco/images/train2014").mkdir(parents=True, exist_ok=True)
+    photo(tmp_path / "secret.jpg")
+    with pytest.raises(SampleError, match="secret.jpg.*leads out of"):
+        load_split("refcoco|unc|val", tmp_path / "tree")[0].load()
+    assert load_split("refcoco|unc|val", tmp_path / "tree", allow_outside=True)[0].load()[1].sum() == 36
+    flags = {"dataset": "refer_seg", "refer_seg_data": "refcoco"}
+    for allowed in False, True:
+        config = DataConfig.parse(dataset_dir=tmp_path / "tree", data_dir=tmp_path, allow_outside=allowed, **flags)
+        mixture = build_mixture(config, batch_size=1, seed=0)
+        place = mixture.micro_batches(0, rank=0, world_size=1)[0][0]
+        if allowed:
+            assert mixture[place].masks[0].sum() == 36
+        else:
+            with pytest.raises(UserError, match="leads out of"):
+                mixture[place]

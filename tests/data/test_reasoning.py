@@ -11,6 +11,7 @@ from trees import H, W, photo, reasoning_photo, write_json
 from self1e.data.samples import SampleError
 from self1e.data.sets.reasoning import ReasonSeg
 from self1e.data.splits import load_split
+from self1e.errors import UserError
 
 AREA = 8 * 7
 
@@ -27,7 +28,7 @@ def explain(root, **outputs):
 def test_phrases_are_lower_cased_and_sentences_kept_in_either_encoding(tmp_path):
     reasoning_photo(tmp_path, "train", "a", ["Une Soirée à Café"], encoding="cp1252")
     reasoning_photo(tmp_path, "train", "b", ["Whose Café?"], is_sentence=True)
-    (short,), (long,) = (train(tmp_path).sample(i, np.random.default_rng(0)).conversations for i in (0, 1))
+    (short,), (long,) = (train(tmp_path).read(i, np.random.default_rng(0)).conversations for i in (0, 1))
     assert "une soirée à café in this image" in short[0] or "the une soirée à café" in short[0]
     assert long[0].startswith("<image>\nWhose Café? Please ")
 
@@ -38,7 +39,7 @@ def test_training_masks_are_binary_one_a_sentence(tmp_path):
         {"label": "ignore", "points": [[2, 2], [3, 2], [3, 8], [2, 8]]},
     ]
     reasoning_photo(tmp_path, "train", "a", ["x", "y"], shapes=shapes)
-    sample = train(tmp_path).sample(0, np.random.default_rng(0))
+    sample = train(tmp_path).read(0, np.random.default_rng(0))
     assert sample.id == "ReasonSeg/a.jpg"
     assert [mask.shape for mask in sample.masks] == [(1, H, W)] * 2
     assert all(mask.max() == 1 and mask.sum() == AREA - 2 * 7 for mask in sample.masks)
@@ -67,17 +68,17 @@ def test_splits_join_and_photos_without_text_are_skipped(tmp_path):
     reasoning_photo(tmp_path, "train", "a", [])
     reasoning_photo(tmp_path, "val", "b", ["x"])
     data = train(tmp_path, splits="train_val")
-    assert len(data) == 2 and data.sample(0, np.random.default_rng(0)).id == "ReasonSeg/b.jpg"
-    with pytest.raises(ValueError, match="unknown ReasonSeg split 'dev'; known: train, val, test"):
+    assert len(data) == 2 and data.read(0, np.random.default_rng(0)).id == "ReasonSeg/b.jpg"
+    with pytest.raises(UserError, match="unknown ReasonSeg split 'dev'; known: train, val, test"):
         train(tmp_path, splits="train_dev")
     with pytest.raises(SampleError, match="no image of this set"):
-        train(tmp_path).sample(0, np.random.default_rng(0))
+        train(tmp_path).read(0, np.random.default_rng(0))
 
 
 def kinds(data, draws):
     counts = Counter()
     for seed in range(draws):
-        sample = data.sample(0, np.random.default_rng(seed))
+        sample = data.read(0, np.random.default_rng(seed))
         (question, answer), mask = sample.conversations[0], sample.masks[0]
         assert len(mask) == answer.count("[SEG]") and mask.shape[1:] == (H, W)
         kind = "text" if answer == "because" else "both" if answer.endswith("[SEG]. because") else "mask"
@@ -95,7 +96,7 @@ def test_explanations(tmp_path):
     # 600 draws: three standard deviations of a share of 1/3 are 0.058.
     counts = kinds(train(tmp_path, explanatory=1 / 3), 600)
     assert all(abs(counts[kind] / 600 - 1 / 3) < 0.06 for kind in ("text", "both", "mask"))
-    with pytest.raises(ValueError, match="--explanatory is 2"):
+    with pytest.raises(UserError, match="--explanatory is 2"):
         train(tmp_path, explanatory=2)
 
 
@@ -107,7 +108,7 @@ def test_broken_records_are_sample_errors(tmp_path, record):
     reasoning_photo(tmp_path, "train", "a", ["x"])
     (tmp_path / "reason_seg/ReasonSeg/train/a.json").write_text(record)
     with pytest.raises(SampleError, match="ReasonSeg/a.jpg: .*a.json"):
-        train(tmp_path).sample(0, np.random.default_rng(0))
+        train(tmp_path).read(0, np.random.default_rng(0))
 
 
 @needs_shared
@@ -120,7 +121,7 @@ def test_counts_equal_the_published_loaders(explanatory):
     draws = Counter()
     for index in range(len(data)):
         for seed in range(12):
-            sample = data.sample(index, np.random.default_rng(seed))
+            sample = data.read(index, np.random.default_rng(seed))
             draws["with_mask" if sum(map(len, sample.masks)) else "text_only"] += 1
     assert sum(draws.values()) == sum(counts["draws"].values())
     if explanatory != "0.1":  # the share itself is random there

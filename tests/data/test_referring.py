@@ -10,6 +10,7 @@ from trees import SQUARE, H, W, photo, reference, referring_set
 from self1e.data.families import FAMILIES
 from self1e.data.samples import SampleError
 from self1e.data.splits import SPLITS, load_split
+from self1e.errors import UserError
 
 OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]
 AREA = 6 * 6
@@ -20,8 +21,8 @@ def annotation(id, image_id, *polygons):
     return {"id": id, "image_id": image_id, "segmentation": list(polygons)}
 
 
-def train(root, name, rows=3):
-    return FAMILIES["refer_seg"].sets[name](root, root, rows=rows)
+def train(root, name, conversations=3):
+    return FAMILIES["refer_seg"].sets[name](root, root, conversations=conversations)
 
 
 def units(split):
@@ -36,7 +37,7 @@ def test_training_sample(tmp_path):
     ]
     referring_set(tmp_path, "refcoco", refs, [annotation(11, 7, SQUARE), annotation(12, 7)])
     data = train(tmp_path, "refcoco")
-    sample = data.sample(0, np.random.default_rng(0))
+    sample = data.read(0, np.random.default_rng(0))
     assert len(data) == 1 and sample.id == "refcoco/COCO_train2014_000000000007.jpg"
     assert [mask.shape for mask in sample.masks] == [(1, H, W)] * 3
     areas = {}
@@ -45,7 +46,7 @@ def test_training_sample(tmp_path):
         areas |= {phrase: mask.sum() for phrase in ("the left cat ", "rest") if f"{phrase.strip()} in" in question}
     assert areas == {"the left cat ": AREA, "rest": 0}  # stripped, lower-cased; empty = empty mask
     drawn = {
-        tuple(q for q, _ in train(tmp_path, "refcoco", 2).sample(0, np.random.default_rng(s)).conversations)
+        tuple(q for q, _ in train(tmp_path, "refcoco", 2).read(0, np.random.default_rng(s)).conversations)
         for s in range(8)
     }
     assert len(drawn) > 1 and all(len(set(rows)) == 2 for rows in drawn)
@@ -112,15 +113,15 @@ def test_broken_annotations_and_photos_are_sample_errors(tmp_path):
     data = train(tmp_path, "refcoco")
     for index, cause in enumerate(["annotation 11: malformed", "no 'annotation id 99'", "c.jpg", "no 'image id 10'"]):
         with pytest.raises(SampleError, match=cause):
-            data.sample(index, np.random.default_rng(0))
+            data.read(index, np.random.default_rng(0))
 
 
 def test_missing_paths_in_one_error(tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         load_split("refcocog|umd|val", tmp_path)
     for word in "refs(umd).p", "instances.json", "train2014", "refcocog|umd|val", "docs/data.md, section Datasets":
         assert word in str(error.value)
-    with pytest.raises(ValueError, match="refcoco|unc|val") as error:
+    with pytest.raises(UserError, match="refcoco|unc|val") as error:
         load_split("refcoco|google|val", tmp_path)
     assert all(name in str(error.value) for name in SPLITS)
 

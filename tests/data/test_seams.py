@@ -71,7 +71,7 @@ class Frames(TrainingSet):
 
 class FrameSplit(EvalSplit):
     def __init__(self, name, dataset_dir, *, allow_outside=False):
-        self.name, self.data = name, Frames(dataset_dir, dataset_dir, rows=1)
+        self.name, self.data = name, Frames(dataset_dir, dataset_dir, conversations=1)
 
     @staticmethod
     def paths(name, dataset_dir):
@@ -81,7 +81,7 @@ class FrameSplit(EvalSplit):
         return len(self.data)
 
     def keys(self):
-        return self.data.keys()
+        return self.data.image_keys()
 
     def read(self, item):
         sample = self.data.read(item, np.random.default_rng(0))

@@ -10,19 +10,20 @@ from trees import SQUARE, H, W, instances, label_map, photo, write_json
 from self1e.data.families import FAMILIES
 from self1e.data.samples import SampleError
 from self1e.data.sets.semantic import class_names
+from self1e.errors import UserError
 
 SETS = FAMILIES["sem_seg"].sets
 
 
-def make(root, name, rows=3):
-    return SETS[name](root, root, rows=rows)
+def make(root, name, conversations=3):
+    return SETS[name](root, root, conversations=conversations)
 
 
 def asked(data, index=0, draws=40):
     """{text between the template's words: mask} over many draws."""
     found = {}
     for seed in range(draws):
-        sample = data.sample(index, np.random.default_rng(seed))
+        sample = data.read(index, np.random.default_rng(seed))
         assert len(sample.conversations) == len(sample.masks) <= data.rows
         for (question, _), mask in zip(sample.conversations, sample.masks):
             text = question.removeprefix("<image>\n").split(" in this image")[0]
@@ -53,7 +54,7 @@ def test_ade20k_counts_from_one_and_ignores_other(tmp_path):
 def test_rows_are_drawn_without_repetition(tmp_path):
     ade20k(tmp_path, "a", [1, 2, 3, 4, 5])
     for seed in range(10):
-        sample = make(tmp_path, "ade20k").sample(0, np.random.default_rng(seed))
+        sample = make(tmp_path, "ade20k").read(0, np.random.default_rng(seed))
         assert len(sample.masks) == 3 and sum(mask.astype(int) for mask in sample.masks).max() == 1
 
 
@@ -62,7 +63,7 @@ def test_an_image_without_labels_counts_and_the_next_serves_it(tmp_path):
         ade20k(tmp_path, stem, values)
     data = make(tmp_path, "ade20k")
     assert len(data) == 3
-    assert [data.sample(i, np.random.default_rng(0)).id for i in range(3)] == ["ade20k/a.jpg"] * 3
+    assert [data.read(i, np.random.default_rng(0)).id for i in range(3)] == ["ade20k/a.jpg"] * 3
 
 
 def test_labels_without_a_name_and_missing_maps_are_sample_errors(tmp_path):
@@ -70,7 +71,7 @@ def test_labels_without_a_name_and_missing_maps_are_sample_errors(tmp_path):
     photo(tmp_path / "ade20k/images/training/b.jpg")
     for index, cause in (0, "holds 151"), (1, "cannot read"):
         with pytest.raises(SampleError, match=cause):
-            make(tmp_path, "ade20k").sample(index, np.random.default_rng(0))
+            make(tmp_path, "ade20k").read(index, np.random.default_rng(0))
 
 
 def test_cocostuff_leaves_out_names_with_a_dash(tmp_path):
@@ -89,7 +90,7 @@ def test_mapillary_names_and_schema(tmp_path):
     )
     assert sorted(asked(make(tmp_path, "mapillary"))) == ["rail track", "road"]
     write_json(config, {"labels": [{"name": "Road"}]})
-    with pytest.raises(ValueError, match="config_v2.0.json: key 'readable' is missing.*docs/data.md"):
+    with pytest.raises(UserError, match="config_v2.0.json: key 'readable' is missing.*docs/data.md"):
         make(tmp_path, "mapillary")
 
 
@@ -109,7 +110,7 @@ def test_part_names_and_own_masks(tmp_path):
     found = asked(data)
     assert sorted(found) == ["microwave_oven", "mug handle", "the handle of the mug"]
     assert found["mug handle"].sum() == 36
-    areas = sorted(int(mask.sum()) for mask in data.sample(0, np.random.default_rng(0)).masks)
+    areas = sorted(int(mask.sum()) for mask in data.read(0, np.random.default_rng(0)).masks)
     assert areas == [25, 36]  # the empty segmentation is passed over
     (remark,) = data.remarks()
     assert remark.endswith("_train.json: 1 annotations with an empty segmentation are skipped (first: annotation 3)")
@@ -128,7 +129,7 @@ def test_label_maps_turn_with_their_photo(tmp_path):
     photo(tmp_path / "ade20k/images/training/a.jpg", orientation=3)
     for (question, _), mask in zip(
         *[
-            getattr(make(tmp_path, "ade20k").sample(0, np.random.default_rng(0)), field)
+            getattr(make(tmp_path, "ade20k").read(0, np.random.default_rng(0)), field)
             for field in ("conversations", "masks")
         ]
     ):
@@ -140,11 +141,11 @@ def test_label_maps_turn_with_their_photo(tmp_path):
 @pytest.mark.parametrize("name", SETS)
 def test_counts_equal_the_published_loaders(name):
     counts = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"][f"SemSegDatasetSeq|{name}"]
-    data = make(SHARED / "minidata" / "dataset", name, rows=100)
+    data = make(SHARED / "minidata" / "dataset", name, conversations=100)
     seen = set()
     for index in range(len(data)):
         for seed in range(30):
-            sample = data.sample(index, np.random.default_rng(seed))
+            sample = data.read(index, np.random.default_rng(seed))
             assert all(mask.any() for mask in sample.masks)
             for question, _ in sample.conversations:
                 text = question.removeprefix("<image>\n").split(" in this image")[0]

@@ -10,12 +10,13 @@ from trees import H, W, photo, questions, write_json
 from self1e.data.families import FAMILIES
 from self1e.data.samples import SampleError
 from self1e.data.sets.vqa import GQA, instruction_turns
+from self1e.errors import UserError
 
 SETS = FAMILIES["vqa"].sets
 
 
 def make(root, name):
-    return SETS[name](root, root, rows=3)
+    return SETS[name](root, root, conversations=3)
 
 
 def test_turns():
@@ -33,7 +34,7 @@ def test_instructions_come_from_one_file_alone(tmp_path):
         turns = [{"from": "human", "value": f"<image>\n{name}?"}, {"from": "gpt", "value": "Yes."}]
         write_json(tmp_path / f"llava_dataset/{name}.json", [{"id": "r", "image": "a.jpg", "conversations": turns}])
     data = make(tmp_path, "llava_instruct_150k")
-    sample = data.sample(0, np.random.default_rng(0))
+    sample = data.read(0, np.random.default_rng(0))
     assert len(data) == 1 and sample.conversations == [["<image>\nllava_instruct_150k?", "Yes."]]
     assert sample.masks[0].shape == (0, H, W) and sample.id == "llava_instruct_150k/r"
 
@@ -42,7 +43,7 @@ def test_instructions_come_from_one_file_alone(tmp_path):
 def test_question_sets(tmp_path, name):
     questions(tmp_path, SETS[name].file, 2)
     data = make(tmp_path, name)
-    sample = data.sample(1, np.random.default_rng(0))
+    sample = data.read(1, np.random.default_rng(0))
     unanswerable = " When the provided information is insufficient, respond with 'Unanswerable'."
     instruction = (unanswerable if name == "vizwiz" else "") + " Answer the question using a single word or phrase."
     assert sample.conversations == [[f"<image>\nWhat 1?{instruction}", "1"]]
@@ -53,10 +54,10 @@ def test_question_sets(tmp_path, name):
 def test_a_broken_line_and_an_empty_file_name_the_source(tmp_path):
     (tmp_path / "gqa").mkdir()
     (tmp_path / GQA.file).write_text('{"image": "a.jpg", "question": "b"}\n{oops\n')
-    with pytest.raises(ValueError, match="train_balanced.jsonl, line 2"):
+    with pytest.raises(UserError, match="train_balanced.jsonl, line 2"):
         make(tmp_path, "gqa")
     (tmp_path / GQA.file).write_text("")
-    with pytest.raises(ValueError, match="gqa: no training samples"):
+    with pytest.raises(UserError, match="gqa: no training samples"):
         make(tmp_path, "gqa")
 
 
@@ -64,8 +65,8 @@ def test_a_broken_line_and_an_empty_file_name_the_source(tmp_path):
 def test_counts_equal_the_published_loaders():
     golden = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"]
     counts = golden["VQADataset|llava_instruct_150k"]
-    data = SETS["llava_instruct_150k"](SHARED / "minidata/dataset", SHARED / "minidata/data", rows=3)
-    rows = [data.sample(i, np.random.default_rng(0)).conversations[0] for i in range(len(data))]
+    data = SETS["llava_instruct_150k"](SHARED / "minidata/dataset", SHARED / "minidata/data", conversations=3)
+    rows = [data.read(i, np.random.default_rng(0)).conversations[0] for i in range(len(data))]
     assert len(data) == counts["items"]
     assert sum(len(row) // 2 for row in rows) == counts["assistant_turns"]
     raw = [turns for _, _, turns in data._items]

@@ -176,7 +176,7 @@ class ParquetSplit(EvalSplit):
         place = Path(self.set.source)
         try:
             return inside(place if place.is_dir() else place.parent, str(cell), allow_outside=self.allow_outside)
-        except ValueError as error:
+        except UserError as error:
             raise SampleError(id, str(error)) from error
 
 

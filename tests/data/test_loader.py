@@ -1,0 +1,68 @@
+"""self1e/data/loader.py: batches of the mixture, which ranks read which, broken samples, workers."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import noise
+from streams import Numbers
+
+from self1e.data.loader import Encode, make_loader
+from self1e.data.mixture import Group, Mixture
+from self1e.data.samples import Sample, SampleError
+from self1e.errors import UserError
+
+
+class Photos(Numbers):
+    """`Numbers` with a photo, a sentence and a mask each."""
+
+    def read(self, index, rng):
+        super().read(index, rng)
+        image = noise(20, 12, seed=index)
+        return Sample(f"{self.name}/{index}", image, [["<image>\nit?", "[SEG]."]], [np.ones((1, 12, 20), np.uint8)])
+
+
+@pytest.fixture
+def encode(tiny_processor):
+    return Encode(tiny_processor, max_length=512, max_tiles=1)
+
+
+def mixture(size=12, broken=()):
+    return Mixture([Group([Photos("a", size, broken)], 1, True, redraw=False)], batch_size=2, seed=0, mode="exact")
+
+
+def read(*args, epoch=0, **options):
+    return [batch["ids"] for batch in make_loader(*args, epoch=epoch, **options)]
+
+
+@pytest.mark.parametrize("size", [12, 13])
+def test_ranks_share_the_epoch_and_nothing_twice(encode, size):
+    ranks = [make_loader(mixture(size), encode, epoch=0, rank=rank, world_size=2) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == -(-size // 4)
+    found = [id for loader in ranks for batch in loader for id in batch["ids"]]
+    assert sorted(found) == sorted(f"a/{k}" for k in range(size))
+
+
+def test_epochs_differ_repeat_and_can_be_read_in_part(encode):
+    plan = mixture()
+    whole = read(plan, encode)
+    assert read(plan, encode) == whole != read(plan, encode, epoch=1)
+    assert read(plan, encode, first=2, stop=4) == whole[2:4] == read(plan, encode, first=2, stop=4, workers=1)
+
+
+def test_batches_name_their_samples_and_the_broken_ones_they_replace(encode):
+    batches = list(make_loader(mixture(broken=(3,)), encode, epoch=0, workers=2, timeout=60))
+    assert sum(len(batch["ids"]) for batch in batches) == 12 and "a/3" not in sum((b["ids"] for b in batches), [])
+    assert sum((batch["replaced"] for batch in batches), []) == [("a/3", "torn")]
+    assert all(isinstance(batch["labels"], torch.Tensor) and len(batch["input_ids"]) == 2 for batch in batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_that_is_broken_throughout_says_so(encode, workers):
+    with pytest.raises(UserError, match="^21 samples tried for one place are all broken:\na/[0-9]+: torn"):
+        read(mixture(broken=range(12)), encode, workers=workers)
+
+
+def test_a_conversation_too_long_counts_as_broken(tiny_processor):
+    sample = Photos("a", 1).read(0, np.random.default_rng(0))
+    with pytest.raises(SampleError, match="a/0.*--model_max_length 10"):
+        Encode(tiny_processor, max_length=10, max_tiles=1)(sample)

@@ -1,0 +1,106 @@
+"""self1e/model/photos.py and the photos of samples.py: whatever users call a photo."""
+
+import logging
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from self1e.data.samples import SampleError, image_key, load_image
+from self1e.errors import UserError
+from self1e.model.photos import as_rgb, orientation
+
+
+def grey(path, values, dtype):
+    array = np.zeros((4, 5), dtype)
+    array[:, : len(values)] = values
+    Image.fromarray(array).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "values, dtype, expected",
+    [
+        ([0, 256, 32768, 65535], np.uint16, [0, 1, 128, 255]),
+        ([0, 16, 2048, 4095], np.uint16, [0, 1, 128, 255]),  # 12 bits
+        ([0, 256, 65535], np.int32, [0, 1, 255]),
+    ],
+)
+def test_deep_greys_are_scaled(tmp_path, values, dtype, expected):
+    image = load_image(grey(tmp_path / "deep.tif", values, dtype))
+    assert image.mode == "RGB" and np.asarray(image)[0, : len(expected), 0].tolist() == expected
+
+
+@pytest.mark.parametrize("values, dtype", [([0, 0.5, 1], np.float32), ([0, 70_000], np.int32), ([-1, 9], np.int32)])
+def test_deeper_greys_are_refused_by_name(tmp_path, values, dtype):
+    path = grey(tmp_path / "deep.tif", values, dtype)
+    with pytest.raises(SampleError, match="deep.tif: .*16 bits"):
+        load_image(path)
+    with pytest.raises(UserError), Image.open(path) as image:
+        as_rgb(image)
+
+
+def test_palettes_with_transparency_become_rgb_without_a_warning(tmp_path):
+    image = Image.new("P", (5, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.save(tmp_path / "p.png", transparency=b"\0\x80")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(tmp_path / "p.png").getpixel((0, 0)) == (200, 100, 50)
+
+
+def test_metadata_is_read_for_the_orientation_alone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (5, 4)).save(tmp_path / "a.jpg", exif=exif)
+    image = load_image(tmp_path / "a.jpg")
+    assert image.size == (4, 5) and as_rgb(image).size == (4, 5) and not image.info
+    Image.new("RGB", (5, 4)).save(tmp_path / "b.jpg", exif=b"Exif\0\0" + b"no TIFF header at all")
+    assert load_image(tmp_path / "b.jpg").size == (5, 4)
+
+    class Torn(Image.Image):
+        def getexif(self):
+            raise ZeroDivisionError
+
+    assert orientation(Torn()) == 1
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (64, 48), (0, 255, 0))).save(tmp_path / "a.heic")
+    image = load_image(tmp_path / "a.heic")
+    assert image.size == (64, 48) and np.asarray(image)[9, 9, 1] > 200
+
+
+def test_broken_photos_are_named(tmp_path, caplog):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:800])
+    (tmp_path / "text.jpg").write_text("no photo")
+    (tmp_path / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
+    Image.new("1", (70_000, 1)).save(tmp_path / "long.png")  # a few bytes that take gigabytes when they are shrunk
+    (tmp_path / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n")
+    causes = {"pointer.jpg": "Git LFS", "long.png": "70,000", "absent.jpg": "No such file", "eps.jpg": "no picture"}
+    with caplog.at_level(logging.WARNING):
+        for name in "cut.jpg", "text.jpg", *causes:
+            with pytest.raises(SampleError, match=rf"^set/{name}: .*{name}.*{causes.get(name, '')}"):
+                load_image(tmp_path / name, f"set/{name}")
+
+
+def test_whatever_a_decoder_raises_makes_the_photo_unreadable(tmp_path, monkeypatch):
+    Image.new("RGB", (5, 4)).save(tmp_path / "a.png")
+
+    def torn(*_):
+        raise AttributeError("a fault of the decoder")
+
+    monkeypatch.setattr(Image.Image, "convert", torn)
+    with pytest.raises(SampleError, match="a.png: a fault of the decoder"):
+        load_image(tmp_path / "a.png")
+
+
+def test_one_photo_has_one_key_under_all_its_names():
+    names = "000000000042.jpg", "COCO_train2014_000000000042.jpg", "data/vqav2/val2014/COCO_val2014_000000000042.jpg"
+    assert {image_key(name) for name in names} == {42}
+    others = image_key("10/images/450.jpg"), image_key("36/images/450.jpg"), image_key("VizWiz_train_00000003.jpg")
+    assert len(set(others)) == 3 and max(others) < 0
