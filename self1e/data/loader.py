@@ -64,7 +64,7 @@ class Encode:
     def __call__(self, sample: Sample) -> dict:
         try:
             encoded = self.processor.encode(sample.image, sample.conversations, sample.masks, **self.options)
-        except (UserError, ValueError) as error:
+        except UserError as error:
             raise SampleError(sample.id, str(error)) from error
         return encoded | {"id": sample.id, "replaced": sample.replaced}
 
