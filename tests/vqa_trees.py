@@ -112,9 +112,11 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(tmp_path: Path, version: Path | str, *flags: str, datasets: str = "vqa-vqav2-val") -> int:
+def run(tmp_path: Path, version: Path | str | None, *flags: str, datasets: str = "vqa-vqav2-val") -> int:
+    """The exit code of an evaluation of the run `e`, on a CPU and by one process."""
     return main([
-        "--version", str(version), "--exp_name", "e", "--log_base_dir", str(tmp_path / "runs"), "--device", "cpu",
+        "--log_base_dir", str(tmp_path / "runs"), "--exp_name", "e", "--device", "cpu",
+        *(["--version", str(version)] if version else []),
         "--data_dir", str(tmp_path / "data"), "--datasets", datasets, "--workers", "0", *flags,
     ])  # fmt: skip
 

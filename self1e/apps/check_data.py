@@ -36,7 +36,7 @@ from self1e.data.splits import SPLITS, load_split, split_paths
 from self1e.data.totals import compare
 from self1e.errors import UserError
 from self1e.evaluation.tables import markdown_table
-from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
+from self1e.evaluation.vqa.base import Answer, MissingFile, Question, VQABenchmark
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.flags import Parser, check_writable_file, counted, whole
 from self1e.model import prompts
@@ -157,7 +157,7 @@ def reference_problems(benchmark: VQABenchmark, questions: list[Question], data_
         return []
     try:
         benchmark.metric([Answer(question, "") for question in questions], data_dir)
-    except (FileNotFoundError, ValueError) as error:
+    except UserError as error:
         return [str(error)]
     return []
 
@@ -196,9 +196,9 @@ def tree_sources(dataset_dir: Path, data_dir: Path, *, allow_outside: bool) -> I
     for name, benchmark in VQA_BENCHMARKS.items():
         try:
             questions = benchmark.questions(data_dir)
-        except FileNotFoundError:
+        except MissingFile:
             yield name
-        except ValueError as error:
+        except UserError as error:
             yield Source(name, problems=[str(error)])
         else:
             yield question_source(name, questions, reference_problems(benchmark, questions, data_dir))

@@ -9,8 +9,7 @@ Scores are those of the official programs, so that figures can be compared with 
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,21 +17,17 @@ from typing import NamedTuple
 from PIL import Image
 
 from self1e.data.samples import load_image
+from self1e.errors import UserError
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `prompt`: the user's text behind the image; `record`: the benchmark's own row, for its metric."""
+    """One question. `prompt`: the user's text behind the image; `record`: the benchmark's entry, for its metric."""
 
     id: int | str
     image: Path | bytes  # a file, or the bytes of one
     prompt: str
     record: dict
-
-    @property
-    def name(self) -> str:
-        """The question with its photo, for messages."""
-        return f"question {self.id}" + (f" ({self.image.name})" if isinstance(self.image, Path) else "")
 
     def open_image(self) -> Image.Image:
         """The photo, RGB. Raises SampleError naming the question when it cannot be decoded."""
@@ -47,8 +42,11 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """`summary`: rows of the table, percent unless the name says otherwise; `details`: everything, in the official
-    programs' names and units; `notes`: what a reader of the figures must know."""
+    """The figures of a benchmark.
+
+    summary: lines of the table, the headline first, percent unless the name says otherwise. details: everything, in
+    the official programs' names and units. notes: what a reader of the figures must know.
+    """
 
     summary: dict[str, float]
     details: dict
@@ -57,7 +55,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class VQABenchmark:
-    """One benchmark; all functions raise ValueError or FileNotFoundError naming the file at fault.
+    """One benchmark; all functions raise UserError naming the file at fault, MissingFile where there is none.
 
     questions: data folder -> questions in file order.
     max_new_tokens: limit of a reply.
@@ -71,37 +69,37 @@ class VQABenchmark:
     export: Callable[[list[Answer], Path, str], None]
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns whatever a missing or malformed file causes into FileNotFoundError or ValueError that names the file."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing") from error
-    except KeyError as error:
-        raise ValueError(f"{path} is malformed: no {error}") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is malformed: {error}") from error
+class MissingFile(UserError):
+    """A file of a benchmark is not there."""
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Records of a file with one JSON object per line; blank lines are skipped."""
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises MissingFile."""
+    if not path.is_file():
+        raise MissingFile(f"{path} is missing")
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def read_jsonl(path: Path, *fields: str) -> list[dict]:
+    """Records of a file with one JSON object per line. Raises UserError for a line without one of `fields`."""
     records = []
-    with reading(path):
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"line {number} is not JSON ({error})") from error
-        if not records:
-            raise ValueError("it holds no record")
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}: record {number} is not JSON ({error})") from error
+        check_fields(record, fields, f"{path}: record {number}")
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} holds no record")
     return records
 
 
-def read_json(path: Path) -> dict:
-    with reading(path):
-        return json.loads(path.read_text(encoding="utf-8"))
+def check_fields(record: object, fields: Iterable[str], place: str) -> None:
+    """Raise UserError naming `place` unless `record` is an object with all `fields`."""
+    missing = [name for name in fields if not isinstance(record, dict) or name not in record]
+    if missing:
+        raise UserError(f"{place} is malformed: it has no {', '.join(missing)}")
 
 
 def image_path(name: str, data_dir: Path) -> Path:
@@ -111,13 +109,10 @@ def image_path(name: str, data_dir: Path) -> Path:
 
 def jsonl_questions(data_dir: Path, *, file: str, instruction: str) -> list[Question]:
     """Lines with `image`, `question`, `question_id`; the prompt is the question, followed by the instruction."""
-    path = data_dir / file
-    records = read_jsonl(path)
-    with reading(path):
-        return [
-            Question(r["question_id"], image_path(r["image"], data_dir), f"{r['question']}{instruction}", r)
-            for r in records
-        ]
+    return [
+        Question(r["question_id"], image_path(r["image"], data_dir), f"{r['question']}{instruction}", r)
+        for r in read_jsonl(data_dir / file, "image", "question", "question_id")
+    ]
 
 
 def mean(values: Iterable[float]) -> float:

@@ -1,20 +1,31 @@
 """Replies to questions: batches of one photo's questions, left-padded, greedy, decoded and tiled in workers."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from self1e import distributed
 from self1e.data.samples import SampleError
-from self1e.errors import UserError
-from self1e.evaluation.loading import read_ahead
+from self1e.evaluation.results import Results, Stopped
 from self1e.evaluation.vqa.base import Question
-from self1e.evaluation.watchdog import Watchdog
 from self1e.model.prompts import END_OF_TURN, IMAGE_TAG
+
+
+class Replies(Results):
+    """The replies to a benchmark on disk; a line holds `index`, the place in the question file, and `answer`."""
+
+    def __init__(self, folder: Path, name: str, questions: Sequence[Question]):
+        asked = {index: {"question_id": q.id, "prompt": q.prompt} for index, q in enumerate(questions)}
+        super().__init__(folder, name, asked, key="index")
+
+    def records(self, replies: Mapping[int, str]) -> list[dict]:
+        """Index -> reply as lines, in the order of the questions."""
+        return [{"index": i, **self.asked[i], "answer": reply} for i, reply in sorted(replies.items())]
 
 
 def make_batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> list[list[int]]:
@@ -26,49 +37,43 @@ def make_batches(questions: Sequence[Question], indices: Sequence[int], size: in
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-class _Prompts(Dataset):
-    """Batch number -> (question indices, left-padded model inputs).
+class Prompts(Dataset):
+    """Batch number -> left-padded model inputs, or the error of a broken photo, which is to be raised.
 
-    A broken photo or text comes back as its error for the main process to raise: a worker would bury it.
+    A worker that raised it would bury it in a traceback of its own.
     """
 
-    def __init__(self, questions: Sequence[Question], batches: list[list[int]], processor, tiling: dict):
-        self.questions, self.batches, self.processor, self.tiling = questions, batches, processor, tiling
+    def __init__(self, questions: Sequence[Question], batches: list[list[int]], processor, max_tiles: int):
+        self.questions, self.batches, self.processor = questions, batches, processor
+        self.tiling = {"max_tiles": max_tiles, "thumbnail": max_tiles > 1}
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> tuple[list[int], dict] | Exception:
-        rows: dict[Any, list[list[str]]] = {}
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor] | SampleError:
+        conversations: dict[Any, list[list[str]]] = {}
         photos = {}
-        for index in self.batches[number]:
-            question = self.questions[index]
+        for question in (self.questions[index] for index in self.batches[number]):
             if question.image not in photos:
                 try:
                     photos[question.image] = question.open_image()
                 except SampleError as error:
-                    return ValueError(str(error))
+                    return error
             text = question.prompt if IMAGE_TAG in question.prompt else f"{IMAGE_TAG}\n{question.prompt}"
-            rows.setdefault(question.image, []).append([text])
-        try:
-            batch = self.processor(list(photos.values()), list(rows.values()), padding_side="left", **self.tiling)
-        except UserError as error:  # a control token in the text
-            return UserError(
-                f"question {' or '.join(str(self.questions[i].id) for i in self.batches[number])}: {error}"
-            )
+            conversations.setdefault(question.image, []).append([text])
+        batch = self.processor(list(photos.values()), list(conversations.values()), padding_side="left", **self.tiling)
         del batch["labels"]
-        return self.batches[number], dict(batch)
+        return dict(batch)
 
 
 @torch.inference_mode()
 def generate_replies(
     model, tokenizer, batch: dict[str, torch.Tensor], max_new_tokens: int, **options: Any
 ) -> list[str]:
-    """Replies to the rows of a left-padded batch, each as if it were asked alone; greedy unless `options` of
-    `generate` say otherwise.
+    """Replies to the conversations of a left-padded batch, each as if it were asked alone.
 
     At least one token, at most `max_new_tokens`, ended by `<|im_end|>`; special tokens dropped, cut at the first
-    separator, stripped (InternVL's `chat`).
+    separator, stripped (InternVL's `chat`). Greedy unless `options` of `generate` say otherwise.
     """
     batch = {name: value.to(model.device) for name, value in batch.items()}
     ids = model.generate(
@@ -93,34 +98,45 @@ def answer_questions(
     batch_size: int = 8,
     max_tiles: int = 1,
     workers: int = 0,
-    progress: str | None = None,
-    watchdog: Watchdog | None = None,
-) -> Iterator[tuple[list[int], list[str]]]:
-    """Replies to `questions[i]`, i in `indices`, batch by batch: (their indices, replies).
+    timeout: float = 0,
+    results: Replies | None = None,
+    asked_to_stop: Callable[[], bool] | None = None,
+    title: str = "",
+) -> dict[int, str]:
+    """Index -> reply to `questions[index]`, for all `indices`, on every rank; each batch is answered by one of them.
 
     Args:
         max_tiles: 1 for the one resized image, more for InternVL's dynamic tiling with a thumbnail.
-        workers: processes that decode and tile.
-        progress: title of a bar; None for none.
-        watchdog: hears which questions this rank is at.
+        workers: processes that decode and tile. timeout: seconds that one of them may take for a batch; 0: any time.
+        results: where the replies of a batch are written as soon as this rank has them.
+        asked_to_stop: called before each batch; where it returns True, this rank leaves, and when the others have
+            left or finished, all raise `Stopped`.
 
-    Raises:
-        ValueError: a photo cannot be decoded. UserError: a text holds a reserved token; the message names it.
-        SampleError: a process that decodes died.
+    Raises SampleError, on the rank that meets it, for a photo that cannot be decoded.
     """
-    batches = make_batches(questions, indices, batch_size)
-    tiling = {"max_tiles": max_tiles, "thumbnail": max_tiles > 1}
-    dataset = _Prompts(questions, batches, processor, tiling)
-
-    def name(number: int) -> str:
-        return " or ".join(questions[index].name for index in batches[number])
-
-    reading = read_ahead(dataset, range(len(batches)), workers=workers, name=name, watchdog=watchdog)
-    bar = tqdm(total=len(indices), desc=progress, unit="question", disable=progress is None)
-    with closing(reading) as items, bar:
-        for item in items:
-            if isinstance(item, Exception):
-                raise item
-            asked, batch = item
-            yield asked, generate_replies(model, processor.tokenizer, batch, max_new_tokens)
+    batches = make_batches(questions, indices, batch_size)[distributed.rank() :: distributed.world_size()]
+    loader = DataLoader(
+        Prompts(questions, batches, processor, max_tiles),
+        batch_size=None,
+        num_workers=min(workers, len(batches)),
+        timeout=timeout if workers and batches else 0,
+        worker_init_fn=distributed.ignore_signals,
+    )
+    replies: dict[int, str] = {}
+    stopped = False
+    with tqdm(total=sum(map(len, batches)), desc=title, unit="question", disable=not distributed.is_main()) as bar:
+        for asked, batch in zip(batches, loader):
+            stopped = asked_to_stop is not None and asked_to_stop()
+            if stopped:
+                break
+            if isinstance(batch, SampleError):
+                raise batch
+            new = dict(zip(asked, generate_replies(model, processor.tokenizer, batch, max_new_tokens), strict=True))
+            replies |= new
+            if results is not None:
+                results.append(results.records(new))
             bar.update(len(asked))
+    parts = distributed.gather((replies, stopped))
+    if any(stopped for _, stopped in parts):
+        raise Stopped(title)
+    return {index: reply for replies, _ in parts for index, reply in replies.items()}

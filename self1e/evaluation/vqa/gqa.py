@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, jsonl_questions, mean, read_json, reading
-from self1e.files import write_json
+from self1e.errors import UserError
+from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, check_fields, jsonl_questions, mean
+from self1e.files import read_json, write_json
 from self1e.model.prompts import VQA_INSTRUCTION
 
 
@@ -21,13 +22,12 @@ def accuracy(predictions: Mapping[str, str], questions: Mapping[str, Mapping]) -
         predictions: question id -> `read_prediction` of the reply; ids that `questions` lacks are ignored.
         questions: question id -> record with `answer`, `isBalanced` and `types.structural` (`query` = open).
 
-    Raises:
-        ValueError: a balanced question has no prediction.
+    Raises UserError when a balanced question has no prediction.
     """
     balanced = {key: question for key, question in questions.items() if question["isBalanced"]}
     missing = [key for key in balanced if key not in predictions]
     if missing:
-        raise ValueError(f"{len(missing)} balanced GQA questions have no prediction, the first is {missing[0]}")
+        raise UserError(f"{len(missing)} balanced GQA questions have no prediction, the first is {missing[0]}")
     hits: dict[bool, list[bool]] = {True: [], False: []}  # by "is an open question"
     for key, question in balanced.items():
         hits[question["types"]["structural"] == "query"].append(predictions[key] == question["answer"])
@@ -51,10 +51,11 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
     paths = [data_dir / name for name in _QUESTIONS]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"{paths[0]} is missing (so is {paths[1].name}, its other name)")
-    questions = read_json(path)
-    with reading(path):
-        details = accuracy(_predictions(answers), questions)
+        raise UserError(f"{paths[0]} is missing (so is {paths[1].name}, its other name)")
+    questions = read_json(path, dict)
+    for key, question in questions.items():
+        check_fields(question, ("answer", "isBalanced", "types"), f"{path}: question {key}")
+    details = accuracy(_predictions(answers), questions)
     empty = [kind for kind in ("open", "binary") if not details[f"n_{kind}"]]
     notes = [f"no {kind} question: {kind} accuracy is given as 0" for kind in empty]
     return Scores({name: details[name] for name in ("accuracy", "open", "binary")}, details, notes)

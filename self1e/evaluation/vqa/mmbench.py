@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark, reading
+from self1e.errors import UserError
+from self1e.evaluation.vqa.base import Answer, MissingFile, Question, Scores, VQABenchmark
 
 OPTIONS = "ABCDE"
 CIRCULAR_STEP = 1_000_000  # a copy with the options rotated by k has the index of its base row plus k times this
@@ -133,20 +134,21 @@ _LETTER_ONLY = {
 def read_questions(data_dir: Path, *, key: str, language: str) -> list[Question]:
     """Rows of a table, circular copies included, read with pandas' defaults (so an option `None` counts as absent)."""
     path = data_dir / "mmbench" / f"{key}.tsv"
-    with reading(path):
-        table = pd.read_csv(path, sep="\t")
-        missing = [name for name in ("index", "question", "A", "split", *_UNSUBMITTED) if name not in table]
-        if missing:
-            raise ValueError(f"no column {', '.join(missing)}")
-        questions, images = [], {}
-        for row in table.to_dict("records"):
-            code = row.pop("image")
-            if code not in images:  # shared by the circular copies
-                images[code] = base64.b64decode(code, validate=True)
-            hint = "" if pd.isna(row["hint"]) else f"{row['hint']}\n"
-            options = "".join(f"\n{letter}. {text}" for letter, text in options_of(row).items())
-            prompt = f"{hint}{row['question']}{options}\n{_LETTER_ONLY[language]}"
-            questions.append(Question(row["index"], images[code], prompt, row))
+    if not path.is_file():
+        raise MissingFile(f"{path} is missing")
+    table = pd.read_csv(path, sep="\t")
+    missing = [name for name in ("index", "question", "A", "split", *_UNSUBMITTED) if name not in table]
+    if missing:
+        raise UserError(f"{path} is malformed: no column {', '.join(missing)}")
+    questions, images = [], {}
+    for row in table.to_dict("records"):
+        code = row.pop("image")
+        if code not in images:  # shared by the circular copies
+            images[code] = base64.b64decode(code)
+        hint = "" if pd.isna(row["hint"]) else f"{row['hint']}\n"
+        options = "".join(f"\n{letter}. {text}" for letter, text in options_of(row).items())
+        prompt = f"{hint}{row['question']}{options}\n{_LETTER_ONLY[language]}"
+        questions.append(Question(row["index"], images[code], prompt, row))
     return questions
 
 

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark, mean, reading
+from self1e.errors import UserError
+from self1e.evaluation.vqa.base import Answer, MissingFile, Question, Scores, VQABenchmark, mean, read_lines
 from self1e.files import write_text
 from self1e.model.prompts import VQA_INSTRUCTION
 
@@ -36,11 +37,10 @@ def table_scores(rows: Sequence[tuple[str, str]]) -> dict:
 
     Returns `score` = 100 acc + 100 acc+ (0..200), `acc` (right / counted rows), `acc_plus` (photos with both right).
 
-    Raises:
-        ValueError: odd number of rows.
+    Raises UserError for an odd number of rows.
     """
     if len(rows) % 2:
-        raise ValueError(f"an MME table holds two rows per photo, here is an odd number, {len(rows)}")
+        raise UserError(f"an MME table holds two rows per photo, here is an odd number, {len(rows)}")
     right = [None if "\t" in reply else read_reply(reply) == truth.lower() for reply, truth in rows]
     counted = [row for row in right if row is not None]
     both = [first is True and second is True for first, second in zip(right[::2], right[1::2])]
@@ -54,30 +54,31 @@ def table_scores(rows: Sequence[tuple[str, str]]) -> dict:
     }
 
 
-def _rows(table: str, data_dir: Path) -> Iterator[tuple[str, str, str]]:
+def _rows(table: str, data_dir: Path) -> Iterator[tuple[str, ...]]:
     """(photo, question, answer) of one table: InternVL's `Your_Results/<table>.txt`, else the release's own files,
     `<photo>.txt` beside the photos (or below, where a release sorts them into subfolders)."""
     path = data_dir / "mme" / "Your_Results" / f"{table}.txt"
     if path.is_file():
-        with reading(path):
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                if line.strip():
-                    photo, question, answer = line.split("\t")
-                    yield photo, question, answer
+        for line in read_lines(path):
+            yield _cells(line, 3, path)
         return
     release = data_dir / "mme" / "MME_Benchmark_release_version" / table
     photos = {p.stem: p.name for p in release.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"}}
     files = sorted(release.rglob("*.txt"), key=lambda p: p.stem)
     if not files:
-        raise FileNotFoundError(f"{path} is missing, and {release} holds no <photo>.txt")
+        raise MissingFile(f"{path} is missing, and {release} holds no <photo>.txt")
     for file in files:
         if file.stem not in photos:
-            raise FileNotFoundError(f"the photo of {file} is missing: no {file.stem}.jpg or .png below {release}")
-        with reading(file):
-            for line in file.read_text(encoding="utf-8").split("\n"):
-                if line.strip():
-                    question, answer = line.split("\t")
-                    yield photos[file.stem], question, answer
+            raise UserError(f"the photo of {file} is missing: no {file.stem}.jpg or .png below {release}")
+        for line in read_lines(file):
+            yield photos[file.stem], *_cells(line, 2, file)
+
+
+def _cells(line: str, number: int, path: Path) -> tuple[str, ...]:
+    cells = tuple(line.split("\t"))
+    if len(cells) != number:
+        raise UserError(f"{path} is malformed: {line!r:.100} has {len(cells)} fields between tabs, not {number}")
+    return cells
 
 
 def _photo(table: str, photo: str, data_dir: Path) -> Path:
@@ -93,7 +94,7 @@ def read_questions(data_dir: Path) -> list[Question]:
         rows = list(_rows(table, data_dir))
         photos = [photo for photo, _, _ in rows]
         if photos[::2] != photos[1::2]:
-            raise ValueError(f"MME table {table} is malformed: each photo must have two consecutive rows")
+            raise UserError(f"MME table {table} is malformed: each photo must have two consecutive rows")
         for number, (photo, text, truth) in enumerate(rows, 1):
             record = {"table": table, "photo": photo, "truth": truth.strip()}
             image = _photo(table, photo, data_dir)
@@ -102,8 +103,8 @@ def read_questions(data_dir: Path) -> list[Question]:
 
 
 def score(answers: list[Answer], data_dir: Path) -> Scores:
-    """Perception and cognition (sums over tables), and every table with acc and acc+."""
-    tables, totals, summary = {}, {}, {}
+    """Perception and cognition (sums over tables) and their sum, and every table with acc and acc+."""
+    tables, totals, summary = {}, {}, {"total (points of 2800)": 0.0}
     for part, names in TABLES.items():
         for name in names:
             rows = [
@@ -114,6 +115,7 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
             tables[name] = table_scores(rows)
         totals[part] = sum(tables[name]["score"] for name in names)
         summary[f"{part.lower()} (points of {200 * len(names)})"] = totals[part]
+    summary["total (points of 2800)"] = sum(totals.values())
     summary |= {f"{name} (points of 200)": scores["score"] for name, scores in tables.items()}
     skipped = sum(scores["rows_skipped"] for scores in tables.values())
     notes = [f"{skipped} replies hold a tab; the official scorer skips such rows"] if skipped else []

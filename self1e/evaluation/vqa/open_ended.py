@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, jsonl_questions, mean, read_json, reading
-from self1e.files import write_json
+from self1e.errors import UserError
+from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, check_fields, jsonl_questions, mean
+from self1e.files import read_json, write_json
 from self1e.model.prompts import VIZWIZ_INSTRUCTION, VQA_INSTRUCTION
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
@@ -123,23 +124,25 @@ def vqa_accuracy(
 def score(answers: list[Answer], data_dir: Path, *, annotations: str) -> Scores:
     """Agreement with the ten annotators whose answers are in the annotation file."""
     path = data_dir / annotations
-    content = read_json(path)
-    with reading(path):
-        by_id = {entry["question_id"]: entry for entry in content["annotations"]}
-        missing = [answer.question.id for answer in answers if answer.question.id not in by_id]
-        if missing:
-            raise ValueError(f"no annotation for {len(missing)} questions, the first has question_id {missing[0]!r}")
-        entries = [by_id[answer.question.id] for answer in answers]
-        references = [[each["answer"] for each in entry["answers"]] for entry in entries]
-        for entry, texts in zip(entries, references):
-            if len(texts) != 10:
-                raise ValueError(f"question_id {entry['question_id']!r} has {len(texts)} answers, not ten")
-        details = vqa_accuracy(
-            [answer.reply for answer in answers],
-            references,
-            [entry.get("answer_type", "none") for entry in entries],
-            [entry.get("question_type", "none") for entry in entries],
-        )
+    content = read_json(path, dict)
+    check_fields(content, ["annotations"], str(path))
+    for entry in content["annotations"]:
+        check_fields(entry, ("question_id", "answers"), f"{path}: an annotation")
+    by_id = {entry["question_id"]: entry for entry in content["annotations"]}
+    missing = [answer.question.id for answer in answers if answer.question.id not in by_id]
+    if missing:
+        raise UserError(f"{path} has no annotation for {len(missing)} questions, the first is {missing[0]!r}")
+    entries = [by_id[answer.question.id] for answer in answers]
+    references = [[each["answer"] for each in entry["answers"]] for entry in entries]
+    for entry, texts in zip(entries, references):
+        if len(texts) != 10:
+            raise UserError(f"{path}: question_id {entry['question_id']!r} has {len(texts)} answers, not ten")
+    details = vqa_accuracy(
+        [answer.reply for answer in answers],
+        references,
+        [entry.get("answer_type", "none") for entry in entries],
+        [entry.get("question_type", "none") for entry in entries],
+    )
     summary = {
         "accuracy (InternVL eval script)": 100 * details["eval_script_accuracy"],
         "accuracy (VQA official)": details["vqa_official_overall_percent"],

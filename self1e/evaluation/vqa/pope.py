@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark, mean, ratio, read_jsonl, reading
+from self1e.errors import UserError
+from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark, mean, ratio, read_jsonl
 from self1e.files import write_json
 from self1e.model.prompts import VQA_INSTRUCTION
 
@@ -39,16 +40,14 @@ CATEGORIES = ("random", "popular", "adversarial")
 def read_questions(data_dir: Path) -> list[Question]:
     """`text` of each line is the prompt as it stands; photos lie in `pope/val2014`."""
     path = data_dir / "pope" / "llava_pope_test.jsonl"
-    records = read_jsonl(path)
-    with reading(path):
-        for record in records:
-            if VQA_INSTRUCTION.strip() not in record["text"]:
-                raise ValueError(
-                    f"the text of question_id {record['question_id']!r} lacks `{VQA_INSTRUCTION.strip()}`"
-                )
-            if record["category"] not in CATEGORIES:
-                raise ValueError(f"category {record['category']!r} is none of {', '.join(CATEGORIES)}")
-        return [Question(r["question_id"], data_dir / "pope" / "val2014" / r["image"], r["text"], r) for r in records]
+    records = read_jsonl(path, "question_id", "image", "text", "category")
+    for record in records:
+        where = f"{path}: question_id {record['question_id']!r}"
+        if VQA_INSTRUCTION.strip() not in record["text"]:
+            raise UserError(f"{where} lacks `{VQA_INSTRUCTION.strip()}`")
+        if record["category"] not in CATEGORIES:
+            raise UserError(f"{where} is of category {record['category']!r}; known: {', '.join(CATEGORIES)}")
+    return [Question(r["question_id"], data_dir / "pope" / "val2014" / r["image"], r["text"], r) for r in records]
 
 
 def score(answers: list[Answer], data_dir: Path) -> Scores:
@@ -63,17 +62,14 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
             notes.append(f"{category}: no question")
             continue
         path = data_dir / "pope" / "coco" / f"coco_pope_{category}.json"
-        labels = read_jsonl(path)
-        with reading(path):
-            if len(labels) != len(asked):
-                raise ValueError(f"{len(labels)} labels for {len(asked)} {category} questions")
-            unknown = {label["label"] for label in labels} - {"yes", "no"}
-            if unknown:
-                raise ValueError(f"a label is yes or no, not {sorted(unknown)}")
-            scores = category_scores(
-                [read_reply(answer.reply) for answer in asked], [label["label"] for label in labels]
-            )
-            strangers = sum(answer.question.record["image"] != label["image"] for answer, label in zip(asked, labels))
+        labels = read_jsonl(path, "image", "label")
+        if len(labels) != len(asked):
+            raise UserError(f"{path}: {len(labels)} labels for {len(asked)} {category} questions")
+        unknown = {label["label"] for label in labels} - {"yes", "no"}
+        if unknown:
+            raise UserError(f"{path}: a label is yes or no, not {sorted(unknown)}")
+        scores = category_scores([read_reply(answer.reply) for answer in asked], [label["label"] for label in labels])
+        strangers = sum(answer.question.record["image"] != label["image"] for answer, label in zip(asked, labels))
         categories[category] = scores
         if strangers:
             notes.append(f"{category}: {strangers} labels are of another image than the question at their place")
@@ -83,7 +79,7 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
             notes.append(f"{category}: nothing labelled yes, recall is given as 0")
     overall = {
         name: mean(scores[name] for scores in categories.values())
-        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")
+        for name in ("f1", "accuracy", "precision", "recall", "yes_ratio")
     }
     summary = {f"{name} (overall)": 100 * value for name, value in overall.items()}
     summary |= {

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+from self1e.errors import check_known
 from self1e.evaluation.vqa import gqa, mmbench, mme, open_ended, pope
 from self1e.evaluation.vqa.base import VQABenchmark
-from self1e.flags import check_known
 
 VQA_BENCHMARKS: dict[str, VQABenchmark] = {
     **open_ended.BENCHMARKS,
@@ -16,7 +16,7 @@ VQA_BENCHMARKS: dict[str, VQABenchmark] = {
 
 
 def get_vqa_benchmarks(names: Iterable[str]) -> dict[str, VQABenchmark]:
-    """The entries of `names`, in that order. Raises ValueError listing unknown names and the known ones."""
+    """The entries of `names`, in that order. Raises UserError listing unknown names and the known ones."""
     names = list(names)
     check_known("unknown VQA benchmark", names, VQA_BENCHMARKS)
     return {name: VQA_BENCHMARKS[name] for name in names}

@@ -1,257 +1,282 @@
-"""Evaluate models on VQA benchmarks; started by `eval_vqas.sh`, on one process or under torchrun.
+"""Evaluate models on VQA benchmarks, on one process or several: `self1e eval vqa`, behind `eval_vqas.sh`.
 
-Replies are written as they are produced; scores, the official programs' result files (`official/`) and the summary are
-computed from these files alone.
+Replies go to LOG_BASE_DIR/EXP_NAME/eval_vqa as they are produced, one line per question. Scores, the official
+programs' result files (official/) and the summary are computed from these files alone. An interrupted run continues
+where it stopped.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GenerationConfig
 
 from self1e import distributed
 from self1e.data.paths import inside
-from self1e.data.samples import SampleError, check_texts
+from self1e.data.samples import check_texts
 from self1e.errors import UserError
-from self1e.evaluation.provenance import Settings, checkpoint_settings, describe
-from self1e.evaluation.vqa.arguments import Candidate, parse_args
+from self1e.evaluation.results import Stopped, claim_folder, make_settings
 from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
-from self1e.evaluation.vqa.generation import answer_questions
-from self1e.evaluation.vqa.predictions import Predictions
+from self1e.evaluation.vqa.generation import Replies, answer_questions
+from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
 from self1e.evaluation.vqa.report import summary_table
-from self1e.evaluation.watchdog import Watchdog
-from self1e.files import write_json, write_text
-from self1e.flags import check_writable, told
-from self1e.model.config import DTYPES
+from self1e.files import check_writable, read_json, write_json, write_text
+from self1e.flags import EXPECTED
+from self1e.model.config import DTYPES, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
+from self1e.model.weights import checkpoint_folder, weights_identity
+from self1e.stop import REQUEUE, StopRequest, mark_requeue
 
-README = "docs/vqa.md, section Benchmarks"
-EXPECTED = (ValueError, OSError, SampleError)  # of data, files and flags; each message names what is at fault
-TIMEOUT = timedelta(days=1)  # that a rank may wait for another one's share of the questions
+OWN_WEIGHTS = "none"
+WAIT = timedelta(days=1)  # that a rank may wait for another one's share of the questions
 
 
-class CannotLoad(Exception):
-    """A checkpoint that cannot be loaded: no benchmark can be answered."""
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate. `folder`: where its results go; `label`: its column in the summary."""
+
+    label: str
+    version: str
+    weights: str | None
+    folder: Path
+
+
+def list_candidates(versions: Sequence[str], weights: Sequence[str], run_dir: Path) -> list[Candidate]:
+    """Pair `--version` with `--model_weights`; one of either kind serves all of the other.
+
+    Without `--model_weights`, a single version is evaluated with `<run_dir>/ckpt_model` if it is there. Without
+    `--version`, that folder is the version. One model writes to `<run_dir>/eval_vqa`, several to a folder below it
+    each. Raises UserError when the numbers do not fit, or when there is no model.
+    """
+    trained, root = run_dir / "ckpt_model", run_dir / "eval_vqa"
+    if not versions:
+        if not (trained / "config.json").is_file():
+            raise UserError(f"{run_dir} holds no trained model (ckpt_model): name one with --version")
+        versions = [str(trained)]
+    if len(versions) > 1 and len(weights) not in (0, len(versions)):
+        raise UserError(
+            f"{len(versions)} --version but {len(weights)} --model_weights: give one for each, `{OWN_WEIGHTS}` for a "
+            "version's own weights"
+        )
+    count = max(len(versions), len(weights))
+    versions = list(versions) * (count if len(versions) == 1 else 1)
+    chosen: list[str | None] = [None if each == OWN_WEIGHTS else each for each in weights] or [None] * count
+    if not weights and count == 1 and trained.is_dir() and Path(versions[0]) != trained:
+        chosen = [str(trained)]
+    if count == 1:
+        return [Candidate(_label(chosen[0] or versions[0]), versions[0], chosen[0], root)]
+    labels = [_label(own or version) for version, own in zip(versions, chosen)]
+    labels = [label if labels.count(label) == 1 else f"{label}_{i}" for i, label in enumerate(labels, 1)]
+    return [Candidate(label, v, w, root / label) for label, v, w in zip(labels, versions, chosen)]
+
+
+def _label(checkpoint: str) -> str:
+    """`runs/e/ckpt_model` -> `e_ckpt_model`, `OpenGVLab/InternVL3-2B` -> `InternVL3-2B`."""
+    parts = Path(checkpoint).resolve().parts if checkpoint.startswith(".") else Path(checkpoint).parts
+    return "_".join(parts[-2:]) if parts[-1].startswith("ckpt_model") and len(parts) > 1 else parts[-1]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="self1e eval vqa", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    # fmt: off
+    # A flag is one line, and where that is too long its help another.
+    add("--version", type=checkpoint_folder, nargs="+", action="extend", default=[], metavar="V",
+        help="model folder, run folder or hub id; two for base and fine-tuned side by side (also as a repeated flag); "
+             "unset: the run's own ckpt_model")
+    add("--model_weights", type=checkpoint_folder, nargs="+", action="extend", default=[], metavar="W",
+        help=f"weights over --version, one for each, or several over one; `{OWN_WEIGHTS}` means the version's own; "
+             "unset: the run's ckpt_model if it is there (with one --version), else the version's own")
+    add("--exp_name", required=True, help="results go to <log_base_dir>/<exp_name>/eval_vqa")
+    add("--log_base_dir", type=Path, default=Path("runs"), help="folder of all runs")
+    add("--data_dir", type=Path, default=Path("data"), help="InternVL's data folder; `data/` in image paths means it")
+    add("--datasets", nargs="+", default=list(VQA_BENCHMARKS), metavar="NAME", help="benchmarks, separated by blanks")
+    add("--dynamic", action="store_true", help="cut photos to tiles, InternVL's rule, and add a thumbnail")
+    add("--max_num", type=int, default=6, help="the most tiles per photo with --dynamic, without the thumbnail")
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="unset: bf16 on a GPU, fp32 on a CPU")
+    add("--attn_implementation", default="sdpa", choices=("eager", "sdpa", "flash_attention_2"), help="of attention")
+    add("--rope_precision", **SWITCHES["rope_precision"].flag())
+    add("--device", choices=("auto", "cpu", "cuda", "gpu"), default="auto", help="where to compute")
+    add("--batch_size", type=int, default=8, help="questions per forward pass of a process")
+    add("--workers", type=int, default=4, help="processes per rank that decode and tile photos")
+    add("--allow_outside", action="store_true", help="take photos that question files name outside --data_dir")
+    add("--timeout", type=float, default=1800.0, help="seconds in which a worker must have read a batch")
+    add("--score_only", action="store_true", help="score the replies that are on disk; no model is loaded")
+    add("--overwrite_eval", action="store_true", help="ask the questions anew, and delete replies of other settings")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.score_only and args.overwrite_eval:
+        parser.error("--score_only scores the replies that --overwrite_eval drops: give one of them")
+    if min(args.max_num, args.batch_size) < 1:
+        parser.error("--max_num and --batch_size are at least 1")
+    args.run_dir = args.log_base_dir / args.exp_name
+    return args
 
 
 def read_questions(
-    benchmark: VQABenchmark, data_dir: Path, *, with_images: bool, with_references: bool, allow_outside: bool
+    benchmark: VQABenchmark, data_dir: Path, *, with_images: bool = False, allow_outside: bool = False
 ) -> list[Question]:
-    """Questions of a benchmark. Raises FileNotFoundError or ValueError naming the file that is missing or malformed.
+    """Questions of a benchmark. Raises UserError naming a file that is missing or malformed.
 
-    with_images: every photo must be there. with_references: score blank replies, which reads all reference files.
-    allow_outside: photos may lie outside the data folder (see `paths.inside`).
+    with_images: every photo must be there. allow_outside: they may lie outside the data folder (see `paths.inside`).
     """
     questions = benchmark.questions(data_dir)
     for question in questions:
-        # A question may say where its photo belongs.
-        check_texts(f"question {question.id}", [question.prompt.replace(IMAGE_TAG, "", 1)])
-    if with_references and benchmark.metric is not None:
-        benchmark.metric([Answer(question, "") for question in questions], data_dir)
-    if with_images:
-        paths = {question.image: question for question in questions if isinstance(question.image, Path)}
-        for path, question in paths.items() if not allow_outside else ():
-            name = path.relative_to(data_dir) if path.is_relative_to(data_dir) else path.absolute()
-            try:
-                inside(data_dir, str(name))
-            except UserError as error:
-                raise UserError(f"question {question.id}: {error}") from error
-        missing = sorted(path for path in paths if not path.is_file())
-        if missing:
-            raise FileNotFoundError(f"{missing[0]} is missing, one of {len(missing)} missing photos")
+        own = question.prompt.replace(IMAGE_TAG, "", 1)  # a question may say where its photo belongs
+        check_texts(f"question {question.id}", [own])
+    paths = {question.image: question for question in questions if isinstance(question.image, Path) and with_images}
+    for path, question in paths.items() if not allow_outside else ():
+        name = path.relative_to(data_dir) if path.is_relative_to(data_dir) else path.absolute()
+        try:
+            inside(data_dir, str(name))
+        except UserError as error:
+            raise UserError(f"question {question.id}: {error}") from error
+    absent = sorted(path for path in paths if not path.is_file())
+    if absent:
+        raise UserError(f"{absent[0]} is missing, one of {len(absent)} missing photos")
     return questions
 
 
-def predict(
-    load_model: Callable[[], tuple[Any, Any]],
-    benchmark: VQABenchmark,
-    predictions: Predictions,
-    settings: Settings,
-    *,
-    title: str,
-    overwrite: bool,
-    watchdog: Watchdog | None,
-    **options: Any,
-) -> None:
-    """Answer what is unanswered, on all ranks, and join the files.
+def find_faults(benchmarks: Mapping[str, VQABenchmark], data_dir: Path, **options: bool) -> dict[str, str]:
+    """Benchmark -> what is wrong with its files: what is missing shows before the long work starts.
 
-    watchdog: hears what this rank does. options: see `answer_questions`.
+    Blank replies are scored, which reads the references. options: of `read_questions`.
     """
-    settings = settings | {"figures": settings["figures"] | {"max_new_tokens": benchmark.max_new_tokens}}
-    done = distributed.on_main(lambda: predictions.open(settings, overwrite=overwrite))
-    unanswered = [index for index in range(len(predictions.questions)) if index not in done]
-    if not unanswered:
-        return
-    model, processor = load_model()
-
-    def work() -> None:
-        batches = answer_questions(
-            model,
-            processor,
-            predictions.questions,
-            distributed.share(unanswered),
-            max_new_tokens=benchmark.max_new_tokens,
-            progress=title if distributed.is_main() else None,
-            watchdog=watchdog,
-            **options,
-        )
+    faults = {}
+    for name, benchmark in benchmarks.items():
         try:
-            for asked, replies in batches:
-                predictions.append(asked, replies)
-        finally:
-            if watchdog is not None:
-                watchdog.waiting()
-
-    distributed.everywhere(work, catch=EXPECTED)
-    if watchdog is not None:
-        watchdog.pause()
-    distributed.on_main(predictions.finish)
+            questions = read_questions(benchmark, data_dir, **options)
+            if benchmark.metric is not None:
+                benchmark.metric([Answer(question, "") for question in questions], data_dir)
+        except UserError as error:
+            faults[name] = str(error)
+    return faults
 
 
-def score(name: str, benchmark: VQABenchmark, predictions: Predictions, candidate: Candidate, data_dir: Path) -> dict:
-    """Scores of one benchmark from its replies on disk; writes `<name>.scores.json` and the official result files."""
-    answers = predictions.answers()
+def score(name: str, candidate: Candidate, questions: Sequence[Question], data_dir: Path) -> None:
+    """Score one benchmark from its replies on disk; writes `<name>.scores.json` and the official result files.
+
+    Raises UserError when some questions are unanswered.
+    """
+    benchmark, replies = VQA_BENCHMARKS[name], Replies(candidate.folder, name, questions)
+    records = replies.read()
+    if len(records) < len(questions):
+        counts = f"{len(records)} of {len(questions)} questions"
+        raise UserError(f"{replies.path} answers {counts}; run without --score_only")
+    answers = [Answer(question, records[index]["answer"]) for index, question in enumerate(questions)]
     benchmark.export(answers, candidate.folder / "official", candidate.label)
-    result = {"benchmark": name, "model": candidate.label, "n": len(answers)}
     if benchmark.metric is None:
-        result |= {"summary": {}, "details": {}, "notes": ["no local score: send the file in official/ to the server"]}
+        scores = {"summary": {}, "details": {}, "notes": ["no local score: send the file in official/ to the server"]}
     else:
-        result |= asdict(benchmark.metric(answers, data_dir))
-    write_json(candidate.folder / f"{name}.scores.json", result)
-    return result
+        scores = asdict(benchmark.metric(answers, data_dir))
+    head = {"benchmark": name, "model": candidate.label, "n": len(answers)}
+    write_json(candidate.folder / f"{name}.scores.json", head | scores)
 
 
-def evaluate(args: argparse.Namespace, output_dir: Path, device: torch.device, watchdog: Watchdog) -> dict[str, str]:
-    """Answer and score every benchmark with every model, and write `summary.md` and `summary.json` to `output_dir`.
-
-    What is wrong with one benchmark does not stop the others. Returns what failed: "<benchmark>, <model>" -> why.
-    Raises CannotLoad for a checkpoint; KeyboardInterrupt with a message that says what is done.
-    """
-    candidates, benchmarks, data_dir = args.candidates, args.benchmarks, args.data_dir
-    failures: dict[str, str] = {}
-    questions: dict[str, list[Question]] = {}
-    checks = {"with_images": not args.score_only, "with_references": not args.score_only and distributed.is_main()}
-    checks["allow_outside"] = args.allow_outside
-    for name, benchmark in benchmarks.items():  # all of them first: what is missing shows before the long work starts
-        try:
-            questions[name] = distributed.everywhere(partial(read_questions, benchmark, data_dir, **checks))
-        except EXPECTED as error:
-            _report(failures, name, error)
+def answer(
+    args: argparse.Namespace, candidate: Candidate, questions: Mapping[str, list[Question]], stop: StopRequest
+) -> None:
+    """Have one model answer what is unanswered, benchmark by benchmark, and score each."""
+    device, max_tiles = distributed.device(args.device), args.max_num if args.dynamic else 1
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    max_tiles = args.max_num if args.dynamic else 1
-    options = {"batch_size": args.batch_size, "max_tiles": max_tiles, "workers": args.workers, "watchdog": watchdog}
-    options["overwrite"] = args.overwrite_eval
-    results: dict[str, list[dict | None]] = {name: [] for name in benchmarks}
-    for candidate in candidates:
-        chosen = {"attn_implementation": args.attn_implementation}
-        chosen |= {"rope_precision": args.rope_precision} if args.rope_precision else {}
-        load_model = _loader(candidate, device, dtype=DTYPES[precision], **chosen)
-        figures = {"precision": precision, "max_tiles": max_tiles, **chosen}
-        figures |= {} if args.score_only else checkpoint_settings(candidate.version, candidate.weights)
-        settings = describe(figures, device)
-        for name, benchmark in benchmarks.items():
-            result = None
-            if name in questions:
-                predictions = Predictions(candidate.folder, name, questions[name])
-                try:
-                    if not args.score_only:
-                        title = f"{candidate.label} {name}"
-                        predict(load_model, benchmark, predictions, settings, title=title, **options)
-                    result = distributed.on_main(partial(score, name, benchmark, predictions, candidate, data_dir))
-                except EXPECTED as error:
-                    _report(failures, f"{name}, {candidate.label}", error)
-                except KeyboardInterrupt as error:
-                    raise KeyboardInterrupt(_progress(results, predictions, candidate.label)) from error
-            results[name].append(result)
-        load_model.cache_clear()  # the next model takes its place
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    if distributed.is_main():
-        table = summary_table([candidate.label for candidate in candidates], results)
-        content = {
-            "models": [{"label": c.label, "version": c.version, "weights": c.weights} for c in candidates],
-            "figures": {
-                name: {result["model"]: result["summary"] for result in per_model if result}
-                for name, per_model in results.items()
-            },
-            "failures": failures,
-        }
-        write_text(output_dir / "summary.md", table)
-        write_json(output_dir / "summary.json", content)
-        print(table, flush=True)
-    return failures
-
-
-def _progress(results: dict[str, list[dict | None]], predictions: Predictions, label: str) -> str:
-    """What an interrupted run says, on its first rank: under another one the first may be joining the files."""
-    if not distributed.is_main():
-        return "interrupted"
-    done = [f"{name} ({result['model']})" for name, per_model in results.items() for result in per_model if result]
-    answered = f"{len(predictions.read())} of {len(predictions.questions)} questions of {predictions.name} ({label})"
-    return f"interrupted; done: {', '.join(done) or 'none'}; {answered}. The same command continues from there"
-
-
-def _report(failures: dict[str, str], what: str, error: Exception) -> None:
-    failures[what] = f"{told(error)} ({README})"
-    if distributed.is_main():
-        print(f"error: {what}: {failures[what]}", file=sys.stderr, flush=True)
-
-
-def _loader(candidate: Candidate, device: torch.device, **options: Any):
-    """Loads model and processor at the first call: a run whose questions are all answered needs neither."""
+    options = {"attn_implementation": args.attn_implementation}
+    options |= {"rope_precision": args.rope_precision} if args.rope_precision else {}  # unset: the checkpoint's
 
     @cache
-    def load() -> tuple[Self1EForSegmentation, Self1EProcessor]:
-        try:
-            processor = Self1EProcessor.from_pretrained(candidate.version)
-            model = Self1EForSegmentation.from_pretrained(candidate.version, weights=candidate.weights, **options)
-        except EXPECTED as error:
-            raise CannotLoad(f"cannot load {candidate.label}: {error}") from error
+    def load() -> tuple[Any, Self1EProcessor]:
+        """At the first call: an evaluation whose questions are all answered needs no model."""
+        processor = Self1EProcessor.from_pretrained(candidate.version)
+        model = Self1EForSegmentation.from_pretrained(
+            candidate.version, weights=candidate.weights, dtype=DTYPES[precision], **options
+        )
         model.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
         return model.to(device).eval(), processor
 
-    return load
+    weights = weights_identity(candidate.version, candidate.weights)
+    settings = make_settings(weights, precision=precision, max_tiles=max_tiles, **options)
+    distributed.on_main(partial(claim_folder, candidate.folder, settings, overwrite=args.overwrite_eval))
+    for name, asked in questions.items():
+        results = Replies(candidate.folder, name, asked)
+        found = distributed.on_main(partial(results.open, overwrite=args.overwrite_eval))
+        replies = {index: record["answer"] for index, record in found.items()}
+        unanswered = [index for index in range(len(asked)) if index not in replies]
+        if unanswered:
+            replies |= answer_questions(
+                *load(), asked, unanswered, max_new_tokens=VQA_BENCHMARKS[name].max_new_tokens, max_tiles=max_tiles,
+                batch_size=args.batch_size, workers=args.workers, timeout=args.timeout, results=results,
+                asked_to_stop=lambda: stop.signal is not None, title=f"{candidate.label} {name}",
+            )  # fmt: skip
+        if distributed.is_main():
+            results.finish(results.records(replies))
+            score(name, candidate, asked, args.data_dir)
+
+
+def write_summary(root: Path, candidates: Sequence[Candidate], faults: Mapping[str, str]) -> None:
+    """`summary.md` and `summary.json` of all benchmarks that the candidates' folders hold; prints the headlines."""
+    labels = [candidate.label for candidate in candidates]
+    paths = {name: [c.folder / f"{name}.scores.json" for c in candidates] for name in VQA_BENCHMARKS}
+    results = {
+        name: [read_json(path, dict) if path.is_file() else None for path in per_model]
+        for name, per_model in paths.items()
+        if any(path.is_file() for path in per_model)
+    }
+    figures = {
+        name: {result["model"]: result["summary"] for result in per_model if result}
+        for name, per_model in results.items()
+    }
+    models = [{"label": c.label, "version": c.version, "weights": c.weights} for c in candidates]
+    write_json(root / "summary.json", {"models": models, "figures": figures, "failures": dict(faults)})
+    write_text(root / "summary.md", summary_table(labels, results))
+    print(f"{summary_table(labels, results, headlines=True)}\nall figures are in {root / 'summary.md'}", flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate as the flags say; returns the exit code, 1 when a benchmark failed."""
-    distributed.start("gloo", timeout=TIMEOUT)  # ranks exchange small objects only, on any kind of device
-    device = distributed.device(args.device)
+    """Evaluate as the flags say; returns the exit code, 1 when a benchmark's files are at fault."""
+    candidates = list_candidates(args.version, args.model_weights, args.run_dir)
+    benchmarks = get_vqa_benchmarks(" ".join(args.datasets).split())
+    distributed.start("gloo", timeout=WAIT)  # ranks exchange small objects only, on any kind of device
+    for candidate in candidates if distributed.is_main() else ():
+        check_writable(candidate.folder)
+        weights = candidate.weights or "its own weights"
+        print(f"evaluating {candidate.label}: {candidate.version}, {weights} -> {candidate.folder}", flush=True)
+    checks = {"with_images": not args.score_only, "allow_outside": args.allow_outside}
+    faults = distributed.on_main(partial(find_faults, benchmarks, args.data_dir, **checks))
+    for name, fault in faults.items() if distributed.is_main() else ():
+        print(f"error: {name}: {fault} (docs/vqa.md, section Benchmarks)", file=sys.stderr, flush=True)
+    if len(faults) == len(benchmarks):
+        raise UserError(f"nothing was evaluated: no benchmark has its files in {args.data_dir} (--data_dir)")
+    questions = {
+        name: read_questions(benchmark, args.data_dir) for name, benchmark in benchmarks.items() if name not in faults
+    }
+    with StopRequest() as stop:
+        mark_requeue(args.run_dir, wanted=False)
+        try:
+            for candidate in candidates:
+                if not args.score_only:
+                    answer(args, candidate, questions, stop)
+                elif distributed.is_main():
+                    for name, asked in questions.items():
+                        score(name, candidate, asked, args.data_dir)
+        except Stopped:
+            mark_requeue(args.run_dir)
+            distributed.say(f"\nstopped by {stop.signal}; the same command continues")
+            return REQUEUE
     if distributed.is_main():
-        for candidate in args.candidates:
-            check_writable(candidate.folder)
-            weights = candidate.weights or "its own weights"
-            print(f"{candidate.label}: {candidate.version}, {weights} -> {candidate.folder}", flush=True)
-    run_dir = args.log_base_dir / args.exp_name
-    with Watchdog(run_dir / ".ranks" / "eval_vqa", args.timeout) as watchdog:
-        failures = evaluate(args, run_dir / "eval_vqa", device, watchdog)
-    return 1 if failures else 0
+        write_summary(args.run_dir / "eval_vqa", candidates, faults)
+    return 1 if faults else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with command line `argv`; returns the exit code."""
-    return start(parse_args(argv))
-
-
-def start(args: argparse.Namespace) -> int:
-    """As `main`, from flags that are parsed already."""
+    args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-
-    def program() -> int:
-        try:
-            return run(args)
-        except KeyboardInterrupt as interruption:
-            words = interruption.args or ("interrupted before the first question; the same command continues",)
-            raise KeyboardInterrupt(*words) from None
-
-    return distributed.run_program(program, expected=(*EXPECTED, CannotLoad))
+    return distributed.run_program(partial(run, args), expected=EXPECTED)

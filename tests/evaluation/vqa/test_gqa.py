@@ -3,6 +3,7 @@
 import pytest
 from vqa_trees import golden
 
+from self1e.errors import UserError
 from self1e.evaluation.vqa import gqa
 
 
@@ -21,5 +22,5 @@ def test_gqa_keeps_white_space_and_names_a_missing_prediction():
     question = {"answer": "cat", "isBalanced": True, "types": {"structural": "query"}}
     scores = gqa.accuracy({"1": "cat", "9": "x"}, {"1": question, "2": question | {"isBalanced": False}})
     assert (scores["accuracy"], scores["open"], scores["binary"], scores["n_binary"]) == (100, 100, 0, 0)
-    with pytest.raises(ValueError, match="7"):
+    with pytest.raises(UserError, match="7"):
         gqa.accuracy({}, {"7": question})

@@ -3,6 +3,7 @@
 import pytest
 from vqa_trees import ASK, EXACT, golden, write_mme_release
 
+from self1e.errors import UserError
 from self1e.evaluation.vqa import mme
 
 
@@ -25,7 +26,7 @@ def test_mme_tab_and_odd_rows():
     scores = mme.table_scores([("yes", "Yes"), ("no\tsure", "No"), ("yes", "Yes"), ("no", "No")])
     assert (scores["acc"], scores["acc_plus"], scores["score"], scores["rows_skipped"]) == (1, 0.5, 150, 1)
     assert mme.table_scores([("a\tb", "Yes"), ("c\td", "No")])["score"] == 0
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(UserError, match="odd"):
         mme.table_scores([("yes", "Yes")])
 
 
@@ -37,5 +38,5 @@ def test_mme_tables_go_before_the_release(tmp_path):
     prompts = [q.prompt for q in mme.read_questions(tmp_path) if q.record["table"] == "OCR"]
     assert prompts == [f"First? {ASK}", f"Second? {ASK}"]
     table.write_text("p.jpg\tFirst?\tYes\nq.jpg\tSecond?\tNo\n")
-    with pytest.raises(ValueError, match="OCR"):
+    with pytest.raises(UserError, match="OCR"):
         mme.read_questions(tmp_path)

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import pytest
 from vqa_trees import (
     ASK,
     PHOTO_SIZES,
@@ -21,7 +20,7 @@ from vqa_trees import (
 
 from self1e.evaluation.vqa import pope
 from self1e.evaluation.vqa.base import Answer, read_jsonl
-from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
+from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.evaluation.vqa.run import main
 
 MINE = """
@@ -117,8 +116,3 @@ def test_a_new_benchmark_is_a_module_and_an_entry(tiny_version, tmp_path, monkey
     assert load(folder / "summary.json")["figures"]["mine"] == {
         tiny_version.name: {"mean length (characters)": len(reply["answer"])}
     }
-
-
-def test_an_unknown_benchmark_lists_the_known_ones():
-    with pytest.raises(ValueError, match="nope.*known: vqa-vqav2-val.*mmbench-test-cn"):
-        get_vqa_benchmarks(["pope", "nope"])
