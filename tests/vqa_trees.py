@@ -11,8 +11,8 @@ from helpers import GOLDEN, noise
 from PIL import Image
 
 from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.cli import main as self1e
 from self1e.evaluation.vqa import mme, pope
-from self1e.evaluation.vqa.run import main
 
 ASK = "Answer the question using a single word or phrase."
 PHOTO_SIZES = [(40, 30), (90, 30), (30, 60)]
@@ -114,8 +114,8 @@ def lines(path: Path) -> list[dict]:
 
 def run(tmp_path: Path, version: Path | str | None, *flags: str, datasets: str = "vqa-vqav2-val") -> int:
     """The exit code of an evaluation of the run `e`, on a CPU and by one process."""
-    return main([
-        "--log_base_dir", str(tmp_path / "runs"), "--exp_name", "e", "--device", "cpu",
+    return self1e([
+        "eval", "vqa", "--log_base_dir", str(tmp_path / "runs"), "--exp_name", "e", "--device", "cpu",
         *(["--version", str(version)] if version else []),
         "--data_dir", str(tmp_path / "data"), "--datasets", datasets, "--workers", "0", *flags,
     ])  # fmt: skip

@@ -27,7 +27,6 @@ from self1e.evaluation.vqa.generation import Replies, answer_questions
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
 from self1e.evaluation.vqa.report import summary_table
 from self1e.files import check_writable, read_json, write_json, write_text
-from self1e.flags import EXPECTED
 from self1e.model.config import DTYPES, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
@@ -277,6 +276,5 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with command line `argv`; returns the exit code."""
-    args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-    return distributed.run_program(partial(run, args), expected=EXPECTED)
+    return run(parse_args(argv))

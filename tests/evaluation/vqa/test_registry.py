@@ -18,10 +18,10 @@ from vqa_trees import (
     write_vqav2,
 )
 
+from self1e.cli import main as self1e
 from self1e.evaluation.vqa import pope
 from self1e.evaluation.vqa.base import Answer, read_jsonl
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
-from self1e.evaluation.vqa.run import main
 
 MINE = """
 from self1e.evaluation.vqa.base import Scores, VQABenchmark, jsonl_questions, mean
@@ -108,7 +108,7 @@ def test_a_new_benchmark_is_a_module_and_an_entry(tiny_version, tmp_path, monkey
     write_lines(tmp_path / "data/mine/q.jsonl", [{"image": "data/mine/p.jpg", "question": "Eh?", "question_id": "a"}])
     save_photo(tmp_path / "data/mine/p.jpg", 2)
     arguments = f"--version {tiny_version} --exp_name e --log_base_dir {tmp_path} --data_dir {tmp_path / 'data'}"
-    assert main([*arguments.split(), "--datasets", "mine", "--device", "cpu", "--workers", "0"]) == 0
+    assert self1e(["eval", "vqa", *arguments.split(), "--datasets", "mine", "--device", "cpu", "--workers", "0"]) == 0
     folder = tmp_path / "e/eval_vqa"
     reply = lines(folder / "mine.jsonl")[0]
     assert reply["prompt"] == "Eh? Be brief."
