@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from self1e.apps import check_data, predict  # noqa: E402
+from self1e.apps import check_data, segment  # noqa: E402
 from self1e.training import run as train  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,7 +44,7 @@ if code:
 asked = args.val or args.data
 with open(asked, encoding="utf-8-sig", newline="") as file:
     row = next(csv.DictReader(file))
-sys.exit(predict.main([
+sys.exit(segment.main([
     "--version", str(args.output / "ckpt_model"), "--image", str(asked.parent / row["image"]),
     "--prompt", row["prompt"], "--output", str(args.output / "predictions"),
 ]))  # fmt: skip

@@ -14,8 +14,8 @@ from self1e.distributed import run_program
 from self1e.errors import UserError
 
 COMMANDS = {
-    "segment": ("self1e.apps.predict", "masks for photos and prompts"),
-    "chat": ("self1e.apps.predict", "answers about photos, with the masks in them"),
+    "segment": ("self1e.apps.segment", "masks for photos and prompts"),
+    "chat": ("self1e.apps.chat", "answers about photos, with the masks in them"),
     "demo": ("self1e.apps.demo", "a page in the browser that segments and chats"),
     "train": ("self1e.training.run", "training, as by train_hf_ivl_seq.py"),
     "eval": ("self1e.cli:evaluate", "eval segmentation RUN, eval vqa RUN: what eval_all.sh and eval_vqas.sh start"),
@@ -27,7 +27,7 @@ COMMANDS = {
 DEVELOPERS = {
     "make-shapes": ("self1e.apps.make:shapes", "a synthetic data tree in every format"),
     "make-tiny": ("self1e.apps.make:tiny", "a tiny InternVL3 checkpoint with random weights"),
-    "pictures": ("self1e.apps.method_pictures", "what each part of the method does to a photo"),
+    "pictures": ("self1e.apps.pictures", "what each part of the method does to a photo"),
 }
 
 
@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     known = COMMANDS | DEVELOPERS
-    rest = ["--mode", "chat", *rest] if name == "chat" else rest
     if name not in known:
         asked = name in ("-h", "--help")
         print(

@@ -1,20 +1,21 @@
 """Pictures of masks: overlays, captioned panels, contact sheets, and the worst predictions of an evaluation first.
 
-Everything takes and returns RGB `PIL.Image`s; masks are (H, W) or (n, H, W) at the photo's size.
+Everything takes and returns RGB `PIL.Image`s; masks are (H, W) or (n, H, W) at the size of the upright photo.
 """
 
 import re
-import subprocess
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from self1e.model.photos import as_rgb
+
 Color = tuple[int, int, int]
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; black left out.
+# Okabe and Ito's palette, which colour-blind readers tell apart too; black left out.
 PALETTE: tuple[Color, ...] = (
     (0, 158, 115),
     (230, 159, 0),
@@ -25,118 +26,45 @@ PALETTE: tuple[Color, ...] = (
     (240, 228, 66),
 )
 GROUND_TRUTH, PREDICTION, IGNORED = PALETTE[0], PALETTE[4], (200, 200, 205)
-CLEAR = 448  # pixels of a photo's longer side from which on outlines, three of them wide at least, hide little
+DARKENED = 0.4  # brightness of what lies outside of all masks
 INK, PAPER, MUTED = (24, 24, 27), (255, 255, 255), (105, 105, 112)
 
-# Names of fonts, wide coverage first, because sentences can be in any script. Pillow's own font is the last; letters
-# that none of them holds are looked for among the fonts that fontconfig knows.
-FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "SourceHanSansSC-Regular.otf",
-    "DejaVuSans.ttf",
-    "NotoSans-Regular.ttf",
-    "Arial Unicode.ttf",
-    "PingFang.ttc",
-    "msyh.ttc",
-    "arial.ttf",
-    "wqy-microhei.ttc",
-    "wqy-zenhei.ttc",
-    "DroidSansFallbackFull.ttf",
-)
-BOXES = "(boxes: letters that no font found here holds; the Noto font of their script would)"
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
+def overlay(image: Image.Image, masks: np.ndarray, colors: Sequence[Color] | None = None) -> Image.Image:
+    """Outline masks on a photo and darken what is in none of them; what they hold keeps its own colours.
 
-@cache
-def _fonts(size: int) -> list[Font]:
-    """The fonts of `FONTS` that are installed, and Pillow's own."""
-    found: list[Font] = []
-    for name in FONTS:
-        try:
-            found.append(ImageFont.truetype(name, size))
-        except OSError:
-            continue
-    return [*found, ImageFont.load_default(size)]
+    An outline lies outside of its mask, a later one on top. Without any foreground the photo stays as it is.
 
+    Args:
+        image: any mode; its EXIF orientation is applied.
+        masks: bool or uint8, (H, W) or (n, H, W); 1 is foreground, 255 (ignored) is painted grey.
+        colors: one per mask; default: `PALETTE` in turn.
 
-@cache
-def _holds(font: Font, letter: str) -> bool:
-    """Whether a font can draw a letter: its picture is not the one of a letter that no font has."""
-    pictures = [font.getmask(text) for text in (letter, "\U0010fffe")]
-    return pictures[0].size != pictures[1].size or bytes(pictures[0]) != bytes(pictures[1])
-
-
-@cache
-def _font_of(letter: str, size: int) -> list[Font]:
-    """The font that fontconfig names for a letter, where it is installed and the font does hold it."""
-    command = ["fc-match", "--format=%{file}", f"sans:charset={ord(letter):x}"]
-    try:
-        file = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        font = ImageFont.truetype(file, size)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [font] if _holds(font, letter) else []
-
-
-def _font(size: int, text: str) -> tuple[Font, bool]:
-    """The font that draws most of a text, and whether it draws all of it."""
-    letters, fonts = set("".join(text.split())), [*_fonts(size)]
-    for letter in sorted(letters):
-        if not any(_holds(font, letter) for font in fonts):
-            fonts += _font_of(letter, size)
-    held = {font: sum(_holds(font, letter) for letter in letters) for font in fonts}
-    best = max(held, key=lambda font: held[font])  # the first of equals
-    return best, held[best] == len(letters)
-
-
-def enlarge(image: Image.Image) -> Image.Image:
-    """A photo times the smallest whole number that makes its longer side at least `CLEAR` pixels."""
-    times = -(-CLEAR // max(image.size))
-    return image if times == 1 else image.resize((times * image.width, times * image.height), Image.Resampling.BICUBIC)
-
-
-def overlay(
-    image: Image.Image,
-    masks: np.ndarray,
-    colors: Sequence[Color] | None = None,
-    alpha: float = 0.5,
-    *,
-    enlarged: bool = False,
-) -> Image.Image:
-    """Paint masks on a photo, each in its colour with an outline; later masks lie on top.
-
-    masks: bool or uint8, (H, W) or (n, H, W) at the photo's size; 1 is foreground, 255 (ignored) is painted grey.
-    colors: one a mask, `PALETTE` in turn by default. alpha: opacity of the filling, 0..1.
-    enlarged: draw on a photo made larger by `enlarge`, where outlines hide little.
     Raises ValueError when the sizes differ.
     """
-    import cv2  # drawing is all that needs it, and command lines import this module
-
+    photo = np.array(as_rgb(image))
     masks = np.asarray(masks, dtype=np.uint8)
     masks = masks[None] if masks.ndim == 2 else masks
-    if masks.shape[1:] != (image.height, image.width):
-        raise ValueError(f"masks are {masks.shape[1:]} (height, width), the photo {(image.height, image.width)}")
-    if enlarged:
-        image = enlarge(image)
-        times = image.width // masks.shape[2]
-        masks = masks.repeat(times, axis=1).repeat(times, axis=2)
-    picture = np.array(image.convert("RGB"))
-    width = max(1, round(max(image.size) / 300))
-    for index, mask in enumerate(masks):
+    if masks.shape[1:] != photo.shape[:2]:
+        raise ValueError(f"masks are {masks.shape[1:]} (height, width), the photo {photo.shape[:2]}")
+    foreground, ignored = (masks == 1).any(0), (masks == 255).any(0)
+    if foreground.any():
+        dark = (DARKENED * np.arange(256)).astype(np.uint8)  # a table of 256 values, since floats take gigabytes
+        photo = np.where(foreground[..., None], photo, dark[photo])
+    photo[ignored & ~foreground] = IGNORED
+    width = max(1, round(max(image.size) / 250))
+    for index, mask in enumerate((masks == 1).astype(np.uint8)):
         color = (colors or PALETTE)[index % len(colors or PALETTE)]
-        for area, paint in ((mask == 255, IGNORED), (mask == 1, color)):
-            for channel, value in enumerate(paint):  # a table of 256 values: one of every pixel takes gigabytes
-                mixed = ((1 - alpha) * np.arange(256) + alpha * value).round().astype(np.uint8)
-                plane = picture[..., channel]
-                plane[area] = mixed[plane[area]]
-        contours, _ = cv2.findContours((mask == 1).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(picture, contours, -1, PAPER, width + 2, cv2.LINE_AA)
-        cv2.drawContours(picture, contours, -1, color, width, cv2.LINE_AA)
-    return Image.fromarray(picture)
+        inside = mask.astype(bool)
+        own = photo[inside]
+        contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(photo, contours, -1, PAPER, 2 * width + 3, cv2.LINE_AA)
+        cv2.drawContours(photo, contours, -1, color, 2 * width + 1, cv2.LINE_AA)
+        photo[inside] = own
+    return Image.fromarray(photo)
 
 
-def _wrap(text: str, font: Font, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Lines at most `width` pixels wide, broken at blanks, and inside a word only where it alone is too wide."""
     lines = [""]
     for word in text.split():
@@ -156,22 +84,20 @@ def panel(
 ) -> Image.Image:
     """Pictures side by side at one height, each with its name below it, under a wrapped caption.
 
-    pictures: name -> picture. caption: the sentence, any script. note: a few words set apart from it (the IoU).
+    pictures: name -> picture. caption: the sentence. note: a few words at the right of it, such as the IoU.
     width: of the whole panel, pixels; letters are sized for it.
     """
-    large, little = round(width / 46), round(width / 60)
-    (big, drawn), (small, _) = _font(large, caption + note), _font(little, "".join(pictures))
+    big, small = (ImageFont.load_default(round(width / part)) for part in (46, 60))
     room = width - margin * (len(pictures) + 1)
     height = min(room / sum(p.width / p.height for p in pictures.values()), 0.75 * width)
     sizes = [(max(1, round(height * p.width / p.height)), max(1, round(height))) for p in pictures.values()]
     tiles = [p.convert("RGB").resize(size, Image.Resampling.LANCZOS) for p, size in zip(pictures.values(), sizes)]
     note_width = round(big.getlength(note)) + margin if note else 0
     lines = _wrap(caption, big, width - 2 * margin - note_width) if caption or note else []
-    lines += [] if drawn else [BOXES]
-    line = round(1.35 * large)
+    line = round(width / 34)
     top = margin + line * len(lines) + (margin // 2 if lines else 0)
 
-    canvas = Image.new("RGB", (width, top + tiles[0].height + round(1.6 * little) + margin // 2), PAPER)
+    canvas = Image.new("RGB", (width, top + tiles[0].height + line + margin // 2), PAPER)
     draw = ImageDraw.Draw(canvas)
     for number, text in enumerate(lines):
         draw.text((margin, margin + number * line), text, INK, big)
@@ -179,7 +105,7 @@ def panel(
     left = (width - sum(tile.width for tile in tiles) - margin * (len(tiles) - 1)) // 2
     for name, tile in zip(pictures, tiles):
         canvas.paste(tile, (left, top))
-        draw.text((left + tile.width // 2, top + tile.height + 0.3 * little), name, MUTED, small, anchor="ma")
+        draw.text((left + tile.width // 2, top + tile.height + line // 5), name, MUTED, small, anchor="ma")
         left += tile.width + margin
     return canvas
 
@@ -191,8 +117,7 @@ def compare(
     truth = "ground truth" if (target == 1).any() else "ground truth: nothing"
     truth += " (grey: ignored)" if (target == 255).any() else ""
     guess = "prediction" if prediction.any() else "prediction: nothing"
-    marked = overlay(image, target, [GROUND_TRUTH], enlarged=True)
-    found = overlay(image, prediction, [PREDICTION], enlarged=True)
+    marked, found = overlay(image, target, [GROUND_TRUTH]), overlay(image, prediction, [PREDICTION])
     return panel({"photo": image, truth: marked, guess: found}, sentence, f"IoU {iou:.2f}", width=width)
 
 
@@ -206,8 +131,7 @@ def grid(pictures: Sequence[Image.Image], columns: int = 2, *, cell: int = 900, 
     canvas, top = Image.new("RGB", size, PAPER), margin
     for row, height in zip(rows, heights):
         for column, picture in enumerate(row):
-            left = margin + column * (cell + margin) + (cell - picture.width) // 2
-            canvas.paste(picture, (left, top))
+            canvas.paste(picture, (margin + column * (cell + margin) + (cell - picture.width) // 2, top))
         top += height + margin
     return canvas
 
@@ -240,9 +164,9 @@ def save_worst_first(
     for stale in folder.glob(f"[0-9]*_{label}*.jpg"):
         stale.unlink()
     order = sorted(range(len(values)), key=lambda index: (values[index], index))
-    for place, index in enumerate(order[:most], 1):
-        path = folder / f"{place:04d}_{label}{values[index]:.2f}_{safe_name(names[index])}.jpg"
+    for rank, index in enumerate(order[:most], 1):
+        path = folder / f"{rank:04d}_{label}{values[index]:.2f}_{safe_name(names[index])}.jpg"
         draw(index).save(path, quality=90)
-    shown = order[:worst] + order[max(worst, len(order) - best) :]
-    grid([draw(index) for index in shown]).save(folder / "overview.png")
+    chosen = order[:worst] + order[max(worst, len(order) - best) :]
+    grid([draw(index) for index in chosen]).save(folder / "overview.png")
     return folder / "overview.png"

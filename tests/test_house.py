@@ -8,8 +8,8 @@ from helpers import ROOT
 
 # From the ground up: a module may import modules of its own room and of rooms further down.
 ROOMS = (
-    *("errors", "files stop", "flags", "distributed visualize", "model", "data", "synthetic", "evaluation"),
-    *("training", "apps", "cli", "predict demo", "__main__"),
+    *("errors", "files stop", "flags", "distributed", "model", "visualize", "data", "synthetic", "evaluation"),
+    *("training", "apps", "cli", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
 MODULES = {

@@ -288,7 +288,7 @@ def picture(name: str, seen: Seen, turn: int) -> Image.Image:
     pictures = {seen.id[-60:]: seen.image}
     if len(masks):
         size = masks.shape[:0:-1]  # annotations are not always at the photo's size
-        painted = overlay(seen.image.resize(size), masks, enlarged=True)
+        painted = overlay(seen.image.resize(size), masks)
         pictures["mask" if (masks == 1).any() else "mask: nothing"] = painted
     caption = " / ".join(turns).removeprefix(f"{prompts.IMAGE_TAG}\n")
     return panel(pictures, caption if len(caption) <= 300 else f"{caption[:300]} ...", name[-30:], width=CELL)

@@ -1,120 +1,179 @@
-"""A web page to try a model: a picture, prompts, masks.
+"""A web page to try a model: a photo, prompts, masks.
 
     pip install 'self1e[demo]'
     self1e demo --version runs/exp/ckpt_model        # then open http://127.0.0.1:7860
 
-Serves this machine only unless `--host` says otherwise, one request at a time, at most `--queue` waiting. Neither the
-server nor its page contacts any other machine. Uploads and results lie in one temporary folder; a request's files go
-after an hour, all of them when the server ends (Ctrl-C, SIGTERM, or the end of its terminal).
+Serves this machine only unless `--host` says otherwise, one request at a time. Neither the server nor its page
+contacts any other machine. Uploads and results lie in one temporary folder: a visitor's files go after an hour, all of
+them when the server ends (Ctrl-C or SIGTERM).
 """
 
 import argparse
+import html
+import json
 import os
-import re
 import signal
 import socket
 import sys
 import tempfile
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from self1e.apps.loading import add_model_arguments
-from self1e.flags import Parser, between, uncollected, whole
+from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.apps.loading import add_model_flags, load
+from self1e.apps.segment import Output
+from self1e.data.samples import SampleError, load_image
+from self1e.errors import UserError
+from self1e.model.inference import Reply
+from self1e.model.processor import HIGH_RES_TILES
+from self1e.model.prompts import SEG, check_prompt
+from self1e.visualize import PALETTE, overlay
 
-
-def upload_size(text: str) -> str:
-    """A flag's type: a file size such as 30mb."""
-    if not re.fullmatch(r"[1-9]\d*(kb|mb|gb)", text.lower()):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 500kb or 30mb")
-    return text.lower()
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="self1e demo", description=__doc__)
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="0.0.0.0 serves every machine that can reach this one")
-    add("--port", type=whole(1, 65535), default=7860)
-    add("--queue", type=whole(1), default=16, help="requests that may wait; more are refused")
-    add("--max_megapixels", type=between(0), default=40.0, help="larger pictures are refused")
-    add("--max_upload", type=upload_size, default="30mb", help="larger files are refused")
-    add("--max_disk", type=upload_size, default="5gb", help="space for uploads, and as much for results; then refused")
-    add("--max_prompts", type=whole(1), default=200, help="more prompts in one request are refused")
-    add("--max_prompt_length", type=whole(1), default=1000, help="longer prompts are refused, characters")
-    return parser.parse_args(argv)
+SEGMENT, CHAT = "Segment: one mask per prompt", "Chat: the model answers"
+TOGETHER = 8  # prompts between two looks at Cancel
+PROMPTS, CHARACTERS = 100, 20_000  # most of one request
+KEEP = 3600  # seconds that the files of a request stay
+CSS = "#answers {max-height: 24em; overflow-y: auto} footer {display: none !important}"
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise OSError where this address cannot be served, before a model is loaded for it."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(
-            f"--host {host} --port {port}: {reason}; choose another, such as --port {port % 65535 + 1}"
-        ) from error
+def marked(prompts: Sequence[str], replies: Sequence[Reply]) -> tuple[list[tuple[str, str | None]], dict[str, str]]:
+    """Prompts and answers for `gr.HighlightedText`, and the colours of their `[SEG]`, which are those of the masks.
+
+    A mask's label: its number, its share of the photo, its score.
+    """
+    text: list[tuple[str, str | None]] = []
+    colors: dict[str, str] = {}
+    for prompt, reply in zip(prompts, replies):
+        first, *rest = reply.text.split(SEG)
+        text.append((f"{prompt}: {first}", None))
+        for mask, score, piece in zip(reply.masks, reply.scores, rest):
+            label = f"{len(colors) + 1}: {mask.mean():.1%}, {score or 0:.2f}"
+            colors[label] = "#{:02x}{:02x}{:02x}".format(*PALETTE[len(colors) % len(PALETTE)])
+            text += [(SEG, label), (piece, None)]
+        text.append(("\n", None))
+    return text, colors
+
+
+def build(model: Self1EForSegmentation, processor: Self1EProcessor, name: str, *, high_res: bool = False) -> Any:
+    """The page, a `gr.Blocks`. name: of the model. high_res: ticked at first."""
+    import gradio as gr
+
+    def answer(path: str | None, text: str, mode: str, threshold: float, tiles: bool, length: int) -> Iterator[tuple]:
+        """After every few prompts: overlay, answers, files, "8 of 30", and (8, 30) for Cancel."""
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+        try:
+            if path is None or not 0 < len(prompts) <= PROMPTS:
+                raise UserError(f"Choose a photo and write 1 to {PROMPTS} prompts, one per line.")
+            image = load_image(path)
+            for prompt in prompts:
+                check_prompt(prompt)
+        except SampleError:
+            raise gr.Error("This file is no photo that can be read.", print_exception=False) from None
+        except UserError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+        options: dict[str, Any] = {"threshold": threshold, "max_tiles": HIGH_RES_TILES if tiles else 1}
+        replies: list[Reply] = []
+        yield image, None, None, f"0 of {len(prompts)}", (0, len(prompts))
+        with tempfile.TemporaryDirectory(prefix="self1e_") as folder:
+            output = Output(Path(folder), {}, overlays=False)
+            for start in range(0, len(prompts), TOGETHER):
+                some = prompts[start : start + TOGETHER]
+                if mode == CHAT:
+                    found = model.chat(processor, [image] * len(some), some, max_new_tokens=int(length), **options)
+                else:
+                    one_each = model.segment(processor, image, some, **options)
+                    found = [Reply(each.text, each.mask[None], each.logits[None], [each.score]) for each in one_each]
+                for prompt, reply in zip(some, found):
+                    output.add(path, image, prompt, reply)
+                replies += found
+                output.write_coco()
+                masks = [mask for reply in replies for mask in reply.masks]
+                words, colors = marked(prompts, replies)
+                made = [*output.folder.glob("*.json"), *sorted(output.folder.glob("*.png"))]
+                done, count = len(replies), len(prompts)
+                yield (
+                    overlay(image, masks) if masks else image, gr.HighlightedText(words, color_map=colors),
+                    list(map(str, made)), f"{done} of {count}", (done, count) if done < count else None,
+                )  # fmt: skip
+
+    folder = files("self1e.apps") / "demo_examples"
+    examples = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    # fmt: off
+    with gr.Blocks(title="Self1E", analytics_enabled=False, delete_cache=(KEEP, KEEP)) as page:
+        gr.Markdown(f"## Self1E\nA multimodal LLM that segments by itself. Model: {html.escape(name)}")
+        progress = gr.State(None, time_to_live=KEEP)
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(label="Photo", type="filepath", image_mode=None, height=380, elem_id="photo",
+                                 sources=["upload", "webcam", "clipboard"])
+                prompts = gr.Textbox(label="Prompts, one per line", lines=3, max_lines=10, max_length=CHARACTERS,
+                                     placeholder="the red car\nWhich of these can fly?", elem_id="prompts")
+                mode = gr.Radio([SEGMENT, CHAT], value=SEGMENT, label="Mode")
+                with gr.Row():
+                    run = gr.Button("Run", variant="primary", elem_id="run")
+                    cancel = gr.Button("Cancel", elem_id="cancel")
+                with gr.Accordion("More", open=False):
+                    threshold = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Foreground probability threshold")
+                    tiles = gr.Checkbox(high_res, label=f"High resolution (up to {HIGH_RES_TILES} tiles)")
+                    length = gr.Slider(8, 1024, 256, step=8, label="Longest answer in chat, tokens")
+            with gr.Column():
+                result = gr.Image(label="Masks", format="png", interactive=False, height=380, elem_id="overlay",
+                                  buttons=["fullscreen", "download"])
+                status = gr.Markdown(elem_id="status")
+                answers = gr.HighlightedText(elem_id="answers",
+                                             label="Answers, with number, share of the photo and score of each mask")
+                downloads = gr.Files(label="Masks, and all as COCO", interactive=False, height=200, elem_id="files")
+        gr.Examples([[str(folder / name), "\n".join(lines)] for name, lines in examples.items()], [image, prompts],
+                    cache_examples=False)
+        work = run.click(answer, [image, prompts, mode, threshold, tiles, length],
+                         [result, answers, downloads, status, progress], api_name="answer", show_progress_on=result)
+        run.click(None, js="() => document.querySelector('#overlay').scrollIntoView({block: 'nearest'})")
+        cancel.click(lambda done: f"cancelled: {done[0]} of {done[1]} done" if done else "", progress, status,
+                     cancels=[work], queue=False, api_visibility="private")
+    # fmt: on
+    return page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load the model and serve until Ctrl-C, SIGTERM or SIGHUP; returns the exit code."""
-    args = parse_args(sys.argv[1:] if argv is None else argv)
-    if find_spec("gradio") is None:
-        raise ImportError("the demo needs Gradio: pip install 'self1e[demo]'")
-    check_port(args.host, args.port)
-    stopped = threading.Event()
-    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heard = [each for each in ends if signal.getsignal(each) != signal.SIG_IGN]  # under nohup it is to go on
-    previous = {each: signal.signal(each, lambda *_: stopped.set()) for each in heard}
-    try:
-        with tempfile.TemporaryDirectory(prefix="self1e_demo_", ignore_cleanup_errors=True) as folder:
-            return serve(args, Path(folder), stopped)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the demo has stopped; its temporary files are gone") from None
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-
-def serve(args: argparse.Namespace, folder: Path, stopped: threading.Event) -> int:
-    """Load the model and serve the page until `stopped`; whatever it writes lies in `folder`."""
-    # Gradio reads these when it is imported.
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder / "uploads")}
-    with uncollected(lasting=True):
-        import gradio as gr
-        from starlette.middleware import Middleware
-
-        from self1e.apps.gate import Gate, size_in_bytes
-        from self1e.apps.loading import load
-        from self1e.apps.page import CSS, Demo, Limits, build
-
-    model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
-    results = folder / "results"
-    results.mkdir()
-    space = size_in_bytes(args.max_disk)
-    limits = Limits(
-        megapixels=args.max_megapixels, prompts=args.max_prompts, characters=args.max_prompt_length, disk=space
-    )
-    gate = Middleware(Gate, folder / "uploads", size_in_bytes(args.max_upload), space)
-    demo = Demo(model, processor, results, limits)
-    name = Path(args.model_weights or args.version).resolve()
-    page = build(
-        demo, name.parent.name if name.name == "ckpt_model" else name.name, queue=args.queue, high_res=args.high_res
-    )
-    page.launch(
-        server_name=args.host, server_port=args.port, share=False, ssr_mode=False, show_error=False, css=CSS,
-        max_file_size=args.max_upload, theme=gr.themes.Default(font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"]), footer_links=[], quiet=True, prevent_thread_lock=True,
-        app_kwargs={"middleware": [gate]},
+    """Load the model and serve until Ctrl-C or SIGTERM; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="self1e demo", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    print(f"Self1E is at http://{args.host}:{args.port} until Ctrl-C", flush=True)
+    add_model_flags(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves every machine that can reach this one")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--queue", type=int, default=16, help="requests that may wait; more are refused")
+    parser.add_argument("--max_upload", default="30mb", help="larger files are refused")
+    args = parser.parse_args(argv)
+    if find_spec("gradio") is None:
+        raise UserError("the demo needs Gradio: pip install 'self1e[demo]'")
     try:
-        while not stopped.wait(0.5):  # a wait without end would not see Ctrl-C on Windows
-            pass
-    finally:
-        page.close(verbose=False)
+        socket.create_server((args.host, args.port)).close()
+    except OSError as error:  # before a model is loaded for it
+        raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}") from error
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
+    with tempfile.TemporaryDirectory(prefix="self1e_demo_", ignore_cleanup_errors=True) as folder:
+        # Gradio asks itself for its page: no proxy may stand between. It reads its own variables when imported.
+        os.environ |= {"NO_PROXY": "*", "no_proxy": "*"}
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": f"{folder}/gradio"}
+        tempfile.tempdir = folder
+        import gradio as gr
+
+        path = Path(args.model_weights or args.version).resolve()
+        page = build(
+            model, processor, path.parent.name if path.name == "ckpt_model" else path.name, high_res=args.high_res
+        )
+        page.queue(max_size=args.queue, default_concurrency_limit=1)
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        page.launch(
+            server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True, css=CSS,
+            theme=theme, footer_links=[], max_file_size=args.max_upload, prevent_thread_lock=True,
+        )  # fmt: skip
+        print(f"Self1E is at http://{args.host}:{args.port} until Ctrl-C", flush=True)
+        page.block_thread()
     return 0

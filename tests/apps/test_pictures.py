@@ -6,21 +6,22 @@ from helpers import noise
 from PIL import Image
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.apps.method_parts import components, compute_parts
-from self1e.apps.method_pictures import main
+from self1e.apps.pictures import components, compute_parts, main
+from self1e.errors import UserError
 
 
 def test_the_parts_are_the_models_own(version):
     model = Self1EForSegmentation.from_pretrained(version, attn_implementation="eager")
     processor = Self1EProcessor.from_pretrained(version)
     image = noise(60, 40)
-    parts = compute_parts(model, processor, image, "it")
+    similarity, features, attention = compute_parts(model, processor, image, "it")
+    own, before, after = similarity.values()
     logits = torch.as_tensor(model.segment(processor, image, "it")[0].logits)
-    assert torch.allclose(parts.after, logits.float(), atol=1e-4)
+    assert torch.allclose(after, logits.float(), atol=1e-4)
     side = model.config.tile_size // model.config.vision_config.patch_size[0]
-    assert parts.own.shape == (side, side) and parts.before.shape == (2 * side, 2 * side)
-    assert parts.attention.shape == (model.config.text_config.num_hidden_layers, side // 2, side // 2)
-    assert (parts.attention > 0).all()  # image+seg: every image token sees [SEG]
+    assert own.shape == (side, side) and before.shape == features["refilled"].shape[:2] == (2 * side, 2 * side)
+    assert attention.shape == (model.config.text_config.num_hidden_layers, side // 2, side // 2)
+    assert (attention > 0).all()  # image+seg: every image token sees [SEG]
 
 
 def test_components_tell_regions_apart():
@@ -30,15 +31,12 @@ def test_components_tell_regions_apart():
     assert (first[:2] - first[2:]).abs().min() > 0.99
 
 
-def test_one_command_writes_three_pictures(version, tmp_path, capsys):
+def test_one_command_writes_three_pictures(version, tmp_path):
     noise(60, 40).save(tmp_path / "photo.png")
     flags = ["--version", str(version), "--prompt", "it", "--output", str(tmp_path / "out")]
     assert main([*flags, "--image", str(tmp_path / "photo.png")]) == 0
     names = {"similarity.png", "features.png", "attention.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in names) and str(tmp_path / "out") in printed
     assert all(Image.open(tmp_path / "out" / name).width > 400 for name in names)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UserError, match="none.png"):
         main([*flags, "--image", str(tmp_path / "none.png")])
-    assert "none.png" in capsys.readouterr().err
