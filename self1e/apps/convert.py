@@ -144,7 +144,7 @@ def outputs(model, inputs: dict[str, Tensor]) -> list[Tensor]:
         return [model(**inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}).logits.float()]
     one = {"tile_grids": torch.tensor([[1, 1]]), "row_image": torch.tensor([0])}
     out = model(**inputs, **one, logits_to_keep=inputs["input_ids"].shape[1])
-    return [x.float() for x in (out.logits, *out.mask_logits) if len(x)]
+    return [x.float() for x in (out.logits, *(out.mask_logits or ())) if len(x)]
 
 
 def digests(model, *, with_head: bool) -> dict[str, bytes]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from self1e import distributed
 from self1e.errors import UserError, check_known
@@ -105,7 +105,7 @@ def load_checkpoint(
     base.update(switches | {"loss_weights": base.loss_weights | (loss_weights or {})})
     base.check_switches()
     source = str(version if weights is None else weights)
-    check_files(Path(source))
+    check_files(source, hub)
     with quiet():
         model, report = from_pretrained(
             source, config=base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -121,14 +121,16 @@ def load_checkpoint(
     return model
 
 
-def check_files(folder: Path) -> None:
-    """Look at the weight files of a folder before the library does, and say which are loaded where that takes long.
+def check_files(source: str, hub: dict[str, Any]) -> None:
+    """Look at the files of a checkpoint before the library does, and say which are loaded where that takes long.
 
     Raises UserError for an adapter, for an index of shards that names files outside its folder, and for files that
     Git LFS has not fetched.
     """
-    if (folder / "adapter_config.json").is_file():  # the library would load it over the weights
-        raise UserError(f"{folder} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
+    if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+        # The library would load it over the weights.
+        raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
+    folder = Path(source)
     for index in folder.glob("*.index.json"):
         for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
             if Path(name).name != name:
@@ -253,7 +255,7 @@ def identity(checkpoint: str | Path) -> str:
     check_source(str(checkpoint))
     folder = Path(checkpoint)
     if not folder.is_dir():
-        return f"{checkpoint}@{Self1EConfig.from_pretrained(checkpoint)._commit_hash}"
+        return f"{checkpoint}@{Path(cached_file(checkpoint, 'config.json')).parent.name}"  # the hub's commit
     own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("weights_id")
     if own:
         return own

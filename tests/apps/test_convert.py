@@ -110,6 +110,15 @@ def test_a_copy_that_differs_is_not_left_behind(sources, tmp_path, monkeypatch, 
     assert len(calls) == 2 and not list(tmp_path.iterdir())
 
 
+def test_tied_embeddings_stay_tied(tmp_path):
+    source = make_trained(tmp_path / "tied", tie_word_embeddings=True)
+    convert(str(source), tmp_path / "published", "published")
+    convert(str(tmp_path / "published"), tmp_path / "back", "self1e")
+    convert(str(source), tmp_path / "hf", "hf", drop_head=True)
+    assert_same(weights(tmp_path / "back"), weights(source))
+    assert "lm_head.weight" not in converter.tensor_names(str(tmp_path / "hf"))
+
+
 def test_dtype(sources, tmp_path):
     assert convert(str(sources["self1e"]), tmp_path / "half", "self1e", dtype="bf16") < 1e-2
     assert {tensor.dtype for tensor in weights(tmp_path / "half").values()} == {torch.bfloat16}

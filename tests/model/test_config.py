@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from self1e import Self1EConfig, Self1EForSegmentation
 from self1e.errors import UserError
-from self1e.model.config import LOSS_WEIGHTS, SWITCHES, native_config, original_config
+from self1e.model.config import LOSS_WEIGHTS, SWITCHES, original_config
 
 # Published sizes: LLM (type, width, layers, heads, key/value heads, MLP width, vocabulary) over InternViT-300M.
 RELEASES = {
@@ -208,9 +208,3 @@ def test_a_repository_of_several_checkpoints_lists_them(monkeypatch):
     monkeypatch.setattr("self1e.model.config.HfApi.list_repo_files", lambda self, name: files)
     with pytest.raises(UserError, match=r"several checkpoints, large, small; hf download nobody/nothing"):
         Self1EConfig.from_pretrained("nobody/nothing")
-
-
-def test_native_keys_are_kept():
-    values = {"model_type": "internvl", "image_token_id": 9, "vision_config": {"hidden_size": 64}}
-    found = native_config(values, "x")
-    assert found == values | {"model_type": "self1e", "tie_word_embeddings": False}

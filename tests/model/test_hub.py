@@ -1,22 +1,20 @@
-"""The Hub format: round trips to the bit, shards, Auto classes, device maps, quantization, push."""
+"""As the hub has it: round trips to the bit, shards, Auto classes, device maps, hub ids, bitsandbytes."""
 
 import importlib.util
-import json
+import shutil
 
 import pytest
 import torch
-from helpers import make_trained
+from helpers import make_trained, read_json
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.apps.loading import load
+from self1e.errors import UserError
+from self1e.model.weights import weights_identity
 
 SENTENCE = "Which one of these rolls?"
-FILES = {
-    "chat_template.jinja", "config.json", "generation_config.json", "processor_config.json", "tokenizer.json",
-    "tokenizer_config.json",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +37,21 @@ def test_round_trip_keeps_every_bit_in_shards(folder, image, tmp_path, dtype):
     processor = Self1EProcessor.from_pretrained(folder)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     processor.save_pretrained(tmp_path)
-    shards = {path.name for path in tmp_path.glob("model-*.safetensors")}
-    assert len(shards) > 2
-    assert {path.name for path in tmp_path.iterdir()} == FILES | shards | {"model.safetensors.index.json"}
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     again = AutoModel.from_pretrained(tmp_path, dtype="auto")
     assert type(again) is Self1EForSegmentation and again.trained_head and again.dtype == dtype
     assert again.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
     reread = AutoProcessor.from_pretrained(tmp_path)
-    rows = [[[f"<image>\n{SENTENCE} É 猫", "Sure, [SEG]."]]]
-    one, other = (p(images=[image], conversations=rows) for p in (processor, reread))
+    conversations = [[[f"<image>\n{SENTENCE} É 猫", "Sure, [SEG]."]]]
+    one, other = (p(images=[image], conversations=conversations) for p in (processor, reread))
     assert type(reread) is Self1EProcessor and one.keys() == other.keys()
     assert all(one[name].equal(other[name]) for name in one)
-    assert reread.chat_template == processor.chat_template
     assert logits(again, reread, image).equal(logits(model, processor, image))
 
 
-def test_chat_template_is_the_processor_s_own_format(folder):
+def test_chat_template_is_the_processor_s_own_format(folder, image):
     processor = AutoProcessor.from_pretrained(folder)
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is it?"}]},
@@ -66,12 +61,12 @@ def test_chat_template_is_the_processor_s_own_format(folder):
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     image_tokens = "<img>" + "<IMG_CONTEXT>" * processor.tile_tokens + "</img>"
     ids = processor.tokenizer(text.replace("<image>", image_tokens), add_special_tokens=False)["input_ids"]
-    assert ids == processor.encode_row(["<image>\nWhere is it?", "It is [SEG].", "Why?"], n_tiles=1)[0]
+    assert ids == processor([image], [[["<image>\nWhere is it?", "It is [SEG].", "Why?"]]])["input_ids"][0].tolist()
 
 
 def test_generation_config_ends_answers(folder):
     tokenizer = Self1EProcessor.from_pretrained(folder).tokenizer
-    saved = json.loads((folder / "generation_config.json").read_text())
+    saved = read_json(folder / "generation_config.json")
     assert saved["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert saved["pad_token_id"] == tokenizer.pad_token_id
     assert Self1EForSegmentation.from_pretrained(folder).generation_config.eos_token_id == saved["eos_token_id"]
@@ -90,37 +85,24 @@ def test_auto_classes_and_device_maps(folder, image, tmp_path):
     torch.testing.assert_close(logits(split, processor, image), logits(plain, processor, image))
 
 
-def test_push_to_hub_uploads_the_whole_model(folder, monkeypatch):
-    """No hub here: what the library hands to its client is recorded instead of sent."""
-    from transformers.utils import hub
-
-    class Recorder:
-        files: dict[str, set[str]] = {}
-
-        def __getattr__(self, name):
-            def call(*args, **kwargs):
-                if name == "create_repo":
-                    return type("Url", (), {"repo_id": args[0]})
-                assert name in ("create_commit", "create_branch"), name
-                operations = kwargs.get("operations", ())
-                self.files[kwargs["repo_id"]] = {operation.path_in_repo for operation in operations}
-                return "sent"
-
-            return call
-
-    class Card:
-        def save(self, path):
-            pass
-
-    recorder = Recorder()
-    monkeypatch.setattr(hub, "hf_api", lambda: recorder)
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: Card())
-    Self1EForSegmentation.from_pretrained(folder).push_to_hub("someone/model", max_shard_size="200KB")
-    sent = recorder.files["someone/model"]
-    assert {"config.json", "generation_config.json", "model.safetensors.index.json"} < sent
-    assert sum(name.endswith(".safetensors") for name in sent) > 1
-    Self1EProcessor.from_pretrained(folder).push_to_hub("someone/processor")
-    assert recorder.files["someone/processor"] == FILES - {"config.json", "generation_config.json"}
+def test_hub_ids_are_read_like_folders(folder, image, tmp_path, monkeypatch):
+    """From the client's own cache, which a download would have filled."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for name, source in {"base": folder.with_name("trained_base"), "weights": folder}.items():
+        shutil.copytree(source, tmp_path / f"models--org--{name}/snapshots/{commit}")
+        (tmp_path / f"models--org--{name}/refs").mkdir()
+        (tmp_path / f"models--org--{name}/refs/main").write_text(commit)
+    model = Self1EForSegmentation.from_pretrained("org/base", weights="org/weights")
+    expected = Self1EForSegmentation.from_pretrained(folder)
+    processor = Self1EProcessor.from_pretrained("org/base")
+    assert model.trained_head and logits(model, processor, image).equal(logits(expected, processor, image))
+    found = weights_identity("org/base", "org/weights")
+    assert found == {"weights": f"org/weights@{commit}", "base": f"org/base@{commit}"}
+    (tmp_path / f"models--org--weights/snapshots/{commit}/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="org/weights holds a PEFT adapter"):
+        Self1EForSegmentation.from_pretrained("org/base", weights="org/weights")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
