@@ -241,8 +241,9 @@ def evaluate_splits(
             conversations_per_forward=conversations_per_forward, model_max_length=model_max_length,
             asked_to_stop=asked_to_stop,
         )  # fmt: skip
+        held = compare(name, {"images": len(split), "sentences": len(units)})
         note = {"note": split.note} if split.note else {}
-        figures[name] = {"split": name, "data": compare(name, split.counts()), **note, **score(units)}
+        figures[name] = {"split": name, "data": held, **note, **score(units)}
         if distributed.is_main():
             results.finish(unit.record() for unit in units)
             save_figures(output_dir, figures[name])
