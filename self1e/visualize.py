@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from self1e.model.photos import as_rgb
+from self1e.model.photos import Photo, photo_of
 
 Color = tuple[int, int, int]
 
@@ -30,19 +30,19 @@ DARKENED = 0.4  # brightness of what lies outside of all masks
 INK, PAPER, MUTED = (24, 24, 27), (255, 255, 255), (105, 105, 112)
 
 
-def overlay(image: Image.Image, masks: np.ndarray, colors: Sequence[Color] | None = None) -> Image.Image:
+def overlay(image: Photo, masks: np.ndarray, colors: Sequence[Color] | None = None) -> Image.Image:
     """Outline masks on a photo and darken what is in none of them; what they hold keeps its own colours.
 
     An outline lies outside of its mask, a later one on top. Without any foreground the photo stays as it is.
 
     Args:
-        image: any mode; its EXIF orientation is applied.
+        image: a path, a PIL image or a uint8 array (H, W, 3); EXIF orientation is applied.
         masks: bool or uint8, (H, W) or (n, H, W); 1 is foreground, 255 (ignored) is painted grey.
         colors: one per mask; default: `PALETTE` in turn.
 
     Raises ValueError when the sizes differ.
     """
-    photo = np.array(as_rgb(image))
+    photo = np.array(photo_of(image))
     masks = np.asarray(masks, dtype=np.uint8)
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.shape[1:] != photo.shape[:2]:
@@ -52,7 +52,7 @@ def overlay(image: Image.Image, masks: np.ndarray, colors: Sequence[Color] | Non
         dark = (DARKENED * np.arange(256)).astype(np.uint8)  # a table of 256 values, since floats take gigabytes
         photo = np.where(foreground[..., None], photo, dark[photo])
     photo[ignored & ~foreground] = IGNORED
-    width = max(1, round(max(image.size) / 250))
+    width = max(1, round(max(photo.shape) / 250))
     for index, mask in enumerate((masks == 1).astype(np.uint8)):
         color = (colors or PALETTE)[index % len(colors or PALETTE)]
         inside = mask.astype(bool)

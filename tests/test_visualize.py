@@ -45,6 +45,7 @@ def test_overlay_takes_a_photo_stored_on_its_side(tmp_path):
     exif[0x0112] = 6
     photo().save(tmp_path / "photo.jpg", exif=exif)
     assert overlay(Image.open(tmp_path / "photo.jpg"), square().T).size == (80, 120)
+    assert overlay(tmp_path / "photo.jpg", square().T).size == overlay(np.asarray(photo()), square()).size[::-1]
     with pytest.raises(ValueError, match=r"\(80, 120\).*\(120, 80\)"):
         overlay(Image.open(tmp_path / "photo.jpg"), square())
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.apps.loading import describe
 from self1e.apps.segment import prompt_text
-from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
+from self1e.model.photos import photo_of
 from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt
 from self1e.model.weights import checkpoint_folder
 
@@ -111,10 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if find_spec("matplotlib") is None:
         raise UserError("the pictures need matplotlib: pip install 'self1e[plots]'")
     check_prompt(args.prompt)
-    try:
-        image = load_image(args.image)
-    except SampleError as error:
-        raise UserError(f"--image: {error.cause}") from error
+    image = photo_of(args.image)
     distributed.say(f"loading {describe(args.version)}")
     processor = Self1EProcessor.from_pretrained(args.version)
     model = Self1EForSegmentation.from_pretrained(args.version, attn_implementation="eager")

@@ -15,12 +15,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from self1e.errors import UserError
-from self1e.model.photos import as_rgb
+from self1e.model.photos import Photo, photo_of
 from self1e.model.prompts import (
     ANSWER,
     END_OF_TURN,
@@ -180,7 +179,7 @@ class InferenceMixin:
     def segment(
         self,
         processor,
-        images: Image.Image | Sequence[Image.Image],
+        images: Photo | Sequence[Photo],
         prompts: str | Sequence[str] | Sequence[Sequence[str]],
         *,
         is_sentence: bool | None = None,
@@ -204,7 +203,8 @@ class InferenceMixin:
 
         Args:
             processor: the `Self1EProcessor` of the checkpoint.
-            images: one or several, of any mode; EXIF orientation is applied, H and W are those of the result.
+            images: one or several; a path, a PIL image of any mode, or a uint8 array (H, W, 3). EXIF orientation is
+                applied; H and W are those of the result.
             prompts: one or several, asked of every image; or, for several images, a list for each.
             is_sentence: ask with the prompt as a sentence ("Which one rolls?") or as a phrase ("the ball", which is
                 lower-cased); None: a prompt that ends like a sentence is one.
@@ -217,13 +217,13 @@ class InferenceMixin:
 
         Raises:
             UserError: no trained head, an empty prompt, a control token in it, a threshold outside 0..1, prompt lists
-                that do not match the images, images that are no `PIL.Image.Image`.
+                that do not match the images, an image that is none or cannot be read.
             FloatingPointError: the model computed no numbers (float16 overflows).
         """
         check_head(self)
         logit_of(threshold)
-        single = isinstance(images, Image.Image)
-        upright = upright_images([images] if single else images)
+        single = isinstance(images, Photo)
+        upright = [photo_of(image) for image in ([images] if single else images)]
         asked = prompts_per_image(prompts, len(upright))
         conversations = [[[question(text, is_sentence), ANSWER] for text in texts] for texts in asked]
         options: dict[str, Any] = {"threshold": threshold, "conversations_per_forward": conversations_per_forward}
@@ -240,7 +240,7 @@ class InferenceMixin:
     def chat(
         self,
         processor,
-        images: Image.Image | Sequence[Image.Image],
+        images: Photo | Sequence[Photo],
         messages: Conversation | Sequence[Conversation],
         *,
         max_new_tokens: int = 256,
@@ -279,9 +279,9 @@ class InferenceMixin:
         """
         check_head(self)
         logit_of(threshold)
-        single = isinstance(images, Image.Image)
+        single = isinstance(images, Photo)
         given = [images] if single else list(images)
-        upright = upright_images(given)
+        upright = [photo_of(image) for image in given]
         conversations = [messages] if single else list(messages)
         if isinstance(messages, str) > single or len(conversations) != len(given):
             raise UserError(f"{len(given)} images need as many conversations, in a list")
@@ -362,14 +362,6 @@ def evaluating(model) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def upright_images(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """The images, RGB and upright. Raises UserError for what is no image."""
-    wrong = [type(image).__name__ for image in images if not isinstance(image, Image.Image)]
-    if wrong:
-        raise UserError(f"images must be PIL.Image.Image, found {wrong[0]}: open a file with PIL.Image.open")
-    return [as_rgb(image) for image in images]
 
 
 def prompts_per_image(prompts, images: int) -> list[list[str]]:

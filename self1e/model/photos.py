@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from self1e.errors import UserError
 
 T = TypeVar("T")
+Photo = Image.Image | np.ndarray | str | Path  # an array: uint8, (H, W) or (H, W, 3), RGB
 
 # What photos and masks come in. Pillow opens more, and would start Ghostscript for a file that turns out to be EPS.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
@@ -81,6 +82,20 @@ def _what_it_is(source: Path | str | BinaryIO) -> str:
 def read_picture(source: Path | str | BinaryIO) -> tuple[Image.Image, int]:
     """A photo in RGB, EXIF orientation applied, and the orientation (1 to 8) it had. Raises OSError saying why."""
     return decode(source, lambda picture: (as_rgb(picture), orientation(picture)))
+
+
+def photo_of(given: Photo) -> Image.Image:
+    """A photo in RGB and upright, from what a caller has. Raises UserError for what is none or cannot be read."""
+    if isinstance(given, (str, Path)):
+        try:
+            return read_picture(given)[0]
+        except OSError as error:
+            raise UserError(f"cannot read {given}: {error.strerror or error}") from error
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim in (2, 3):
+        given = Image.fromarray(given)
+    if not isinstance(given, Image.Image):
+        raise UserError(f"a photo is a path, a PIL image or a uint8 array (H, W, 3), not a {type(given).__name__}")
+    return as_rgb(given)
 
 
 def orientation(image: Image.Image) -> int:

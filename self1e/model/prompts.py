@@ -4,6 +4,7 @@ Templates are the published ones; `rng` decides which one is taken.
 """
 
 import re
+import unicodedata
 
 import numpy as np
 
@@ -41,7 +42,8 @@ ANSWERS = (
     "Sure, the segmentation result is [SEG].",
     "[SEG].",
 )
-SENTENCE_ENDS = (".", "?", "!", "。", "？", "！")
+SENTENCE_ENDS = tuple(".?!…。？！｡؟۔।;\u037e՞։")  # the semicolon is the Greek question mark
+CLOSING = {"Pe", "Pf", "Pi", "Cf", "Cc", "Zs", "Zl", "Zp"}  # Unicode's brackets, quotes, invisible characters, blanks
 VQA_INSTRUCTION = " Answer the question using a single word or phrase."
 VIZWIZ_INSTRUCTION = " When the provided information is insufficient, respond with 'Unanswerable'." + VQA_INSTRUCTION
 
@@ -67,7 +69,9 @@ def answer(rng: np.random.Generator) -> str:
 
 def looks_like_sentence(text: str) -> bool:
     """Whether a text ends as sentences do: asked as it is ("Which one rolls?"), not as a phrase ("the ball")."""
-    return text.rstrip().endswith(SENTENCE_ENDS)
+    while text and (text[-1] in "\"'" or unicodedata.category(text[-1]) in CLOSING):
+        text = text[:-1]
+    return text.endswith(SENTENCE_ENDS)
 
 
 def evaluation_prompt(sentence: str, is_sentence: bool, lower: bool) -> str:
@@ -79,13 +83,13 @@ def evaluation_prompt(sentence: str, is_sentence: bool, lower: bool) -> str:
 
 
 def reserved_in(text: str) -> list[str]:
-    """The control tokens in a text, such as `[SEG]` and `<|im_end|>`, in their order and each once."""
-    return list(dict.fromkeys(CONTROL.findall(text)))
+    """The control tokens in a text as it is or lower-cased, such as `[SEG]` and `<|im_end|>`, each once."""
+    return list(dict.fromkeys(CONTROL.findall(text) + CONTROL.findall(text.lower())))
 
 
 def check_prompt(text: str) -> None:
     """Raise UserError for a prompt that is empty or holds a control token."""
-    if not text.strip():
+    if all(unicodedata.category(letter)[0] in "CZ" for letter in text):  # controls, invisible ones, blanks
         raise UserError("a prompt is empty")
     if found := reserved_in(text):
         raise UserError(f"the prompt {text!r} holds the reserved token {found[0]}: leave it out")

@@ -203,6 +203,18 @@ def test_reserved_tokens_are_refused(tiny, token):
             call(processor, photo(20, 20), f"the {token} star")
 
 
+def test_paths_and_arrays_are_photos_too(tiny, tmp_path):
+    model, processor = tiny
+    image, path = photo(20, 30), tmp_path / "photo.png"
+    image.save(path)
+    expected = model.segment(processor, image, PHRASE)[0].logits
+    for given in (path, str(path), np.asarray(image)):
+        np.testing.assert_array_equal(model.segment(processor, given, PHRASE)[0].logits, expected)
+    assert (
+        model.chat(processor, str(path), "it", max_new_tokens=2) and len(model.segment(processor, [path], "it")) == 1
+    )
+
+
 def test_other_refusals(tiny, monkeypatch):
     model, processor = tiny
     image = photo(20, 20)
@@ -211,7 +223,7 @@ def test_other_refusals(tiny, monkeypatch):
         ("threshold", lambda: model.segment(processor, image, "it", threshold=1.0)),
         ("--batch_size", lambda: model.segment(processor, image, "it", conversations_per_forward=0)),
         ("2 lists of prompts for 1 images", lambda: model.segment(processor, [image], [["a"], ["b"]])),
-        ("PIL.Image", lambda: model.segment(processor, "photo.jpg", "it")),
+        ("photo.jpg", lambda: model.segment(processor, "photo.jpg", "it")),
         ("as many conversations", lambda: model.chat(processor, [image, image], ["it"])),
         ("as many conversations", lambda: model.chat(processor, [image] * 2, "it")),
         ("roles", lambda: model.chat(processor, image, [{"role": "system", "content": "Be brief."}])),

@@ -3,9 +3,11 @@
 import json
 
 import numpy as np
+import pytest
 from helpers import SHARED, needs_shared
 
 from self1e.data.splits import SPLITS, load_split
+from self1e.errors import UserError
 from self1e.model import prompts
 
 
@@ -42,3 +44,19 @@ def test_evaluation_prompts_are_the_published_ones(tmp_path, monkeypatch):
         images = load_split(split, SHARED / "minidata" / "dataset")
         ours = sorted(prompt for image in images for prompt in image.prompts)
         assert ours == sorted(f"<image>\n {unit['text']}" for unit in scores[split]["units"])
+
+
+ENDS = ["?", "!!", "…", "؟", "।", ";", "՞", "？", "?\u200f", "?”", "。」", "?)"]
+EMPTY = ["", " \n", "\u200b", "\ufeff", "\u202e\u202c", "\0"]
+CAPITALS = ["<IMG>", "the </Img>", "<IMAGE>", "<|IM_END|>"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_ends_like_a_sentence_in_any_script_is_one(end):
+    assert prompts.looks_like_sentence(f"哪一个会飞{end}") and not prompts.looks_like_sentence("the red car 🚗")
+
+
+@pytest.mark.parametrize("text", EMPTY + CAPITALS)
+def test_invisible_texts_and_control_tokens_in_capitals_are_refused(text):
+    with pytest.raises(UserError):
+        prompts.check_prompt(text)
