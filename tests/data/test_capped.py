@@ -37,7 +37,7 @@ def recipe(shrink=1, mode="published", batch_size=5):
 def distinct(mixture, name, epoch=0):
     """Distinct samples of a set in an epoch."""
     places = np.concatenate(mixture.micro_batches(epoch, rank=0, world_size=1))
-    number = [data.name for data in mixture.sets].index(name)
+    number = [records.data.name for records in mixture.sets].index(name)
     numbers, items = (places >> 46) & 31, (places >> 24) & ((1 << 22) - 1)
     assert unpack(places[0])[1:3] == (numbers[0], items[0])
     return len(np.unique(items[numbers == number]))

@@ -25,16 +25,16 @@ from self1e.data.loader import build_mixture
 from self1e.data.mixture import Group, Mixture, pack, unpack
 from self1e.data.paths import missing
 from self1e.data.samples import SampleError
-from self1e.data.splits import split_paths
+from self1e.data.splits import load_split, split_paths
 from self1e.errors import UserError
 
 
-def toy(mode="exact", batch_size=4, seg=30, text=50, rates=(1, 1), broken=(), seed=0, transform=None, redraw=False):
+def toy(mode="exact", batch_size=4, seg=30, text=50, rates=(1, 1), broken=(), seed=0, redraw=False):
     groups = [
         Group([Numbers("seg", seg, broken), Numbers("seg2", 5)], rates[0], True, redraw),
         Group([Numbers("text", text)], rates[1], False, redraw),
     ]
-    return Mixture(groups, batch_size=batch_size, seed=seed, mode=mode, transform=transform)
+    return Mixture(groups, batch_size=batch_size, seed=seed, mode=mode)
 
 
 def is_seg(mixture, place):
@@ -152,8 +152,43 @@ def test_a_broken_kind_falls_back_to_its_own_kind_then_stops():
         raise SampleError(sample.id, f"too long after {len(sample.replaced)}")
 
     with pytest.raises(UserError, match="21 samples tried.*\n.*text/4: too long after 0\ntext/.*after 1") as error:
-        toy(transform=refuse)[pack(0, 2, 4, 0)]
+        toy().build(pack(0, 2, 4, 0), refuse)
     assert str(error.value).count("\n") == 21
+
+
+def test_a_sample_without_a_usable_label_is_served_by_the_next():
+    mixture = Mixture([Group([Numbers("a", 5, empty=(1, 2, 4))], 1, True, False)], batch_size=1, seed=0)
+    assert [mixture[pack(0, 0, item, 0)].id for item in range(5)] == ["a/0", "a/3", "a/3", "a/3", "a/0"]
+    empty = Mixture([Group([Numbers("a", 2, empty=(0, 1))], 1, True, False)], batch_size=1, seed=0)
+    with pytest.raises(UserError, match="no image of this set has a usable label"):
+        empty[pack(0, 0, 0, 0)]
+
+
+def test_excluded_photos_take_no_part():
+    group = Group([Numbers("a", 9), Numbers("b", 4)], 1, True, False)
+    mixture = Mixture([group], batch_size=2, seed=0, excluded=np.array([0, 3]))
+    assert mixture.sizes == {"a": 7, "b": 2}
+    places = np.concatenate(epoch_batches(mixture))
+    assert {mixture[place].id for place in places} <= {f"a/{k}" for k in (1, 2, 4, 5, 6, 7, 8)} | {"b/1", "b/2"}
+
+
+@pytest.mark.parametrize(
+    "token", ["[SEG]", "[SEGT]", "<image>", "<img>", "<IMG>", "<IMG_CONTEXT>", "<|im_end|>", "\ud800"]
+)
+def test_control_tokens_in_texts_break_a_sample_and_an_evaluated_photo(tmp_path, token):
+    """Also those that come about when a phrase is lower-cased."""
+    text = f"a {token} b"
+    square = [{"id": 1, "image_id": 7, "segmentation": [SQUARE]}]
+    referring_set(tmp_path, "refcoco", [reference(1, 7, 1, s, text) for s in ("train", "val")], square)
+    mixture = build(tmp_path, dataset="refer_seg", refer_seg_data="refcoco")
+    phrase = token.lower() not in ("[seg]", "[segt]")
+    if phrase:
+        with pytest.raises(UserError, match="reserved token|no Unicode"):
+            mixture[0]
+        with pytest.raises(SampleError, match=r"\.jpg: .*(reserved token|no Unicode)"):
+            load_split("refcoco|unc|val", tmp_path)[0]
+    else:
+        assert text.lower() in mixture[0].conversations[0][0]
 
 
 @pytest.mark.parametrize(
@@ -204,9 +239,9 @@ def tree(root):
     return root
 
 
-def build(root, *, seed=0, mode="published", transform=None, **flags):
+def build(root, *, seed=0, mode="published", **flags):
     config = DataConfig.parse(dataset_dir=root, data_dir=root / "data", **flags)
-    return build_mixture(config, batch_size=3, seed=seed, mode=mode, transform=transform)
+    return build_mixture(config, batch_size=3, seed=seed, mode=mode)
 
 
 ALL = {
@@ -232,16 +267,26 @@ def describe(sample):
     return sample.id, sample.conversations, [mask.tobytes() for mask in sample.masks], sample.replaced
 
 
+class Described:
+    """A mixture as a map from places to comparable descriptions of its samples."""
+
+    def __init__(self, mixture):
+        self.mixture = mixture
+
+    def __getitem__(self, place):
+        return describe(self.mixture[place])
+
+
 def test_every_set_is_mixed_and_workers_and_resuming_change_nothing(tmp_path):
-    mixture = build(tree(tmp_path), transform=describe)
+    mixture = build(tree(tmp_path))
     assert mixture.sizes == ALL and mixture.epoch_size == sum(ALL.values())
     batches = mixture.micro_batches(3, rank=0, world_size=1)
-    here = [[mixture[place] for place in batch] for batch in batches]
-    load = partial(DataLoader, collate_fn=list)
+    here = [[describe(mixture[place]) for place in batch] for batch in batches]
+    load = partial(DataLoader, Described(mixture), collate_fn=list)
     for workers in 0, 2:
-        assert list(load(mixture, batch_sampler=batches, num_workers=workers)) == here
-    resumed = build(tmp_path, transform=describe).micro_batches(3, rank=0, world_size=1)[4:]
-    assert list(load(mixture, batch_sampler=resumed)) == here[4:]
+        assert list(load(batch_sampler=batches, num_workers=workers)) == here
+    resumed = build(tmp_path).micro_batches(3, rank=0, world_size=1)[4:]
+    assert list(load(batch_sampler=resumed)) == here[4:]
 
 
 def test_a_truncated_photo_is_replaced_and_named(tmp_path, caplog):
@@ -292,29 +337,14 @@ def explained(root):
 
 
 def test_missing_data_is_one_error(tmp_path):
-    flags = {"sem_seg_data": "ade20k||cocostuff||mapillary", "explanatory": 0.1}
-    for _, path in DataConfig.parse(dataset_dir=tmp_path, data_dir=tmp_path / "data", **flags).paths():
+    config = DataConfig.parse(dataset_dir=tmp_path / "dataset", data_dir=tmp_path / "data", explanatory=0.1)
+    for _, path in config.paths():
         path.parent.mkdir(parents=True, exist_ok=True)  # several paths of a missing folder would be one line
     with pytest.raises(UserError) as error:
-        build(tmp_path, **flags)
+        build_mixture(config, batch_size=3, seed=0)
     message = str(error.value)
-    for word in (
-        "docs/data.md, section Datasets",
-        "ade20k/images/training",
-        "annotations/training",
-        "config_v2.0.json",
-        "refs(unc).p",
-        "refs(umd).p",
-        "saiapr_tc-12",
-        "ReasonSeg/train",
-        "explanatory/train.json",
-        "llava_dataset",
-        "vqav2_train.jsonl",
-        "train_balanced.jsonl",
-    ):
-        assert word in message, word
-    assert message.count("coco/train2017") == 1 and "(cocostuff, llava_instruct_150k)" in message
-    assert "pascal_part" not in message and "grefcoco" not in message
+    assert all(message.count(f"  {path} ") == (not path.exists()) for _, path in config.paths())
+    assert "(cocostuff, llava_instruct_150k)" in message and "grefcoco" not in message
     absent = missing(split_paths(["ReasonSeg|val", "refcoco|unc|val"], tmp_path))
     assert {name for name, _ in absent} == {"ReasonSeg|val", "refcoco|unc|val"}
     assert not missing(DataConfig.parse(dataset_dir=tree(tmp_path), data_dir=tmp_path / "data", dataset="vqa").paths())

@@ -17,7 +17,7 @@ AREA = 8 * 7
 
 
 def train(root, **arguments):
-    return ReasonSeg(root, root, **{"rows": 3, **arguments})
+    return ReasonSeg(root, root, **{"conversations": 3, **arguments})
 
 
 def explain(root, **outputs):
@@ -68,11 +68,10 @@ def test_splits_join_and_photos_without_text_are_skipped(tmp_path):
     reasoning_photo(tmp_path, "train", "a", [])
     reasoning_photo(tmp_path, "val", "b", ["x"])
     data = train(tmp_path, splits="train_val")
-    assert len(data) == 2 and data.read(0, np.random.default_rng(0)).id == "ReasonSeg/b.jpg"
+    assert len(data) == 2 and data.read(1, np.random.default_rng(0)).id == "ReasonSeg/b.jpg"
+    assert data.read(0, np.random.default_rng(0)) is None
     with pytest.raises(UserError, match="unknown ReasonSeg split 'dev'; known: train, val, test"):
         train(tmp_path, splits="train_dev")
-    with pytest.raises(SampleError, match="no image of this set"):
-        train(tmp_path).read(0, np.random.default_rng(0))
 
 
 def kinds(data, draws):
@@ -96,8 +95,6 @@ def test_explanations(tmp_path):
     # 600 draws: three standard deviations of a share of 1/3 are 0.058.
     counts = kinds(train(tmp_path, explanatory=1 / 3), 600)
     assert all(abs(counts[kind] / 600 - 1 / 3) < 0.06 for kind in ("text", "both", "mask"))
-    with pytest.raises(UserError, match="--explanatory is 2"):
-        train(tmp_path, explanatory=2)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +114,8 @@ def test_counts_equal_the_published_loaders(explanatory):
     counts = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"]
     counts = counts[f"ReasonSegDataset|train|explanatory={explanatory}"]
     data = train(SHARED / "minidata" / "dataset", explanatory=float(explanatory))
-    assert (len(data), data.explained) == (counts["samples"], counts["explained"])
+    explained = sum(photo.name in data.explanations for photo in data.data.photos)
+    assert (len(data), explained) == (counts["samples"], counts["explained"])
     draws = Counter()
     for index in range(len(data)):
         for seed in range(12):

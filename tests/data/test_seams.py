@@ -31,7 +31,7 @@ class Toys(LabelMapSet):
 
     @classmethod
     def paths(cls, dataset_dir, data_dir):
-        return [Path(dataset_dir) / "toys/photos", Path(dataset_dir) / "toys/labels"]
+        return [Path(dataset_dir) / "toys/labels", Path(dataset_dir) / "toys/photos"]
 
     def read_names(self, dataset_dir):
         return ["Bear", "Ball"]
@@ -43,23 +43,19 @@ class Frames(TrainingSet):
     name = "frames"
     redrawn = True
 
-    def __init__(self, dataset_dir, data_dir, *, rows, allow_outside=False):
+    def __init__(self, dataset_dir, data_dir, *, conversations, **options):
         (folder,) = self.paths(dataset_dir, data_dir)
         self.photos = sorted(folder.glob("*.jpg"))
-        self.choose(len(self.photos), folder)
 
     @classmethod
     def paths(cls, dataset_dir, data_dir):
         return [Path(dataset_dir) / "frames"]
 
-    def keys(self):
+    def __len__(self):
+        return len(self.photos)
+
+    def image_keys(self):
         return image_keys(photo.name for photo in self.photos)
-
-    def contents(self):
-        return [photo.name.encode() for photo in self.photos]
-
-    def files(self, item):
-        return [self.photos[item]]
 
     def read(self, item, rng):
         image = load_image(self.photos[item])
@@ -80,7 +76,7 @@ class FrameSplit(EvalSplit):
     def __len__(self):
         return len(self.data)
 
-    def keys(self):
+    def image_keys(self):
         return self.data.image_keys()
 
     def read(self, item):
@@ -151,7 +147,7 @@ def test_check_data_knows_the_new_ones(extension, root, tmp_path, capsys):
 def test_the_order_and_the_number_of_sets_do_not_change_what_a_family_is(root, extension):
     config = DataConfig.parse(dataset_dir=root, data_dir=root, dataset="vqa", vqa_data="gqa||llava_instruct_150k")
     (family,) = config.families
-    kinds = [(choice.training_set.rated, choice.training_set.segmentation) for choice in family.sets]
+    kinds = [(choice.rated, choice.training_set.segmentation) for choice in family.sets]
     assert kinds == [(False, False), (True, False)]
     with pytest.raises(TypeError, match="takes no colour"):
         DataConfig.parse(dataset_dir=root, data_dir=root, colour="red")
