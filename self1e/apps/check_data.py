@@ -31,9 +31,8 @@ from self1e.data.families import FAMILIES, DataConfig, SetChoice
 from self1e.data.paths import missing
 from self1e.data.samples import EvalImage, EvalSplit, Sample, SampleError, TrainingSet, check_sample
 from self1e.data.sets.custom import CustomData, CustomSplit
-from self1e.data.sets.referring import ReferringData
 from self1e.data.splits import SPLITS, load_split, split_paths
-from self1e.data.totals import compare
+from self1e.data.totals import compare, counts
 from self1e.errors import UserError
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.base import Answer, MissingFile, Question, VQABenchmark
@@ -102,13 +101,6 @@ def training_source(name: str, data: TrainingSet) -> Source:
 
     photos = len(np.unique(data.image_keys()))
     return Source(name, len(data), photos, read, list(data.problems), totals=compare(name, counts(data)))
-
-
-def counts(data: TrainingSet | EvalSplit) -> dict[str, int]:
-    """What a set holds on disk, to compare with the known totals."""
-    if isinstance(getattr(data, "data", None), ReferringData):
-        return data.data.counts()
-    return {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
 
 
 class NamedAlready(SampleError):

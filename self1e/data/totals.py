@@ -10,11 +10,23 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 
+import numpy as np
+
+from self1e.data.samples import EvalSplit, TrainingSet
+from self1e.data.sets.referring import ReferringData
+
 
 @cache
 def known_totals() -> dict[str, dict[str, int]]:
     """Set or split -> what is counted -> the known total."""
     return json.loads(files("self1e.data").joinpath("totals.json").read_text(encoding="utf-8"))
+
+
+def counts(data: TrainingSet | EvalSplit) -> dict[str, int]:
+    """What a set or split holds on disk, for `compare`."""
+    if isinstance(reader := getattr(data, "data", None), ReferringData):
+        return reader.counts()
+    return {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
 
 
 def compare(name: str, counts: Mapping[str, int]) -> str:
