@@ -102,18 +102,19 @@ def start(backend: str | None = None, timeout: timedelta | None = None) -> None:
 
 
 def share_cores(workers: int | None = None) -> int:
-    """The number of data workers: as given, else up to 4, of this rank's cores; torch computes on the other cores.
+    """The number of data workers: as given, else up to 4 as this rank's cores allow; torch's threads get the rest.
 
-    With a GPU every core may have a worker. On a CPU two cores are for the computation: on two cores there are no
-    workers, which would only take turns with it.
+    With a GPU every core may have a worker. On a CPU workers get less than half of the cores, and one core stays free
+    for all else: with two cores there are no workers and one thread, because more would only take turns.
+    OMP_NUM_THREADS goes before the number of threads chosen here.
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_node = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1 if launched() else 1
     cores = max(1, available // int(on_node))
     if workers is None:
-        workers = min(4, cores if torch.cuda.is_available() else max(0, cores - 2))
+        workers = min(4, cores if torch.cuda.is_available() else (cores - 1) // 2)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores - workers))
+        torch.set_num_threads(max(1, cores - workers - 1))
     return workers
 
 

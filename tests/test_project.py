@@ -37,7 +37,7 @@ def test_what_is_imported_is_declared():
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             for name in {module.split(".")[0] for module in modules} - {"self1e"} - sys.stdlib_module_names:
-                served = {canonicalize_name(owner) for owner in owners.get(name, ())}
+                served = {canonicalize_name(owner) for owner in owners.get(name, [name])}
                 assert served & there, f"{file} imports {name}, which no requirement names"
 
 
