@@ -2,16 +2,15 @@
 
 import argparse
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.errors import UserError
+from self1e.model.config import DTYPES
 from self1e.model.weights import checkpoint_folder
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNQUANTIZED = ["lm_head", "segmentation_head", "model.multi_modal_projector"]  # trained in full, not by adapters
 
 
@@ -42,13 +41,6 @@ def quantization(bits: int, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(**four if bits == 4 else {"load_in_8bit": True}, llm_int8_skip_modules=UNQUANTIZED)
 
 
-def describe(version: str, weights: str | None = None) -> str:
-    """The name of a model and the size of its weights on disk: "runs/NAME/ckpt_model (4.6 GB)"."""
-    name = weights or version
-    size = sum(file.stat().st_size for kind in ("safetensors", "bin") for file in Path(name).glob(f"*.{kind}"))
-    return f"{name} ({size / 1e9:.1f} GB)" if size > 5e7 else name
-
-
 def load(
     version: str,
     weights: str | None = None,
@@ -57,7 +49,7 @@ def load(
     dtype: str | None = None,
     bits: int | None = None,
 ) -> tuple[Self1EForSegmentation, Self1EProcessor]:
-    """Model and processor of a trained checkpoint, ready to predict. Says first what it loads.
+    """Model and processor of a trained checkpoint, ready to predict.
 
     Args:
         version: folder or hub id. weights: `--model_weights` over it, or None for the head inside `version`.
@@ -71,7 +63,6 @@ def load(
     options: dict[str, Any] = {"dtype": DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]}
     if bits is not None:
         options |= {"quantization_config": quantization(bits, options["dtype"]), "device_map": {"": place}}
-    distributed.say(f"loading {describe(version, weights)}")
     model = Self1EForSegmentation.from_pretrained(version, weights=weights, **options)
     if not model.trained_head:
         raise UserError(

@@ -21,8 +21,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from self1e import Self1EForSegmentation, Self1EProcessor, distributed
-from self1e.apps.loading import describe
+from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.segment import prompt_text
 from self1e.errors import UserError
 from self1e.model.photos import photo_of
@@ -112,7 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("the pictures need matplotlib: pip install 'self1e[plots]'")
     check_prompt(args.prompt)
     image = photo_of(args.image)
-    distributed.say(f"loading {describe(args.version)}")
     processor = Self1EProcessor.from_pretrained(args.version)
     model = Self1EForSegmentation.from_pretrained(args.version, attn_implementation="eager")
     similarity, features, attention = compute_parts(model, processor, image, args.prompt)

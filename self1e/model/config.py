@@ -47,7 +47,11 @@ SWITCHES = {
     "attention_pathway": Switch("image+seg", "what image tokens see besides the causal past", PATHWAYS),
     "auxiliary_loss": Switch(True, "train the LLM's own image features with the mask losses, too"),
     "auxiliary_projection": Switch(False, "send the auxiliary image side through f_out, too"),
-    "rope_precision": Switch("fp32", "precision of the LLM's rotary frequencies", ("fp32", "bf16")),
+    "rope_precision": Switch(
+        "fp32",
+        "precision of the LLM's rotary frequencies; the published engine rounded them to bf16",
+        ("fp32", "bf16"),
+    ),
 }
 # The total loss is the sum of these times the losses of `losses.py`.
 LOSS_WEIGHTS = {"ce": 1.0, "mask_bce": 2.0, "mask_dice": 0.5}
@@ -60,13 +64,7 @@ class Self1EConfig(InternVLConfig):
     r"""
     Args:
         seg_token_id (`int`, *optional*): id of `[SEG]`; None in a base model that never learned to segment.
-        mask_features (`str`): `baseline`, `replication`, `rfr` (refilled with the LLM's residual) or `rfa`
-            (amplified as well: the full method); see `self1e.model.head`.
-        replication (`str`): `tile`, `window` or `interpolate`; see `self1e.model.grids`.
-        attention_pathway (`str`): `causal`, `image` or `image+seg`; see `self1e.model.attention`.
-        auxiliary_loss (`bool`): train the LLM's own image features with the mask losses too.
-        auxiliary_projection (`bool`): the auxiliary image side passes `f_out` (`rfa` only).
-        rope_precision (`str`): `fp32`, or `bf16`: the rotary frequencies are rounded as the published engine did.
+        mask_features, ..., rope_precision: see `SWITCHES`.
         loss_weights (`dict`): weight of each loss by name; those left out have their default.
         drop_path_rate (`float`): stochastic depth of the ViT, rising linearly from 0 over its layers, training only.
         weights_id (`str`, *optional*): random, written with every save; tells the weights of two saves apart.

@@ -32,7 +32,7 @@ from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
 
 HEAD = "segmentation_head."
-WORTH_A_WORD = 10**9  # bytes of weights: reading them takes seconds
+LARGE = 5 * 10**8  # bytes of weights that take seconds to read
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Applied in this order to every key, reversed on writing: (original, native).
 RENAMINGS = (
@@ -141,7 +141,7 @@ def check_files(source: str, hub: dict[str, Any]) -> None:
             if file.read(23) == b"version https://git-lfs":
                 raise UserError(f"{path} is a pointer of Git LFS: fetch the file with `git lfs pull`")
     size = sum(path.stat().st_size for path in files)
-    if size > WORTH_A_WORD and distributed.is_main():
+    if size > LARGE and distributed.is_main():
         print(f"loading {folder} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
 
 
@@ -169,13 +169,12 @@ def join_layers(lines: list[str]) -> list[str]:
     """Lines that differ in the layer's number alone, as one: `layers.{0,1,2}.mlp.up_proj.weight`."""
     layers: dict[str, list[str]] = {}
     for line in lines:
-        number = re.search(r"(?<=\.)\d+(?=\.)", line)
-        key = line if number is None else f"{line[: number.start()]}#{line[number.end() :]}"
-        layers.setdefault(key, []).extend([] if number is None else [number[0]])
-    joined = {
-        key: found[0] if len(found) == 1 else "{" + ",".join(found) + "}" for key, found in layers.items() if found
-    }
-    return [key.replace("#", joined[key]) if key in joined else key for key in layers]
+        number = (re.findall(r"(?<=\.)\d+(?=\.)", line) or [""])[0]
+        layers.setdefault(line.replace(f".{number}.", ".#.", 1) if number else line, []).append(number)
+    return [
+        key.replace("#", numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}")
+        for key, numbers in layers.items()
+    ]
 
 
 def resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> None:

@@ -53,7 +53,7 @@ def test_a_folder_of_photos(version, photos, tmp_path, capsys):
     arguments = ["--image", photos, "--prompt", PROMPTS[0], "--prompts_file", tmp_path / "prompts.txt"]
     assert run(version, output, *arguments, "--save_logits", "--batch_size", 4) == 1
     printed = capsys.readouterr()
-    assert f"loading {version}" in printed.out and "broken.jpg" in printed.err and "._cat" not in printed.err
+    assert "broken.jpg" in printed.err and "._cat" not in printed.err
     found = records(output)
     asked = [(Path(r["image"]).name, r["width"], r["height"], r["prompt"]) for r in found]
     assert asked == [(*photo, p) for photo in (("cat.png", 60, 40), ("CAT.jpg", 40, 60)) for p in PROMPTS]
