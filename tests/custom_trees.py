@@ -1,6 +1,7 @@
-"""Own data for tests: COCO-style JSON and CSV tables with drawn pictures, and what was read from them."""
+"""Own data for tests: COCO-style JSON, CSV and JSONL with drawn pictures, and what was read from them."""
 
 import csv
+import json
 
 from trees import SQUARE, instances, label_map, photo, write_json
 
@@ -9,6 +10,7 @@ from self1e.data.splits import load_split
 
 AREA = 6 * 6
 OTHER = [12, 0, 16, 0, 16, 6, 12, 6]  # 4 x 6, apart from SQUARE
+COLUMNS = ("image", "mask", "prompt")
 
 
 def annotation(id, image_id=1, *polygons, **fields):
@@ -21,10 +23,14 @@ def coco_set(root, annotations, images=((1, "a.jpg"),), categories=("Dog", "cat"
     return write_json(root / "train.json", instances(images, annotations, categories))
 
 
-def table(root, rows, header=("image", "mask", "prompt"), name="train.csv", **options):
+def table(root, rows, header=COLUMNS, name="train.csv", **options):
+    """A CSV or, by its name, a JSONL."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / name, "w", newline="", encoding=options.pop("encoding", "utf-8")) as file:
-        csv.writer(file, **options).writerows([header, *rows])
+        if name.endswith(".jsonl"):
+            file.writelines(json.dumps(dict(zip(header, row))) + "\n" for row in rows)
+        else:
+            csv.writer(file, **options).writerows([header, *rows])
     return root / name
 
 

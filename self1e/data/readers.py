@@ -35,10 +35,15 @@ def stream_json(path: Path, prefix: str = "item") -> Iterator[Any]:
                 file.seek(0)
             yield from ijson.items(file, prefix, use_float=True)
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        with open(path, "rb") as file:
-            pointer = file.read(24) == b"version https://git-lfs."
-        cause = "it is a Git LFS pointer: fetch it with `git lfs pull`" if pointer else error
-        raise UserError(f"{path} is not a complete UTF-8 JSON file ({cause})") from error
+        check_fetched(path)
+        raise UserError(f"{path} is not a complete UTF-8 JSON file ({error})") from error
+
+
+def check_fetched(path: Path) -> None:
+    """Raise UserError for a file that is a pointer of Git LFS."""
+    with open(path, "rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise UserError(f"{path} is a Git LFS pointer: fetch the file itself with `git lfs pull`")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ no entry.
 """
 
 import json
-from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 
@@ -22,25 +21,19 @@ def known_totals() -> dict[str, dict[str, int]]:
     return json.loads(files("self1e.data").joinpath("totals.json").read_text(encoding="utf-8"))
 
 
-def counts(data: TrainingSet | EvalSplit) -> dict[str, int]:
-    """What a set or split holds on disk, for `compare`."""
-    if isinstance(reader := getattr(data, "data", None), ReferringData):
-        return reader.counts()
-    return {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
-
-
-def compare(name: str, counts: Mapping[str, int]) -> str:
-    """ "complete", "partly: 1,499 of 1,500 images", "another version: ...", or "-" where no total is known.
-
-    counts: what a set or split holds, such as {"images": 1500, "sentences": 10834}
-    """
-    known = known_totals().get(name, {})
-    differing = {what: total for what, total in known.items() if what in counts and counts[what] != total}
-    more = [what for what in differing if counts[what] > differing[what]]
-    if not known.keys() & counts.keys():
+def completeness(name: str, data: TrainingSet | EvalSplit) -> str:
+    """ "complete", "partly: 1,499 of 1,500 images", "another version: ...", or "-" where no total is known."""
+    known = known_totals().get(name)
+    if not known:
         return "-"
+    if isinstance(getattr(data, "data", None), ReferringData):
+        counts = data.data.counts()
+    else:
+        images = len(np.unique(data.image_keys()))
+        counts = {"images": images, "questions": len(data), "conversations": len(data)}
+    differing = {what: total for what, total in known.items() if counts[what] != total}
     if not differing:
         return "complete"
+    more = [what for what in differing if counts[what] > differing[what]]
     what = (more or list(differing))[0]
-    amount = f"{counts[what]:,} of {differing[what]:,} {what}"
-    return f"another version: {amount}" if more else f"partly: {amount}"
+    return f"{'another version' if more else 'partly'}: {counts[what]:,} of {differing[what]:,} {what}"

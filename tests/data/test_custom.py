@@ -1,19 +1,22 @@
-"""self1e/data/sets/custom.py: own data as COCO-style JSON or CSV, for training and evaluation."""
+"""Own data as COCO-style JSON, CSV or JSONL, for training and evaluation."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
-from custom_trees import AREA, OTHER, annotation, coco_set, mask, split, table, targets, train, unit_areas
+from custom_trees import AREA, COLUMNS, OTHER, annotation, coco_set, mask, split, table, targets, train, unit_areas
 from PIL import Image
 from pycocotools import mask as coco
 from trees import SQUARE, H, W, photo, write_json
 
-from self1e.data.paths import require_paths
 from self1e.data.samples import SampleError
-from self1e.data.sets.custom import CustomData
 from self1e.errors import UserError
-from self1e.model import inference, prompts
+from self1e.model import prompts
+
+
+def read(data, index=0, seed=0):
+    return data.read(index, np.random.default_rng(seed))
 
 
 # ------------------------------------------------------------------------------------------ COCO style
@@ -22,191 +25,26 @@ def test_captions_phrases_and_category_names(tmp_path):
         tmp_path,
         [
             annotation(1, captions=[" The Left one ", "Which one is square?"]),
-            annotation(2, 1, OTHER, phrases="it", captions="that"),
+            annotation(2, 1, OTHER, phrase="it", captions="that"),
             annotation(3, 1, OTHER, category_id=2),
             annotation(4, 1, SQUARE, phrases=[]),
         ],
     )
     (image,) = split(source)
     assert unit_areas(image) == {
-        "The Left one": AREA,
-        "Which one is square?": AREA,
-        "that": 24,
-        "it": 24,
-        "cat": 24,
-        "Dog": AREA,
-    }
+        "The Left one": AREA, "Which one is square?": AREA, "that": 24, "it": 24, "cat": 24, "Dog": AREA,
+    }  # fmt: skip
     assert image.image_id == "a.jpg" and len(set(image.unit_ids)) == 6
     asked = dict(zip(image.sentences, image.prompts))
     assert asked["The Left one"].startswith("<image>\n What is the left one in this image?")
     assert asked["Which one is square?"].startswith("<image>\n Which one is square? Please")
 
 
-def test_alike_sentences_of_a_photo_mean_all_their_annotations(tmp_path):
-    source = coco_set(
-        tmp_path,
-        [
-            annotation(1),
-            annotation(2, 1, OTHER),
-            annotation(3, 1, OTHER, phrases=["DOG ", "the big one"]),
-            annotation(4, 2, phrases=["dog"]),
-        ],
-        images=[(1, "a.jpg"), (2, "b.jpg")],
-    )
-    first, second = split(source)
+def test_a_sentence_on_several_masks_of_a_photo_means_all_of_them(tmp_path):
+    annotations = [annotation(1), annotation(2, 1, OTHER), annotation(3, 1, OTHER, phrases=["DOG ", "the big one"])]
+    images = [(1, "a.jpg"), (2, "b.jpg")]
+    first, second = split(coco_set(tmp_path / "json", [*annotations, annotation(4, 2, phrases=["dog"])], images))
     assert unit_areas(first) == {"Dog": AREA + 24, "the big one": 24} and unit_areas(second) == {"dog": AREA}
-
-
-def test_training_sample(tmp_path):
-    texts = ["one", "two", "Three three.", "four"]
-    source = coco_set(tmp_path, [annotation(k, phrases=[text]) for k, text in enumerate(texts)])
-    data = train(source, conversations=3)
-    sample = data.read(0, np.random.default_rng(0))
-    assert sample.id == f"custom|{source}/a.jpg" and sample.image.size == (W, H)
-    assert [m.shape for m in sample.masks] == [(1, H, W)] * 3 and all(m.dtype == np.uint8 for m in sample.masks)
-    assert [answer.count("[SEG]") for _, answer in sample.conversations] == [1] * 3
-    drawn = {tuple(map(tuple, data.read(0, np.random.default_rng(seed)).conversations)) for seed in range(9)}
-    assert len(drawn) > 1 and all(len({question for question, _ in rows}) == 3 for rows in drawn)
-    assert data.read(0, np.random.default_rng(0)).conversations == sample.conversations
-    questions_ = {q for rows in drawn for q, _ in rows if "Three" in q}
-    assert questions_ <= {template.format("Three three.") for template in prompts.LONG_QUESTIONS}
-
-
-def test_what_a_sentence_is_agrees_with_segment():
-    for text in ("the ball", "Which one?", "Look at it. ", "哪一个？", "no. 7", ""):
-        assert prompts.looks_like_sentence(text) == inference.looks_like_sentence(text)
-
-
-def test_parts_of_the_file_in_any_order_and_ids_of_any_kind(tmp_path):
-    whole = json.loads(coco_set(tmp_path, [annotation(1, "p", phrases="x"), annotation(2, "p")]).read_text())
-    whole["images"][0]["id"] = "p"
-    del whole["categories"][0]
-    whole["annotations"][1]["category_id"] = 2
-    source = write_json(tmp_path / "turned.json", {key: whole[key] for key in ("annotations", "categories", "images")})
-    assert unit_areas(split(source)[0]) == {"x": AREA, "cat": AREA}
-
-
-def test_segmentations_of_every_kind(tmp_path):
-    rle = coco.frPyObjects([SQUARE], H, W)[0]
-    text = {"size": [H, W], "counts": rle["counts"].decode()}
-    runs = np.diff(np.flatnonzero(np.diff(np.r_[0, coco.decode(rle).ravel("F"), 2])), prepend=0).tolist()
-    source = coco_set(
-        tmp_path,
-        [
-            annotation(1, phrases="polygons") | {"segmentation": [SQUARE, OTHER]},
-            annotation(2, phrases="compressed") | {"segmentation": text},
-            annotation(3, phrases="runs") | {"segmentation": {"size": [H, W], "counts": runs}},
-            annotation(4, phrases="none") | {"segmentation": []},
-            annotation(5, phrases="broken") | {"segmentation": [[1, 2]]},
-        ],
-    )
-    data = CustomData(source)
-    expressions = data.expressions(0)
-    _, masks = data.load(0, [each.targets for each in expressions[:4]])
-    assert masks.sum((1, 2)).tolist() == [AREA + 24, AREA, AREA, 0]
-    with pytest.raises(SampleError, match=r"a\.jpg: annotations\[4\]: malformed segmentation"):
-        data.load(0, [expressions[4].targets])
-
-
-def test_photos_beside_the_file_or_in_images(tmp_path):
-    beside = coco_set(tmp_path / "a", [annotation(1)], below="")
-    inside = coco_set(tmp_path / "b", [annotation(1)], images=[(1, "deep/a.jpg")])
-    assert split(beside)[0].load()[0].size == split(inside)[0].load()[0].size == (W, H)
-
-
-def test_a_turned_photo_takes_its_mask_along(tmp_path):
-    source = coco_set(tmp_path, [annotation(1, phrases="x")])
-    photo(tmp_path / "images/a.jpg", orientation=6)
-    image, masks = split(source)[0].load()
-    assert image.size == (H, W) and masks.shape == (1, W, H) and masks.sum() == AREA
-
-
-def test_a_mask_of_another_size_is_broken(tmp_path):
-    source = coco_set(tmp_path, [annotation(1, phrases="x")])
-    Image.new("RGB", (40, 24)).save(tmp_path / "images/a.jpg")
-    with pytest.raises(SampleError, match=r"annotations\[0\]: the mask's size is 20 x 12, the photo 40 x 24"):
-        train(source).read(0, np.random.default_rng(0))
-
-
-def test_one_error_names_every_faulty_record(tmp_path):
-    source = coco_set(
-        tmp_path,
-        [
-            annotation(1, 5, phrases="x"),
-            annotation(2, phrases=["fine", " "]),
-            annotation(3, phrases=7),
-            annotation(4, category_id=9),
-            annotation(4, phrases="twice"),
-            {"id": 6, "image_id": 1, "phrases": "no mask"},
-            annotation(7, 2, phrases="x"),
-            annotation(8, 3, phrases="x"),
-            annotation(9, phrases="sound"),
-        ],
-        images=[(1, "a.jpg"), (2, "gone.jpg"), (2, "b.jpg"), (3, "a.jpg")],
-    )
-    (tmp_path / "images/gone.jpg").unlink()
-    with pytest.raises(UserError) as error:
-        train(source)
-    assert [line.strip() for line in str(error.value).splitlines()] == [
-        f"{source}, 10 problems (docs/data.md, section Own data):",
-        "images[2]: id 2 occurs twice",
-        "images[3]: file_name 'a.jpg' occurs twice",
-        "annotations[1]: phrases holds an empty sentence",
-        "annotations[2]: phrases is 7, neither a string nor a list of strings",
-        "annotations[4]: id 4 occurs twice",
-        "annotations[5]: it has no segmentation",
-        "annotations[0]: image_id 5 is not among the images",
-        "annotations[3]: neither captions nor phrases, and category 9 has no name",
-        "annotations[7]: image_id 3 is not among the images",
-        f"images[1]: image gone.jpg is neither in {tmp_path} nor in {tmp_path / 'images'}",
-    ]
-    with pytest.raises(UserError, match="problems"):
-        split(source)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ([], "has no images and no annotations"),
-        ({"images": []}, "has no images and no annotations"),
-        (
-            {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [3]},
-            r"images\[0\]: it has no height, it has no w",
-        ),
-        ({"images": [5], "annotations": [3]}, r"annotations\[0\]: 3 is no object"),
-    ],
-)
-def test_other_json(tmp_path, content, message):
-    with pytest.raises(UserError, match=message):
-        train(write_json(tmp_path / "x.json", content))
-
-
-# ------------------------------------------------------------------------------------------ CSV
-def test_table_of_prompts(tmp_path):
-    photo(tmp_path / "a.jpg")
-    photo(tmp_path / "images/b.jpg")
-    mask(tmp_path / "masks/ids.png", [0, 7, 3, 3])
-    Image.fromarray(np.eye(H, W, dtype=bool)).save(tmp_path / "one-bit.png")
-    table(
-        tmp_path,
-        [
-            ("a.jpg", "ids.png", "Red, big", "7", "x"),
-            ("b.jpg", "one-bit.png", 'Is it "thin"?', "", ""),
-            ("a.jpg", "masks/ids.png", "anything", "", ""),
-            ("a.jpg", "ids.png", " three ", 3, ""),
-            ("a.jpg", "ids.png", "absent", 200, ""),
-        ],
-        header=("image", "mask", "prompt", "value", "remark"),
-    )
-    first, second = split(tmp_path)  # the folder's one CSV
-    column = H * W // 4
-    assert unit_areas(first) == {"Red, big": column, "anything": 3 * column, "three": 2 * column, "absent": 0}
-    assert unit_areas(second) == {'Is it "thin"?': H} and second.is_sentence == [True]
-    sample = train(tmp_path).read(0, np.random.default_rng(0))
-    assert sorted(targets(sample).values()) == [0, column, 2 * column, 3 * column]
-
-
-def test_alike_rows_are_a_union(tmp_path):
     photo(tmp_path / "a.jpg")
     for name, columns in ("left", [1, 0]), ("right", [0, 1]):
         mask(tmp_path / f"{name}.png", columns)
@@ -214,74 +52,199 @@ def test_alike_rows_are_a_union(tmp_path):
     assert unit_areas(split(source)[0]) == {"half": H * W}
 
 
-def test_one_error_names_every_faulty_line_and_missing_file(tmp_path):
-    photo(tmp_path / "a.jpg")
-    mask(tmp_path / "m.png", [1])
-    source = table(
-        tmp_path,
-        [
-            ("a.jpg", "m.png", "fine"),
-            ("", "m.png", " "),
-            ("a.jpg", "m.png", "red", "-1"),
-            ("a.jpg", "m.png", "the red", "2", " big one"),
-            ("gone.jpg", "lost.png", "x"),
-            ("gone.jpg", "m.png", "y"),
-        ],
-        header=("image", "mask", "prompt", "value"),
-    )
+def test_training_sample(tmp_path):
+    texts = ["one", "two", "Three three.", "four"]
+    source = coco_set(tmp_path, [annotation(k, phrases=[text]) for k, text in enumerate(texts)])
+    data = train(source, conversations=3)
+    sample = read(data)
+    assert sample.id == f"custom|{source}/a.jpg" and sample.image.size == (W, H)
+    assert [m.shape for m in sample.masks] == [(1, H, W)] * 3 and all(m.dtype == np.uint8 for m in sample.masks)
+    assert [answer.count("[SEG]") for _, answer in sample.conversations] == [1] * 3
+    drawn = {tuple(map(tuple, read(data, seed=seed).conversations)) for seed in range(9)}
+    assert len(drawn) > 1 and all(len({question for question, _ in each}) == 3 for each in drawn)
+    asked = {question for each in drawn for question, _ in each if "Three" in question}
+    assert asked <= {template.format("Three three.") for template in prompts.LONG_QUESTIONS}
+
+
+def test_lists_of_the_file_in_any_order_and_ids_of_any_kind(tmp_path):
+    whole = json.loads(coco_set(tmp_path, [annotation(1, "p", phrases="x"), annotation(2, "p")]).read_text())
+    whole["images"][0]["id"] = "p"
+    whole["annotations"][1]["category_id"] = 2
+    source = write_json(tmp_path / "turned.json", {key: whole[key] for key in ("annotations", "categories", "images")})
+    assert unit_areas(split(source)[0]) == {"x": AREA, "cat": AREA}
+
+
+def test_segmentations_of_every_kind(tmp_path):
+    rle = coco.frPyObjects([SQUARE], H, W)[0]
+    runs = np.diff(np.flatnonzero(np.diff(np.r_[0, coco.decode(rle).ravel("F"), 2])), prepend=0).tolist()
+    kinds = {
+        "polygons": [SQUARE, OTHER],
+        "flat": SQUARE,
+        "compressed": {"size": [H, W], "counts": rle["counts"].decode()},
+        "runs": {"size": [H, W], "counts": runs},
+        "none": [],
+        "broken": [[1, 2]],
+    }
+    annotations = [annotation(k, phrases=name) | {"segmentation": kinds[name]} for k, name in enumerate(kinds)]
+    source = coco_set(tmp_path, annotations[:-1])
+    assert list(unit_areas(split(source)[0]).values()) == [AREA + 24, AREA, AREA, AREA, 0]
+    with pytest.raises(SampleError, match=r"a\.jpg: annotations\[5\]: malformed segmentation"):
+        split(coco_set(tmp_path / "broken", annotations))[0].load()
+
+
+def test_photos_are_turned_with_their_mask_and_of_its_size(tmp_path):
+    source = coco_set(tmp_path, [annotation(1, phrases="x")], images=[(1, "deep/a.jpg")])
+    photo(tmp_path / "images/deep/a.jpg", orientation=6)
+    image, masks = split(source)[0].load()
+    assert image.size == (H, W) and masks.shape == (1, W, H) and masks.sum() == AREA
+    Image.new("RGB", (40, 24)).save(tmp_path / "images/deep/a.jpg")
+    with pytest.raises(SampleError, match=r"annotations\[0\]: the mask's size is 20 x 12, the photo 40 x 24"):
+        read(train(source))
+
+
+def test_one_error_names_every_faulty_record(tmp_path):
+    annotations = [
+        annotation(1, 5, phrases="x"),
+        annotation(2, phrases=["fine", " "]),
+        annotation(3, phrases=7),
+        annotation(4, category_id=9),
+        {"id": 6, "image_id": 1, "phrases": "no mask"},
+        annotation(7, 2, phrases="x"),
+        annotation(8, phrases="a box") | {"segmentation": [], "bbox": [2, 3, 6, 6], "area": 36},
+        annotation(9, phrases="sound"),
+    ]
+    source = coco_set(tmp_path, annotations, images=[(1, "a.jpg"), (2, "gone.jpg"), (2, "b.jpg")])
+    (tmp_path / "images/gone.jpg").unlink()
     with pytest.raises(UserError) as error:
         train(source)
-    assert [line.strip() for line in str(error.value).splitlines()] == [
-        f"{source}, 6 problems (docs/data.md, section Own data):",
-        "line 3: image is empty",
-        "line 3: prompt is empty",
-        "line 4: value '-1' is no whole number of a pixel",
-        "line 5: more cells than the header's 4; quote a prompt that holds a comma",
-        f"line 6: image gone.jpg is neither in {tmp_path} nor in {tmp_path / 'images'}",
-        f"line 6: mask lost.png is neither in {tmp_path} nor in {tmp_path / 'masks'}",
-    ]
-
-
-def test_a_file_that_appears_later_is_found(tmp_path):
-    mask(tmp_path / "m.png", [1])
-    source = table(tmp_path, [("a.jpg", "m.png", "it")])
-    with pytest.raises(UserError, match="line 2: image a.jpg is neither"):
-        train(source)
-    photo(tmp_path / "a.jpg")
-    assert len(train(source)) == 1
-
-
-def test_a_long_list_of_problems_is_cut(tmp_path):
-    source = table(tmp_path, [(f"{k}.jpg", "m.png", "it") for k in range(80)])
-    with pytest.raises(UserError, match="81 problems") as error:
-        train(source)
-    assert len(str(error.value).splitlines()) == 52 and str(error.value).endswith("and 31 more")
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
+        "images[2]", *(f"annotations[{k}]" for k in (0, 1, 2, 3, 4, 6, 5)),
+    ]  # fmt: skip
+    for words in "id 2 occurs twice", "image_id 5 is not", "it has no segmentation", "bbox", "gone.jpg is neither in":
+        assert words in str(error.value)
+    with pytest.raises(UserError, match="problems: 8"):
+        split(source)
 
 
 @pytest.mark.parametrize(
-    "header, delimiter, encoding, message",
+    "content, message",
     [
-        (("image", "prompt"), ",", "utf-8", "line 1: no column mask; found image, prompt"),
-        (
-            ("image", "mask", "prompt"),
-            ";",
-            "utf-8",
-            "no column image, mask, prompt; found image;mask;prompt; expected",
-        ),
-        (("image", "mask", "prompt"), ",", "utf-16", "no UTF-8 CSV"),
+        ([], "has no images or no annotations"),
+        ({"images": [], "annotations": []}, "has no images or no annotations"),
+        ({"images": [{"id": 1, "file_name": "a.jpg", "width": "9"}], "annotations": [3]}, "has no h.*width is '9'"),
     ],
 )
-def test_other_tables(tmp_path, header, delimiter, encoding, message):
-    source = table(tmp_path, [("a", "b", "c")], header=header, delimiter=delimiter, encoding=encoding)
+def test_other_json(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
+        train(write_json(tmp_path / "x.json", content))
+
+
+def test_what_contradicts_itself_is_said_at_the_start(tmp_path):
+    far = annotation(1, phrases="x") | {"bbox": [0, 0, 2, 2]}
+    unit = annotation(2, phrases="y") | {"segmentation": [[0.1, 0.1, 0.5, 0.1, 0.5, 0.5]]}
+    problems = "\n".join(train(coco_set(tmp_path, [far, unit])).problems)
+    assert "bbox" in problems and "from 0 to 1" in problems and "annotations[0]" in problems
+
+
+# ------------------------------------------------------------------------------------------ CSV and JSONL
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_table_of_prompts(tmp_path, name, encoding):
+    photo(tmp_path / "a.jpg")
+    photo(tmp_path / "images/b.jpg")
+    mask(tmp_path / "masks/ids.png", [0, 7, 3, 3])
+    Image.fromarray(np.eye(H, W, dtype=bool)).save(tmp_path / "one-bit.png")
+    rows = [
+        ("a.jpg", "ids.png", "Red, big", "7", "x"),
+        ("b.jpg", "one-bit.png", 'Is it "thin"?', "", ""),
+        ("a.jpg", "masks/ids.png", "anything", "", ""),
+        ("a.jpg", "ids.png", " three ", 3.0, ""),
+    ]
+    source = table(tmp_path, rows, (*COLUMNS, "value", "remark"), name, encoding=encoding)
+    first, second = split(source)
+    column = H * W // 4
+    assert unit_areas(first) == {"Red, big": column, "anything": 3 * column, "three": 2 * column}
+    assert unit_areas(second) == {'Is it "thin"?': H} and second.is_sentence == [True]
+    assert sorted(targets(read(train(source))).values()) == [column, 2 * column, 3 * column]
+
+
+@pytest.mark.parametrize("header", ["image, mask, prompt", "Image,Mask,PROMPT", '"image", "mask", "prompt"'])
+def test_headers_with_blanks_and_capitals(tmp_path, header):
+    photo(tmp_path / "a.jpg")
+    mask(tmp_path / "a.png", [1])
+    (tmp_path / "t.csv").write_text(f'{header}\na.jpg, a.png, "the red box, left"\n')
+    assert unit_areas(split(tmp_path)[0]) == {"the red box, left": H * W}  # the folder's one CSV
+
+
+def test_names_with_accents_in_either_form(tmp_path):
+    name = "Küche-é"
+    photo(tmp_path / f"{unicodedata.normalize('NFD', name)}.jpg")
+    mask(tmp_path / f"masks/{unicodedata.normalize('NFC', name)}.png", [1])
+    for form in "NFC", "NFD":
+        written = unicodedata.normalize(form, name)
+        assert split(table(tmp_path, [(f"{written}.jpg", f"{written}.png", "it")]))[0].load()[1].sum() == H * W
+
+
+def test_a_value_that_the_mask_does_not_hold_is_said_once(tmp_path, caplog):
+    photo(tmp_path / "a.jpg")
+    mask(tmp_path / "m.png", [0, 3])
+    rows = [("a.jpg", "m.png", text, 200) for text in ("x", "y")]
+    data = train(table(tmp_path, rows, (*COLUMNS, "value")))
+    assert set(targets(read(data)).values()) == {0}
+    assert [record.getMessage().split("no pixel")[1] for record in caplog.records] == [" of m.png has the value 200"]
+
+
+def test_one_error_names_every_faulty_line_and_missing_file(tmp_path):
+    photo(tmp_path / "a.jpg")
+    mask(tmp_path / "m.png", [1])
+    rows = [
+        ("a.jpg", "m.png", "fine"),
+        ("", "m.png", " "),
+        ("a.jpg", "m.png", "red", "-1"),
+        ("a.jpg", "m.png", "the red", "2", " big one"),
+        ("gone.jpg", "lost.png", "x"),
+        ("gone.jpg", "m.png", "y"),
+        ("a\\b.jpg", "m.png", "y"),
+    ]
+    source = table(tmp_path, rows, (*COLUMNS, "value"))
+    with pytest.raises(UserError) as error:
         train(source)
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == [f"line {k}" for k in (3, 4, 5, 6, 6, 8)]
+    for line, words in zip(lines, ("empty, prompt", "'-1'", "quote a", "image: gone", "mask: lost", "backslash")):
+        assert words in line
 
 
-def test_an_empty_table(tmp_path):
-    with pytest.raises(UserError, match="no training samples"):
-        train(table(tmp_path, []))
-    with pytest.raises(UserError, match="no sentence to evaluate"):
-        split(table(tmp_path, []))
+def test_a_long_list_of_problems_is_cut_and_files_that_appear_are_found(tmp_path):
+    mask(tmp_path / "m.png", [1])
+    source = table(tmp_path, [(f"{k}.jpg", "m.png", "it") for k in range(80)])
+    with pytest.raises(UserError, match="problems: 80") as error:
+        train(source)
+    assert len(str(error.value).splitlines()) == 52 and str(error.value).endswith("and 30 more")
+    for k in range(80):
+        photo(tmp_path / f"{k}.jpg")
+    assert len(train(source)) == 80
+
+
+@pytest.mark.parametrize(
+    "content, name, message",
+    [
+        (b"image,prompt\na,b\n", "t.csv", "line 1: no column mask; found image, prompt"),
+        (b"image;mask;prompt\na;b;c\n", "t.csv", "found image;mask;prompt; expected image,mask,prompt"),
+        ("image,mask,prompt\n".encode("utf-16"), "t.csv", "no UTF-8 CSV"),
+        ("image,mask,prompt\na,b,红\n".encode("gbk"), "t.csv", "no UTF-8 CSV"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "t.csv", "Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "t.json", "Git LFS"),
+        (b"image,mask,prompt\n", "t.csv", "holds no photo with a sentence"),
+        (b"{", "t.jsonl", "no UTF-8 JSONL"),
+        (b"", "t.txt", "expected a .json"),
+    ],
+)
+def test_other_files(tmp_path, content, name, message):
+    (tmp_path / name).write_bytes(content)
+    for read_source in train, split:
+        with pytest.raises(UserError, match=message):
+            read_source(tmp_path / name)
 
 
 def test_broken_files_are_named(tmp_path):
@@ -292,15 +255,6 @@ def test_broken_files_are_named(tmp_path):
     Image.new("RGB", (W, H)).save(tmp_path / "colour.png")
     data = train(table(tmp_path, [("cut.jpg", "m.png", "x"), ("a.jpg", "colour.png", "x")]))
     with pytest.raises(SampleError, match="cannot read .*cut.jpg"):
-        data.read(0, np.random.default_rng(0))
+        read(data)
     with pytest.raises(SampleError, match="colour.png has 3 channels; a mask or label map has one"):
-        data.read(1, np.random.default_rng(0))
-
-
-def test_a_mistyped_file_is_guessed(tmp_path):
-    table(tmp_path, [])
-    absent = [tmp_path / name for name in ("trian.csv", "photos.json", "no/train.csv")]
-    with pytest.raises(UserError, match="section Own data") as error:
-        require_paths([("custom", absent[0]), (f"custom|{absent[1]}", absent[1]), ("custom", absent[2])])
-    assert "trian.csv   (custom; did you mean train.csv?)" in str(error.value)
-    assert str(error.value).count("did you mean") == 1
+        read(data, 1)

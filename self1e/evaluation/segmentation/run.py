@@ -22,7 +22,7 @@ from self1e.data.masks import encode_mask
 from self1e.data.paths import missing, require_paths
 from self1e.data.samples import EvalImage, SampleError
 from self1e.data.splits import SplitEntry, file_stem, get_splits, load_split, split_paths
-from self1e.data.totals import compare
+from self1e.data.totals import completeness
 from self1e.errors import UserError
 from self1e.evaluation.results import Results, Stopped, claim_folder, make_settings
 from self1e.evaluation.segmentation.metrics import Unit, count_pixels, iou, score
@@ -241,9 +241,8 @@ def evaluate_splits(
             conversations_per_forward=conversations_per_forward, model_max_length=model_max_length,
             asked_to_stop=asked_to_stop,
         )  # fmt: skip
-        held = compare(name, {"images": len(split), "sentences": len(units)})
         note = {"note": split.note} if split.note else {}
-        figures[name] = {"split": name, "data": held, **note, **score(units)}
+        figures[name] = {"split": name, "data": completeness(name, split), **note, **score(units)}
         if distributed.is_main():
             results.finish(unit.record() for unit in units)
             save_figures(output_dir, figures[name])
