@@ -28,7 +28,8 @@ from self1e.files import read_json
 
 LEVEL, RESAMPLES = 0.95, 2000
 PART = " (part)"  # of a split whose data is not the whole benchmark
-PLACES = ("seed", "exp_name", "log_base_dir", "run_dir", "command", "commit", "dirty")  # may differ between seeds
+# Flags in which runs of one recipe may differ, besides the seed.
+PLACES = "seed exp_name log_base_dir run_dir command config resume auto_resume overwrite local_rank".split()
 Row = dict[str, tuple[float, ...]]  # column -> its figures, in percent or points
 
 
@@ -50,12 +51,13 @@ def read_run(run: Path) -> Row:
 
 
 def recipe(run: Path) -> dict[str, str] | None:
-    """The settings that a run was trained with, but its seed and its name; None where it does not say."""
-    path = next((path for path in (run / "ckpt_model/args.yaml", run / "args.yaml") if path.is_file()), None)
-    if path is None:
+    """The flags that a run was trained with, but its seed and its name; None where it holds no `args.yaml`."""
+    paths = [*run.glob("ckpt_model/args.yaml"), *run.glob("checkpoints/checkpoint-*/args.yaml")]
+    if not paths:
         return None
-    settings = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    return {name: value for name, value in settings.items() if name not in PLACES}
+    latest = max(paths, key=lambda path: path.stat().st_mtime)
+    flags = yaml.load(latest.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["flags"]
+    return {name: value for name, value in flags.items() if name not in PLACES}
 
 
 def cell(rows: Sequence[Row], column: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from self1e.cli import main as self1e
 from self1e.evaluation.segmentation.compare import compare
 from self1e.evaluation.segmentation.metrics import Unit, score
-from self1e.files import to_jsonl, write_json
+from self1e.files import to_jsonl, write_json, write_text
 
 
 def unit(id, I, predicted=10, target=10, **more):
@@ -29,8 +29,7 @@ def write_run(folder: Path, shift: int, **settings) -> Path:
     for name, summary in (("pope", {"f1": 80.0 + shift, "accuracy": 0}), ("mmbench-test-en", {})):
         write_json(folder / f"eval_vqa/{name}.scores.json", {"benchmark": name, "summary": summary})
     if settings:
-        folder.joinpath("ckpt_model").mkdir()
-        folder.joinpath("ckpt_model/args.yaml").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()))
+        write_text(folder / "checkpoints/checkpoint-9/args.yaml", json.dumps({"flags": settings}))  # JSON is YAML
     return folder
 
 
