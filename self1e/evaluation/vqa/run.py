@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> int:
     checks = {"with_images": not args.score_only, "allow_outside": args.allow_outside}
     faults = distributed.on_main(partial(find_faults, benchmarks, args.data_dir, **checks))
     for name, fault in faults.items() if distributed.is_main() else ():
-        print(f"error: {name}: {fault} (docs/vqa.md, section Benchmarks)", file=sys.stderr, flush=True)
+        print(f"error: {name}: {fault} (data/README.md says what goes where)", file=sys.stderr, flush=True)
     if len(faults) == len(benchmarks):
         raise UserError(f"nothing was evaluated: no benchmark has its files in {args.data_dir} (--data_dir)")
     questions = {
@@ -267,7 +267,7 @@ def run(args: argparse.Namespace) -> int:
                         score(name, candidate, asked, args.data_dir)
         except Stopped:
             mark_requeue(args.run_dir)
-            distributed.say(f"\nstopped by {stop.signal}; the same command continues")
+            distributed.say(f"\nstopped by {stop.signal or 'a request to another rank'}; the same command continues")
             return REQUEUE
     if distributed.is_main():
         write_summary(args.run_dir / "eval_vqa", candidates, faults)

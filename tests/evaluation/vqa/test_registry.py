@@ -1,6 +1,6 @@
 """Every benchmark of the registry reads its real format and scores it; the miniature data is answered by itself."""
 
-import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +9,8 @@ from vqa_trees import (
     PHOTO_SIZES,
     lines,
     load,
+    results,
+    run,
     save_photo,
     write_gqa,
     write_lines,
@@ -18,30 +20,10 @@ from vqa_trees import (
     write_vqav2,
 )
 
-from self1e.cli import main as self1e
 from self1e.evaluation.vqa import pope
-from self1e.evaluation.vqa.base import Answer, read_jsonl
+from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, jsonl_questions, mean, read_jsonl
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
-
-MINE = """
-from self1e.evaluation.vqa.base import Scores, VQABenchmark, jsonl_questions, mean
 from self1e.files import write_json
-
-
-def questions(data_dir):
-    return jsonl_questions(data_dir, file="mine/q.jsonl", instruction=" Be brief.")
-
-
-def score(answers, data_dir):
-    return Scores({"mean length (characters)": mean(len(answer.reply) for answer in answers)}, {"n": len(answers)})
-
-
-def export(answers, folder, model):
-    write_json(folder / "mine.json", [answer.reply for answer in answers])
-
-
-BENCHMARK = VQABenchmark(questions=questions, max_new_tokens=3, metric=score, export=export)
-"""
 
 
 def reply_all(name: str, data: Path, reply) -> list[Answer]:
@@ -98,21 +80,23 @@ def test_right_replies_score_full_marks(miniature):
         assert [question.open_image().mode for question in questions] == ["RGB"] * len(questions)
 
 
-def test_a_new_benchmark_is_a_module_and_an_entry(tiny_version, tmp_path, monkeypatch):
-    (tmp_path / "mine_benchmark.py").write_text(MINE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine_benchmark", raising=False)
-    import mine_benchmark
+def test_a_new_benchmark_is_an_entry(tiny_version, tmp_path, monkeypatch):
+    def score(answers, data_dir):
+        return Scores({"mean length (characters)": mean(len(answer.reply) for answer in answers)}, {})
 
-    monkeypatch.setitem(VQA_BENCHMARKS, "mine", mine_benchmark.BENCHMARK)
+    mine = VQABenchmark(
+        questions=partial(jsonl_questions, file="mine/q.jsonl", instruction=" Be brief."),
+        max_new_tokens=3,
+        metric=score,
+        export=lambda answers, folder, model: write_json(folder / "mine.json", [answer.reply for answer in answers]),
+    )
+    monkeypatch.setitem(VQA_BENCHMARKS, "mine", mine)
     write_lines(tmp_path / "data/mine/q.jsonl", [{"image": "data/mine/p.jpg", "question": "Eh?", "question_id": "a"}])
     save_photo(tmp_path / "data/mine/p.jpg", 2)
-    arguments = f"--version {tiny_version} --exp_name e --log_base_dir {tmp_path} --data_dir {tmp_path / 'data'}"
-    assert self1e(["eval", "vqa", *arguments.split(), "--datasets", "mine", "--device", "cpu", "--workers", "0"]) == 0
-    folder = tmp_path / "e/eval_vqa"
-    reply = lines(folder / "mine.jsonl")[0]
+    assert run(tmp_path, tiny_version, datasets="mine") == 0
+    reply = lines(results(tmp_path) / "mine.jsonl")[0]
     assert reply["prompt"] == "Eh? Be brief."
-    assert load(folder / "official/mine.json") == [reply["answer"]]
-    assert load(folder / "summary.json")["figures"]["mine"] == {
+    assert load(results(tmp_path) / "official/mine.json") == [reply["answer"]]
+    assert load(results(tmp_path) / "summary.json")["figures"]["mine"] == {
         tiny_version.name: {"mean length (characters)": len(reply["answer"])}
     }
