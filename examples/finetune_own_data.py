@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from self1e.apps import check_data, segment  # noqa: E402
-from self1e.training import run as train  # noqa: E402
+from self1e.training import train  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--version", required=True, help="base or trained model, folder or hub id")

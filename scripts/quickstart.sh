@@ -33,7 +33,7 @@ python scripts/quickstart_picture.py --model "$output/runs/shapes/ckpt_model" --
 ciou=$(python -c "import json, sys; print(round(json.load(open(sys.argv[1]))['ciou'], 3))" "$output/runs/shapes/eval/${split//|/_}.json")
 echo
 echo "cIoU of held-out scenes: $ciou (at least 0.5 expected), $((SECONDS - started)) s after the installation"
-echo "picture: $output/picture.png; curves, with those of healthy runs behind them: $output/runs/shapes/curves.png"
+echo "picture: $output/picture.png; curves: $output/runs/shapes/curves.png"
 photo=$(find "$output/shapes/dataset/refer_seg/images" -name "*.jpg" | sort | sed -n 1p)
 echo "go on with this environment and model:"
 echo "  source $VIRTUAL_ENV/bin/activate"

@@ -17,7 +17,7 @@ COMMANDS = {
     "segment": ("self1e.apps.segment", "masks for photos and prompts"),
     "chat": ("self1e.apps.chat", "answers about photos, with the masks in them"),
     "demo": ("self1e.apps.demo", "a page in the browser that segments and chats"),
-    "train": ("self1e.training.run", "training, as by train_hf_ivl_seq.py"),
+    "train": ("self1e.training.train", "training, as by train_hf_ivl_seq.py"),
     "eval": ("self1e.cli:evaluate", "eval segmentation RUN, eval vqa RUN: what eval_all.sh and eval_vqas.sh start"),
     "convert": ("self1e.apps.convert", "checkpoints from one layout to another, verified"),
     "card": ("self1e.training.card", "the model card of a checkpoint, with its scores"),

@@ -22,8 +22,8 @@ from self1e.model.batch import IGNORE_INDEX, pack
 from self1e.model.config import DTYPES, SWITCHES, Self1EConfig
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import HIGH_RES_TILES
-from self1e.training.new_rows import train_new_rows
-from self1e.training.run import adapt_as_asked, check_length
+from self1e.training.adapters import adapt_as_asked, train_added_tokens
+from self1e.training.train import check_length
 
 # Published sizes: LLM (width, layers, heads, key/value heads, MLP width) over InternViT-300M.
 SIZES = {"1B": (896, 24, 14, 2, 4864), "2B": (1536, 28, 12, 2, 8960), "8B": (3584, 28, 28, 4, 18944)}
@@ -96,7 +96,7 @@ def build(args: Namespace) -> Self1EForSegmentation:
         adapt_as_asked(args, model)
         if args.trainable_embeddings == "new":
             assert config.seg_token_id is not None
-            train_new_rows(model, config.seg_token_id)
+            train_added_tokens(model, config.seg_token_id)
     model.set_attn_implementation(args.attn_implementation)
     model.to(dtype=DTYPES[args.precision])  # type: ignore[call-arg]  # transformers annotates `self` of `to`
     if args.gradient_checkpointing:

@@ -105,7 +105,7 @@ class Optimisation:
     warmup_steps: int = flag(100, "steps in which the rate rises; it falls to 0 after them")
     gradient_checkpointing: str | None = flag(None, "recompute activations to save memory: all of them (full, also "
         "without a value), or all but products of matrices (selective)", nargs="?", const="full", choices=KEPT)
-    deepspeed: Path | None = flag(None, "DeepSpeed JSON; unset: configs/zero2.json under a launcher")
+    deepspeed: Path | None = flag(None, "DeepSpeed JSON, or none; unset: configs/zero2.json under a launcher")
 
 
 @dataclass
@@ -255,6 +255,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args.final_splits = args.splits if own else list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits]))
     if distributed.launched() and args.deepspeed is None:
         args.deepspeed = ROOT / "configs" / "zero2.json"
+    if str(args.deepspeed) == "none":
+        args.deepspeed = None
     args.zero_stage = zero_stage(read_deepspeed(args.deepspeed)) if args.deepspeed else 0
     args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     args.precision = args.precision or "bf16"
@@ -298,6 +300,6 @@ def contradictions(args: argparse.Namespace, typed: set[str], given: set[str]) -
         (args.dataset == "custom" and not args.no_eval and "val_dataset" not in given,
          '--dataset custom: say with --val_dataset "custom|PATH" what to validate on, or --no_eval; the default, '
          "ReasonSeg, is part of the data tree"),
-        (args.deepspeed and not distributed.launched(),
+        (args.deepspeed and str(args.deepspeed) != "none" and not distributed.launched(),
          "--deepspeed needs a launcher: start with deepspeed or torchrun instead of python"),
     ]  # fmt: skip

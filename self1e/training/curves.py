@@ -1,98 +1,141 @@
-"""The curves of a training run, beside its `ckpt_model`: numbers in `curves.json`, a picture in `curves.png`."""
+"""The curves of a training run: a line per logged step in `log.jsonl`, drawn at the end in `curves.png`."""
 
+import json
+import os
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from self1e.files import read_json, replacing, write_json
-from self1e.training.healthy import HealthyCurves
+import numpy as np
+from accelerate import Accelerator
+from tqdm import tqdm
 
-TERMS = {"loss": "total", "ce": "cross-entropy", "mask_bce": "mask BCE", "mask_dice": "mask Dice"}
-SCORES = ("giou", "ciou")
-Log = Sequence[Mapping[str, Any]]  # a Trainer's `state.log_history`: lines with a step and some figures
+from self1e.data.samples import EvalImage
+from self1e.distributed import is_main
+from self1e.evaluation.segmentation.metrics import Unit
+from self1e.evaluation.segmentation.report import examples
+from self1e.files import replacing, to_jsonl, write_json, write_text
+from self1e.flags import counted
 
-
-def series(history: Log, names: Iterable[str]) -> dict[str, tuple[list[int], list[float]]]:
-    """Name -> (steps, values) of every figure of `names` that a Trainer's log holds."""
-    lines = {name: [line for line in history if name in line] for name in names}
-    return {name: ([x["step"] for x in found], [x[name] for x in found]) for name, found in lines.items() if found}
-
-
-def with_validation(history: Log, folder: Path) -> list[Mapping[str, Any]]:
-    """A Trainer's log with the validations that lie in `folder` (`step_N/summary.json`) in place of its own.
-
-    A checkpoint is written before the validation of its step, so the log of a continued run lacks that one.
-    """
-    trained = [line for line in history if not any(name.startswith("eval_") for name in line)]
-    last = max((line["step"] for line in trained), default=0)
-    files = {int(path.parent.name.removeprefix("step_")): path for path in folder.glob("step_*/summary.json")}
-    validated = []
-    for step in sorted(step for step in files if step <= last):
-        splits = read_json(files[step], dict)
-        scores = {f"eval_{split}_{key}": figures[key] for split, figures in splits.items() for key in SCORES}
-        validated.append({"step": step, **scores})
-    return [*trained, *validated]
+Log = Sequence[Mapping[str, Any]]  # lines with `step` and some figures
+OTHER = "step epoch grad_norm samples_per_second waiting_for_data peak_memory broken_samples".split()
 
 
-def write_curves(
-    history: Log, run_dir: Path, *, recipe: Mapping[str, Any], seed: int, healthy: HealthyCurves | None
-) -> None:
-    """Write `curves.json` and `curves.png` of a finished run to its folder.
+class Record:
+    """What a run says while it trains: its lines on the terminal, `log.jsonl`, and TensorBoard or W&B."""
 
-    history: the Trainer's log. recipe: see `healthy.recipe_of`. healthy: runs to lay beside in the picture.
-    """
-    history = with_validation(history, run_dir / "validation")
-    found = series(history, [*TERMS, *_scores(history)])
-    curves = {name: {"steps": steps, "values": values} for name, (steps, values) in found.items()}
-    write_json(run_dir / "curves.json", {"recipe": recipe, "seed": seed, "curves": curves}, indent=None)
-    draw_curves(history, run_dir / "curves.png", healthy)
+    def __init__(self, args: Namespace, accelerator: Accelerator, per_epoch: int):
+        """per_epoch: steps of an epoch."""
+        self.args, self.accelerator, self.per_epoch = args, accelerator, per_epoch
+        self.path = args.run_dir / "log.jsonl"
+
+    def open(self, checkpoint: Path | None, settings: dict[str, Any]) -> None:
+        """Begin, or go on behind the lines that stood in the log when `checkpoint` was written. For the first rank."""
+        earlier = read_log(checkpoint.parents[1] / self.path.name) if checkpoint is not None else []
+        last = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+        write_text(self.path, to_jsonl(line for line in earlier if line["step"] <= last))
+        if self.args.report_to == "wandb":
+            own = {"name": self.args.exp_name, "dir": str(self.args.run_dir)}
+            project = os.environ.get("WANDB_PROJECT", "self1e")
+            self.accelerator.init_trackers(project, config=settings["flags"], init_kwargs={"wandb": own})
+        elif self.args.report_to == "tensorboard":
+            self.accelerator.init_trackers("tensorboard")  # the folder's name
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Write figures of a step, which they hold as `step`; those of a validation begin with `eval_`."""
+        if not is_main():
+            return
+        step = int(figures["step"])
+        figures = {"step": step, "epoch": self.args.start_epoch + step / self.per_epoch} | figures
+        tqdm.write(log_line(figures))
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(to_jsonl([figures]))
+        tags = {f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}": x for name, x in figures.items()}
+        self.accelerator.log({tag: x for tag, x in tags.items() if tag != "train/step"}, step=step)
+
+    def show(self, step: int, split: str, images: Sequence[EvalImage], units: Sequence[Unit]) -> None:
+        """Add pictures of a validated split to TensorBoard: `<split>/worst`, `/median` and `/best`, by IoU."""
+        if self.args.report_to == "tensorboard":
+            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+            for title, picture in examples(images, units).items():
+                writer.add_image(f"{split}/{title}", np.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write `curves.json` and `curves.png`. For the first rank."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        log = read_log(self.path)
+        curves = {name: {"steps": steps, "values": values} for name, (steps, values) in series(log).items()}
+        write_json(self.args.run_dir / "curves.json", curves, indent=None)
+        if log:
+            draw_curves(log, self.args.run_dir / "curves.png")
 
 
-def _logged(history: Log) -> list[str]:
-    return list(dict.fromkeys(name for line in history for name in line))
+def log_line(figures: Mapping[str, Any]) -> str:
+    """One line for the terminal; TensorBoard and `log.jsonl` hold every digit."""
+    start = f"step {figures['step']}  epoch {figures['epoch']:.3f}  "
+    scores = {name.removeprefix("eval_"): value for name, value in figures.items() if name.startswith("eval_")}
+    if scores:
+        splits = dict.fromkeys(name.rpartition("_")[0] for name in scores)
+        parts = [
+            f"{x.replace('|', ' ')} gIoU {scores[f'{x}_giou']:.1%}, cIoU {scores[f'{x}_ciou']:.1%}" for x in splits
+        ]
+        return f"{start}validation:  " + "  ".join(parts)
+    terms = ", ".join(
+        f"{name.removeprefix('mask_')} {figures[name]:.4f}" for name in terms_of(figures) if name != "loss"
+    )
+    rates = ", ".join(f"{name[3:]} {value:.2e}" for name, value in figures.items() if name.startswith("lr_"))
+    parts = [f"loss {figures['loss']:.4f} ({terms})"]
+    parts += [f"grad norm {figures['grad_norm']:.3f}"] if "grad_norm" in figures else []  # absent after fp16 overflow
+    parts += [f"lr {rates}", f"{figures['samples_per_second']:.1f} samples/s"]
+    parts += [f"waiting {figures['waiting_for_data']:.0%}", f"peak {figures['peak_memory'] / 1e9:.1f} GB"]
+    parts += [counted(figures["broken_samples"], "broken sample")] if figures["broken_samples"] else []
+    return start + "  ".join(parts)
 
 
-def _scores(history: Log) -> list[str]:
-    return [name for name in _logged(history) if name.startswith("eval_") and name.endswith(SCORES)]
+def terms_of(names: Iterable[str]) -> list[str]:
+    """The loss and its terms among the names of figures: all that is neither a rate, a validation nor of `OTHER`."""
+    return [name for name in names if name not in OTHER and not name.startswith(("lr_", "eval_"))]
 
 
-def draw_curves(history: Log, path: Path, healthy: HealthyCurves | None = None) -> None:
-    """Draw a Trainer's log to a PNG, with the band of healthy runs behind each figure that they have.
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `log.jsonl`; a last line that a killed run left half is none."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
-    One panel each for the losses, the learning rates and, where the run validated, gIoU and cIoU of its splits.
-    """
+
+def series(log: Log) -> dict[str, tuple[list[int], list[float]]]:
+    """Name -> (steps, values) of every figure that a log holds, in the order in which they appear."""
+    names = dict.fromkeys(name for line in log for name in line if name not in ("step", "epoch"))
+    lines = {name: {line["step"]: line[name] for line in log if name in line} for name in names}
+    return {name: (list(found), list(found.values())) for name, found in lines.items()}
+
+
+def draw_curves(log: Log, path: Path) -> None:
+    """Draw a log to a PNG: one panel each for losses, learning rates and, where there are some, validation figures."""
     from matplotlib.figure import Figure  # half a second that no other command should wait for
-    from matplotlib.ticker import LogFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
-    class PlainFormatter(LogFormatter):
-        """The library's choice of ticks, as 0.6 and not as 6e-01."""
-
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""
-
-    rates = [name for name in _logged(history) if name.startswith("lr_")]
-    panels = {"loss": TERMS, "learning rate": rates, "validation": _scores(history)}
-    drawn = {title: found for title, names in panels.items() if (found := series(history, names))}
+    found = series(log)
+    panels = {
+        "loss": terms_of(found),
+        "learning rate": [name for name in found if name.startswith("lr_")],
+        "validation": [name for name in found if name.startswith("eval_")],
+    }
+    drawn = {title: names for title, names in panels.items() if names}
     figure = Figure(figsize=(5 * len(drawn), 3.6), layout="constrained")
-    for axes, (title, found) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items()):
-        banded = False
-        for (name, (steps, values)), style in zip(found.items(), cycle(["-", "--"])):  # dashes show what they cover
-            label = TERMS.get(name, name.removeprefix("lr_").removeprefix("eval_").replace("_", " "))
-            label = label.replace(" giou", " gIoU").replace(" ciou", " cIoU")
-            (line,) = axes.plot(steps, values, style, label=label, marker="." if len(steps) < 30 else None)
-            band = healthy.band(name) if healthy else None
-            if band:
-                axes.fill_between(
-                    band.steps, band.lowest, band.highest, color=line.get_color(), alpha=0.2, linewidth=0
-                )
-                banded = True
-        if healthy and banded:
-            axes.fill_between([], [], [], color="grey", alpha=0.3, label=f"{len(healthy.seeds)} healthy runs")
-        if title == "loss" and all(value > 0 for _, values in found.values() for value in values):
+    for axes, (title, names) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items()):
+        for name, style in zip(names, cycle(["-", "--"])):  # dashes show what they cover
+            steps, values = found[name]
+            label = name.removeprefix("lr_").removeprefix("eval_").replace("_", " ")
+            axes.plot(steps, values, style, label=label, marker="." if len(steps) < 30 else None)
+        if title == "loss" and all(value > 0 for name in names for value in found[name][1]):
             axes.set_yscale("log")  # terms differ tenfold, and so do the first and the last loss
             axes.yaxis.set_major_formatter("{x:g}")  # 0.1 and not a power of ten
-            axes.yaxis.set_minor_formatter(PlainFormatter())
+            lowest, highest = axes.get_ylim()
+            axes.yaxis.set_minor_formatter("{x:g}" if highest < 20 * lowest else NullFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_title(title)
         axes.set_xlabel("optimizer step")

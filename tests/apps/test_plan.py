@@ -13,9 +13,8 @@ from self1e import Self1EForSegmentation
 from self1e.apps.measuring import Peak
 from self1e.apps.plan import build, count_activations, fixed_memory, make_batch
 from self1e.model.config import DTYPES
+from self1e.training.adapters import adapt_as_asked, train_added_tokens
 from self1e.training.args import parse
-from self1e.training.new_rows import train_new_rows
-from self1e.training.run import adapt_as_asked
 
 RECIPE = ["--use_llm_lora", "--use_vision_lora", "--optimize_vision", "--gradient_checkpointing"]
 TOLERANCE = 0.15
@@ -78,7 +77,7 @@ def checked(args: argparse.Namespace) -> tuple[tuple[float, float, float], int]:
     model = Self1EForSegmentation.from_pretrained(args.version, dtype=DTYPES[args.precision])
     adapt_as_asked(args, model)
     if args.trainable_embeddings == "new":
-        train_new_rows(model, model.config.seg_token_id)
+        train_added_tokens(model, model.config.seg_token_id)
     model.to(DTYPES[args.precision])
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

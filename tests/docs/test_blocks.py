@@ -31,7 +31,7 @@ from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
 from self1e.model.weights import save_checkpoint
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
-from self1e.training import run
+from self1e.training import train
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -85,7 +85,7 @@ def evaluated(models, trees, tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     flags = ["--val_dataset", "refcoco|unc|val", "--dataset_dir", trees / "dataset", "--workers", "0"]
     program = ["--eval_only", "--version", models / "trained", "--exp_name", "NAME", "--log_base_dir", runs, *flags]
-    assert run.main([str(word) for word in program]) == 0
+    assert train.main([str(word) for word in program]) == 0
     return runs / "NAME/eval"
 
 
@@ -156,7 +156,7 @@ def test_bash(page, text, place, models, request):
     elsewhere = page != "README.md" or all("--config" in words for words in commands)
     if elsewhere and all(words[0] in ("self1e", "deepspeed") for words in commands):
         for name, *words in commands:
-            main = cli.main if name == "self1e" else run.main
+            main = cli.main if name == "self1e" else train.main
             words = words if name == "self1e" else words[words.index("train_hf_ivl_seq.py") + 1 :]
             assert main([path for word in words for path in (glob(word) if "*" in word else [word])]) == 0, words
         return

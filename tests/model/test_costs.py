@@ -16,7 +16,7 @@ from self1e import Self1EConfig, Self1EForSegmentation
 from self1e.apps.measuring import Peak
 from self1e.model.batch import pack
 from self1e.model.inference import masks_of
-from self1e.training.adaptation import adapt
+from self1e.training.adapters import adapt
 
 TEXT = {
     "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 4,

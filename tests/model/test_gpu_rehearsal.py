@@ -7,7 +7,7 @@ from helpers import noise
 
 from self1e.model.head import HEADS
 from self1e.model.inference import masks_of
-from self1e.training.adaptation import adapt
+from self1e.training.adapters import adapt
 
 TRAINING_LIMIT, PHOTO_LIMIT = 12, 14  # waits of the host, copies of what was packed included
 ASKED, TOLD = ["<image>\nWhere is it?", "It is [SEG]."], ["<image>\nWhat is it?", "A thing, I think."]

@@ -16,7 +16,7 @@ from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
 from self1e.model.losses import mask_losses
 from self1e.model.modeling import StochasticDepthLayer, selective_checkpointing_kwargs
-from self1e.training.adaptation import adapt
+from self1e.training.adapters import adapt
 
 SIDE = 2  # image tokens a tile side of the tiny model
 ENLARGED = {"baseline": 1, "replication": 2, "rfr": 2, "rfa": 4}

@@ -1,4 +1,4 @@
-"""Fixtures of the training tests: scenes to train on, and two runs that several tests look at."""
+"""Fixtures of the training tests: scenes to train on, and a run that several tests look at."""
 
 import os
 import shutil
@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from runs import command, train
+from runs import command
 
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
-from self1e.training.checkpoint import checkpoints_in
-from self1e.training.trainer import Self1ETrainer
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TENSORBOARD_LOGGING_DIR"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # a continued run sets it for good
 
@@ -44,34 +42,12 @@ def damaged(shapes, tmp_path) -> Path:
 def reference(tiny_version, shapes, runs):
     """An uninterrupted run of four steps through the final evaluation; its folder and what it printed."""
     flags = ["--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--save_published_layout"]
-    script = [sys.executable, str(ROOT / "train_hf_ivl_seq.py")]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [*script, *command(tiny_version, shapes, runs, "reference", *flags)],
+        [sys.executable, str(ROOT / "train_hf_ivl_seq.py"), *command(tiny_version, shapes, runs, "reference", *flags)],
         capture_output=True,
         text=True,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=400,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return runs / "reference", done.stdout + done.stderr
-
-
-@pytest.fixture(scope="session")
-def interrupted(reference, tiny_version, shapes, runs):
-    """The same run, stopped by Ctrl-C within its third step, then continued; the first one is its healthy run."""
-    compute_loss, calls = Self1ETrainer.compute_loss, []
-
-    def stop(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return compute_loss(self, *args, **kwargs)
-
-    flags = ("--max_steps", "4", "--save_steps", "2", "--no_eval")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Self1ETrainer, "compute_loss", stop)
-        train(tiny_version, shapes, runs, "interrupted", *flags, code=130)
-    assert [path.name for path in checkpoints_in(runs / "interrupted" / "checkpoints")] == ["checkpoint-2"]
-    train(tiny_version, shapes, runs, "interrupted", *flags, "--auto_resume")
-    return runs / "interrupted"

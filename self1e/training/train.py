@@ -1,0 +1,330 @@
+"""Training from flags to `ckpt_model`: data, model, adapters, the loop, merge, evaluation."""
+
+import contextlib
+import gc
+import logging
+import os
+import warnings
+from argparse import Namespace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from transformers import set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils.logging import disable_progress_bar
+
+from self1e import distributed
+from self1e.data.families import DataConfig
+from self1e.data.loader import Encode, build_mixture
+from self1e.data.mixture import Mixture
+from self1e.data.paths import require_paths
+from self1e.data.splits import get_splits, load_split, split_paths
+from self1e.errors import UserError
+from self1e.evaluation.results import Stopped
+from self1e.evaluation.segmentation.run import evaluate_splits
+from self1e.flags import check_writable, counted
+from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
+from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
+from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
+from self1e.model.weights import save_checkpoint, weights_identity
+from self1e.stop import REQUEUE, StopRequest, mark_requeue
+from self1e.training import checkpoints
+from self1e.training.adapters import adapt_as_asked, merge_added_tokens, train_added_tokens, training_table
+from self1e.training.args import parse
+from self1e.training.card import write_card
+from self1e.training.curves import Record
+from self1e.training.loop import fit, make_accelerator, make_optimizer
+
+CHAT_TOKENS = 30  # system text, role headers and a few words: the least a conversation needs beside its image
+
+
+def main(argv: list[str]) -> int:
+    """Run the program and return its exit code; docs/training.md lists them."""
+    args = parse(argv)
+    quiet_libraries()
+    return distributed.run_program(lambda: run(args))
+
+
+def run(args: Namespace) -> int:
+    """Train and evaluate, or evaluate alone; returns the exit code."""
+    if distributed.is_main():
+        check_writable(args.run_dir)
+    if args.eval_only:
+        evaluate(args)
+        return 0
+    alone = checkpoints.alone_in(args.run_dir) if distributed.is_main() else contextlib.nullcontext()
+    with StopRequest() as stop, alone:
+        if distributed.is_main():
+            mark_requeue(args.run_dir, False)
+        finished = train(args, stop)
+        gc.collect()  # the trained model goes before the evaluation loads its own
+        if not finished:
+            if distributed.is_main():
+                mark_requeue(args.run_dir)
+            distributed.say(f"stopped by {stop.signal or 'a request to another rank'}; continue with --auto_resume")
+            return REQUEUE
+        if not args.no_eval:
+            args.splits, args.model_weights = args.final_splits, None
+            args.version = str(args.run_dir / "ckpt_model")
+            evaluate(args, skip_missing=True)
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Leave one rank's voice, and drop warnings that a user can do nothing about."""
+    first = distributed.is_main()
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
+    logging.getLogger("self1e").setLevel(logging.INFO if first else logging.WARNING)  # broken samples of any rank
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the hub's requests
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)  # it is set, they say
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # --workers suits a larger machine
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)  # of 5.23 on
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it out, and warn about it
+    disable_progress_bar()  # of loading and writing shards, amid our own
+
+
+def train(args: Namespace, stop: StopRequest) -> bool:
+    """Train and write `<run_dir>/ckpt_model`; returns False when the run was asked to stop before its last step."""
+    # Everything that can be wrong is looked at first: before the model is loaded and an earlier run is removed.
+    distributed.start(timeout=timedelta(seconds=args.timeout))
+    checkpoint = distributed.on_main(lambda: checkpoints.find(args))  # on a shared disk nodes may see different ones
+    if checkpoint is None and distributed.is_main():
+        checkpoints.check_unused(
+            args.run_dir, overwrite=args.overwrite, starts_from=[args.version, args.model_weights]
+        )
+    encode, mixture, splits = open_data(args)
+    processor = encode.processor
+    ranks = distributed.world_size()
+    per_epoch = -(-mixture.epoch_size // (args.batch_size * ranks * args.grad_accumulation_steps))
+    if args.steps_per_epoch and args.steps_per_epoch > per_epoch:
+        raise UserError(f"--steps_per_epoch {args.steps_per_epoch}: an epoch has {per_epoch} steps; lower or unset it")
+    per_epoch = args.steps_per_epoch or per_epoch
+    steps = args.max_steps or per_epoch * (args.epochs - args.start_epoch)
+    settings = checkpoints.settings_of(args, sets=mixture.sizes, ranks=ranks)
+    if checkpoint is not None:
+        checkpoints.check_resumable(checkpoint, settings, max_steps=args.max_steps, anyway=args.resume_anyway)
+
+    set_seed(args.seed)  # the fresh head is the same on every rank
+    model = load_model(args, training=True)
+    tuner = adapt_as_asked(args, model)
+    if args.trainable_embeddings == "new":
+        train_added_tokens(model, processor.seg_token_id)
+    if args.gradient_checkpointing:
+        selective = args.gradient_checkpointing == "selective"
+        kwargs = selective_checkpointing_kwargs() if selective else {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if args.zero_stage == 3:
+        model.set_zero3_leaf()
+    micro_batches = counted(args.grad_accumulation_steps, "micro-batch", "micro-batches")
+    distributed.say(
+        f"{training_table(model)}\n\n{short_run(args, steps)}"
+        f"samples on disk: {', '.join(f'{name} {size:,}' for name, size in mixture.sizes.items())}\n"
+        f"an epoch: {counted(mixture.epoch_size, 'sample')}, {counted(per_epoch, 'step')} of "
+        f"{counted(args.batch_size, 'photo')} x {micro_batches} x {counted(ranks, 'rank')}\n"
+        f"{'starting anew' if checkpoint is None else f'continuing from {checkpoint}'}"
+    )
+
+    accelerator = make_accelerator(args)
+    optimizer = make_optimizer(model, args)
+    peaks = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    engine, optimizer = accelerator.prepare(model, optimizer)
+    tensors = {"accelerator": accelerator, "model": engine, "optimizer": optimizer}
+    set_seed(args.seed)
+    step, folder = 0, args.run_dir / "checkpoints"
+    if checkpoint is None:
+        distributed.on_main(lambda: checkpoints.remove_earlier(args.run_dir))
+    else:
+        checkpoints.load(checkpoint, **tensors)
+        step = checkpoints.step_of(checkpoint)
+    record = Record(args, accelerator, per_epoch)
+    distributed.on_main(lambda: record.open(checkpoint, settings))
+    saved = {step}
+
+    def save(step: int) -> None:
+        if step not in saved:
+            checkpoints.save(folder, step, settings, **tensors)
+            distributed.on_main(lambda: checkpoints.prune(folder, args.save_total_limit))
+            saved.add(step)
+
+    def validate(step: int) -> bool:
+        try:
+            results = evaluate_splits(
+                model,
+                processor,
+                splits,
+                output_dir=args.run_dir / "validation" / f"step_{step}",
+                show=partial(record.show, step),
+                # Under ZeRO-3 no rank can leave alone; the step after the validation meets the request.
+                asked_to_stop=None if args.zero_stage == 3 else lambda: stop.signal is not None,
+                print_table=False,
+                **evaluation_options(args),
+            )
+        except Stopped:
+            return True
+        figures = {f"eval_{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
+        record.log({"step": step, **figures})
+        if args.keep_best:
+            best = figures[f"eval_{args.keep_best}_{get_splits([args.keep_best])[args.keep_best].headline[0]}"]
+            if distributed.on_main(lambda: checkpoints.remember_best(folder, step, best)):
+                save(step)
+        return False
+
+    finished = fit(
+        accelerator,
+        engine,
+        optimizer,
+        mixture,
+        encode,
+        args,
+        peaks=peaks,
+        step=step,
+        steps=steps,
+        per_epoch=per_epoch,
+        stop=stop,
+        log=record.log,
+        save=save,
+        validate=validate if splits else None,
+    )
+    if finished:
+        merge_and_save(args, engine, model, tuner, processor)
+        distributed.say(f"saved {args.run_dir / 'ckpt_model'}, the curves are in {args.run_dir / 'curves.png'}")
+    distributed.on_main(record.close)
+    accelerator.free_memory()
+    return finished
+
+
+def open_data(args: Namespace) -> tuple[Encode, Mixture, list[str]]:
+    """What encodes samples, the training mixture and the names of the validation splits; all of them checked."""
+    splits = [] if args.no_eval else args.splits
+    flags = {name: getattr(args, name) for name in DataConfig.flags()}
+    data = DataConfig.parse(dataset_dir=args.dataset_dir, data_dir=args.data_dir, **flags)
+    require_paths(data.paths() + split_paths(splits, args.dataset_dir))
+    processor = Self1EProcessor.from_pretrained(args.version)
+    check_length(args, processor.tile_tokens)
+    encode = Encode(processor, max_length=args.model_max_length, max_tiles=HIGH_RES_TILES if args.high_res else 1)
+
+    def read() -> Mixture:
+        for split in splits:  # a faulty one fails here and not hours later
+            load_split(split, args.dataset_dir, allow_outside=args.allow_outside)
+        return build_mixture(data, batch_size=args.batch_size, seed=args.seed, mode=args.mixture)
+
+    if distributed.local_rank() == 0:  # it builds the index of the data on its node, the others find it
+        mixture = read()
+    distributed.barrier()
+    return encode, mixture if distributed.local_rank() == 0 else read(), splits
+
+
+def check_length(args: Namespace, tile_tokens: int) -> None:
+    """Refuse a length limit that no conversation can keep."""
+    tiles = HIGH_RES_TILES if args.high_res else 1
+    least = tiles * tile_tokens + CHAT_TOKENS
+    if args.model_max_length < least:
+        raise UserError(
+            f"--model_max_length {args.model_max_length} cannot hold {tiles} tiles of {tile_tokens} image "
+            f"tokens and a question; give at least {least}"
+        )
+
+
+def short_run(args: Namespace, steps: int) -> str:
+    """A warning for a run that ends before its learning rate has risen, else nothing."""
+    if steps >= args.warmup_steps:
+        return ""
+    return (
+        f"warning: the run has {counted(steps, 'step')}, fewer than --warmup_steps {args.warmup_steps}: the learning "
+        "rate never reaches its peak. For little data see configs/small.yaml: more --epochs, a smaller "
+        "--grad_accumulation_steps, a shorter warm-up\n\n"
+    )
+
+
+def load_model(args: Namespace, *, training: bool) -> Self1EForSegmentation:
+    """The model of `--version` and `--model_weights`, with the ablation switches.
+
+    Under DeepSpeed weights are kept in the training precision, the optimizer has its own fp32 copy; without, they stay
+    fp32 and autocast computes in lower precision.
+    """
+    # Under ZeRO-3 the library would partition weights while it loads them, before vocabulary and adapters are there:
+    # the engine does it afterwards, from a whole model on every rank's CPU; the final evaluation has no engine.
+    unset_hf_deepspeed_config()
+    values = {name: getattr(args, name) for name in SWITCHES}
+    loss_weights = {loss: getattr(args, flag) for flag, loss in LOSS_FLAGS.items() if getattr(args, flag) is not None}
+    dtype = DTYPES[args.precision if training else args.eval_precision]
+    return Self1EForSegmentation.from_pretrained(
+        args.version,
+        weights=args.model_weights,
+        dtype=torch.float32 if training and not args.deepspeed else dtype,
+        attn_implementation=args.attn_implementation,
+        loss_weights=loss_weights,
+        **{name: value for name, value in values.items() if value is not None},
+    )
+
+
+def merge_and_save(args: Namespace, engine, model, tuner: LoraModel | None, processor: Self1EProcessor) -> None:
+    """Merge the adapters on every rank and write `ckpt_model` once."""
+    gathered: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if args.zero_stage == 3:
+        import deepspeed
+
+        engine.empty_partition_cache()  # validation leaves prefetched parameters in flight
+        gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
+
+    def write() -> None:
+        save_checkpoint(merged, processor, args.run_dir / "ckpt_model")
+        write_card(args.run_dir / "ckpt_model", base_model=args.version, command=args.command)
+        if args.save_published_layout:
+            save_checkpoint(merged, processor, args.run_dir / "ckpt_model_published", published=True)
+
+    with gathered:
+        merged = tuner.merge_and_unload() if tuner else model
+        merge_added_tokens(merged)
+        distributed.on_main(write)
+
+
+def evaluation_options(args: Namespace) -> dict[str, Any]:
+    """The flags that `evaluate_splits` takes under their own names."""
+    names = ("dataset_dir", "allow_outside", "workers", "timeout", "model_max_length", "high_res")
+    return {name: getattr(args, name) for name in names}
+
+
+def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
+    """Evaluate `args.splits` and write `<run_dir>/eval`.
+
+    Weights: `--model_weights`, else `<run_dir>/ckpt_model` if it is there, else the head inside `--version`.
+    """
+    trained = args.run_dir / "ckpt_model"
+    if args.model_weights is None and trained.is_dir():
+        args.version = str(trained)
+    skip_missing = args.eval_all_datasets if skip_missing is None else skip_missing
+    if not skip_missing:
+        require_paths(split_paths(args.splits, args.dataset_dir))  # before a model is loaded
+    processor = Self1EProcessor.from_pretrained(args.version)
+    check_length(args, processor.tile_tokens)
+    device = distributed.device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # figures to the pixel on any number of processes; those are what uses more cores
+    distributed.start(timeout=timedelta(seconds=args.timeout))
+    model = load_model(args, training=False).to(device)  # type: ignore[arg-type]  # transformers annotates `self` of `to`
+    if not model.trained_head:
+        raise UserError(
+            f"{args.version} is a base model without a segmentation head, and {trained} does not exist: train first, "
+            "or name trained weights with --model_weights"
+        )
+    distributed.say(f"evaluating {args.model_weights or args.version} on {counted(len(args.splits), 'split')}")
+    evaluate_splits(
+        model,
+        processor,
+        args.splits,
+        output_dir=args.run_dir / "eval",
+        visualize=args.eval_visualize,
+        skip_missing=skip_missing,
+        weights=weights_identity(args.version, args.model_weights),
+        overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
+        **evaluation_options(args),
+    )
+    if args.version == str(trained) and distributed.is_main():
+        write_card(trained)  # with the table
