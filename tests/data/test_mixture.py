@@ -342,7 +342,7 @@ def test_missing_data_is_one_error(tmp_path):
         build_mixture(config, batch_size=3, seed=0)
     message = str(error.value)
     assert all(message.count(f"  {path} ") == (not path.exists()) for _, path in config.paths())
-    assert "(cocostuff, llava_instruct_150k)" in message and "grefcoco" not in message
+    assert "(cocostuff, paco_lvis, llava_instruct_150k)" in message and "grefcoco" not in message
     absent = missing(split_paths(["ReasonSeg|val", "refcoco|unc|val"], tmp_path))
     assert {name for name, _ in absent} == {"ReasonSeg|val", "refcoco|unc|val"}
     assert not missing(DataConfig.parse(dataset_dir=tree(tmp_path), data_dir=tmp_path / "data", dataset="vqa").paths())
