@@ -29,7 +29,7 @@ from self1e.model.inference import Reply
 pytest.importorskip("gradio", reason="Gradio is not installed (pip install 'self1e[demo]')")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EXAMPLE = files("self1e.apps") / "demo_examples/star_ring_square_triangle.jpg"
-NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,12 @@ def server(tmp_path_factory):
     try:
         for _ in range(480):
             assert process.poll() is None, (folder / "log").read_text()
-            if "until Ctrl-C" in (folder / "log").read_text():
+            try:
+                OPENER.open(f"http://127.0.0.1:{port}", timeout=30).close()
                 break
-            time.sleep(0.25)
+            except OSError:
+                time.sleep(0.25)
+        assert "until Ctrl-C" in (folder / "log").read_text()
         yield f"http://127.0.0.1:{port}", process, folder
     finally:
         process.terminate()
@@ -82,7 +85,7 @@ def test_clients_at_once_get_their_own_answers(server, tmp_path):
 def test_files_of_the_server_are_out_of_reach(server):
     for path in ("/etc/passwd", f"{server[2]}/log", f"{ROOT}/self1e/cli.py", "../../../../etc/passwd"):
         with pytest.raises(urllib.error.HTTPError) as error:
-            NO_PROXY.open(f"{server[0]}/gradio_api/file={path}", timeout=30)
+            OPENER.open(f"{server[0]}/gradio_api/file={path}", timeout=30)
         assert error.value.code in (400, 403, 404)
 
 
