@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT
 
 from self1e.data.splits import DEFAULT_SPLITS
+from self1e.errors import UserError
 from self1e.training.args import make_parser, parse
 
 RECIPE = """
@@ -15,7 +16,7 @@ RECIPE = """
   --dataset="sem_seg||refer_seg||reason_seg||vqa" --sample_rates="{rates}" --batch_size 5 --grad_accumulation_steps 8
   --gradient_checkpointing --model_max_length 512 --explanatory -1 --lora_r 128 --lora_alpha 256
   --epochs 1 --lr 1e-4 --vision_lr 1e-4 --optimize_vision --use_llm_lora --use_vision_lora"""
-NEEDED = ["--version", "v", "--exp_name", "e"]
+NEEDED = ["--version", "owner/name", "--exp_name", "e"]
 
 
 @pytest.fixture
@@ -97,6 +98,8 @@ def test_a_run_that_holds_its_model_needs_no_version(tmp_path, capsys):
     assert parse([*flags, "--eval_only"]).version == str(tmp_path / "run/ckpt_model")
     assert parse([*flags, "--version", str(tmp_path / "run")]).version == str(tmp_path / "run/ckpt_model")
     assert "--version" in refusal(capsys, *flags)  # training starts from another one
+    with pytest.raises(UserError, match="/nowhere"):
+        parse([*flags, "--eval_only", "--version", "/nowhere"])
 
 
 def test_yaml_is_a_command_line_that_comes_first(tmp_path):
