@@ -10,24 +10,26 @@ The baseline gives each row its own image, attends eagerly and computes vocabula
 the FLOPs per second as a share of what a large matrix product reaches here.
 """
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from self1e.flags import Parser, check_writable, guarded, whole  # noqa: E402
+from self1e.distributed import run_program  # noqa: E402
+from self1e.files import check_writable  # noqa: E402
 from self1e.model.weights import checkpoint_folder  # noqa: E402
 
-parser = Parser(prog="benchmark.py", description=__doc__)
+parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
 parser.add_argument("--version", type=checkpoint_folder, help="a checkpoint; unset: a tiny random model")
 parser.add_argument("--device", help="where to run; unset: the GPU if there is one")
 parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="precision of the weights")
-parser.add_argument("--sentences", type=whole(1), nargs="+", default=[1, 7, 30], help="sentences about one photo")
+parser.add_argument("--sentences", type=int, nargs="+", default=[1, 7, 30], help="sentences about one photo")
 parser.add_argument("--dataset_dir", type=Path, help="tree of training sets; unset: synthetic scenes in every format")
 parser.add_argument("--data_dir", type=Path, default=Path("./data"), help="tree of VQA sets beside --dataset_dir")
-parser.add_argument("--samples", type=whole(1), default=24, help="samples of each set that are read")
-parser.add_argument("--matmul", type=whole(1), default=1024, help="side of the matrices that measure the peak")
-parser.add_argument("--repeats", type=whole(1), default=3, help="timed runs, of which the median counts")
+parser.add_argument("--samples", type=int, default=24, help="samples of each set that are read")
+parser.add_argument("--matmul", type=int, default=1024, help="side of the matrices that measure the peak")
+parser.add_argument("--repeats", type=int, default=3, help="timed runs, of which the median counts")
 parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder of the results")
 
 
@@ -43,4 +45,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(run_program(main))

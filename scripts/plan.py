@@ -18,26 +18,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from self1e.flags import Parser, between, check_writable, guarded, uncollected, whole  # noqa: E402
+from self1e.distributed import run_program  # noqa: E402
+from self1e.files import check_writable  # noqa: E402
 
 GB = 1e9
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="plan.py", usage="%(prog)s [flags] [flags of training]", description=__doc__)
+    parser = argparse.ArgumentParser(prog="plan.py", usage="%(prog)s [flags] [flags of training]", description=__doc__)
     parser.add_argument("--version", default="2B", help="a checkpoint, or 1B, 2B, 8B for an InternVL3 (default: 2B)")
-    parser.add_argument("--gpus", type=whole(1), default=8, help="in all (default: 8)")
-    parser.add_argument("--gpu_memory", type=between(0), default=80, metavar="GB", help="of one GPU (default: 80)")
+    parser.add_argument("--gpus", type=int, default=8, help="in all (default: 8)")
+    parser.add_argument("--gpu_memory", type=float, default=80, metavar="GB", help="of one GPU (default: 80)")
     text = "its peak in --precision; 312 is an A100's in bf16 (default: 312)"
-    parser.add_argument("--gpu_tflops", type=between(0), default=312, metavar="TFLOPS", help=text)
+    parser.add_argument("--gpu_tflops", type=float, default=312, metavar="TFLOPS", help=text)
     text = "ASSUMED share of the peak that a run reaches (default: 0.35)"
-    parser.add_argument("--utilisation", type=between(0, 1), default=0.35, metavar="SHARE", help=text)
+    parser.add_argument("--utilisation", type=float, default=0.35, metavar="SHARE", help=text)
     text = "ASSUMED share of the memory that CUDA, workspaces and fragmentation take (default: 0.1)"
-    parser.add_argument("--headroom", type=between(0, 1), default=0.1, metavar="SHARE", help=text)
+    parser.add_argument("--headroom", type=float, default=0.1, metavar="SHARE", help=text)
     text = "ASSUMED samples per epoch (default: 580000, the base mixture); a run prints its own when it starts"
-    parser.add_argument("--samples", type=whole(1), default=580_000, metavar="N", help=text)
+    parser.add_argument("--samples", type=int, default=580_000, metavar="N", help=text)
     text = "supervised tokens per row (default: 64; three such rows are as much as a long conversation)"
-    parser.add_argument("--answer_tokens", type=whole(2), default=64, metavar="N", help=text)
+    parser.add_argument("--answer_tokens", type=int, default=64, metavar="N", help=text)
     parser.add_argument(
         "--output", type=Path, default=Path("runs/plan"), metavar="FOLDER", help="(default: runs/plan)"
     )
@@ -71,9 +72,8 @@ def table(args: argparse.Namespace, plan: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     own, rest = make_parser().parse_known_args(argv)
     check_writable(own.output)
-    with uncollected(lasting=True):
-        from self1e.apps.plan import make_plan
-        from self1e.training.args import parse
+    from self1e.apps.plan import make_plan
+    from self1e.training.args import parse
 
     args = argparse.Namespace(**vars(parse([*rest, "--version", own.version, "--exp_name", "plan"])) | vars(own))
     plan = make_plan(args)
@@ -84,4 +84,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(run_program(main))

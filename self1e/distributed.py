@@ -4,31 +4,26 @@ One rule for failures: whoever meets an error raises it, and its process ends wi
 the others, whatever collective they wait in. `run_program` sees to it that whoever has the cause speaks first.
 """
 
-import atexit
-import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from types import TracebackType
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from self1e.errors import UserError
-from self1e.flags import EXPECTED, INTERRUPTED, REQUEUE, told
+from self1e.errors import EXPECTED, UserError
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
 PATIENCE = 5  # seconds in which the launcher ends this rank if another one has met the cause
 MEETING = timedelta(minutes=10)  # until all ranks have started
-E = TypeVar("E", bound=Exception)
-STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def launched() -> bool:
@@ -139,10 +134,8 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def on_main(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
+def on_main(work: Callable[[], T]) -> T:
     """Do `work` on the first rank while the others wait; its result (any picklable object) on all ranks."""
-    if dist.is_initialized():  # until evaluation and training let whoever meets an error raise it
-        return on_main_of_old(work, catch=catch)
     return gather(work() if is_main() else None)[0]  # type: ignore[return-value]
 
 
@@ -153,7 +146,7 @@ def ignore_signals(worker: int = 0) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def run_program(program: Callable[[], int], *, expected: tuple[type[BaseException], ...] | None = None) -> int:
+def run_program(program: Callable[[], int]) -> int:
     """Run a program's body and return its exit code.
 
     UserError is one line and exit code 1, KeyboardInterrupt one line of the first rank and 130; every other exception
@@ -161,8 +154,6 @@ def run_program(program: Callable[[], int], *, expected: tuple[type[BaseExceptio
     because what they met may follow from another rank's end, and the process ends without any clean-up that could
     wait for another rank.
     """
-    if expected is not None:
-        return run_guarded(program, expected=expected)
     if not launched():
         for name in VARIABLES:  # libraries would take what is left of them for a launcher's
             os.environ.pop(name, None)
@@ -180,7 +171,7 @@ def run_program(program: Callable[[], int], *, expected: tuple[type[BaseExceptio
     except EXPECTED as error:  # UserError alone, when all that users can meet are
         if not is_main():
             time.sleep(PATIENCE)
-        print(f"\nerror: {told(error)}", file=sys.stderr)
+        print(f"\nerror: {error}", file=sys.stderr)
         code = 1
     except SystemExit:
         raise
@@ -205,185 +196,3 @@ def end_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise at the end of each
     for worker in multiprocessing.active_children():
         worker.kill()
-
-
-# --- What follows goes with its last user. ---
-
-
-def quiet_deepspeed() -> None:
-    """Tell DeepSpeed where there is no GPU, which it would find out, and warn about."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def most(values: Sequence[int]) -> list[int]:
-    """For each number the largest that a rank has of it."""
-    if world_size() == 1:
-        return list(values)
-    largest = torch.tensor(values, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.tolist()
-
-
-def raise_together(error: Exception | None) -> None:
-    """Raise on all ranks what one of them met (the first rank's, if several did), so that none is left waiting.
-
-    One all-reduce of a flag where nothing happened.
-    """
-    if world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    where = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    if total(torch.tensor(int(error is not None), device=where)):
-        raise alike(next(found for found in gather(error) if found is not None))
-
-
-def alike(error: E) -> E:
-    """Mark an error that all ranks raise together: the first rank alone tells it."""
-    vars(error)["alike"] = True
-    return error
-
-
-def everywhere(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
-    """Do `work` on every rank; an error of `catch` on one of them is raised on all."""
-    value: T | None = None
-    error: Exception | None = None
-    try:
-        value = work()
-    except catch as caught:
-        error = caught
-    raise_together(error)
-    return cast(T, value)
-
-
-def share(items: Sequence[T]) -> Sequence[T]:
-    """This rank's contiguous block; sizes differ by at most one, larger blocks first."""
-    small, larger = divmod(len(items), world_size())
-    first = rank() * small + min(rank(), larger)
-    return items[first : first + small + (rank() < larger)]
-
-
-def on_main_of_old(work: Callable[[], T], *, catch: tuple[type[Exception], ...] = (ValueError, OSError)) -> T:
-    """Do `work` on the first rank while the others wait; its result and its error are everybody's."""
-    return cast(T, gather(everywhere(lambda: work() if is_main() else None, catch=catch))[0])
-
-
-def run_guarded(program: Callable[[], int], *, expected: tuple[type[BaseException], ...]) -> int:
-    """Run a program's body and return its exit code; see the failure rule above.
-
-    A clean end closes the process group (without it, torch can abort at exit and the launcher reports a failure). An
-    error of `expected` is one line and exit code 1, any other a traceback. Under a launcher the first rank speaks at
-    once; another one only when it is still alive after `PATIENCE`, because then the first did not meet the same.
-    Ctrl-C is one line of the first rank, the sentence that the program raises KeyboardInterrupt with, and exit code
-    130. So is what asks a run to stop, with the signal's name in place of the word "interrupted" and exit code 75,
-    unless the program listens to it itself.
-    """
-    atexit.register(_end_data_workers)
-    heard: list[int] = []
-    try:
-        with _interruptible(heard):
-            return _run(program, expected)
-    except KeyboardInterrupt as interruption:
-        sentence, code = str(interruption) or "interrupted", INTERRUPTED
-        if heard and heard[0] != signal.SIGINT:
-            sentence = sentence.replace("interrupted", f"stopped by {signal.Signals(heard[0]).name}", 1)
-            code = REQUEUE
-        if is_main():
-            print(f"\n{sentence}", file=sys.stderr, flush=True)
-        if launched():
-            leave(code)
-        return code
-
-
-@contextlib.contextmanager
-def _interruptible(heard: list[int]) -> Iterator[None]:
-    """Ctrl-C and `STOPS` raise KeyboardInterrupt in this block, once, because launchers pass them on again.
-
-    The signal's number is added to `heard`. Python drops what is raised in a destructor, such as a data loader's: it
-    is raised again until it ends the block.
-    """
-    timer = hasattr(signal, "setitimer")
-    signals = [signal.SIGINT, *STOPS, *([signal.SIGALRM] if timer else [])]
-    before = {each: signal.getsignal(each) for each in signals}
-    hook = sys.unraisablehook
-
-    def interrupt(number: int, frame) -> NoReturn:
-        heard.append(number)
-        if timer:
-            signal.signal(signal.SIGALRM, raise_it)
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
-            sys.unraisablehook = lambda dropped: signal.setitimer(signal.ITIMER_REAL, 0.1, PATIENCE)
-        for each in [signal.SIGINT, *STOPS]:
-            signal.signal(each, lambda *_: None)  # Python complains when one that waits already is to be ignored
-        raise KeyboardInterrupt
-
-    def raise_it(number: int, frame) -> NoReturn:
-        raise KeyboardInterrupt
-
-    for each in [signal.SIGINT, *STOPS]:
-        signal.signal(each, interrupt)
-    try:
-        yield
-    finally:
-        if timer:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        if not launched():
-            sys.unraisablehook = hook
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-
-def ignore_requests_to_stop(worker: int = 0) -> None:
-    """Ignore what a terminal or a cluster sends to all processes alike: a data worker is still needed then.
-
-    Where the program ends while it takes a picture from the worker, a thread of the worker would print a traceback.
-    """
-    for each in [signal.SIGINT, *STOPS]:
-        signal.signal(each, signal.SIG_IGN)
-
-    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not issubclass(kind, (ConnectionError, EOFError)):
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = tell
-
-
-def _end_data_workers() -> None:
-    """End the workers that a traceback still holds: Python sends them a SIGTERM, which they ignore, and waits."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise at the end of each
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def _run(program: Callable[[], int], expected: tuple[type[BaseException], ...]) -> int:
-    try:
-        code = program()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        known = isinstance(error, (UserError, *expected))
-        if not launched():
-            if not known:
-                raise
-            print(f"\nerror: {told(error)}", file=sys.stderr, flush=True)
-            return 1
-        if not is_main():
-            time.sleep(PATIENCE)
-        if is_main() or not vars(error).get("alike"):
-            if known:
-                print(f"\nerror{'' if is_main() else f' (rank {rank()})'}: {told(error)}", file=sys.stderr)
-            else:
-                sys.excepthook(type(error), error, error.__traceback__)
-        leave(1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
-
-
-def leave(code: int) -> NoReturn:
-    """End this process at once: what it printed is out, and no clean-up waits for another rank."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -1,6 +1,5 @@
 """Files and folders that appear complete or not at all, also when the disk fills or the power goes."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -85,23 +84,6 @@ def check_writable_file(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file, such as {path / 'result'}")
     check_writable(path.parent)
-
-
-def digest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as manifests hold them."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def fault(path: Path, expected: Any) -> str | None:
-    """How a file differs from its `digest` of earlier, or None."""
-    if not isinstance(expected, dict) or not isinstance(expected.get("bytes"), int):
-        return "has no size and sum that it could be compared with"
-    if not path.is_file():
-        return "is missing"
-    if path.stat().st_size != expected["bytes"]:
-        return f"has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-    return None if digest(path) == expected else "holds other bytes than those that were written"
 
 
 @contextmanager

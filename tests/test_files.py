@@ -3,13 +3,14 @@
 import pytest
 
 from self1e.errors import UserError
-from self1e.files import check_writable, read_json, replacing_folder, write_text
+from self1e.files import check_writable, read_json, replacing, replacing_folder, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "new" / "f.txt", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "new" / "f.txt", "\ud800")
+    with pytest.raises(RuntimeError), replacing(tmp_path / "new" / "f.txt") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["f.txt"]
     assert (tmp_path / "new" / "f.txt").read_text() == "old"
 

@@ -138,6 +138,6 @@ def make_loader(
         num_workers=workers,
         timeout=timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=distributed.ignore_requests_to_stop,
+        worker_init_fn=distributed.ignore_signals,
         generator=torch.Generator(),  # workers' seeds come from here and not from the training's own stream
     )

@@ -21,7 +21,7 @@ from self1e.data.sets.custom import CustomSplit
 from self1e.data.sets.parquet import ParquetSplit
 from self1e.data.sets.reasoning import ReasoningSplit
 from self1e.data.sets.referring import ReferringSplit
-from self1e.flags import check_known
+from self1e.errors import check_known
 
 MODELS = ("2B", "SEG-2B", "8B", "SEG-8B")
 
@@ -85,10 +85,10 @@ DEFAULT_SPLITS: tuple[str, ...] = tuple(name for name, entry in SPLITS.items() i
 
 
 def get_splits(names: Iterable[str]) -> dict[str, SplitEntry]:
-    """The entries of `names`, in that order. Raises ValueError listing every unknown name and the known ones."""
+    """The entries of `names`, in that order. Raises UserError listing every unknown name and the known ones."""
     kinds = {name: next(filter(name.startswith, PREFIXES), None) for name in names}
-    own = "".join(f", {prefix}<path>" for prefix in PREFIXES)
-    check_known("unknown evaluation split", [name for name, kind in kinds.items() if kind is None], SPLITS, note=own)
+    known = [*SPLITS, *(f"{prefix}<path>" for prefix in PREFIXES)]
+    check_known("unknown evaluation split", [name for name, kind in kinds.items() if kind is None], known)
     return {name: SPLITS[name] if kind is None else PREFIXES[kind] for name, kind in kinds.items()}
 
 

@@ -17,7 +17,6 @@ from self1e.distributed import is_main
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.segmentation.report import examples
 from self1e.files import replacing, to_jsonl, write_json, write_text
-from self1e.flags import counted
 
 Log = Sequence[Mapping[str, Any]]  # lines with `step` and some figures
 OTHER = "step epoch grad_norm samples_per_second waiting_for_data peak_memory broken_samples".split()
@@ -91,7 +90,7 @@ def log_line(figures: Mapping[str, Any]) -> str:
     parts += [f"grad norm {figures['grad_norm']:.3f}"] if "grad_norm" in figures else []  # absent after fp16 overflow
     parts += [f"lr {rates}", f"{figures['samples_per_second']:.1f} samples/s"]
     parts += [f"waiting {figures['waiting_for_data']:.0%}", f"peak {figures['peak_memory'] / 1e9:.1f} GB"]
-    parts += [counted(figures["broken_samples"], "broken sample")] if figures["broken_samples"] else []
+    parts += [f"broken samples {figures['broken_samples']}"] if figures["broken_samples"] else []
     return start + "  ".join(parts)
 
 

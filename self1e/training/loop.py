@@ -25,7 +25,6 @@ from self1e import distributed
 from self1e.data.loader import Encode, make_loader
 from self1e.data.mixture import Mixture
 from self1e.errors import UserError
-from self1e.flags import counted
 from self1e.stop import StopRequest
 from self1e.training.adapters import optimizer_groups
 from self1e.training.deepspeed_config import fill, offloads, read_deepspeed
@@ -283,5 +282,5 @@ def fit(
         rate = f"{samples / seconds:.1f} samples/s"
         distributed.say(f"trained for {seconds:,.0f} s, checkpoints and validations included, at {rate}")
     if broken:
-        distributed.say(f"replaced {counted(len(broken), 'broken sample')}:\n{broken_list(broken)}")
+        distributed.say(f"broken samples replaced: {len(broken)}\n{broken_list(broken)}")
     return not stopped

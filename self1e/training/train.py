@@ -25,7 +25,7 @@ from self1e.data.splits import get_splits, load_split, split_paths
 from self1e.errors import UserError
 from self1e.evaluation.results import Stopped
 from self1e.evaluation.segmentation.run import evaluate_splits
-from self1e.flags import check_writable, counted
+from self1e.files import check_writable
 from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
@@ -121,12 +121,11 @@ def train(args: Namespace, stop: StopRequest) -> bool:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     if args.zero_stage == 3:
         model.set_zero3_leaf()
-    micro_batches = counted(args.grad_accumulation_steps, "micro-batch", "micro-batches")
     distributed.say(
         f"{training_table(model)}\n\n{short_run(args, steps)}"
         f"samples on disk: {', '.join(f'{name} {size:,}' for name, size in mixture.sizes.items())}\n"
-        f"an epoch: {counted(mixture.epoch_size, 'sample')}, {counted(per_epoch, 'step')} of "
-        f"{counted(args.batch_size, 'photo')} x {micro_batches} x {counted(ranks, 'rank')}\n"
+        f"an epoch: {mixture.epoch_size:,} samples, {per_epoch:,} steps of "
+        f"{args.batch_size} x {args.grad_accumulation_steps} x {ranks} photos (batch x micro-batches x ranks)\n"
         f"{'starting anew' if checkpoint is None else f'continuing from {checkpoint}'}"
     )
 
@@ -236,7 +235,7 @@ def short_run(args: Namespace, steps: int) -> str:
     if steps >= args.warmup_steps:
         return ""
     return (
-        f"warning: the run has {counted(steps, 'step')}, fewer than --warmup_steps {args.warmup_steps}: the learning "
+        f"warning: the run has {steps} steps, fewer than --warmup_steps {args.warmup_steps}: the learning "
         "rate never reaches its peak. For little data see configs/small.yaml: more --epochs, a smaller "
         "--grad_accumulation_steps, a shorter warm-up\n\n"
     )
@@ -314,7 +313,7 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
             f"{args.version} is a base model without a segmentation head, and {trained} does not exist: train first, "
             "or name trained weights with --model_weights"
         )
-    distributed.say(f"evaluating {args.model_weights or args.version} on {counted(len(args.splits), 'split')}")
+    distributed.say(f"evaluating {args.model_weights or args.version} on {', '.join(args.splits)}")
     evaluate_splits(
         model,
         processor,

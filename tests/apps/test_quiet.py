@@ -57,4 +57,4 @@ def test_a_run_prints_its_own_lines_and_bars_alone(launcher, tmp_path):
     done = run([*launcher, *port, str(ROOT / "train_hf_ivl_seq.py"), *flags.split()], tmp_path)
     lines = re.split(r"[\r\n]+", done.stdout + "\n" + done.stderr)
     assert [line for line in lines if line.strip() and not OURS.match(line) and not BAR.fullmatch(line)] == []
-    assert "an epoch: 1 sample, 1 step of 1 photo x 1 micro-batch x 1 rank" in lines
+    assert "an epoch: 1 samples, 1 steps of 1 x 1 x 1 photos (batch x micro-batches x ranks)" in lines

@@ -39,7 +39,7 @@ def test_log_lines_fit_a_terminal():
     figures |= {"lr_llm": 1e-6, "samples_per_second": 8.1, "waiting_for_data": 0.031, "peak_memory": 12.34e9}
     assert log_line(figures | {"broken_samples": 2}) == (
         "step 1  epoch 0.074  loss 9.2455 (ce 6.0751, dice 1.4887)  grad norm 3.276  lr llm 1.00e-06  8.1 samples/s  "
-        "waiting 3%  peak 12.3 GB  2 broken samples"
+        "waiting 3%  peak 12.3 GB  broken samples 2"
     )
     scores = {"step": 2, "epoch": 1.0, "eval_ReasonSeg|val_giou": 0.5, "eval_ReasonSeg|val_ciou": 0.25}
     assert log_line(scores) == "step 2  epoch 1.000  validation:  ReasonSeg val gIoU 50.0%, cIoU 25.0%"

@@ -47,7 +47,7 @@ def test_a_run_logs_every_curve(reference):
 
 def test_a_run_leaves_what_it_should(reference):
     folder, printed = reference
-    assert "steps of 2 photos x 2 micro-batches x 1 rank\n" in printed and "Traceback" not in printed
+    assert "steps of 2 x 2 x 1 photos (batch x micro-batches x ranks)\n" in printed and "Traceback" not in printed
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-4"]
     assert {path.name for path in (folder / "validation").iterdir()} == {"step_2", "step_4"}
     evaluated = {path.stem for path in (folder / "eval").glob("*.jsonl")}
@@ -134,7 +134,7 @@ def test_broken_photos_are_replaced_and_counted(tiny_version, damaged, runs, cap
     truncate(damaged / PHOTOS, 4)
     train(tiny_version, damaged, runs, "broken", *ALONE, "--max_steps", "2")
     printed = capsys.readouterr().out
-    assert re.search(r"replaced \d+ broken samples?:", printed) and "x refcoco/COCO_train2014_" in printed
+    assert re.search(r"broken samples replaced: \d+", printed) and "x refcoco/COCO_train2014_" in printed
     assert any("broken sample refcoco/COCO_train2014_" in message for message in caplog.messages)
     assert history(runs / "broken")[-1]["broken_samples"] >= 1
 

@@ -31,7 +31,7 @@ from self1e.model.config import DTYPES, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
-from self1e.model.weights import checkpoint_folder, weights_identity
+from self1e.model.weights import check_exists, checkpoint_folder, weights_identity
 from self1e.stop import REQUEUE, StopRequest, mark_requeue
 
 OWN_WEIGHTS = "none"
@@ -106,7 +106,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rope_precision", **SWITCHES["rope_precision"].flag())
     add("--device", choices=("auto", "cpu", "cuda", "gpu"), default="auto", help="where to compute")
     add("--batch_size", type=int, default=8, help="questions per forward pass of a process")
-    add("--workers", type=int, default=4, help="processes per rank that decode and tile photos")
+    add("--workers", type=int, help="processes per rank that decode and tile photos; unset: as the cores allow")
     add("--allow_outside", action="store_true", help="take photos that question files name outside --data_dir")
     add("--timeout", type=float, default=1800.0, help="seconds in which a worker must have read a batch")
     add("--score_only", action="store_true", help="score the replies that are on disk; no model is loaded")
@@ -118,6 +118,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if min(args.max_num, args.batch_size) < 1:
         parser.error("--max_num and --batch_size are at least 1")
     args.run_dir = args.log_base_dir / args.exp_name
+    args.workers = distributed.share_cores(args.workers)
     return args
 
 
@@ -240,6 +241,8 @@ def write_summary(root: Path, candidates: Sequence[Candidate], faults: Mapping[s
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate as the flags say; returns the exit code, 1 when a benchmark's files are at fault."""
+    for version in args.version:
+        check_exists(version)  # also one whose weights are replaced
     candidates = list_candidates(args.version, args.model_weights, args.run_dir)
     benchmarks = get_vqa_benchmarks(" ".join(args.datasets).split())
     distributed.start("gloo", timeout=WAIT)  # ranks exchange small objects only, on any kind of device
