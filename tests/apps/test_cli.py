@@ -55,7 +55,7 @@ def test_ctrl_c_is_130(raising, capsys):
     assert main(["segment"]) == 130 and capsys.readouterr().err.strip() == "interrupted"
 
 
-def test_eval_takes_the_folder_of_a_run(tmp_path, monkeypatch, capsys):
+def test_eval_takes_the_folder_of_a_run(tmp_path, monkeypatch):
     called = []
 
     class Module:
@@ -66,10 +66,11 @@ def test_eval_takes_the_folder_of_a_run(tmp_path, monkeypatch, capsys):
 
     run = tmp_path / "mine"
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: Module)
-    assert main(["eval", "segmentation", str(run)]) == 1 and str(run) in capsys.readouterr().err
+    with pytest.raises(UserError, match="mine"):
+        cli.evaluate(["segmentation", str(run)])
     (run / "ckpt_model").mkdir(parents=True)
-    assert main(["eval", "segmentation", str(run), "--workers", "0"]) == 0
-    assert main(["eval", "vqa", str(run), "--dynamic"]) == 0
+    assert cli.evaluate(["segmentation", str(run), "--workers", "0"]) == 0
+    assert cli.evaluate(["vqa", str(run), "--dynamic"]) == 0
     named = ["--log_base_dir", str(tmp_path), "--exp_name", "mine"]
     assert called[0] == ["--eval_only", "--eval_all_datasets", "--workers", "0", *named]
     assert called[1] == ["--dynamic", *named]

@@ -160,5 +160,5 @@ def test_the_script_writes_table_and_json(small_version, tmp_path, capsys):
 )
 def test_wrong_flags_are_one_message(given, says, tmp_path, capsys):
     with contextlib.suppress(SystemExit):
-        assert SCRIPT["guarded"](lambda: SCRIPT["main"](["--output", str(tmp_path), *given])) == 1
+        assert SCRIPT["run_program"](lambda: SCRIPT["main"](["--output", str(tmp_path), *given])) == 1
     assert says in capsys.readouterr().err
