@@ -136,6 +136,13 @@ def masks_of(
         packed = model.pack(**inputs, grids=image_features.grids)  # on the host, so that the GPU is not waited for
         found = model(packed=packed, image_features=image_features)
         logits += [x.float() for x in found.mask_logits] if step < len(starts) else []
+    check_finite(model, logits)
+    wanted = [sizes[image] for image in batch["row_image"].tolist()]
+    return [Masks(foreground(x, size, cut), x) for x, size in zip(logits, wanted, strict=True)]
+
+
+def check_finite(model, logits: Sequence[Tensor]) -> None:
+    """Raise FloatingPointError unless all mask logits are numbers."""
     if logits and not bool(torch.stack([x.isfinite().all() for x in logits]).all()):
         raise FloatingPointError(
             "the mask logits are not finite: float16 overflows, load the model in bfloat16 or float32"
@@ -143,8 +150,6 @@ def masks_of(
             else f"the mask logits are not finite in {model.dtype}, whose range is wide enough: the weights or the "
             "picture hold NaN or infinity; check the checkpoint"
         )
-    wanted = [sizes[image] for image in batch["row_image"].tolist()]
-    return [Masks(foreground(x, size, cut), x) for x, size in zip(logits, wanted, strict=True)]
 
 
 def foreground(logits: Tensor, size: tuple[int, int], cut: float) -> Tensor:

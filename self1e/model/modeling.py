@@ -392,19 +392,26 @@ def without_dynamic_rope(rotary, length: int) -> Iterator[None]:
         rotary.rope_type = kind
 
 
-def selective_checkpointing_kwargs() -> dict[str, Any]:
-    """For `gradient_checkpointing_enable`: keep products of matrices and compute the rest again in the backward pass.
+# What `selective_checkpointing_kwargs` keeps: products of matrices, and attention by any kernel that keeps no scores.
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default} | {
+    getattr(aten, f"_scaled_dot_product_{kernel}").default
+    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+}
 
-    These products are nearly all of the work, and a small part of the memory that activations take; results are the
-    same to the last bit. As in Korthikanti et al., 2022, "Reducing Activation Recomputation".
+
+def selective_checkpointing_kwargs() -> dict[str, Any]:
+    """For `gradient_checkpointing_enable`: keep what is costly and compute the rest again in the backward pass.
+
+    `PRODUCTS` are nearly all of the work, and a part of the memory that activations take; results are the same to the
+    last bit. As in Korthikanti et al., 2022, "Reducing Activation Recomputation in Large Transformer Models".
     """
     # Autocast casts a weight once per forward pass, though a layer runs for each group of conversations, and casts it
     # anew in each part of the backward pass: such casts are no part of what is compared.
-    SAC_IGNORED_OPS.add(torch.ops.aten._to_copy.default)
-    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, save_products)}
+    SAC_IGNORED_OPS.add(aten._to_copy.default)
+    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
 
 
-def save_products(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
+def keep_products(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
     """The policy of `selective_checkpointing_kwargs`, asked for each operation."""
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
-    return CheckpointPolicy.MUST_SAVE if operation in products else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,159 @@
+"""What the model costs at full depth: floating-point operations and memory, counted on tensors without values.
+
+The model is built on the `meta` device and trains or evaluates there. Every operation runs with its real shapes, so
+that the counts are those of a real step; only attention is taken to be a GPU's kernel, which keeps no scores.
+
+    from self1e.apps.costs import evaluation_cost, training_cost
+    training_cost("2B", "selective")    # one micro-batch of the recipe: 5 images x 3 conversations of 309 tokens
+    evaluation_cost("2B", sentences=7)  # one image
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from self1e.model import inference
+from self1e.model.batch import IGNORE_INDEX, Packed, pack
+from self1e.model.config import Self1EConfig
+from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
+from self1e.training.adapters import adapt
+
+# LLM of the published sizes (width, layers, heads, key/value heads, MLP width) over InternViT-300M.
+SIZES = {"1B": (896, 24, 14, 2, 4864), "2B": (1536, 28, 12, 2, 8960), "8B": (3584, 28, 28, 4, 18944)}
+IMAGE_TOKEN, SEG_TOKEN, VOCABULARY = 151667, 151674, 151676
+TEXT, ANSWER = 53, 5  # tokens of a conversation beside its image, and of them the supervised ones
+PHOTO = (480, 640)  # pixels of a mask, as most of COCO
+CHECKPOINTING: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "selective": selective_checkpointing_kwargs(),
+    "full": {"use_reentrant": False},
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """flops: of all passes, recomputation included. weights: their bytes. activations: the most bytes of all other
+    tensors that are in memory together; gradients of weights are left out, for DeepSpeed has them elsewhere."""
+
+    flops: int
+    weights: int
+    activations: int
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are in memory together, those of `known` left out; `most` is their peak."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.most = 0
+        self.alive = {x.untyped_storage()._cdata for x in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self.alive:
+                size = x.untyped_storage().nbytes()
+                self.alive.add(key)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(x.untyped_storage(), self._drop, key, size)
+        return out
+
+    def _drop(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+def build(size: str) -> Self1EForSegmentation:
+    """The full method at a published size, in bfloat16, without values."""
+    width, layers, heads, kv_heads, mlp = SIZES[size]
+    llm = {"model_type": "qwen2", "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp}
+    llm |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY}
+    vit = {"model_type": "internvl_vision", "hidden_size": 1024, "num_hidden_layers": 24, "image_size": [448, 448]}
+    vit |= {"num_attention_heads": 16, "intermediate_size": 4096, "patch_size": [14, 14], "attention_bias": True}
+    ids = {"image_token_id": IMAGE_TOKEN, "seg_token_id": SEG_TOKEN}
+    config = Self1EConfig(text_config=llm, vision_config=vit, drop_path_rate=0.1, **ids)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        return Self1EForSegmentation(config).to(torch.bfloat16)  # type: ignore[arg-type]  # the library's `to`
+
+
+def conversations_of(model: Self1EForSegmentation, images: int, each: int, tiles: int) -> tuple[dict, Packed]:
+    """Texts of `images * each` conversations with one `[SEG]`, as a batch in host memory, and the same packed."""
+    tokens, count = tiles * model.config.tile_tokens, images * each
+    ids = torch.full((count, tokens + TEXT), 100)
+    ids[:, 1 : 1 + tokens], ids[:, -3] = IMAGE_TOKEN, SEG_TOKEN
+    labels = ids.clone()
+    labels[:, :-ANSWER] = IGNORE_INDEX
+    grids, row_image = [(1, tiles)] * images, [index // each for index in range(count)]
+    side = model.config.tile_size
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.empty(images * tiles, 3, side, side, device="meta"),
+        "tile_grids": torch.tensor(grids),
+        "row_image": torch.tensor(row_image),
+    }
+    special = {"image_token_id": IMAGE_TOKEN, "seg_token_id": SEG_TOKEN, "tile_tokens": model.config.tile_tokens}
+    return batch, pack(ids, None, labels, grids=grids, row_image=row_image, **special)
+
+
+def training_cost(
+    size: str, checkpointing: str = "none", *, images: int = 5, conversations: int = 3, tiles: int = 1
+) -> Cost:
+    """Forward and backward pass of a micro-batch by the recipe: adapters on both towers, head and embeddings whole.
+
+    checkpointing: a key of `CHECKPOINTING`. conversations: about each image.
+    """
+    model = build(size)
+    with torch.device("meta"):
+        adapt(model, llm_lora=True, vision_lora=True, optimize_vision=True)
+    model.to(torch.bfloat16).train()  # type: ignore[arg-type]
+    kwargs = CHECKPOINTING[checkpointing]
+    if kwargs is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
+    batch, packed = conversations_of(model, images, conversations, tiles)
+    targets = [torch.empty(1, *PHOTO, dtype=torch.uint8, device="meta") for _ in packed.row_image]
+    inputs = {"pixel_values": batch["pixel_values"], "labels": batch["input_ids"], "packed": packed}
+    return count(model, lambda: model(**inputs, mask_targets=targets).loss.backward())
+
+
+def evaluation_cost(size: str, *, sentences: int = 7, tiles: int = 1) -> Cost:
+    """The masks of sentences about one image."""
+    model = build(size).eval()
+    batch, _ = conversations_of(model, 1, sentences, tiles)
+    with patch.object(inference, "check_finite"):  # there are no values
+        return count(model, lambda: inference.masks_of(model, batch, [PHOTO]))
+
+
+def count(model: Self1EForSegmentation, work: Callable[[], object]) -> Cost:
+    """Count twice: the counter of operations keeps tensors that are computed again."""
+    weights = [*model.parameters(), *model.buffers()]
+    with patch.object(F, "scaled_dot_product_attention", fused_attention):
+        with FlopCounterMode(display=False) as operations:
+            work()
+        with Memory(weights) as memory:
+            work()
+    return Cost(operations.get_total_flops(), sum(x.nbytes for x in weights), memory.most)
+
+
+def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Attention by the kernel of a GPU, which keeps no scores; on `meta`, torch itself would choose one that does."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
