@@ -71,8 +71,8 @@ class SegmentationHead(nn.Module):
         """Masks of all conversations of a batch that hold a `[SEG]`.
 
         DeepSpeed's ZeRO-3 treats the head as one unit (`Self1EForSegmentation.set_zero3_leaf`). That works with one
-        call per forward pass, tensors given by position, and a flat tuple of tensors returned; any other form
-        loses gradients without an error.
+        call per forward pass, tensors given by position, and a flat tuple of tensors returned, as many on every rank;
+        other forms lose gradients without an error, or stop with one about the order of modules.
 
         Args:
             v1: (T, L, L, C), what the LLM was given.
@@ -81,8 +81,8 @@ class SegmentationHead(nn.Module):
             seg: (m, C), the LLM's normalised states one position before each of their `[SEG]`s.
 
         Returns:
-            Per conversation mask logits (queries, h, w); then, but for `baseline`, whose mask already is the LLM's
-            own, per conversation auxiliary logits (queries, h, w).
+            The mask logits of all conversations in one dimension, as `by_conversation` takes them; then, but for
+            `baseline`, whose mask already is the LLM's own, the auxiliary logits.
         """
         v1, vhq, img, query = self.project(v1, vhq, img, seg)
         features = self.features
@@ -98,7 +98,7 @@ class SegmentationHead(nn.Module):
             masks.append(self.logits(features(stitch_tiles(v1[image], grid), stitch_tiles(vhq[image], grid), own), s))
             side = self.auxiliary(own)
             auxiliary += [] if side is None else [self.logits(side, s)]
-        return *masks, *auxiliary
+        return tuple(torch.cat([x.flatten() for x in logits]) for logits in (masks, auxiliary) if logits)
 
     def project(self, v1: Tensor, vhq: Tensor, img: Tensor, seg: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What happens to each token by itself, once for all images and conversations; gives v1, vhq, img, query."""
@@ -115,6 +115,17 @@ class SegmentationHead(nn.Module):
     def logits(self, features: Tensor, query: Tensor) -> Tensor:
         """Scaled dot products: (1, h, w, C), (k, C) -> (k, h, w)."""
         return einsum(rearrange(features, "1 h w c -> h w c"), query, "h w c, k c -> k h w") * self.scale
+
+
+def by_conversation(logits: Tensor, conversations: Sequence[Masked]) -> list[Tensor]:
+    """What the head returns, as one tensor per conversation: (cells of all,) -> (queries, h, w) each."""
+    tiles = [queries * math.prod(grid) for _, grid, queries in conversations]
+    side = math.isqrt(len(logits) // sum(tiles))  # cells of a tile
+    parts = logits.split([count * side**2 for count in tiles])
+    return [
+        rearrange(part, "(k h w) -> k h w", k=queries, h=grid[0] * side)
+        for part, (_, grid, queries) in zip(parts, conversations)
+    ]
 
 
 class ReplicationHead(SegmentationHead):

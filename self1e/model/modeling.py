@@ -28,7 +28,7 @@ from self1e.model.attention import perception_mask
 from self1e.model.batch import Grid, Group, Packed, as_grids, pack
 from self1e.model.config import Self1EConfig
 from self1e.model.grids import REPLICATIONS, compress
-from self1e.model.head import HEADS, INITIAL_STD, Masked, SegmentationHead
+from self1e.model.head import HEADS, INITIAL_STD, Masked, SegmentationHead, by_conversation
 from self1e.model.inference import InferenceMixin
 from self1e.model.losses import mask_losses
 from self1e.model.weights import load_checkpoint
@@ -218,17 +218,20 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             tokens = rearrange(take(image_features.v1, batch.tiles), "t h w c -> (t h w) c").to(embeds)
             embeds = embeds.index_copy(0, batch.image.to(embeds.device), tokens)
         states = self.run_llm(embeds, batch, **kwargs)  # P C, normalised
-        logits = self.run_head(states, image_features, batch) if with_masks and image_features is not None else ()
-        masks, auxiliary = self.by_conversation(logits, batch, states)
+        masks, auxiliary, total = None, None, None
+        if with_masks:
+            masks, auxiliary, total = self.predict_masks(states, image_features, batch)
+        elif with_images:
+            masks = self.with_empty_masks([], batch)
         losses = {} if labels is None else {"ce": self.text_loss(states, batch)}
         if mask_targets is not None:
-            use_auxiliary = self.config.auxiliary_loss and auxiliary is not None
-            losses |= mask_losses([masks, auxiliary] if use_auxiliary else [masks], mask_targets)
-        output = Self1EOutput(losses=losses or None, mask_logits=masks if with_images else None)
+            kinds = [masks, auxiliary] if self.config.auxiliary_loss and auxiliary is not None else [masks]
+            losses |= mask_losses(kinds, mask_targets)
+        output = Self1EOutput(losses=losses or None, mask_logits=masks)
         if losses:
             output.loss = self.weigh(losses, states.device)
-            if self.training and logits:  # every rank reaches every weight of the head in every backward pass
-                output.loss = output.loss + 0.0 * torch.stack([x.sum() for x in logits]).sum().to(output.loss)
+            if self.training and total is not None:  # so that every backward pass reaches every weight of the head
+                output.loss = output.loss + 0.0 * total.to(output.loss)
         return output
 
     def pack(
@@ -306,10 +309,12 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         logits = self.lm_head(take(states, batch.text)).float()
         return F.cross_entropy(logits, batch.text_labels.to(logits.device))
 
-    def run_head(self, states: Tensor, features: ImageFeatures, batch: Packed) -> tuple[Tensor, ...]:
-        """What the head returns for the conversations with a `[SEG]`: (P, C), ... -> logits (n_seg, ., .).
+    def predict_masks(
+        self, states: Tensor, features: ImageFeatures, batch: Packed
+    ) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
+        """Run the head: (P, C), ... -> mask logits and auxiliary logits per conversation (n_seg, h, w), and their sum.
 
-        Without any, it runs on one token, so that every rank calls it once in a training pass.
+        Without any `[SEG]` it runs on one token, so that every rank calls it once in a training pass.
         """
         v1, vhq, side = features.v1, features.vhq, self.config.tile_side
         assert vhq is not None, "the images were encoded without masks in mind"
@@ -317,24 +322,20 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         asked = [Masked(first[i], batch.grids[i], n) for i, n in zip(batch.row_image, batch.n_seg) if n]
         img, seg = take(states, batch.seg_image), take(states, batch.seg)
         if not asked:
-            asked, side, img, seg = [Masked(0, (1, 1), 1)], 1, states[:1], states[:1]
+            side, img, seg = 1, states[:1], states[:1]
             v1, vhq = v1[:1, :1, :1], vhq[:1, : self.config.ratio, : self.config.ratio]
         img = rearrange(img, "(t h w) c -> t h w c", h=side, w=side)
-        return self.segmentation_head(v1, vhq, img, seg, asked)
+        logits = self.segmentation_head(v1, vhq, img, seg, asked or [Masked(0, (1, 1), 1)])
+        found = [by_conversation(x, asked) if asked else [] for x in logits]
+        masks, *auxiliary = [self.with_empty_masks(x, batch) for x in found]
+        return masks, auxiliary[0] if auxiliary else None, torch.stack([x.sum() for x in logits]).sum()
 
-    def by_conversation(
-        self, logits: tuple[Tensor, ...], batch: Packed, states: Tensor
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Mask and auxiliary logits of all conversations, (0, h, w) where one has no `[SEG]`."""
-        cells, count = self.config.tile_side * self.segmentation_head.upsampling, sum(n > 0 for n in batch.n_seg)
-        empty = [states.new_zeros(0, *(cells * n for n in batch.grids[image])) for image in batch.row_image]
-
-        def spread(found: Sequence[Tensor]) -> list[Tensor]:
-            following = iter(found)
-            return [next(following) if n else none for n, none in zip(batch.n_seg, empty)]
-
-        masks, auxiliary = logits[:count], logits[count:]
-        return spread(masks), spread(auxiliary) if count and auxiliary else None
+    def with_empty_masks(self, masks: Sequence[Tensor], batch: Packed) -> list[Tensor]:
+        """Those of conversations with a `[SEG]` in the order of all, (0, h, w) for the others."""
+        following, cells = iter(masks), self.config.tile_side * self.segmentation_head.upsampling
+        sizes = [(0, *(cells * n for n in batch.grids[image])) for image in batch.row_image]
+        empty = torch.zeros(0, dtype=self.dtype, device=self.device)
+        return [next(following) if n else empty.view(size) for n, size in zip(batch.n_seg, sizes)]
 
     def weigh(self, losses: dict[str, Tensor], device: torch.device) -> Tensor:
         """The weighted sum of the losses. Raises ValueError for a loss that the configuration gives no weight."""
