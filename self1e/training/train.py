@@ -20,7 +20,7 @@ from self1e import distributed
 from self1e.data.families import DataConfig
 from self1e.data.loader import Encode, build_mixture
 from self1e.data.mixture import Mixture
-from self1e.data.paths import require_paths
+from self1e.data.paths import missing, require_paths
 from self1e.data.splits import get_splits, load_split, split_paths
 from self1e.errors import UserError
 from self1e.evaluation.results import Stopped
@@ -52,24 +52,25 @@ def run(args: Namespace) -> int:
     """Train and evaluate, or evaluate alone; returns the exit code."""
     if distributed.is_main():
         check_writable(args.run_dir)
-    if args.eval_only:
-        evaluate(args)
-        return 0
-    alone = checkpoints.alone_in(args.run_dir) if distributed.is_main() else contextlib.nullcontext()
+    trains = not args.eval_only
+    alone = checkpoints.alone_in(args.run_dir) if trains and distributed.is_main() else contextlib.nullcontext()
     with StopRequest() as stop, alone:
         if distributed.is_main():
             mark_requeue(args.run_dir, False)
-        finished = train(args, stop)
+        finished = not trains or train(args, stop)
         gc.collect()  # the trained model goes before the evaluation loads its own
+        if finished and trains and not args.no_eval:
+            args.splits, args.model_weights = args.final_splits, None
+            args.version = str(args.run_dir / "ckpt_model")
+        present = [name for name in args.splits if not missing(split_paths([name], args.dataset_dir))]
+        if finished and not args.no_eval and (present or not trains):  # a training without any split's data is done
+            finished = evaluate(args, stop, skip_missing=trains or args.eval_all_datasets)
         if not finished:
             if distributed.is_main():
                 mark_requeue(args.run_dir)
-            distributed.say(f"stopped by {stop.signal or 'a request to another rank'}; continue with --auto_resume")
+            how = "continue with --auto_resume" if trains else "the same command continues"
+            distributed.say(f"stopped by {stop.signal or 'a request to another rank'}; {how}")
             return REQUEUE
-        if not args.no_eval:
-            args.splits, args.model_weights = args.final_splits, None
-            args.version = str(args.run_dir / "ckpt_model")
-            evaluate(args, skip_missing=True)
     return 0
 
 
@@ -290,15 +291,14 @@ def evaluation_options(args: Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
-    """Evaluate `args.splits` and write `<run_dir>/eval`.
+def evaluate(args: Namespace, stop: StopRequest, *, skip_missing: bool) -> bool:
+    """Evaluate `args.splits` and write `<run_dir>/eval`; returns whether it came to its end before a request to stop.
 
     Weights: `--model_weights`, else `<run_dir>/ckpt_model` if it is there, else the head inside `--version`.
     """
     trained = args.run_dir / "ckpt_model"
     if args.model_weights is None and trained.is_dir():
         args.version = str(trained)
-    skip_missing = args.eval_all_datasets if skip_missing is None else skip_missing
     if not skip_missing:
         require_paths(split_paths(args.splits, args.dataset_dir))  # before a model is loaded
     processor = Self1EProcessor.from_pretrained(args.version)
@@ -314,16 +314,21 @@ def evaluate(args: Namespace, *, skip_missing: bool | None = None) -> None:
             "or name trained weights with --model_weights"
         )
     distributed.say(f"evaluating {args.model_weights or args.version} on {', '.join(args.splits)}")
-    evaluate_splits(
-        model,
-        processor,
-        args.splits,
-        output_dir=args.run_dir / "eval",
-        visualize=args.eval_visualize,
-        skip_missing=skip_missing,
-        weights=weights_identity(args.version, args.model_weights),
-        overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
-        **evaluation_options(args),
-    )
+    try:
+        evaluate_splits(
+            model,
+            processor,
+            args.splits,
+            output_dir=args.run_dir / "eval",
+            visualize=args.eval_visualize,
+            skip_missing=skip_missing,
+            weights=weights_identity(args.version, args.model_weights),
+            overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
+            asked_to_stop=lambda: stop.signal is not None,
+            **evaluation_options(args),
+        )
+    except Stopped:
+        return False
     if args.version == str(trained) and distributed.is_main():
         write_card(trained)  # with the table
+    return True
