@@ -14,7 +14,8 @@ from PIL import Image
 BAR = re.compile(r"\s*\d+%\|.*\|\s*[\d.]+/[\d.]+ \[.*")
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators=1"]
 OURS = re.compile(
-    r"parameters, thousands|LLM |lm_head |ViT |projector |segmentation head |total |samples on disk: |an epoch: |"
+    r"trained for |parameters, thousands|LLM |lm_head |ViT |projector |segmentation head |total |samples on disk: |"
+    r"an epoch: |"
     r"starting anew|step \d|saved |warning: the run has |never reaches its peak|--grad_accumulation_steps|$"
 )
 
@@ -40,7 +41,7 @@ def run(command, cwd: Path) -> subprocess.CompletedProcess:
 def test_a_program_that_succeeds_has_no_errors_to_tell(line, version, tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     done = run([sys.executable, "-m", "self1e", *line.format(version=version).split()], tmp_path)
-    assert done.stderr == "" and done.stdout.count("\n") == 1
+    assert done.stderr == "" and 1 <= done.stdout.count("\n") <= 2
 
 
 @pytest.mark.parametrize("launcher", [[sys.executable], LAUNCHER], ids=["python", "deepspeed"])
