@@ -1,8 +1,8 @@
-"""Dual perception pathways (paper, section 3.3): what each token may see in a row that holds a `[SEG]`.
+"""Dual perception pathways (paper, section 3.3): what each token may see in a conversation with a `[SEG]`.
 
-A pathway is one rule: may query q of row b see key k? It answers for the causal past, too, so that a pathway can
+A pathway is one rule: may query q of conversation b see key k? It answers for the causal past, too, so that it can
 forbid as well as add. Those of the paper add: image tokens see more, every other query stays causal. Two things hold
-under any pathway: padding is never seen, and rows without `[SEG]`, and generation, are plain causal. The library
+under any pathway: padding is never seen; conversations without `[SEG]`, and generation, are plain causal. The library
 builds the mask for eager, SDPA and FlexAttention from the rule alone.
 
 To add a pathway, add one function to `PATHWAYS`. Each token must see itself: a query without any key has no attention
@@ -16,19 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-# Row, head, query and key, as 0-d index tensors -> bool, True where the query sees the key.
+# Conversation, head, query and key, as 0-d index tensors -> bool, True where the query sees the key.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# Image tokens and `[SEG]` tokens, (rows, N) bool each -> the rule for these rows.
+# Image tokens and `[SEG]` tokens, (R, N) bool each -> the rule for these conversations.
 Pathway = Callable[[Tensor, Tensor], Rule]
 
 
 def image_to_image(is_image: Tensor, is_seg: Tensor) -> Rule:
-    """Image tokens see every image token of their row."""
+    """Image tokens see every image token of their conversation."""
     return lambda b, head, q, k: (k <= q) | (is_image[b, q] & is_image[b, k])
 
 
 def image_to_image_and_seg(is_image: Tensor, is_seg: Tensor) -> Rule:
-    """Image tokens see every image token and every `[SEG]` of their row."""
+    """Image tokens see every image token and every `[SEG]` of their conversation."""
     seen = is_image | is_seg
     return lambda b, head, q, k: (k <= q) | (is_image[b, q] & seen[b, k])
 
@@ -51,10 +51,10 @@ def perception_mask(
     Args:
         pathway: a key of `PATHWAYS`.
         config: the LLM's configuration; its attention implementation decides the mask's format.
-        embeds: (rows, N, C), for size, dtype and device.
-        padding_mask: (rows, N), 1 at tokens; None without padding, so that the host need not wait for the
+        embeds: (R, N, C), for size, dtype and device.
+        padding_mask: (R, N), 1 at tokens; None without padding, so that the host need not wait for the
             GPU.
-        is_image, is_seg: (rows, N) bool, image tokens and `[SEG]` tokens.
+        is_image, is_seg: (R, N) bool, image tokens and `[SEG]` tokens.
     """
     make_rule = PATHWAYS[pathway]
     if make_rule is None:

@@ -279,10 +279,10 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         options = {name: value for name, value in kwargs.items() if name not in ("use_cache", "return_dict")}
         ids, padding = (x.to(embeds.device) for x in (batch.ids, batch.padding))
         for group, part in batch.split():
-            rows = rearrange(embeds[part], "(r n) c -> r n c", n=group.length)
-            mask = self.attention_mask_of(rows, ids[part], padding[part], group)
+            inputs = rearrange(embeds[part], "(r n) c -> r n c", n=group.length)
+            mask = self.attention_mask_of(inputs, ids[part], padding[part], group)
             with without_dynamic_rope(llm.rotary_emb, group.length):
-                out = llm(inputs_embeds=rows, attention_mask=mask, use_cache=False, **options)
+                out = llm(inputs_embeds=inputs, attention_mask=mask, use_cache=False, **options)
             states.append(out.last_hidden_state.flatten(0, 1))
         return torch.cat(states)
 

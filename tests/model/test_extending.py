@@ -5,8 +5,10 @@ import torch
 from helpers import noise
 
 from self1e.model.attention import PATHWAYS, perception_mask
+from self1e.model.config import LOSS_WEIGHTS
 from self1e.model.grids import REPLICATIONS, replicate_tile
 from self1e.model.head import HEADS, SegmentationHead
+from self1e.model.losses import MASK_LOSSES
 from self1e.training.args import make_parser
 
 
@@ -76,6 +78,18 @@ def test_a_new_variant_trains_and_segments(extension, variant, load_tiny, tiny_p
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert getattr(again.config, flag) == value and again.trained_head
+
+
+def test_a_new_loss_needs_its_function_and_its_weight(monkeypatch, load_tiny, tiny_processor):
+    monkeypatch.setitem(MASK_LOSSES, "mask_size", lambda x, t: (x.sigmoid().mean((1, 2)) - t.mean((1, 2))).abs())
+    mask = torch.ones(1, 9, 9, dtype=torch.uint8)
+    batch = tiny_processor([noise(56, 56)], [[["<image>\nthe cat", "[SEG]."]]], [[mask]])
+    with pytest.raises(ValueError, match="no weight for the loss mask_size"):
+        load_tiny()(**batch)
+    monkeypatch.setitem(LOSS_WEIGHTS, "mask_size", 3.0)
+    out = load_tiny()(**batch)
+    plain = sum(load_tiny().config.loss_weights[name] * x for name, x in out.losses.items() if name != "mask_size")
+    torch.testing.assert_close(out.loss, plain + 3 * out.losses["mask_size"])
 
 
 @torch.no_grad()
