@@ -73,8 +73,8 @@ class Memory(TorchDispatchMode):
         self.now -= size
 
 
-def build(size: str) -> Self1EForSegmentation:
-    """The full method at a published size, in bfloat16, without values."""
+def configuration(size: str) -> Self1EConfig:
+    """The full method at a published size, a key of `SIZES`."""
     width, layers, heads, kv_heads, mlp = SIZES[size]
     llm = {"model_type": "qwen2", "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp}
     llm |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY}
@@ -83,6 +83,12 @@ def build(size: str) -> Self1EForSegmentation:
     ids = {"image_token_id": IMAGE_TOKEN, "seg_token_id": SEG_TOKEN}
     config = Self1EConfig(text_config=llm, vision_config=vit, drop_path_rate=0.1, **ids)
     config._attn_implementation = "sdpa"
+    return config
+
+
+def build(size: str) -> Self1EForSegmentation:
+    """The full method at a published size, in bfloat16, without values."""
+    config = configuration(size)
     with torch.device("meta"):
         return Self1EForSegmentation(config).to(torch.bfloat16)  # type: ignore[arg-type]  # the library's `to`
 
