@@ -15,6 +15,7 @@ Exit code: 0; 1 when something is wrong; 2 for wrong arguments.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections import Counter
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -34,15 +36,14 @@ from self1e import Self1EProcessor
 from self1e.data.families import FAMILIES, DataConfig, SetChoice
 from self1e.data.paths import missing
 from self1e.data.samples import EvalSplit, SampleError, TrainingSet, check_sample, check_texts
-from self1e.data.sets.custom import CustomData, CustomSplit
-from self1e.data.sets.custom_source import find_source, write_parts
+from self1e.data.sets.custom import CustomData, CustomSplit, find_source
 from self1e.data.splits import SPLITS, load_split, split_paths
 from self1e.data.totals import completeness
 from self1e.errors import UserError
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.base import Answer, MissingFile, Question, VQABenchmark
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
-from self1e.files import check_writable_file
+from self1e.files import check_writable_file, read_json, write_json, write_text
 from self1e.model import prompts
 from self1e.visualize import grid, overlay, panel
 
@@ -85,7 +86,7 @@ class Source:
     name: str
     records: int = 0
     photos: int = 0
-    read: Callable[[int], Record | None] | None = None
+    read: Callable[[int], Record | None] = lambda number: None
     problems: Sequence[str] = ()
     totals: str = "-"
 
@@ -130,9 +131,9 @@ def read_unit(data: EvalSplit, number: int) -> Record:
     return Record(f"{data.name}/{unit.image_id}", image, conversations, problems)
 
 
-def question_source(name: str, benchmark: VQABenchmark, questions: list[Question], data_dir: Path) -> Source:
-    """A benchmark's questions, and what is wrong with the files that it is scored with."""
-    problems = []
+def question_source(name: str, benchmark: VQABenchmark, data_dir: Path) -> Source:
+    """A benchmark's questions, and what is wrong with the files that it is scored with. Raises MissingFile."""
+    questions, problems = benchmark.questions(data_dir), []
     if benchmark.metric is not None:
         try:
             benchmark.metric([Answer(question, "") for question in questions], data_dir)  # reads its files
@@ -157,12 +158,6 @@ def training_sets() -> Iterator[tuple[str, type[TrainingSet]]]:
         yield from family.sets.items()
 
 
-def present(training_set: type[TrainingSet], dataset_dir: Path, data_dir: Path) -> bool:
-    """Whether a user has a set: its first path is there or, where that is a file of a set with masks, its folder."""
-    own = training_set.paths(dataset_dir, data_dir)[0]
-    return own.exists() or (own.suffix != "" and training_set.segmentation and own.parent.is_dir())
-
-
 def is_tree(path: Path) -> bool:
     """Whether a folder holds one of the folders of the sets; those of question sets are another folder's."""
     elsewhere = Path(os.devnull)
@@ -170,42 +165,33 @@ def is_tree(path: Path) -> bool:
     return any((path / each.relative_to(path).parts[0]).is_dir() for each in own if each.is_relative_to(path))
 
 
-def tree_sources(dataset_dir: Path, data_dir: Path, *, allow_outside: bool) -> Iterator[Source | str]:
-    """Training sets, evaluation splits and VQA benchmarks; the bare name of one that is absent."""
+def tree_sources(dataset_dir: Path, data_dir: Path, *, allow_outside: bool) -> Iterator[tuple[str, Callable]]:
+    """(name, function that opens it) of training sets, evaluation splits and VQA benchmarks."""
     config = DataConfig(dataset_dir, data_dir, conversations=ALL, allow_outside=allow_outside)
     for name, training_set in training_sets():
-        if not present(training_set, dataset_dir, data_dir):
-            yield name
-            continue
-        choice = SetChoice(training_set)
-        load = partial(set_source, name, partial(choice.open, config))
-        yield open_source(name, load, choice.paths(dataset_dir, data_dir))
+        yield name, partial(open_training_set, name, SetChoice(training_set), config)
     for name in SPLITS:
-        if missing(split_paths([name], dataset_dir)):
-            yield name
-        else:
-            load_one = partial(load_split, name, dataset_dir, allow_outside=allow_outside)
-            yield open_source(name, partial(set_source, name, load_one))
+        yield name, partial(open_split, name, dataset_dir, allow_outside)
     for name, benchmark in VQA_BENCHMARKS.items():
-        try:
-            questions = benchmark.questions(data_dir)
-        except MissingFile:
-            yield name
-        except UserError as error:
-            yield Source(name, problems=[str(error)])
-        else:
-            yield question_source(name, benchmark, questions, data_dir)
+        yield name, partial(question_source, name, benchmark, data_dir)
 
 
-def open_source(name: str, load: Callable[[], Source], paths: Iterable[Path] = ()) -> Source:
-    """The source, or one that holds nothing but the reason why it cannot be opened."""
-    missing = [f"{path} is missing" for path in paths if not path.exists()]
-    if missing:
-        return Source(name, problems=missing)
-    try:
-        return load()
-    except UserError as error:
-        return Source(name, problems=[str(error)])
+def open_training_set(name: str, choice: SetChoice, config: DataConfig) -> Source:
+    """Raises MissingFile where its first path is not there, nor, for a file of a set with masks, its folder."""
+    paths = choice.paths(config.dataset_dir, config.data_dir)
+    absent = [path for path in paths if not path.exists()]
+    begun = paths[0].suffix and choice.training_set.segmentation and paths[0].parent.is_dir()
+    if paths[0] in absent and not begun:
+        raise MissingFile(name)
+    if absent:
+        return Source(name, problems=[f"{path} is missing" for path in absent])
+    return set_source(name, partial(choice.open, config))
+
+
+def open_split(name: str, dataset_dir: Path, allow_outside: bool) -> Source:
+    if missing(split_paths([name], dataset_dir)):
+        raise MissingFile(name)
+    return set_source(name, partial(load_split, name, dataset_dir, allow_outside=allow_outside))
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -213,11 +199,9 @@ def open_source(name: str, load: Callable[[], Source], paths: Iterable[Path] = (
 
 @dataclass
 class Found:
-    """What one record holds, or sums over many."""
+    """What one record holds, or sums over many. counts: int (3,), sentences, masks, empty masks."""
 
-    sentences: int = 0
-    masks: int = 0
-    empty: int = 0
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(3, int))
     problems: list[str] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
 
@@ -245,7 +229,6 @@ class Checks(Dataset):
         return len(self.numbers)
 
     def __getitem__(self, place: int) -> Found:
-        assert self.source.read is not None  # a source without it has no records
         try:
             record = self.source.read(self.numbers[place])
         except SampleError as error:
@@ -253,14 +236,10 @@ class Checks(Dataset):
         if record is None:
             return Found()
         masks = [mask for _, masks in record.conversations for mask in masks]
+        counts = np.array([len(record.conversations), len(masks), sum(not (mask == 1).any() for mask in masks)])
         problems = [f"{record.id}: {problem}" for problem in dict.fromkeys(self.problems_of(record))]
-        return Found(
-            len(record.conversations),
-            len(masks),
-            sum(not (mask == 1).any() for mask in masks),
-            problems,
-            [picture(self.source.name, record, place)] if place in self.drawn and record.conversations else [],
-        )
+        drawn = place in self.drawn and record.conversations
+        return Found(counts, problems, [picture(self.source.name, record, place)] if drawn else [])
 
     def problems_of(self, record: Record) -> Iterator[str]:
         yield from record.problems
@@ -270,8 +249,7 @@ class Checks(Dataset):
             if len(masks) and masks.shape[1:] != (height, width):
                 size = f"{masks.shape[2]} x {masks.shape[1]}, the photo {width} x {height}"
                 yield f"the mask's size is {size} pixels"
-            tokens = self.tokens(" ".join(turns)) if len(masks) else 0
-            if tokens > room:
+            if len(masks) and (tokens := self.tokens(" ".join(turns))) > room:
                 yield (
                     f"a prompt of about {tokens:,} tokens does not fit --model_max_length {self.max_length}, of which "
                     f"the photo takes {IMAGE_TOKENS}: {turns[0].removeprefix(prompts.IMAGE_TAG).strip()[:60]!r} ..."
@@ -287,9 +265,7 @@ def check(source: Source, *, limit: int | None, samples: int, workers: int, **op
     checks = Checks(source, numbers, drawn, **options)
     loader = DataLoader(checks, batch_size=None, num_workers=workers if count >= IN_WORKERS else 0)
     for found in tqdm(loader, source.name, unit=" records", delay=1, leave=False):
-        total.sentences += found.sentences
-        total.masks += found.masks
-        total.empty += found.empty
+        total.counts += found.counts
         total.problems += found.problems
         total.pictures += found.pictures
     return count, total
@@ -308,22 +284,51 @@ def picture(name: str, record: Record, turn: int) -> Image.Image:
 
 
 def table(reports: list[tuple[Source, int, Found]]) -> str:
+    header = ["set", "read", "photos", "sentences", "masks", "empty", "problems", "of the known total"]
     rows = []
     for source, count, found in reports:
         records = f"{count:,} of {source.records:,}" if count < source.records else f"{count:,}"
-        numbers = source.photos, found.sentences, found.masks, found.empty, len(found.problems)
-        rows.append(
-            [
-                source.name.replace("|", " "),
-                records,
-                *(f"{number:,}" for number in numbers),
-                source.totals.removeprefix("partly: "),
-            ]
-        )
-    header = ["set", "read", "photos", "sentences", "masks", "empty", "problems", "of the known total"]
+        numbers = [f"{number:,}" for number in (source.photos, *found.counts, len(found.problems))]
+        rows.append([source.name.replace("|", " "), records, *numbers, source.totals.removeprefix("partly: ")])
     if all(row[-1] == "-" for row in rows):  # own data
         header, rows = header[:-1], [row[:-1] for row in rows]
     return markdown_table(header, rows)
+
+
+def write_parts(source: Path, share: float) -> None:
+    """Divide own data by photo into files of its format beside it, `_train` and `_val`, and print their names.
+
+    share: of the photos that go to `_val`, chosen at random, the same ones each time.
+    Raises UserError where a file is there already, or a part would be empty.
+    """
+    paths = [source.with_name(f"{source.stem}_{part}{source.suffix}") for part in ("train", "val")]
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path} exists; remove it before a new split")
+    suffix = source.suffix.lower()
+    if suffix == ".json":
+        content = read_json(source, dict)
+        photos = pd.Series([image["file_name"] for image in content["images"]])
+    elif suffix == ".csv":
+        rows = pd.read_csv(source, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig")
+        photos = rows[next(name for name in rows if name.strip().lower() == "image")].str.strip()
+    else:
+        lines = pd.Series([line for line in source.read_text(encoding="utf-8-sig").split("\n") if line.strip()])
+        photos = lines.map(lambda line: str(json.loads(line)["image"]).strip())
+    names = np.array(sorted(set(photos)))
+    count = round(share * len(names))
+    if not 0 < count < len(names):
+        raise UserError(f"--split {share} of {len(names)} photos leaves a part without any")
+    val = photos.isin(np.random.default_rng(0).permutation(names)[:count])
+    for path, part in zip(paths, (~val, val)):
+        if suffix == ".json":
+            images = [image for image, own in zip(content["images"], part) if own]
+            ids = {image["id"] for image in images}
+            annotations = [each for each in content["annotations"] if each["image_id"] in ids]
+            write_json(path, content | {"images": images, "annotations": annotations}, indent=None)
+        else:
+            write_text(path, rows[part].to_csv(index=False) if suffix == ".csv" else "\n".join(lines[part]) + "\n")
+        print(f"{path}: {photos[part].nunique():,} photos")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -366,28 +371,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.samples:
         check_writable_file(args.output)
-    sources: Iterable[Source | str]
+    sources: Iterable[tuple[str, Callable[[], Source]]]
     if args.kind == "tree":
         sources = tree_sources(args.path, args.data_dir, allow_outside=args.allow_outside)
     else:
         load = partial(OwnData, args.path, allow_outside=args.allow_outside)
-        sources = [open_source(str(args.path), partial(set_source, str(args.path), load))]
+        sources = [(str(args.path), partial(set_source, str(args.path), load))]
     tokens = about_tokens
     if args.version:
-        tokenizer = Self1EProcessor.from_pretrained(args.version).tokenizer
-        tokens = partial(count_tokens, tokenizer)
+        tokens = partial(count_tokens, Self1EProcessor.from_pretrained(args.version).tokenizer)
     options = {"limit": args.limit, "samples": args.samples, "workers": args.workers}
     options |= {"max_length": args.model_max_length, "tokens": tokens}
     reports, absent = [], []
-    for source in sources:
-        if isinstance(source, str):
-            absent.append(source)
+    for name, load in sources:
+        try:
+            source = load()
+        except MissingFile:
+            absent.append(name)
             continue
+        except UserError as error:
+            source = Source(name, problems=[str(error)])
         count, found = check(source, **options)
         reports.append((source, count, found))
         if found.problems:
             more = len(found.problems) - LISTED
-            print(f"\n{source.name}:", *found.problems[:LISTED], *[f"and {more:,} more"] * (more > 0), sep="\n  ")
+            print(f"\n{name}:", *found.problems[:LISTED], *[f"and {more:,} more"] * (more > 0), sep="\n  ")
     pictures = [picture for *_, found in reports for picture in found.pictures]
     if not any(count for _, count, _ in reports):
         near = next((path for path in (args.path / "dataset", args.path.absolute().parent) if is_tree(path)), None)
@@ -404,6 +412,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = sum(len(found.problems) for *_, found in reports)
     print(f"problems: {problems:,}" if problems else "no problems found")
     if args.split is not None and not problems:
-        for path, photos in write_parts(find_source(args.path), args.split):
-            print(f"{path}: {photos:,} photos")
+        write_parts(find_source(args.path), args.split)
     return 1 if problems else 0

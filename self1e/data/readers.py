@@ -5,12 +5,11 @@ one UserError that names it and the place in it.
 """
 
 import codecs
-import contextlib
 import json
 import pickle
 import reprlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,34 @@ from self1e.data.tables import Writer
 from self1e.errors import UserError
 
 
-def stream_json(path: Path, prefix: str = "item") -> Iterator[Any]:
-    """Values of a JSON file one by one: "item" means those of the top-level array, "images.item" those of `images`.
+def stream_json(path: Path, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(place, value) of each value of a JSON file's top-level array, or of the array `name` in its object.
 
-    Raises UserError naming the file when it is no UTF-8 JSON.
+    A place is "images[3]", or "record 3 counted from 0". Raises UserError naming the file when it is no UTF-8 JSON.
     """
     try:
         with open(path, "rb") as file:
             if file.read(3) != codecs.BOM_UTF8:
                 file.seek(0)
-            yield from ijson.items(file, prefix, use_float=True)
+            values = ijson.items(file, f"{name}.item" if name else "item", use_float=True)
+            for number, value in enumerate(values):
+                yield f"{name}[{number}]" if name else f"record {number} counted from 0", value
     except (ijson.JSONError, UnicodeDecodeError) as error:
         check_fetched(path)
         raise UserError(f"{path} is not a complete UTF-8 JSON file ({error})") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """("line 3", value) of each line of a JSONL file that is not blank. Raises UserError naming file and line."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"line {number}", json.loads(line)
+    except ValueError as error:  # no JSON, or no UTF-8
+        check_fetched(path)
+        raise UserError(f"{path}, line {number}: no UTF-8 JSONL ({error})") from error
 
 
 def check_fetched(path: Path) -> None:
@@ -46,26 +60,21 @@ def check_fetched(path: Path) -> None:
             raise UserError(f"{path} is a Git LFS pointer: fetch the file itself with `git lfs pull`")
 
 
-@contextlib.contextmanager
-def expected_schema(path: Path, place: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turns a missing key or a value of another type into a UserError that names the file, and the place in it."""
-    try:
-        yield
-    except KeyError as error:
-        message = f"{path}{place()}: key {error} is missing; is this the right file? See {DATASETS}"
-        raise UserError(message) from error
-    except (TypeError, AttributeError) as error:
-        message = f"{path}{place()}: unexpected structure ({error}); is this the right file? See {DATASETS}"
-        raise UserError(message) from error
+def fields(record: Any, place: str, **kinds: type | tuple[type, ...]) -> list[Any]:
+    """The values of a record's fields, in the order of `kinds`, which says their types; a bool is no int.
 
-
-def take(record: Any, key: str, *kinds: type) -> Any:
-    """`record[key]`, of one of `kinds`; a bool is no int. Raises KeyError, or TypeError saying what stands there."""
-    value = record[key]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        expected = " or ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"{key} is {reprlib.repr(value)}, not {expected}")
-    return value
+    Raises UserError that names `place` and every field that is absent or of another type.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: {reprlib.repr(record)} is no object with {', '.join(kinds)}")
+    faults = [
+        f"{name} is {reprlib.repr(record[name])}" if name in record else f"it has no {name}"
+        for name, kind in kinds.items()
+        if name not in record or type(record[name]) not in (kind if isinstance(kind, tuple) else (kind,))
+    ]
+    if faults:
+        raise UserError(f"{place}: {', '.join(faults)}")
+    return [record[name] for name in kinds]
 
 
 class Tally:
@@ -92,36 +101,30 @@ def read_coco(path: Path, out: Writer) -> None:
     `annotation_order`; `owner_ids`, `owner_order` (image of each annotation); meta `categories` [[id, name], ...] and
     `problems`, what contradicts itself in the file.
     """
-    keys, sizes, categories, tally, place = array("q"), {}, [], Tally(), ""
+    keys, sizes, categories, tally = array("q"), {}, [], Tally()
     ids: dict[str, array[int]] = {what: array("q") for what in ("image", "annotation", "owner")}
     out.declare("images", "annotations")
-    with expected_schema(path, lambda: place):
-        for number, image in enumerate(stream_json(path, "images.item")):
-            place = f", images[{number}]"
-            name, height, width = take(image, "file_name", str), take(image, "height", int), take(image, "width", int)
-            out.add("images", [name, height, width])
-            ids["image"].append(take(image, "id", int))
-            keys.append(image_key(name))
-            tally.add("image id that occurs twice" if image["id"] in sizes else None, str(image["id"]))
-            sizes[image["id"]] = height, width
-        for number, annotation in enumerate(stream_json(path, "annotations.item")):
-            place = f", annotations[{number}]"
-            id, category = take(annotation, "id", int), take(annotation, "category_id", int)
-            segmentation = take(annotation, "segmentation", list, dict)
-            out.add("annotations", {"id": id, "category_id": category, "segmentation": segmentation})
-            ids["annotation"].append(id)
-            ids["owner"].append(take(annotation, "image_id", int))
-            size = sizes.get(annotation["image_id"])
-            tally.add(None if size else "annotation of an image that is not among the images", f"annotation {id}")
-            if size:
-                tally.add(contradiction(annotation, *size), f"annotation {id}")
-        for number, category in enumerate(stream_json(path, "categories.item")):
-            place = f", categories[{number}]"
-            categories.append([take(category, "id", int), take(category, "name", str)])
-        place = ""
-        for what, key in ("image", "images"), ("annotation", "annotations"):
-            if not ids[what]:
-                raise KeyError(key)
+    for place, image in stream_json(path, "images"):
+        id, *entry = fields(image, f"{path}, {place}", id=int, file_name=str, height=int, width=int)
+        out.add("images", entry)
+        ids["image"].append(id)
+        keys.append(image_key(entry[0]))
+        tally.add("image id that occurs twice" if id in sizes else None, str(id))
+        sizes[id] = entry[1:]
+    for place, annotation in stream_json(path, "annotations"):
+        kinds = {"id": int, "image_id": int, "category_id": int, "segmentation": (list, dict)}
+        id, owner, category, segmentation = fields(annotation, f"{path}, {place}", **kinds)
+        out.add("annotations", {"id": id, "category_id": category, "segmentation": segmentation})
+        ids["annotation"].append(id)
+        ids["owner"].append(owner)
+        if owner in sizes:
+            tally.add(contradiction(annotation, *sizes[owner]), f"annotation {id}")
+        else:
+            tally.add("annotation of an image that is not among the images", f"annotation {id}")
+    for place, category in stream_json(path, "categories"):
+        categories.append(fields(category, f"{path}, {place}", id=int, name=str))
+    if not ids["image"] or not ids["annotation"]:
+        raise UserError(f"{path} has no images or no annotations; is this the right file? See {DATASETS}")
     out.array("image_keys", keys)
     for what, numbers in ids.items():
         found = np.frombuffer(numbers, np.int64)
@@ -166,8 +169,9 @@ def _text(value: str | bytes) -> str:
         return value.decode("latin-1")
 
 
-def _texts(mapping: dict) -> dict:
-    return {_text(key): value for key, value in mapping.items()}
+def _texts(record: Any) -> Any:
+    """A record with keys that are str."""
+    return {_text(key): value for key, value in record.items()} if isinstance(record, dict) else record
 
 
 def read_refs(path: Path, out: Writer) -> None:
@@ -177,29 +181,25 @@ def read_refs(path: Path, out: Writer) -> None:
     `splits` [[split string, first group, last + 1], ...]. Sentences of R-RefCOCO that are marked as meaning nothing
     (`exist` is false) are a reference of their own, without annotations; Ref-ZOM has its sentences under `raw`.
     """
-    refs = stream_json(path) if path.suffix == ".json" else load_plain_pickle(path)
+    records: Any = stream_json(path)
+    if path.suffix != ".json":
+        records = ((f"record {number} counted from 0", ref) for number, ref in enumerate(load_plain_pickle(path)))
     groups: dict[tuple[str, int], list] = {}
     out.declare("groups")
-    place = ""
-    with expected_schema(path, lambda: place):
-        for number, ref in enumerate(refs):
-            place = f", record {number} counted from 0"
-            ref = _texts(ref)
-            ids = take(ref, "ann_id", int, list, tuple)
-            ids = [ids] if isinstance(ids, int) else list(ids)
-            if not all(type(id) is int for id in ids):
-                raise TypeError(f"ann_id is {reprlib.repr(ids)}")
-            sentences: dict[bool, list] = {True: [], False: []}  # by whether something in the photo is meant
-            for k, sentence in enumerate(map(_texts, take(ref, "sentences", list, tuple))):
-                text = _text(take({"sent": sentence.get("raw")} | sentence, "sent", str, bytes))
-                sent_id = take({"sent_id": k} | sentence, "sent_id", int)
-                sentences[take({"exist": True} | sentence, "exist", bool)].append([sent_id, text])
-            key = _text(take(ref, "split", str, bytes)), take(ref, "image_id", int)
-            found = groups.setdefault(key, [])
-            if sentences[True] or not sentences[False]:
-                found.append([take(ref, "ref_id", int), ids, sentences[True]])
-            if sentences[False]:
-                found.append([take(ref, "ref_id", int), [], sentences[False]])
+    kinds = {"ref_id": int, "image_id": int, "split": (str, bytes), "sentences": (list, tuple)}
+    for place, ref in records:
+        place = f"{path}, {place}"
+        ref_id, image_id, split, found, ids = fields(_texts(ref), place, **kinds, ann_id=(int, list, tuple))
+        sentences: dict[bool, list] = {True: [], False: []}  # by whether something in the photo is meant
+        for k, sentence in enumerate(map(_texts, found)):
+            sentence = {"sent": sentence.get("raw"), "sent_id": k, "exist": True} | sentence
+            sent_id, text, meant = fields(sentence, place, sent_id=int, sent=(str, bytes), exist=bool)
+            sentences[meant].append([sent_id, _text(text)])
+        group = groups.setdefault((_text(split), image_id), [])
+        if sentences[True] or not sentences[False]:
+            group.append([ref_id, [ids] if isinstance(ids, int) else list(ids), sentences[True]])
+        if sentences[False]:
+            group.append([ref_id, [], sentences[False]])
     if not groups:
         raise UserError(f"{path} holds no list of references; is this the right file? See {DATASETS}")
     splits: dict[str, list[int]] = {}
@@ -217,13 +217,11 @@ def read_instructions(path: Path, out: Writer) -> None:
     """LLaVA conversations: table `items` [id, image, [[from, value], ...]], array `image_keys`."""
     keys = array("q")
     out.declare("items")
-    with expected_schema(path, lambda: f", record {len(keys)} counted from 0"):
-        for value in stream_json(path):
-            turns = [
-                [take(turn, "from", str), take(turn, "value", str)] for turn in take(value, "conversations", list)
-            ]
-            out.add("items", [take(value, "id", str, int), take(value, "image", str), turns])
-            keys.append(image_key(value["image"]))
+    for place, value in stream_json(path):
+        place = f"{path}, {place}"
+        id, image, turns = fields(value, place, id=(str, int), image=str, conversations=list)
+        out.add("items", [id, image, [fields(turn, place, **{"from": str, "value": str}) for turn in turns]])
+        keys.append(image_key(image))
     if not keys:
         raise UserError(f"{path} holds no list of conversations; is this the right file? See {DATASETS}")
     out.array("image_keys", keys)
@@ -231,19 +229,12 @@ def read_instructions(path: Path, out: Writer) -> None:
 
 def read_questions(path: Path, out: Writer) -> None:
     """Question lines (.jsonl): table `items` [image, question, answer or null], array `image_keys`."""
-    keys, number = array("q"), 0
+    keys = array("q")
     out.declare("items")
-    try:
-        with open(path, encoding="utf-8-sig") as lines, expected_schema(path, lambda: f", line {number}"):
-            for line in lines:
-                number += 1
-                if not line.strip():
-                    continue
-                value = json.loads(line)
-                answer = take({"answer": None} | value, "answer", str, int, float, bool, type(None))
-                question = take(value, "question", str)
-                out.add("items", [take(value, "image", str), question, None if answer is None else str(answer)])
-                keys.append(image_key(value["image"]))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"{path}, line {number}: no line of UTF-8 JSON ({error})") from error
+    for place, value in json_lines(path):
+        image, question = fields(value, f"{path}, {place}", image=str, question=str)
+        if isinstance(answer := value.get("answer"), (list, dict)):
+            raise UserError(f"{path}, {place}: answer is {reprlib.repr(answer)}")
+        out.add("items", [image, question, None if answer is None else str(answer)])
+        keys.append(image_key(image))
     out.array("image_keys", keys)

@@ -67,7 +67,7 @@ def settings_of(args: Namespace, *, sets: Mapping[str, int], ranks: int) -> dict
     }
     return {
         "run": {
-            "sets": [f"{Path(name).name}: {size}" for name, size in sets.items()],  # own data has its path in its name
+            "sets": [f"{name}: {size}" for name, size in sets.items()],
             "dataset": args.dataset,
             "sample_rates": args.sample_rates,
             "seed": args.seed,

@@ -57,7 +57,7 @@ def test_training_sample(tmp_path):
     source = coco_set(tmp_path, [annotation(k, phrases=[text]) for k, text in enumerate(texts)])
     data = train(source, conversations=3)
     sample = read(data)
-    assert sample.id == f"custom|{source}/a.jpg" and sample.image.size == (W, H)
+    assert sample.id == "custom|train.json/a.jpg" and sample.image.size == (W, H)
     assert [m.shape for m in sample.masks] == [(1, H, W)] * 3 and all(m.dtype == np.uint8 for m in sample.masks)
     assert [answer.count("[SEG]") for _, answer in sample.conversations] == [1] * 3
     drawn = {tuple(map(tuple, read(data, seed=seed).conversations)) for seed in range(9)}

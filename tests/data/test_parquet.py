@@ -1,7 +1,6 @@
 """Parquet sets, written on the spot: forms of masks and photos, rows of one photo, faults, an evaluation."""
 
 import io
-import json
 
 import datasets
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from self1e.data.samples import SampleError
-from self1e.data.sets.parquet import READY, describe
+from self1e.data.sets.parquet import NOTE, READY
 from self1e.data.splits import load_split
 from self1e.errors import UserError
 from self1e.evaluation.segmentation.run import evaluate_splits
@@ -20,9 +19,6 @@ from self1e.evaluation.segmentation.run import evaluate_splits
 WIDTH, HEIGHT = 30, 20
 MASK = np.zeros((HEIGHT, WIDTH), bool)
 MASK[4:10, 5:25] = True
-POLYGON = [5.0, 4.0, 25.0, 4.0, 25.0, 10.0, 5.0, 10.0]
-FLAT = MASK.T.reshape(-1)
-RUNS = np.diff([0, *np.flatnonzero(np.diff(FLAT)) + 1, FLAT.size]).tolist()  # column by column, background first
 
 
 @pytest.fixture(autouse=True)
@@ -46,43 +42,32 @@ def write(path, rows):
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [
-        MASK.tolist(),
-        (MASK * 255).tolist(),
-        png(MASK.astype(np.uint8) * 255),
-        {"bytes": png(MASK), "path": "mask.png"},
-        {"size": [HEIGHT, WIDTH], "counts": RUNS},
-        [POLYGON],
-    ],
-)
-def test_every_form_of_a_mask_is_the_same_mask(tmp_path, cell):
+@pytest.mark.parametrize("kind", ["rows", "integers", "bytes", "the hub's"])
+def test_every_form_of_a_mask_is_the_same_mask(tmp_path, kind):
+    cells = MASK.tolist(), (MASK * 255).tolist(), png(MASK.astype(np.uint8) * 255), {"bytes": png(MASK), "path": "m"}
+    cell = dict(zip(["rows", "integers", "bytes", "the hub's"], cells))[kind]
     write(tmp_path / "data/test-00000-of-00001.parquet", [{"image": photo(), "text": "the bar", "mask": cell}])
     image, masks = load_split(f"parquet|{tmp_path}/data|test", "nowhere")[0].load()
     assert image.size == (WIDTH, HEIGHT) and masks.dtype == np.uint8 and np.array_equal(masks, MASK[None])
 
 
-@pytest.mark.parametrize("cell", ["x", [[True], [True, False]], {"size": [2, 2], "counts": [9]}, b"no picture"])
+@pytest.mark.parametrize("cell", ["x", [[True], [True, False]], [[True]], b"no picture"])
 def test_anything_else_is_refused(tmp_path, cell):
     write(tmp_path / "test.parquet", [{"image": photo(), "text": "it", "mask": cell}])
     with pytest.raises(SampleError, match=r"test\.parquet\|test/0"):
         load_split(f"parquet|{tmp_path}/test.parquet|test", "nowhere")[0].load()
 
 
-def test_rows_of_one_photo_are_together_and_columns_have_any_name(tmp_path):
+def test_rows_of_one_photo_are_together(tmp_path):
     rows = [
-        {"picture": photo(k % 2), "question": text, "target": MASK.tolist(), "image_id": 7 + k % 2, "ann_id": k}
+        {"image": photo(k % 2), "text": text, "mask": MASK.tolist(), "image_id": 7 + k % 2, "ann_id": k, "size": 3}
         for k, text in enumerate([["Which one rolls?", "it"], ["a bar"], ["the Bar"]])
     ]
     write(tmp_path / "set/test/0.parquet", rows[:2])
     write(tmp_path / "set/test/1.parquet", rows[2:])
     write(tmp_path / "set/train/0.parquet", rows)
-    columns = {"image": "picture", "text": "question", "mask": "target", "photo": "image_id", "id": "ann_id"}
-    description = {"source": str(tmp_path / "set"), "columns": columns, "note": "mine"}
-    (tmp_path / "set.yaml").write_text(json.dumps(description))
-    split = load_split(f"parquet|{tmp_path}/set.yaml|test", "nowhere")
-    assert [image.image_id for image in split] == ["7", "8"] and split.note == "mine" and len(split.image_keys()) == 2
+    split = load_split(f"parquet|{tmp_path}/set|test", "nowhere")
+    assert [image.image_id for image in split] == ["7", "8"] and len(split.image_keys()) == 2
     assert split[0].unit_ids == ["7/0", "7/0#1", "7/2"] and split[0].load()[1].shape == (3, HEIGHT, WIDTH)
     assert split[0].is_sentence == [True, False, False]
 
@@ -101,16 +86,10 @@ def test_photos_beside_the_file_are_turned_with_their_mask(tmp_path):
         split[1].load()
 
 
-def test_ready_sets_are_described():
-    for name in READY:
-        assert describe(name).source.count("/") == 1 and "ignored" in describe(name).note
-
-
 @pytest.mark.parametrize(
     "name, words",
     [
         ("parquet|x", "parquet.SOURCE.SPLIT"),
-        ("parquet|{folder}/odd.yaml|test", "odd.yaml does not describe"),
         ("parquet|{folder}/set|val", "split 'val'.*set"),
         ("parquet|{folder}/set|test", "no column 'image', 'text'; known: mask"),
         ("parquet|{folder}/broken.parquet|test", "broken.parquet"),
@@ -120,16 +99,15 @@ def test_ready_sets_are_described():
 def test_faults_are_named(tmp_path, name, words):
     write(tmp_path / "set/test.parquet", [{"mask": None}])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    (tmp_path / "odd.yaml").write_text("{source: x, colour: red}")
     with pytest.raises(UserError, match=words):
         load_split(name.format(folder=tmp_path), "nowhere")
 
 
-def test_a_parquet_split_is_evaluated_with_its_note(tmp_path, tiny_processor, load_tiny):
+def test_a_ready_set_is_evaluated_with_its_note(tmp_path, tiny_processor, load_tiny, monkeypatch):
     rows = [{"image": photo(k), "text": f"thing {k}", "mask": MASK.tolist()} for k in range(3)]
     write(tmp_path / "set/test.parquet", rows)
-    (tmp_path / "set.yaml").write_text(json.dumps({"source": str(tmp_path / "set"), "note": "masks are bars"}))
-    name = f"parquet|{tmp_path / 'set.yaml'}|test"
+    monkeypatch.setitem(READY, "reasonseg_test", str(tmp_path / "set"))
+    name = "parquet|reasonseg_test|test"
     options = {"dataset_dir": "nowhere", "output_dir": tmp_path / "out", "workers": 2}
     figures = evaluate_splits(load_tiny(), tiny_processor, [name], **options)[name]
-    assert figures["n"] == 3 and figures["note"] == "masks are bars" and figures["protocol"] == "lisa"
+    assert figures["n"] == 3 and figures["note"] == NOTE and figures["protocol"] == "lisa"

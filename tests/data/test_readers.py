@@ -49,9 +49,9 @@ def test_streaming_equals_the_standard_parser(tmp_path_factory, items, bom, esca
     path = tmp_path_factory.mktemp("json") / "x.json"
     text = json.dumps({"before": [1], "items": items}, ensure_ascii=escaped)
     path.write_text(text, encoding="utf-8-sig" if bom else "utf-8")
-    assert list(stream_json(path, "items.item")) == items
+    assert [value for _, value in stream_json(path, "items")] == items
     path.write_text(json.dumps(items), encoding="utf-8")
-    assert list(stream_json(path)) == items
+    assert [value for _, value in stream_json(path)] == items
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2", '{"a": [1}', "[1 2]", '["é', "version https://git-lfs.github.com/spec"])

@@ -90,7 +90,7 @@ def test_mapillary_names_and_schema(tmp_path):
     )
     assert sorted(asked(make(tmp_path, "mapillary"))) == ["rail track", "road"]
     write_json(config, {"labels": [{"name": "Road"}]})
-    with pytest.raises(UserError, match="config_v2.0.json: key 'readable' is missing.*docs/data.md"):
+    with pytest.raises(UserError, match="config_v2.0.json: it has no readable"):
         make(tmp_path, "mapillary")
 
 

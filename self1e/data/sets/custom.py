@@ -14,41 +14,200 @@ One sentence on several annotations of a photo means all of them: its mask is th
 asked as it is; all else is a phrase, lower-cased ("the red car").
 """
 
+import csv
+import json
 import logging
 import os
+import reprlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from self1e.data.masks import decode_segmentation, load_label_map
-from self1e.data.paths import inside
+from self1e.data.masks import contradiction, decode_segmentation, load_label_map
+from self1e.data.paths import OWN_DATA, inside, list_names
+from self1e.data.readers import Tally, check_fetched, fields, json_lines, stream_json
 from self1e.data.samples import SampleError, image_keys
-from self1e.data.sets.custom_source import HELP, find_source, read_source
 from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSet, ExpressionSplit
-from self1e.data.tables import open_tables
+from self1e.data.tables import Writer, open_tables
 from self1e.errors import UserError
 from self1e.model.prompts import looks_like_sentence
 
 log = logging.getLogger(__name__)
 NAME = "custom"
+COLUMNS = ("image", "mask", "prompt")
+SENTENCES = ("captions", "phrases", "caption", "phrase")
+SUFFIXES = (".json", ".csv", ".jsonl")
 LISTED = 50  # problems in one error message
 
 
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+class Target(NamedTuple):
+    """One mask of a photo and the sentences that mean it.
+
+    image: the photo's name in the file. size: [height, width] that a COCO-style JSON states
+    mask:  an annotation of a COCO-style JSON, else {"file", "value"}
+    place: where it stands in the file, such as "line 7"
+    """
+
+    image: str
+    size: list[int] | None
+    sentences: list[str]
+    mask: dict[str, Any]
+    place: str
+
+
+def read_source(path: Path, out: Writer) -> None:
+    """Table `photos`: [name, [height, width] or null, [[sentences, mask, place], ...]] of each photo that has a
+    sentence, in file order; meta `faulty`, "<place>: <what>" of each record that is left out, and `problems`, what
+    contradicts itself.
+
+    Raises UserError where the file as a whole is of another form.
+    """
+    faulty: list[str] = []
+    tally = Tally()
+    photos: dict[str, tuple[list[int] | None, list[str]]] = {}
+    for image, size, sentences, mask, place in (_annotations if path.suffix.lower() == ".json" else _rows)(
+        path, faulty
+    ):
+        if size is not None:
+            tally.add(contradiction(mask, *size), place)
+            mask = {"segmentation": mask["segmentation"]}
+        # As text, which takes a fifth of the memory.
+        photos.setdefault(image, (size, []))[1].append(json.dumps([sentences, mask, place]))
+    out.declare("photos")
+    for name, (size, targets) in photos.items():
+        out.add("photos", [name, size, [json.loads(target) for target in targets]])
+    out.meta["faulty"], out.meta["problems"] = faulty, tally.lines()
+
+
+@contextmanager
+def _noting(faulty: list[str]) -> Iterator[None]:
+    """Notes what is wrong with a record instead of raising it, so that all faults of a file are named at once."""
+    try:
+        yield
+    except UserError as error:
+        faulty.append(str(error))
+
+
+def _rows(path: Path, faulty: list[str]) -> Iterator[Target]:
+    """The rows of a CSV or JSONL."""
+    for place, row in _csv_rows(path) if path.suffix.lower() == ".csv" else json_lines(path):
+        with _noting(faulty):
+            if not isinstance(row, dict) or None in row:
+                raise UserError(f"{place}: not one value for each column; quote a prompt that holds a comma")
+            cells = {name: "" if row.get(name) is None else str(row[name]).strip() for name in (*COLUMNS, "value")}
+            empty = [f"{name} is empty" for name in COLUMNS if not cells[name]]
+            if empty:
+                raise UserError(f"{place}: {', '.join(empty)}")
+            image, mask, prompt, value = cells.values()
+            number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
+            if number and not number.isdecimal():
+                raise UserError(f"{place}: value {value!r:.80} is no whole number of a pixel")
+            yield Target(image, None, [prompt], {"file": mask, "value": int(number) if number else None}, place)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    check_fetched(path)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, skipinitialspace=True, strict=True)
+            header = [name.strip() for name in rows.fieldnames or []]
+            rows.fieldnames = [name.lower() for name in header]
+            absent = [name for name in COLUMNS if name not in rows.fieldnames]
+            if absent:
+                raise UserError(
+                    f"{path}, line 1: no column {', '.join(absent)}; found {', '.join(header) or 'nothing':.200}; "
+                    f"expected {','.join(COLUMNS)} and, if wanted, value, separated by commas ({OWN_DATA})"
+                )
+            for row in rows:
+                yield f"line {rows.line_num}", row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no UTF-8 CSV ({error}); save it as one") from error
+
+
+def _annotations(path: Path, faulty: list[str]) -> Iterator[Target]:
+    """The annotations of a COCO-style JSON; the file is read once for each of its three lists, never held whole."""
+    images: dict[int | str, tuple[str, list[int]]] = {}
+    categories: dict[int | str, str] = {}
+    found = 0
+    for place, record in stream_json(path, "images"):
+        with _noting(faulty):
+            id, name, *size = fields(record, place, id=(int, str), file_name=str, height=int, width=int)
+            if id in images:
+                raise UserError(f"{place}: id {id!r} occurs twice")
+            if min(size) < 1:
+                raise UserError(f"{place}: height and width are {size[0]} and {size[1]}")
+            images[id] = name, size
+    for place, record in stream_json(path, "categories"):
+        with _noting(faulty):
+            id, name = fields(record, place, id=(int, str), name=str)
+            categories[id] = name.strip()
+    for place, record in stream_json(path, "annotations"):
+        found += 1
+        with _noting(faulty):
+            image_id, segmentation = fields(record, place, image_id=(int, str), segmentation=(list, dict))
+            if image_id not in images:
+                raise UserError(f"{place}: image_id {image_id!r} is not among the images")
+            if not segmentation and record.get("bbox") and record.get("area"):
+                raise UserError(f"{place}: segmentation is empty beside a bbox and an area; a box is no outline")
+            yield Target(*images[image_id], _sentences(record, categories, place), record, place)
+    if not found or not images and not faulty:
+        raise UserError(f"{path} has no images or no annotations; a COCO-style object was expected ({OWN_DATA})")
+
+
+def _sentences(annotation: dict, categories: dict[int | str, str], place: str) -> list[str]:
+    """The captions and phrases of an annotation or, where it has none, the name of its category."""
+    found: list[str] = []
+    for field in SENTENCES:
+        value = annotation.get(field) or []
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"{place}: {field} is {reprlib.repr(value)}, neither a sentence nor a list of sentences")
+        found += [text.strip() for text in texts]
+    category = annotation.get("category_id")
+    if not found and not categories.get(category):
+        raise UserError(f"{place}: neither captions nor phrases, and category {reprlib.repr(category)} has no name")
+    return found or [categories[category]]
+
+
+def find_source(path: str | Path) -> Path:
+    """The file that `path` is or, a folder, holds; a path that does not exist comes back as it is.
+
+    Raises UserError when it is of another kind, or a folder that holds no CSV or several of them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in list_names(path, ".csv")]
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found[:5]) or "none"
+            raise UserError(f"{path} should hold one .csv, found {names}; name a {', '.join(SUFFIXES)} ({OWN_DATA})")
+        return found[0]
+    if path.exists() and path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: expected a {', '.join(SUFFIXES)}, or a folder with one .csv ({OWN_DATA})")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ sets
+
+
 class CustomData(ExpressionData):
-    """The photos of one source that have sentences, in file order; `name` is "custom|<path>".
+    """The photos of one source that have sentences, in file order; `name` is "custom|<file name>".
 
-    A target is the number of a mask among those of its photo.
+    A target is (number of a mask among those of its photo, its place in the file).
 
-    faulty:   "<place>: <what>" of the records that are left out; training and evaluation refuse them
-    absent:   the same of masks read so far that do not hold the value that their record asks for, and so are empty
+    faulty: "<place>: <what>" of the records that are left out; training and evaluation refuse them
+    absent: the same of masks read so far that do not hold the value that their record asks for, and so are empty
     """
 
     def __init__(self, path: str | Path, *, allow_outside: bool = False):
-        self.name = f"{NAME}|{path}"
         self.source = find_source(path)
+        self.name = f"{NAME}|{self.source.name}"
         self.allow_outside = allow_outside
         tables = open_tables(self.source, read_source)
         self._photos = tables.records("photos")
@@ -66,32 +225,27 @@ class CustomData(ExpressionData):
             self._last = item, self._photos[item]
         return self._last[1]
 
-    def check(self) -> None:
+    def check(self) -> "CustomData":
         """Raise one UserError that names every faulty record, and every photo and mask file that is not on disk."""
         faults = dict.fromkeys(self.faulty)
-        files = {}
+        met = set()
         for item in tqdm(range(len(self)), f"files of {self.source.name}", delay=2, leave=False):
-            for name, below, place in self._files(item):
-                files.setdefault((name, below), place)
-        for (name, below), place in files.items():
-            try:
-                self._find(name, below, place)
-            except SampleError as error:
-                faults[str(error)] = None
+            photo, _, targets = self._record(item)
+            masks = [(mask["file"], "masks", f"{place}: mask") for _, mask, place in targets if "file" in mask]
+            for name, below, id in [(photo, "images", f"{targets[0][2]}: image"), *masks]:
+                if (name, below) not in met:
+                    met.add((name, below))
+                    try:
+                        self._find(name, below, id)
+                    except SampleError as error:
+                        faults[str(error)] = None
         if faults:
             more = [f"and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
             lines = "\n  ".join([*list(faults)[:LISTED], *more])
-            raise UserError(f"{self.source}, problems: {len(faults)} ({HELP}):\n  {lines}")
+            raise UserError(f"{self.source}, problems: {len(faults)} ({OWN_DATA}):\n  {lines}")
         if not len(self):
             raise UserError(f"{self.source} holds no photo with a sentence")
-
-    def _files(self, item: int) -> Iterator[tuple[str, str, str]]:
-        """(name, folder below the source's, where it is named) of a photo and of its mask files."""
-        name, _, targets = self._record(item)
-        yield name, "images", f"{targets[0][2]}: image"
-        for _, mask, place in targets:
-            if "file" in mask:
-                yield mask["file"], "masks", f"{place}: mask"
+        return self
 
     def _find(self, name: str, below: str, id: str) -> Path:
         """Where a file is: beside the source or in the folder `below`. Raises SampleError where it is not."""
@@ -115,25 +269,25 @@ class CustomData(ExpressionData):
 
     def expressions(self, item: int) -> list[Expression]:
         """Sentences that are asked in the same words are one. Which of them mean nothing only their masks know."""
-        found: dict[str, tuple[str, list[int]]] = {}
-        for number, (sentences, _, _) in enumerate(self._record(item)[2]):
+        found: dict[str, tuple[str, list]] = {}
+        for number, (sentences, _, place) in enumerate(self._record(item)[2]):
             for text in sentences:
                 asked = text if looks_like_sentence(text) else text.lower()
-                found.setdefault(asked, (text, []))[1].append(number)
+                found.setdefault(asked, (text, []))[1].append((number, place))
         return [
-            Expression(text, numbers, str(k), looks_like_sentence(text))
-            for k, (text, numbers) in enumerate(found.values())
+            Expression(text, targets, str(k), looks_like_sentence(text))
+            for k, (text, targets) in enumerate(found.values())
         ]
 
     def photo(self, item: int, id: str) -> Path:
         return self._find(self.file_name(item), "images", f"{self._record(item)[2][0][2]}: image")
 
-    def where(self, target: int) -> str:
-        return self._record(self._last[0])[2][target][2]
+    def where(self, target: tuple[int, str]) -> str:
+        return target[1]
 
-    def mask(self, item: int, target: int, id: str) -> np.ndarray:
+    def mask(self, item: int, target: tuple[int, str], id: str) -> np.ndarray:
         _, size, targets = self._record(item)
-        _, mask, place = targets[target]
+        _, mask, place = targets[target[0]]
         if size is not None:
             try:
                 return decode_segmentation(mask["segmentation"], *size)
@@ -151,7 +305,7 @@ class CustomData(ExpressionData):
 
 
 class CustomSet(ExpressionSet):
-    """Training photos of one source; a conversation is one sentence."""
+    """Training photos of one source; a conversation is one sentence. `name` holds no folder, which may change."""
 
     name = NAME
 
@@ -164,10 +318,8 @@ class CustomSet(ExpressionSet):
         allow_outside: bool = False,
         source: str | Path,
     ):
-        data = CustomData(source, allow_outside=allow_outside)
-        data.check()
-        super().__init__(data, conversations=conversations)
-        self.name = data.name
+        super().__init__(CustomData(source, allow_outside=allow_outside).check(), conversations=conversations)
+        self.name = self.data.name
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path, source: str | Path = "") -> list[Path]:
@@ -178,9 +330,7 @@ class CustomSplit(ExpressionSplit):
     """One source for evaluation; `name` is "custom|<path>", a unit is one sentence."""
 
     def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
-        data = CustomData(name.removeprefix(f"{NAME}|"), allow_outside=allow_outside)
-        data.check()
-        super().__init__(name, data)
+        super().__init__(name, CustomData(name.removeprefix(f"{NAME}|"), allow_outside=allow_outside).check())
 
     @staticmethod
     def paths(name: str, dataset_dir: Path) -> list[Path]:

@@ -1,27 +1,26 @@
 """Evaluation of sets that exist as Parquet files, on disk or on the hub: the split "parquet|<source>|<split>".
 
-    parquet|reasonseg_val|test            an entry of READY
-    parquet|mine/shards|val               a folder of Parquet files (or one file) with the columns image, text, mask
-    parquet|USER/NAME|test                the same of a data set on the hub
-    parquet|mine/set.yaml|val             a description with the fields of `ParquetSet`
+    parquet|reasonseg_val|test      an entry of READY
+    parquet|mine/shards|val         a folder of Parquet files, or one file
+    parquet|USER/NAME|test          a data set on the hub
 
-A row is a photo with a text (or several) and the mask that is meant. `datasets` reads the files, and copies them into
-its cache once (HF_DATASETS_CACHE), from which they are memory-mapped:  pip install "self1e[parquet]"
+A row is a photo (`image`) with a text or several (`text`) and the mask that is meant (`mask`: an array of rows, or a
+PNG). Rows with one `image_id`, where there is such a column, are about one photo, and `ann_id` names a row. `datasets`
+reads the files, and copies them into its cache once (HF_DATASETS_CACHE), from which they are memory-mapped:
+pip install "self1e[parquet]"
 """
 
 import io
 import logging
 import sys
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
-from self1e.data.masks import decode_segmentation, load_label_map, orient
+from self1e.data.masks import load_label_map, orient
 from self1e.data.paths import inside
 from self1e.data.samples import EvalImage, EvalSplit, SampleError, image_keys, load_oriented
 from self1e.data.sets.expressions import unique
@@ -32,43 +31,10 @@ if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger(__name__)
-COLUMNS = ("image", "text", "mask", "photo", "id")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParquetSet:
-    """Where a set is, and what its columns are called.
-
-    source:  folder, Parquet file or hub id; a relative path is one below the working folder
-    columns: `image`, `text`, `mask` under the set's own names, each by default under this one; also `photo`, whose
-             equal values mark rows about one photo, and `id`, the row's own name
-    note:    what a reader of the figures must know; it stands in the results
-    """
-
-    source: str
-    columns: dict[str, str] = field(default_factory=dict)
-    note: str = ""
-
-
-_OURS = {"photo": "image_id", "id": "ann_id"}
-_NOTE = "pixels that ReasonSeg marks as ignored are target in this copy, so its figures are not those of ReasonSeg"
+COLUMNS, OPTIONAL = ("image", "text", "mask"), ("image_id", "ann_id")
 # Sets whose columns and split names their authors' evaluation code reads.
-READY = {
-    "reasonseg_val": ParquetSet(source="Ricky06662/ReasonSeg_val", columns=_OURS, note=_NOTE),
-    "reasonseg_test": ParquetSet(source="Ricky06662/ReasonSeg_test", columns=_OURS, note=_NOTE),
-}
-
-
-def describe(source: str) -> ParquetSet:
-    """The set that the middle part of a split's name means. Raises UserError for a faulty description."""
-    if not source.endswith((".yaml", ".yml")):
-        return READY.get(source) or ParquetSet(source=source)
-    try:
-        described = ParquetSet(**yaml.safe_load(Path(source).read_text(encoding="utf-8")))
-        check_known("unknown column", described.columns, COLUMNS)
-    except (OSError, yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{source} does not describe a Parquet set by source, columns and note ({error})") from error
-    return described
+READY = {"reasonseg_val": "Ricky06662/ReasonSeg_val", "reasonseg_test": "Ricky06662/ReasonSeg_test"}
+NOTE = "pixels that ReasonSeg marks as ignored are target in this copy, so its figures are not those of ReasonSeg"
 
 
 def open_rows(source: str, split: str) -> "datasets.Dataset":
@@ -94,9 +60,11 @@ def open_rows(source: str, split: str) -> "datasets.Dataset":
         rows = builder.as_dataset(split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"cannot open the split {split!r} of the Parquet set {source}: {error}") from error
-    pictures = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-    for name in pictures:
-        rows = rows.cast_column(name, datasets.Image(decode=False))
+    check_known(f"{source} has no column", COLUMNS, rows.column_names)
+    rows = rows.select_columns([name for name in rows.column_names if name in COLUMNS + OPTIONAL])
+    for name, kind in rows.features.items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows
 
 
@@ -105,15 +73,11 @@ class ParquetSplit(EvalSplit):
 
     def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
         source, split = _parts(name)
-        self.name, self.allow_outside, self.set = name, allow_outside, describe(source)
-        self.note = self.set.note
-        self.columns = {column: column for column in ("image", "text", "mask")} | self.set.columns
-        rows = open_rows(self.set.source, split)
-        check_known(f"{self.set.source} has no column", self.columns.values(), rows.column_names)
-        self.rows = rows.select_columns([*dict.fromkeys(self.columns.values())])
-        names = self.rows[self.columns["photo"]] if "photo" in self.columns else range(len(rows))
+        self.note = NOTE if source in READY else ""
+        self.name, self.allow_outside, self.source = name, allow_outside, READY.get(source, source)
+        self.rows = open_rows(self.source, split)
         groups: dict[str, list[int]] = {}
-        for row, photo in enumerate(names):
+        for row, photo in enumerate(self._column("image_id")):
             groups.setdefault(str(photo), []).append(row)
         self.photos = list(groups.items())
 
@@ -121,7 +85,11 @@ class ParquetSplit(EvalSplit):
     def paths(name: str, dataset_dir: Path) -> list[Path]:
         """A path that is given must exist; what the hub holds is found when the split is read."""
         source, _ = _parts(name)
-        return [Path(source)] if source.endswith((".yaml", ".yml", ".parquet")) or source.count("/") > 1 else []
+        return [Path(source)] if source.endswith(".parquet") or source.count("/") > 1 else []
+
+    def _column(self, name: str) -> Any:
+        """A column or, where there is none, the numbers of the rows."""
+        return self.rows[name] if name in self.rows.column_names else range(len(self.rows))
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -129,20 +97,16 @@ class ParquetSplit(EvalSplit):
     def image_keys(self) -> np.ndarray:
         return image_keys(photo for photo, _ in self.photos)
 
-    def _texts(self, row: int) -> list[str]:
-        text = self.rows[self.columns["text"]][row]
-        return text if isinstance(text, list) else [text]
-
     def read(self, item: int) -> EvalImage:
         photo, rows = self.photos[item]
-        texts = {row: self._texts(row) for row in rows}
-        ids = {row: self.rows[self.columns["id"]][row] if "id" in self.columns else row for row in rows}
+        cells = {row: self.rows["text"][row] for row in rows}
+        texts = {row: [cell] if isinstance(cell, str) else cell for row, cell in cells.items()}
         sentences = [text for row in rows for text in texts[row]]
         return EvalImage(
             image_id=photo,
             sentences=sentences,
             is_sentence=[looks_like_sentence(text) for text in sentences],
-            unit_ids=unique([f"{photo}/{ids[row]}" for row in rows for _ in texts[row]]),
+            unit_ids=unique([f"{photo}/{self._column('ann_id')[row]}" for row in rows for _ in texts[row]]),
             no_target=[False] * len(sentences),
             lower=False,
             load=partial(self._load, photo, {row: len(texts[row]) for row in rows}),
@@ -152,20 +116,26 @@ class ParquetSplit(EvalSplit):
         """The photo and the masks (n, H, W) of its rows, each as often as the row has texts."""
         id = f"{self.name}/{photo}"
         cells = [self.rows[row] for row in rows]
-        image, orientation = load_oriented(self._file(cells[0][self.columns["image"]], id), id)
-        stored = image.size if orientation < 5 else image.size[::-1]
+        image, orientation = load_oriented(self._file(cells[0]["image"], id), id)
         masks = []
         for cell, (row, count) in zip(cells, rows.items()):
-            try:
-                mask = read_mask(cell[self.columns["mask"]], stored[1], stored[0], id)
-            except ValueError as error:
-                raise SampleError(id, f"row {row}: malformed mask ({error})") from error
-            mask = orient(mask, image, orientation)
+            mask = orient(self._mask(cell["mask"], f"{id}, row {row}"), image, orientation)
             if mask.shape != (image.height, image.width):
                 sizes = f"{mask.shape[1]} x {mask.shape[0]}, the photo {image.width} x {image.height}"
                 raise SampleError(id, f"row {row}: the mask's size is {sizes} pixels")
             masks += [mask] * count
         return image, np.stack(masks)
+
+    def _mask(self, cell: Any, id: str) -> np.ndarray:
+        """A mask's cell: an array of rows, or a PNG as `_file` takes it -> uint8 {0, 1} (H, W)."""
+        if isinstance(cell, list):
+            try:
+                labels = np.array(cell)
+            except ValueError as error:  # rows of different lengths
+                raise SampleError(id, f"malformed mask ({error})") from error
+        else:
+            labels = load_label_map(self._file(cell, id), id)
+        return (labels > 0).astype(np.uint8)
 
     def _file(self, cell: Any, id: str) -> Path | io.BytesIO:
         """A picture's cell: bytes, the hub's {bytes, path}, or a path beside the Parquet files."""
@@ -173,28 +143,11 @@ class ParquetSplit(EvalSplit):
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, bytes):
             return io.BytesIO(cell)
-        place = Path(self.set.source)
+        place = Path(self.source)
         try:
             return inside(place if place.is_dir() else place.parent, str(cell), allow_outside=self.allow_outside)
         except UserError as error:
             raise SampleError(id, str(error)) from error
-
-
-def read_mask(cell: Any, height: int, width: int, id: str) -> np.ndarray:
-    """One cell of a mask column -> uint8 {0, 1} (H, W).
-
-    A cell is an array of rows (bool, or integers of which 0 is background), a PNG (bytes, or the hub's {bytes, path}),
-    COCO's RLE, or polygons, which fill `height` x `width`; None is an empty mask. Raises ValueError for anything else.
-    """
-    if isinstance(cell, dict) and "bytes" in cell:
-        cell = cell["bytes"]
-    if isinstance(cell, bytes):
-        return (load_label_map(io.BytesIO(cell), id) > 0).astype(np.uint8)
-    if isinstance(cell, list) and len(cell) == height and all(isinstance(row, list) for row in cell):
-        rows = np.array(cell, dtype=object if len({len(row) for row in cell}) > 1 else None)
-        if rows.dtype.kind in "biu" and rows.ndim == 2:
-            return (rows > 0).astype(np.uint8)
-    return decode_segmentation([] if cell is None else cell, height, width)
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from self1e.data.masks import paint_shapes
 from self1e.data.paths import list_names
-from self1e.data.readers import expected_schema, take
+from self1e.data.readers import fields
 from self1e.data.samples import EvalImage, EvalSplit, Sample, SampleError, TrainingSet, draw, image_keys, load_image
-from self1e.errors import check_known
+from self1e.errors import UserError, check_known
 from self1e.files import read_json
 from self1e.model import prompts
 
@@ -51,14 +51,12 @@ class ReasonPhotos:
             except UnicodeDecodeError:
                 text = raw.decode("cp1252")
             record = json.loads(text)
-            texts, shapes = take(record, "text", list), take(record, "shapes", list)
-            if not all(isinstance(text, str) for text in texts):
-                raise TypeError("text is no list of strings")
-            return texts, bool(take(record, "is_sentence", bool, int)), shapes
-        except KeyError as error:
-            raise SampleError(id, f"{path}: key {error} is missing") from error
-        except (OSError, ValueError, TypeError) as error:
+            texts, is_sentence, shapes = fields(record, str(path), text=list, is_sentence=(bool, int), shapes=list)
+        except UserError as error:
+            raise SampleError(id, str(error)) from error
+        except (OSError, ValueError) as error:
             raise SampleError(id, f"cannot read {path}: {error}") from error
+        return texts, bool(is_sentence), shapes
 
     def load(self, item: int, shapes: list[dict]) -> tuple[Image.Image, np.ndarray]:
         """Photo and uint8 (1, H, W) mask, 255 = ignored, drawn in the oriented photo's frame. Raises SampleError."""
@@ -144,8 +142,7 @@ def _explanation_file(dataset_dir: Path) -> Path:
 
 def _explanations(dataset_dir: Path) -> dict[str, str]:
     path = _explanation_file(dataset_dir)
-    with expected_schema(path):
-        return {take(record, "image", str): take(record, "outputs", str) for record in read_json(path, list)}
+    return dict(fields(record, str(path), image=str, outputs=str) for record in read_json(path, list))
 
 
 def split_names(splits: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from self1e.data.coco import CocoIndex
 from self1e.data.masks import IGNORED, load_label_map, orient
 from self1e.data.paths import list_names
-from self1e.data.readers import expected_schema, take
+from self1e.data.readers import fields
 from self1e.data.samples import PhotoFolder, Sample, SampleError, TrainingSet, draw, image_keys, load_oriented
 from self1e.files import read_json
 from self1e.model import prompts
@@ -110,9 +110,8 @@ class Mapillary(LabelMapSet):
 
     def read_names(self, dataset_dir: Path) -> list[str]:
         path = self.paths(dataset_dir, dataset_dir)[2]
-        config = read_json(path, dict)
-        with expected_schema(path):
-            return [take(label, "readable", str) for label in take(config, "labels", list)]
+        (labels,) = fields(read_json(path, dict), str(path), labels=list)
+        return [fields(label, str(path), readable=str)[0] for label in labels]
 
 
 class PartSet(TrainingSet):
