@@ -1,4 +1,4 @@
-"""What a step costs at full depth, counted without values; the table is in docs/memory.md."""
+"""What a step costs at full depth, counted without values; the table is in docs/training.md."""
 
 import pytest
 
