@@ -1,4 +1,4 @@
-"""Every bash and Python block of the README and of docs/ runs as pasted, in a folder where all it names is there in small.
+"""Every bash and Python block of the README and of docs/ runs as pasted, where all that it names is there in small.
 
 The folder links to the project's programs. Hub ids are folders in it: `OpenGVLab/InternVL3-2B` a tiny base, and
 `UltraDoughnut/SELF1E` a tiny checkpoint of the published layout. `runs/X` is a trained and evaluated run, unless the
