@@ -9,6 +9,7 @@ from self1e.data.masks import decode_segmentation
 from self1e.data.readers import read_coco
 from self1e.data.samples import SampleError
 from self1e.data.tables import open_tables
+from self1e.errors import UserError
 
 
 class CocoIndex:
@@ -33,11 +34,11 @@ class CocoIndex:
         return ids
 
     def image_numbers(self, image_ids: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Number of each image id. Raises KeyError for an unknown one."""
+        """Number of each image id. Raises UserError for an unknown one."""
         places = np.searchsorted(self._image_ids, image_ids)
         found = np.append(self._image_ids, np.iinfo(np.int64).min)[places] == image_ids
         if not found.all():
-            raise KeyError(f"image id {np.asarray(image_ids)[~found][0]}")
+            raise UserError(f"{self.path} has no image id {np.asarray(image_ids)[~found][0]}")
         return self._image_order[places]
 
     def image(self, number: int) -> tuple[str, int, int]:
@@ -46,10 +47,10 @@ class CocoIndex:
         return file_name, height, width
 
     def annotation(self, id: int) -> dict:
-        """{id, category_id, segmentation} of an annotation. Raises KeyError for an unknown id."""
+        """{id, category_id, segmentation} of an annotation. Raises UserError for an unknown id."""
         place = np.searchsorted(self._ids, id)
         if place == len(self._ids) or self._ids[place] != id:
-            raise KeyError(f"annotation id {id}")
+            raise UserError(f"{self.path} has no annotation id {id}")
         return self.annotation_at(self._order[place])
 
     def annotations_of(self, image_id: int) -> np.ndarray:

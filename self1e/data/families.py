@@ -178,8 +178,6 @@ class DataConfig:
             raise TypeError(f"DataConfig.parse takes no {', '.join(sorted(unknown))}")
         flags = cls.flags() | flags
         names = _names(flags["dataset"], FAMILIES, "--dataset")
-        if len(set(names)) < len(names):
-            raise UserError(f"--dataset {flags['dataset']!r} names a family twice; use --sample_rates instead")
         if flags["num_classes_per_sample"] < 1:
             raise UserError(f"--num_classes_per_sample is {flags['num_classes_per_sample']}; expected at least 1")
         families = []
@@ -217,13 +215,11 @@ def _rates(sample_rates: str | None, families: list[str]) -> list[float]:
         return [1.0] * len(families)
     try:
         rates = [float(rate) for rate in sample_rates.split(",")]
-    except ValueError as error:
-        raise UserError(f"--sample_rates {sample_rates!r}: {error}; expected numbers such as 1,1,0.5") from error
-    if any(rate < 0 or not math.isfinite(rate) for rate in rates):
-        raise UserError(f"--sample_rates {sample_rates!r}: rates must be finite and not negative")
-    if len(rates) != len(families):
+    except ValueError:
+        rates = []
+    if len(rates) != len(families) or not all(0 <= rate < math.inf for rate in rates):
         raise UserError(
-            f"--sample_rates {sample_rates!r} holds {len(rates)} rates for the {len(families)} of --dataset "
-            f"({', '.join(families)}); give one each, in that order"
+            f"--sample_rates {sample_rates!r}: expected {len(families)} numbers from 0 on, such as 1,0.5, one for "
+            f"each of --dataset in that order ({', '.join(families)})"
         )
     return rates

@@ -9,6 +9,7 @@ for epoch in range(epochs):
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +70,14 @@ class Encode:
         return encoded | {"id": sample.id, "replaced": sample.replaced}
 
 
-class Collate:
+def collate(encoded: list[dict | AllBroken], *, processor: Any, groups: int) -> dict | AllBroken:
     """Join encoded samples to a batch that also names its samples and the broken ones that they replace."""
-
-    def __init__(self, processor: Any, **options: Any):
-        self.processor, self.options = processor, options
-
-    def __call__(self, encoded: list[dict | AllBroken]) -> dict | AllBroken:
-        for entry in encoded:
-            if isinstance(entry, AllBroken):
-                return entry
-        replaced = [pair for entry in encoded for pair in entry["replaced"]]
-        ids = [entry["id"] for entry in encoded]
-        return dict(self.processor.collate(encoded, **self.options)) | {"ids": ids, "replaced": replaced}
+    for entry in encoded:
+        if isinstance(entry, AllBroken):
+            return entry
+    replaced = [pair for entry in encoded for pair in entry["replaced"]]
+    ids = [entry["id"] for entry in encoded]
+    return dict(processor.collate(encoded, groups=groups)) | {"ids": ids, "replaced": replaced}
 
 
 class Stream(Dataset):
@@ -123,7 +119,7 @@ def make_loader(
     timeout: float = 0,
     groups: int = 2,
 ) -> DataLoader:
-    """This rank's batches of an epoch: what `processor.collate` makes, with `ids` and `replaced` (see `Collate`).
+    """This rank's batches of an epoch: what `processor.collate` makes, with `ids` and `replaced` (see `collate`).
 
     first, stop: take these micro-batches of the epoch alone, as after a resume
     workers:     processes that read and encode; 0: this one does
@@ -134,7 +130,7 @@ def make_loader(
     return Loader(
         Stream(mixture, encode),
         batch_sampler=[places.tolist() for places in plan],
-        collate_fn=Collate(encode.processor, **({} if groups == 2 else {"groups": groups})),
+        collate_fn=partial(collate, processor=encode.processor, groups=groups),
         num_workers=workers,
         timeout=timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),

@@ -12,39 +12,33 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from self1e.data.samples import SampleError
-from self1e.model.photos import decode
+from self1e.model.photos import TURNS, decode
 
-# What each EXIF orientation asks of an array, as Pillow's exif_transpose does to the photo.
-TURNS = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.T,
-    6: lambda a: a.T[:, ::-1],
-    7: lambda a: a[::-1, ::-1].T,
-    8: lambda a: a.T[::-1],
-}
 IGNORED = 255  # value of a pixel that no class or score counts
 
 
 # ------------------------------------------------------------------------------------------------- COCO
 
 
-def check_runs(counts: list | str | bytes, height: int, width: int) -> None:
-    """Raise ValueError unless the runs of an RLE, compressed or not, fill (height, width) exactly.
+def _rle(segmentation: dict, height: int, width: int) -> dict:
+    """Compressed RLE of a compressed or uncompressed one. Raises ValueError unless its runs fill the image exactly.
 
     The library decodes without looking: runs that are cut, too long or negative would give pixels that were never
     written, or write outside the mask.
     """
-    if isinstance(counts, (str, bytes)):
-        runs = _decompress(counts.encode() if isinstance(counts, str) else counts)
-    else:
-        runs = np.asarray(counts)
-        if runs.dtype.kind not in "iu" or runs.ndim != 1:
-            raise ValueError("the runs are no integers")
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if size != [height, width] and size != (height, width):
+        raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
+    if isinstance(counts, str):
+        counts = counts.encode()
+    runs = _decompress(counts) if isinstance(counts, bytes) else np.asarray(counts)
+    if runs.dtype.kind not in "iu" or runs.ndim != 1:
+        raise ValueError("the runs are no integers")
     if (runs < 0).any() or (runs > height * width).any() or int(runs.sum()) != height * width:
         raise ValueError("the runs do not add up to the image")
+    if isinstance(counts, bytes):
+        return {"size": [height, width], "counts": counts}
+    return coco.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
 
 
 def _decompress(counts: bytes) -> np.ndarray:
@@ -70,32 +64,16 @@ def _decompress(counts: bytes) -> np.ndarray:
     return numbers
 
 
-def _rle(segmentation: dict, height: int, width: int) -> dict:
-    """Compressed RLE of a compressed or uncompressed one. Raises ValueError unless its runs fill the image."""
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if size != [height, width] and size != (height, width):
-        raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
-    check_runs(counts, height, width)
-    if isinstance(counts, (str, bytes)):
-        return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-    return coco.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
-
-
-def is_short_part(part: object) -> bool:
-    """Whether a polygon's part is no area: fewer than three points, or half a point too many."""
-    short = isinstance(part, list) and (len(part) < 6 or len(part) % 2 == 1)
-    return short and all(isinstance(number, (int, float)) for number in part)
-
-
 def parts_of(segmentation: list | dict) -> list:
-    """The parts of a COCO segmentation, polygons or RLE, without those that are no area (see `is_short_part`).
+    """The parts of a COCO segmentation, polygons or RLE, without those that are no area: fewer than three points, or
+    half a point too many.
 
     A flat list of numbers is one polygon. Raises ValueError where there are parts and none is an area.
     """
     parts = segmentation
     if isinstance(segmentation, dict) or segmentation and isinstance(segmentation[0], (int, float)):
         parts = [segmentation]
-    good = [part for part in parts if not is_short_part(part)]
+    good = [part for part in parts if not isinstance(part, list) or (len(part) >= 6 and len(part) % 2 == 0)]
     if parts and not good:
         raise ValueError("a polygon needs at least three finite points")
     return good
@@ -244,4 +222,5 @@ def orient(mask: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray
     height, width = mask.shape
     if orientation >= 5 and np.sign(width - height) == np.sign(image.width - image.height) != 0:
         return mask
-    return np.ascontiguousarray(TURNS[orientation](mask))
+    turn = TURNS.get(orientation)
+    return mask if turn is None else np.array(Image.fromarray(mask).transpose(turn))

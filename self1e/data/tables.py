@@ -9,10 +9,10 @@ source's path, size and modification time and of VERSION.
 import hashlib
 import json
 import logging
-import mmap
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,29 +31,26 @@ class Records(Sequence[Any]):
 
     def __init__(self, stem: Path):
         self.stem = stem
-        self._opened: tuple[np.ndarray, mmap.mmap | bytes] | None = None
 
     def __reduce__(self):
         return Records, (self.stem,)
 
-    def _open(self) -> tuple[np.ndarray, mmap.mmap | bytes]:
-        """(offsets, texts)"""
-        if self._opened is None:
-            offsets = np.load(f"{self.stem}.offsets.npy", mmap_mode="r")
-            with open(f"{self.stem}.bin", "rb") as file:
-                # An empty file cannot be mapped.
-                texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if offsets[-1] else b""
-            self._opened = offsets, texts
-        return self._opened
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        return np.load(f"{self.stem}.offsets.npy", mmap_mode="r")
+
+    @cached_property
+    def _texts(self) -> np.ndarray:
+        path = f"{self.stem}.bin"
+        return np.memmap(path, mode="r") if os.path.getsize(path) else np.zeros(0, np.uint8)
 
     def __len__(self) -> int:
-        return len(self._open()[0]) - 1
+        return len(self._offsets) - 1
 
     def __getitem__(self, i: int) -> Any:  # type: ignore[override]  # records are never sliced
         if not 0 <= i < len(self):
             raise IndexError(i)
-        offsets, texts = self._open()
-        return json.loads(texts[offsets[i] : offsets[i + 1]])
+        return json.loads(self._texts[self._offsets[i] : self._offsets[i + 1]].tobytes())
 
 
 class Tables:
@@ -62,9 +59,6 @@ class Tables:
     def __init__(self, folder: Path):
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-
-    def __reduce__(self):
-        return Tables, (self.folder,)
 
     def records(self, name: str) -> Records:
         return Records(self.folder / name)

@@ -70,9 +70,9 @@ def test_coco_look_ups_do_not_depend_on_the_order_of_ids(tmp_path):
     assert coco.annotation(6) == {"id": 6, "category_id": 1, "segmentation": [SQUARE]}
     assert [coco.annotation_at(number)["id"] for number in coco.annotations_of(7)] == [9, 6]
     assert not len(coco.annotations_of(8))
-    with pytest.raises(KeyError, match="image id 8"):
+    with pytest.raises(UserError, match="image id 8"):
         coco.image_numbers([5, 8])
-    with pytest.raises(KeyError, match="annotation id 5"):
+    with pytest.raises(UserError, match="annotation id 5"):
         coco.annotation(5)
 
 

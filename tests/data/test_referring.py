@@ -110,7 +110,7 @@ def test_broken_annotations_and_photos_are_sample_errors(tmp_path):
     referring_set(tmp_path, "refcoco", refs, [annotation(11, 7, [1, 2, 3])], images)
     (tmp_path / "refer_seg/images/mscoco/images/train2014/c.jpg").write_bytes(b"\xff\xd8\xff")
     data = train(tmp_path, "refcoco")
-    for index, cause in enumerate(["annotation 11: malformed", "no 'annotation id 99'", "c.jpg", "no 'image id 10'"]):
+    for index, cause in enumerate(["annotation 11: malformed", "no annotation id 99", "c.jpg", "no image id 10"]):
         with pytest.raises(SampleError, match=cause):
             data.read(index, np.random.default_rng(0))
 

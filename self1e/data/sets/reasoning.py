@@ -93,7 +93,11 @@ class ReasonSeg(TrainingSet):
         self.data = ReasonPhotos(dataset_dir, split_names(splits))
         self.problems = self.data.problems
         self.conversations, self.explanatory = conversations, explanatory
-        self.explanations = _explanations(dataset_dir) if explanatory != -1 else {}
+        self.explanations: dict[str, str] = {}
+        if explanatory != -1:
+            path = _explanation_file(dataset_dir)
+            records = read_json(path, list)
+            self.explanations = dict(fields(record, str(path), image=str, outputs=str) for record in records)
 
     @classmethod
     def paths(cls, dataset_dir: Path, data_dir: Path, splits: str = "train", explanatory: float = -1) -> list[Path]:
@@ -117,11 +121,9 @@ class ReasonSeg(TrainingSet):
         kind = "mask"
         if photo in self.explanations:
             kind = "text" if rng.random() < self.explanatory else ("mask", "both")[rng.integers(2)]
-        conversations, masks = [], []
-        for text in draw(texts, self.conversations, rng):
-            conversations.append(_turns(text, is_sentence, kind, explanation, rng))
-            masks.append(target[:0] if kind == "text" else target)
-        return Sample(f"{self.name}/{photo}", image, conversations, masks)
+        chosen = draw(texts, self.conversations, rng)
+        conversations = [_turns(text, is_sentence, kind, explanation, rng) for text in chosen]
+        return Sample(f"{self.name}/{photo}", image, conversations, [target[: kind != "text"]] * len(chosen))
 
 
 def _turns(text: str, is_sentence: bool, kind: str, explanation: str, rng: np.random.Generator) -> list[str]:
@@ -138,11 +140,6 @@ def _root(dataset_dir: Path) -> Path:
 
 def _explanation_file(dataset_dir: Path) -> Path:
     return _root(dataset_dir) / "explanatory" / "train.json"
-
-
-def _explanations(dataset_dir: Path) -> dict[str, str]:
-    path = _explanation_file(dataset_dir)
-    return dict(fields(record, str(path), image=str, outputs=str) for record in read_json(path, list))
 
 
 def split_names(splits: str) -> list[str]:

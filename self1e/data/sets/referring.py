@@ -62,10 +62,7 @@ class ReferringData(ExpressionData):
         return len(self.image_ids)
 
     def image_keys(self) -> np.ndarray:
-        try:
-            return self.coco.image_keys[self.coco.image_numbers(self.image_ids)]
-        except KeyError as error:
-            raise UserError(f"{self.coco.path} has no {error}, which {self.refs.name} names") from error
+        return self.coco.image_keys[self.coco.image_numbers(self.image_ids)]
 
     def references(self, item: int) -> list[tuple[int, list[int], list[tuple[int, str]]]]:
         """(ref id, annotation ids, [(sentence id, sentence), ...]) of each reference of an image."""
@@ -92,17 +89,18 @@ class ReferringData(ExpressionData):
     def _image(self, item: int) -> tuple[str, int, int]:
         try:
             return self.coco.image(int(self.coco.image_numbers(self.image_ids[item : item + 1])[0]))
-        except KeyError as error:
-            raise SampleError(f"{self.name}/{self.image_ids[item]}", f"{self.coco.path} has no {error}") from error
+        except UserError as error:
+            raise SampleError(f"{self.name}/{self.image_ids[item]}", str(error)) from error
 
     def mask(self, item: int, target: int, id: str) -> np.ndarray:
         _, height, width = self._image(item)
         if target == -1:
             return np.zeros((height, width), np.uint8)
         try:
-            return self.coco.mask(self.coco.annotation(target), height, width, id)
-        except KeyError as error:
-            raise SampleError(id, f"{self.coco.path} has no {error}") from error
+            annotation = self.coco.annotation(target)
+        except UserError as error:
+            raise SampleError(id, str(error)) from error
+        return self.coco.mask(annotation, height, width, id)
 
 
 def _in_split(known: str, split: str, name: str) -> bool:
