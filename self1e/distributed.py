@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from self1e.errors import EXPECTED, UserError
+from self1e.errors import UserError
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
@@ -166,14 +166,12 @@ def run_program(program: Callable[[], int]) -> int:
         if is_main():
             print(f"\n{stop if stop.args else 'interrupted'}", file=sys.stderr)
         code = INTERRUPTED
-    except BrokenPipeError:
-        raise
-    except EXPECTED as error:  # UserError alone, when all that users can meet are
+    except UserError as error:
         if not is_main():
             time.sleep(PATIENCE)
         print(f"\nerror: {error}", file=sys.stderr)
         code = 1
-    except SystemExit:
+    except (SystemExit, BrokenPipeError):
         raise
     except BaseException:
         if not launched():

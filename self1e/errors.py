@@ -7,9 +7,6 @@ class UserError(Exception):
     """A flag, a path, a data file or a checkpoint is wrong: one line that names it and says how to mend it."""
 
 
-EXPECTED = (UserError, ValueError, OSError, ImportError)  # shown as one line until every such raise is a UserError
-
-
 def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raise UserError, `<what> 'x'; known: ...`, for those of `names` that are not among the `known` ones."""
     known = list(known)

@@ -125,17 +125,21 @@ def check_files(source: str, hub: dict[str, Any]) -> None:
     """Look at the files of a checkpoint before the library does, and say which are loaded where that takes long.
 
     Raises UserError for an adapter, for an index of shards that names files outside its folder, and for files that
-    Git LFS has not fetched.
+    are missing or that Git LFS has not fetched.
     """
     if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
         # The library would load it over the weights.
         raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
-    folder = Path(source)
+    folder = Path(source, hub.get("subfolder") or "")
     for index in folder.glob("*.index.json"):
         for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
             if Path(name).name != name:
                 raise UserError(f"{index} names a file outside its folder: {name}")
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name} is missing: fetch all files of the checkpoint")
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if folder.is_dir() and not files:
+        raise UserError(f"{folder} holds no weights: fetch all files of the checkpoint")
     for path in files:
         with open(path, "rb") as file:
             if file.read(23) == b"version https://git-lfs":

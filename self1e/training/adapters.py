@@ -110,12 +110,12 @@ def train_added_tokens(model: PreTrainedModel, first: int) -> None:
     """Freeze embedding and `lm_head` in place, but for the vectors of the tokens from id `first` on.
 
     These become a parameter of their own, so that the optimizer has states for them alone; `merge_added_tokens` writes
-    them back. Tied matrices share them, too. Raises ValueError when the vocabulary ends before `first`.
+    them back. Tied matrices share them, too. Raises UserError when the vocabulary ends before `first`.
     """
     embedding, lm_head = _matrices(model)
     size = embedding.weight.shape[0]
     if not first < size:
-        raise ValueError(f"--trainable_embeddings new: the vocabulary of {size} tokens holds none from {first} on")
+        raise UserError(f"--trainable_embeddings new: the vocabulary of {size} tokens holds none from {first} on")
     added: dict[int, nn.Parameter] = {}  # by matrix
     for module, hook in ((embedding, _embed), (lm_head, _score)):
         matrix = module.weight.requires_grad_(False)
