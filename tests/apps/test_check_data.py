@@ -232,12 +232,6 @@ def test_train_and_val_by_photo(tmp_path, run, name):
         main([str(source), "--split", "0.2"])
 
 
-def test_long_lists_are_cut_and_counted(tmp_path, run):
-    label_map(tmp_path / "m.png", [1])
-    code, _, text = run(table(tmp_path, [(f"{k}.jpg", "m.png", "x") for k in range(12)]))
-    assert code == 1 and len(problems(text)) == 11 and "and 2 more" in text
-
-
 def test_what_cannot_be_opened(tmp_path, run):
     code, _, text = run(table(tmp_path, [], header=("photo", "text")))
     assert code == 1 and "line 1: no column image, mask, prompt; found photo, text" in text

@@ -1,16 +1,18 @@
-"""Own data as COCO-style JSON, CSV or JSONL, for training and evaluation."""
+"""Own data as COCO-style JSON, CSV or JSONL, for training and evaluation, as a family and as splits."""
 
 import json
-import unicodedata
 
 import numpy as np
 import pytest
 from custom_trees import AREA, COLUMNS, OTHER, annotation, coco_set, mask, split, table, targets, train, unit_areas
 from PIL import Image
-from pycocotools import mask as coco
-from trees import SQUARE, H, W, photo, write_json
+from trees import SQUARE, H, W, photo, questions, write_json
 
+from self1e.data.families import DataConfig
+from self1e.data.loader import build_mixture
+from self1e.data.mixture import unpack
 from self1e.data.samples import SampleError
+from self1e.data.splits import DEFAULT_SPLITS, file_stem, get_splits, load_split
 from self1e.errors import UserError
 from self1e.model import prompts
 
@@ -74,24 +76,6 @@ def test_lists_of_the_file_in_any_order_and_ids_of_any_kind(tmp_path):
     assert unit_areas(split(source)[0]) == {"x": AREA, "cat": AREA}
 
 
-def test_segmentations_of_every_kind(tmp_path):
-    rle = coco.frPyObjects([SQUARE], H, W)[0]
-    runs = np.diff(np.flatnonzero(np.diff(np.r_[0, coco.decode(rle).ravel("F"), 2])), prepend=0).tolist()
-    kinds = {
-        "polygons": [SQUARE, OTHER],
-        "flat": SQUARE,
-        "compressed": {"size": [H, W], "counts": rle["counts"].decode()},
-        "runs": {"size": [H, W], "counts": runs},
-        "none": [],
-        "broken": [[1, 2]],
-    }
-    annotations = [annotation(k, phrases=name) | {"segmentation": kinds[name]} for k, name in enumerate(kinds)]
-    source = coco_set(tmp_path, annotations[:-1])
-    assert list(unit_areas(split(source)[0]).values()) == [AREA + 24, AREA, AREA, AREA, 0]
-    with pytest.raises(SampleError, match=r"a\.jpg: annotations\[5\]: malformed segmentation"):
-        split(coco_set(tmp_path / "broken", annotations))[0].load()
-
-
 def test_photos_are_turned_with_their_mask_and_of_its_size(tmp_path):
     source = coco_set(tmp_path, [annotation(1, phrases="x")], images=[(1, "deep/a.jpg")])
     photo(tmp_path / "images/deep/a.jpg", orientation=6)
@@ -126,26 +110,6 @@ def test_one_error_names_every_faulty_record(tmp_path):
         split(source)
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ([], "has no images or no annotations"),
-        ({"images": [], "annotations": []}, "has no images or no annotations"),
-        ({"images": [{"id": 1, "file_name": "a.jpg", "width": "9"}], "annotations": [3]}, "has no h.*width is '9'"),
-    ],
-)
-def test_other_json(tmp_path, content, message):
-    with pytest.raises(UserError, match=message):
-        train(write_json(tmp_path / "x.json", content))
-
-
-def test_what_contradicts_itself_is_said_at_the_start(tmp_path):
-    far = annotation(1, phrases="x") | {"bbox": [0, 0, 2, 2]}
-    unit = annotation(2, phrases="y") | {"segmentation": [[0.1, 0.1, 0.5, 0.1, 0.5, 0.5]]}
-    problems = "\n".join(train(coco_set(tmp_path, [far, unit])).problems)
-    assert "bbox" in problems and "from 0 to 1" in problems and "annotations[0]" in problems
-
-
 # ------------------------------------------------------------------------------------------ CSV and JSONL
 @pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -174,15 +138,6 @@ def test_headers_with_blanks_and_capitals(tmp_path, header):
     mask(tmp_path / "a.png", [1])
     (tmp_path / "t.csv").write_text(f'{header}\na.jpg, a.png, "the red box, left"\n')
     assert unit_areas(split(tmp_path)[0]) == {"the red box, left": H * W}  # the folder's one CSV
-
-
-def test_names_with_accents_in_either_form(tmp_path):
-    name = "Küche-é"
-    photo(tmp_path / f"{unicodedata.normalize('NFD', name)}.jpg")
-    mask(tmp_path / f"masks/{unicodedata.normalize('NFC', name)}.png", [1])
-    for form in "NFC", "NFD":
-        written = unicodedata.normalize(form, name)
-        assert split(table(tmp_path, [(f"{written}.jpg", f"{written}.png", "it")]))[0].load()[1].sum() == H * W
 
 
 def test_a_value_that_the_mask_does_not_hold_is_said_once(tmp_path, caplog):
@@ -238,6 +193,7 @@ def test_a_long_list_of_problems_is_cut_and_files_that_appear_are_found(tmp_path
         (b"image,mask,prompt\n", "t.csv", "holds no photo with a sentence"),
         (b"{", "t.jsonl", "no UTF-8 JSONL"),
         (b"", "t.txt", "expected a .json"),
+        (b'{"images": [], "annotations": []}', "t.json", "has no images or no annotations"),
     ],
 )
 def test_other_files(tmp_path, content, name, message):
@@ -247,14 +203,59 @@ def test_other_files(tmp_path, content, name, message):
             read_source(tmp_path / name)
 
 
-def test_broken_files_are_named(tmp_path):
-    photo(tmp_path / "a.jpg")
-    photo(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:300])
-    mask(tmp_path / "m.png", [1])
-    Image.new("RGB", (W, H)).save(tmp_path / "colour.png")
-    data = train(table(tmp_path, [("cut.jpg", "m.png", "x"), ("a.jpg", "colour.png", "x")]))
-    with pytest.raises(SampleError, match="cannot read .*cut.jpg"):
-        read(data)
-    with pytest.raises(SampleError, match="colour.png has 3 channels; a mask or label map has one"):
-        read(data, 1)
+# ------------------------------------------------------------------------------------------ mixture and splits
+def build(*, batch_size=1, mode="published", **flags):
+    return build_mixture(DataConfig.parse(**flags), batch_size=batch_size, seed=0, mode=mode)
+
+
+def small(root, count):
+    for k in range(count):
+        photo(root / f"{k}.jpg")
+        mask(root / f"{k}.png", [0, 1])
+    return table(root, [(f"{k}.jpg", f"{k}.png", "it") for k in range(count)])
+
+
+def test_a_family_of_several_sources_mixed_by_rate(tmp_path):
+    sources = [small(tmp_path / "a", 3), small(tmp_path / "b", 2)]
+    questions(tmp_path / "data", "vqav2/vqav2_train.jsonl", 4)
+    arguments = {"dataset_dir": tmp_path, "data_dir": tmp_path / "data", "batch_size": 4, "vqa_data": "vqav2"}
+    arguments["custom_data"] = "||".join(map(str, sources))
+    mixture = build(dataset="vqa||custom", sample_rates="1,2.2", mode="exact", **arguments)
+    assert mixture.sizes == {"vqav2": 4, "custom|train.csv": 3, "custom|train.csv #1": 2}
+    assert mixture.epoch_size == 4 + 11 and mixture.segmentation == [False, True, True]
+    batches = mixture.micro_batches(0, rank=0, world_size=1)
+    assert all(any(mixture.segmentation[unpack(place)[1]] for place in batch) for batch in batches)
+    alone = build(dataset="custom", **arguments)
+    places = [place for batch in alone.micro_batches(0, rank=0, world_size=1) for place in batch]
+    assert {alone[place].id.rsplit("/", 1)[1] for place in places} <= {f"{k}.jpg" for k in range(3)}
+
+
+def test_selection_errors_name_flags_and_files(tmp_path):
+    arguments = {"dataset_dir": tmp_path, "data_dir": tmp_path, "dataset": "custom"}
+    with pytest.raises(UserError, match="--dataset custom needs --custom_data"):
+        build(**arguments)
+    with pytest.raises(UserError, match=r"gone\.csv   \(custom.*\n.*lost   \(custom"):
+        build(custom_data=f"{tmp_path / 'gone.csv'}||{tmp_path / 'lost'}", **arguments)
+    with pytest.raises(UserError, match="should hold one .csv, found none"):
+        build(custom_data=str(tmp_path), **arguments)
+    for name in "a.csv", "b.csv":
+        table(tmp_path, [], name=name)
+    with pytest.raises(UserError, match="found a.csv, b.csv"):
+        load_split(f"custom|{tmp_path}", tmp_path)
+
+
+def test_exclude_val_knows_coco_photos_by_number_and_others_by_place(tmp_path):
+    for folder in "a", "b":
+        coco_set(tmp_path / folder, [annotation(1, 1), annotation(2, 2)], images=[(1, "x.jpg"), (2, f"{7:012d}.jpg")])
+    (ax, a7), (bx, b7) = (split(tmp_path / folder / "train.json").image_keys() for folder in "ab")
+    assert a7 == b7 == 7 and ax != bx
+
+
+def test_splits_of_own_data():
+    names = ["custom|own/val.csv", "refcoco|unc|val", "custom|/data/own/val.json"]
+    entries = get_splits(names)
+    assert list(entries) == names and entries[names[0]].protocol == "lisa"
+    assert not entries[names[0]].published and not set(names[::2]) & set(DEFAULT_SPLITS)
+    assert file_stem(names[1]) == "refcoco_unc_val" and file_stem(names[0]).startswith("custom_own_val_csv_")
+    assert len({file_stem(f"custom|{path}") for path in ("own/val.csv", "own_val.csv", "own/val_csv", "x" * 300)}) == 4
+    assert len(file_stem("custom|" + "x" * 300)) < 100

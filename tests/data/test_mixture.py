@@ -189,25 +189,6 @@ def test_control_tokens_in_texts_break_a_sample_and_an_evaluated_photo(tmp_path,
         assert text.lower() in mixture[0].conversations[0][0]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"mode": "uniform"}, "--mixture"),
-        ({"batch_size": 0}, "--batch_size"),
-        ({"seed": -1}, "--seed"),
-        ({"rates": (0, 0)}, "empty"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(UserError, match=message):
-        toy(**arguments)
-
-
-def test_fewer_samples_than_ranks():
-    with pytest.raises(UserError, match="85 training samples are fewer than the 86"):
-        toy().micro_batches(0, rank=0, world_size=86)
-
-
 # ------------------------------------------------------------------------------------------ on disk
 def tree(root):
     """A tree with one or two samples a set; photo 7 is in every COCO-named set, and in refcoco's val."""
@@ -285,17 +266,6 @@ def test_every_set_is_mixed_and_workers_and_resuming_change_nothing(tmp_path):
         assert list(load(batch_sampler=batches, num_workers=workers)) == here
     resumed = build(tmp_path).micro_batches(3, rank=0, world_size=1)[4:]
     assert list(load(batch_sampler=resumed)) == here[4:]
-
-
-def test_a_truncated_photo_is_replaced_and_named(tmp_path, caplog):
-    root = tree(tmp_path)
-    path = root / "ade20k/images/training/a.jpg"
-    path.write_bytes(path.read_bytes()[:-20])
-    mixture = build(root, dataset="sem_seg", sample_rates="1", sem_seg_data="ade20k")
-    samples = [mixture[t] for batch in mixture.micro_batches(0, rank=0, world_size=1) for t in batch]
-    assert {sample.id for sample in samples} == {"ade20k/b.jpg"}
-    assert {id for sample in samples for id, _ in sample.replaced} <= {"ade20k/a.jpg"}
-    assert all("truncated" in cause for sample in samples for _, cause in sample.replaced)
 
 
 def test_rates_go_with_names_and_spare_the_question_sets(tmp_path):
