@@ -9,6 +9,7 @@ import torch
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.errors import UserError
 from self1e.model.config import DTYPES
+from self1e.model.inference import check_head
 from self1e.model.weights import checkpoint_folder
 
 UNQUANTIZED = ["lm_head", "segmentation_head", "model.multi_modal_projector"]  # trained in full, not by adapters
@@ -64,10 +65,6 @@ def load(
     if bits is not None:
         options |= {"quantization_config": quantization(bits, options["dtype"]), "device_map": {"": place}}
     model = Self1EForSegmentation.from_pretrained(version, weights=weights, **options)
-    if not model.trained_head:
-        raise UserError(
-            f"{version} is a base model without a trained segmentation head: give the trained weights with "
-            "--model_weights, or a trained folder as --version"
-        )
+    check_head(model)
     processor = Self1EProcessor.from_pretrained(version)
     return (model if bits is not None else model.to(place)).eval(), processor

@@ -8,8 +8,10 @@ Legend: R conversations, N tokens of the longest, P packed tokens of all groups,
 side of a tile.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -86,8 +88,8 @@ def pack(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     *,
-    grids: Sequence[Sequence[int]] = (),
-    row_image: Sequence[int] = (),
+    grids: Tensor | Sequence[Grid] | None = None,
+    row_image: Tensor | Sequence[int] | None = None,
     tile_tokens: int,
     image_token_id: int,
     seg_token_id: int | None,
@@ -97,7 +99,7 @@ def pack(
 
     Args:
         input_ids, attention_mask, labels: (R, N) as for the model's `forward`.
-        grids, row_image: as in `Packed`; both empty for text without images.
+        grids, row_image: as in `Packed`, or as tensors; None for text without images.
         tile_tokens: L * L.
         groups: the most groups, 1 or 2.
 
@@ -107,7 +109,8 @@ def pack(
     ids = input_ids.cpu().numpy()
     count, longest = ids.shape
     present = np.ones_like(ids, bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
-    shapes = tuple((int(rows), int(cols)) for rows, cols in grids)
+    shapes = as_grids(() if grids is None else grids)
+    images = torch.as_tensor(() if row_image is None else row_image).tolist()
     first, last = present.argmax(1), longest - present[:, ::-1].argmax(1)
     made, sources = [], []
     for members in similar(last - first) if groups == 2 else [range(count)]:
@@ -126,20 +129,19 @@ def pack(
         return found[np.argsort(owner[found], kind="stable")], np.bincount(owner[found], minlength=count)
 
     (image, n_image), (seg, n_seg) = positions(image_token_id), positions(seg_token_id)
-    n_tiles = [int(np.prod(shapes[i])) for i in row_image]
-    if row_image and n_image.tolist() != [tile_tokens * n for n in n_tiles]:
-        expected = [tile_tokens * n for n in n_tiles]
+    expected = [tile_tokens * math.prod(shapes[i]) for i in images]
+    if images and n_image.tolist() != expected:
         raise ValueError(
             f"conversations hold {n_image.tolist()} image tokens, their images fill {expected}: was the text cut?"
         )
-    offsets = np.cumsum([0, *(rows * cols for rows, cols in shapes)])
+    first = [0, *accumulate(map(math.prod, shapes))]  # tile of each image
     targets = (np.full_like(ids, IGNORE_INDEX) if labels is None else labels.cpu().numpy()).flat[source]
     text = np.flatnonzero((targets[1:] != IGNORE_INDEX) & (owner[1:] == owner[:-1]))
     tensors = {
         "ids": packed,
         "padding": present.flat[source],
-        "image": image if row_image else image[:0],
-        "tiles": np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in row_image] or [image[:0]]),
+        "image": image if images else image[:0],
+        "tiles": np.array([tile for i in images for tile in range(first[i], first[i + 1])]),
         "seg_image": image[np.repeat(n_seg > 0, n_image)],
         "seg": seg - 1,
         "text": text,
@@ -148,8 +150,8 @@ def pack(
     return Packed(
         **{name: torch.from_numpy(x.astype(np.int64)) for name, x in tensors.items()},
         groups=tuple(made),
-        grids=shapes,
-        row_image=tuple(map(int, row_image)),
+        grids=tuple(shapes),
+        row_image=tuple(images),
         n_seg=tuple(n_seg.tolist()),
     )
 

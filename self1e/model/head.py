@@ -81,8 +81,8 @@ class SegmentationHead(nn.Module):
             seg: (m, C), the LLM's normalised states one position before each of their `[SEG]`s.
 
         Returns:
-            The mask logits of all conversations in one dimension, as `by_conversation` takes them; then, but for
-            `baseline`, whose mask already is the LLM's own, the auxiliary logits.
+            The mask logits of all conversations in one dimension; then, but for `baseline`, whose mask already is the
+            LLM's own, the auxiliary logits.
         """
         v1, vhq, img, query = self.project(v1, vhq, img, seg)
         features = self.features
@@ -115,17 +115,6 @@ class SegmentationHead(nn.Module):
     def logits(self, features: Tensor, query: Tensor) -> Tensor:
         """Scaled dot products: (1, h, w, C), (k, C) -> (k, h, w)."""
         return einsum(rearrange(features, "1 h w c -> h w c"), query, "h w c, k c -> k h w") * self.scale
-
-
-def by_conversation(logits: Tensor, conversations: Sequence[Masked]) -> list[Tensor]:
-    """What the head returns, as one tensor per conversation: (cells of all,) -> (queries, h, w) each."""
-    tiles = [queries * math.prod(grid) for _, grid, queries in conversations]
-    side = math.isqrt(len(logits) // sum(tiles))  # cells of a tile
-    parts = logits.split([count * side**2 for count in tiles])
-    return [
-        rearrange(part, "(k h w) -> k h w", k=queries, h=grid[0] * side)
-        for part, (_, grid, queries) in zip(parts, conversations)
-    ]
 
 
 class ReplicationHead(SegmentationHead):
@@ -184,10 +173,5 @@ HEADS: dict[str, type[SegmentationHead]] = {
 
 
 def two_layers(width: int, out: int) -> nn.Sequential:
-    """Linear, exact GELU, Linear; the weights start at N(0, 0.02), the biases at 0."""
-    layers = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=INITIAL_STD)
-            nn.init.zeros_(layer.bias)
-    return layers
+    """Linear, exact GELU, Linear; the model's `_init_weights` gives them their first values."""
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))

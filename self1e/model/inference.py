@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -78,7 +79,7 @@ class Reply:
     """What the model wrote, with one mask for every `[SEG]` in it, in order.
 
     text: without the closing token. masks: bool (n, H, W). logits: float32 (n, h, w), before the resize.
-    (0, 0, 0) without any. scores: mean foreground probability over each mask; None for an empty one.
+    scores: mean foreground probability over each mask, 0..1; None for an empty one.
     """
 
     text: str
@@ -180,7 +181,6 @@ class InferenceMixin:
     encode_images: Callable[..., Any]
     generate: Callable[..., Any]
 
-    @torch.no_grad()
     def segment(
         self,
         processor,
@@ -225,23 +225,17 @@ class InferenceMixin:
                 that do not match the images, an image that is none or cannot be read.
             FloatingPointError: the model computed no numbers (float16 overflows).
         """
-        check_head(self)
-        logit_of(threshold)
         single = isinstance(images, Photo)
         upright = [photo_of(image) for image in ([images] if single else images)]
         asked = prompts_per_image(prompts, len(upright))
         conversations = [[[question(text, is_sentence), ANSWER] for text in texts] for texts in asked]
-        options: dict[str, Any] = {"threshold": threshold, "conversations_per_forward": conversations_per_forward}
-        found: list[Masks] = []
-        with evaluating(self):
-            for part in image_groups([len(texts) for texts in asked], conversations_per_forward):
-                batch = processor(upright[part], conversations[part], max_tiles=max_tiles)
-                found += masks_of(self, batch, [(image.height, image.width) for image in upright[part]], **options)
-        following = iter(found)
-        results = [[as_segmentation(text, next(following)) for text in texts] for texts in asked]
+        options = {"threshold": threshold, "max_tiles": max_tiles, "limit": conversations_per_forward}
+        results = [
+            [Segmentation(text, x.text, x.masks[0], x.logits[0], x.scores[0]) for text, x in zip(texts, replies)]
+            for texts, replies in zip(asked, self._replies(processor, upright, conversations, **options))
+        ]
         return results[0] if single else results
 
-    @torch.no_grad()
     def chat(
         self,
         processor,
@@ -282,64 +276,82 @@ class InferenceMixin:
             UserError: no trained head, a control token in a text of the user, roles that do not alternate.
             FloatingPointError: the model computed no numbers (float16 overflows).
         """
-        check_head(self)
-        logit_of(threshold)
         single = isinstance(images, Photo)
         given = [images] if single else list(images)
-        upright = [photo_of(image) for image in given]
         conversations = [messages] if single else list(messages)
         if isinstance(messages, str) > single or len(conversations) != len(given):
             raise UserError(f"{len(given)} images need as many conversations, in a list")
-        turns = [conversation_turns(cast(Conversation, conversation)) for conversation in conversations]
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
-        keys = [id(image) for image in given]
-        order = sorted(range(len(given)), key=lambda index: keys.index(keys[index]))  # neighbours share an image
-        replies: dict[int, Reply] = {}
-        with evaluating(self):
-            for start in range(0, len(order), conversations_per_forward):
-                part = order[start : start + conversations_per_forward]
-                members: dict[int, list[int]] = {}
-                for index in part:
-                    members.setdefault(keys[index], []).append(index)
-                pictures = [upright[indices[0]] for indices in members.values()]
-                asked = [[turns[index] for index in indices] for indices in members.values()]
-                batch = processor(pictures, asked, max_tiles=max_tiles, padding_side="left")
-                sizes = [(image.height, image.width) for image in pictures]
-                replies |= zip(part, self._reply(processor, batch, sizes, threshold, options))
-        return replies[0] if single else [replies[index] for index in range(len(given))]
+        asked: dict[int, list[list[str]]] = {}  # by image
+        for image, conversation in zip(given, conversations):
+            asked.setdefault(id(image), []).append(conversation_turns(cast(Conversation, conversation)))
+        upright = {id(image): photo_of(image) for image in given}
+        options = {"threshold": threshold, "max_tiles": max_tiles, "limit": conversations_per_forward}
+        options["generate"] = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
+        replies = self._replies(processor, [*upright.values()], [*asked.values()], **options)
+        following = {key: iter(found) for key, found in zip(asked, replies)}
+        results = [next(following[id(image)]) for image in given]
+        return results[0] if single else results
 
-    def _reply(self, processor, batch: Mapping, sizes: list, threshold: float, options: dict) -> list[Reply]:
-        """Generate answers to a left-padded batch and read the masks of their `[SEG]`s; `sizes` (H, W) per image."""
-        tokenizer = processor.tokenizer
-        end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        features = self.encode_images(batch["pixel_values"].to(self.device, non_blocking=True), batch["tile_grids"])
-        generated = self.generate(
-            **{name: batch[name].to(self.device) for name in ("input_ids", "attention_mask", "row_image")},
-            image_features=features,
-            eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=[self.config.image_token_id],  # no image belongs to one that the model writes
-            **options,
-        )
-        new = generated[:, batch["input_ids"].shape[1] :].tolist()
-        answers = [ids[: ids.index(end)] if end in ids else ids for ids in new]
-        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
-        counts = [answer.count(self.config.seg_token_id) for answer in answers]
-        none = [torch.zeros(0, *sizes[image], dtype=torch.bool) for image in batch["row_image"].tolist()]
-        found = [Masks(empty, torch.zeros(0, 0, 0)) for empty in none]
-        chosen = [index for index, count in enumerate(counts) if count]
-        if chosen:
-            whole = tokenizer.pad({"input_ids": [prompts[i] + answers[i] for i in chosen]}, padding_side="right")
-            again = {name: torch.tensor(whole[name]) for name in ("input_ids", "attention_mask")}
-            again["row_image"] = batch["row_image"][chosen]
-            masks = masks_of(self, again, sizes, threshold=threshold, image_features=features)
-            for index, all_turns in zip(chosen, masks):  # those of earlier turns come first
-                last = slice(-counts[index], None)
-                found[index] = Masks(all_turns.foreground[last], all_turns.logits[last])
-        texts = [tokenizer.decode(answer, skip_special_tokens=False) for answer in answers]
-        return [
-            Reply(text, x.foreground.cpu().numpy(), x.logits.cpu().numpy(), x.scores) for text, x in zip(texts, found)
-        ]
+    @torch.no_grad()
+    def _replies(
+        self,
+        processor,
+        photos: Sequence[Image.Image],
+        conversations: Sequence[Sequence[list[str]]],
+        *,
+        threshold: float,
+        max_tiles: int,
+        limit: int,
+        generate: dict[str, Any] | None = None,
+    ) -> list[list[Reply]]:
+        """Per photo a reply to each of its conversations, `limit` of them at a time.
+
+        Without `generate`, the options of the method of this name, the last text of each conversation is the reply.
+        """
+        check_head(self)
+        logit_of(threshold)
+        replies = []
+        with evaluating(self):
+            for part in image_groups([len(x) for x in conversations], limit):
+                side = "right" if generate is None else "left"
+                batch = processor(photos[part], conversations[part], max_tiles=max_tiles, padding_side=side)
+                pixels = batch["pixel_values"].to(self.device, non_blocking=True)
+                features = self.encode_images(pixels, batch["tile_grids"])
+                texts, earlier = [turns[-1] for x in conversations[part] for turns in x], [0] * len(batch["row_image"])
+                if generate is not None:
+                    earlier = (batch["input_ids"] == self.config.seg_token_id).sum(1).tolist()
+                    texts = self._write(processor.tokenizer, batch, features, limit, generate)
+                sizes = [(image.height, image.width) for image in photos[part]]
+                options: dict[str, Any] = {"threshold": threshold, "conversations_per_forward": limit}
+                masks = masks_of(self, batch, sizes, image_features=features, **options)
+                for text, x, n in zip(texts, masks, earlier):
+                    own = Masks(x.foreground[n:], x.logits[n:])
+                    replies.append(Reply(text, own.foreground.cpu().numpy(), own.logits.cpu().numpy(), own.scores))
+        following = iter(replies)
+        return [[next(following) for _ in x] for x in conversations]
+
+    def _write(self, tokenizer, batch: dict, features, limit: int, options: dict[str, Any]) -> list[str]:
+        """Let the model answer the conversations of a left-padded batch, which then holds the answers, too."""
+        end, texts, whole = tokenizer.convert_tokens_to_ids(END_OF_TURN), [], []
+        for start in range(0, len(batch["input_ids"]), limit):
+            names = ("input_ids", "attention_mask", "row_image")
+            inputs = {name: batch[name][start : start + limit].to(self.device) for name in names}
+            generated = self.generate(
+                **inputs,
+                image_features=features,
+                eos_token_id=end,
+                pad_token_id=tokenizer.pad_token_id,
+                suppress_tokens=[self.config.image_token_id],  # no image belongs to one that the model writes
+                **options,
+            )
+            new = generated[:, inputs["input_ids"].shape[1] :].tolist()
+            answers = [ids[: ids.index(end)] if end in ids else ids for ids in new]
+            texts += [tokenizer.decode(answer, skip_special_tokens=False) for answer in answers]
+            prompts = zip(inputs["input_ids"], inputs["attention_mask"].bool())
+            whole += [ids[present].tolist() + answer for (ids, present), answer in zip(prompts, answers)]
+        padded = tokenizer.pad({"input_ids": whole}, padding_side="right")
+        batch |= {name: torch.tensor(padded[name]) for name in ("input_ids", "attention_mask")}
+        return texts
 
     def prepare_inputs_for_generation(self, *args, image_features=None, is_first_iteration: bool = False, **kwargs):
         """As the library's; images that are encoded already enter with the prompt and are then in the cache."""
@@ -385,12 +397,6 @@ def question(prompt: str, is_sentence: bool | None) -> str:
     """The fixed question of evaluation about a prompt."""
     check_prompt(prompt)
     return evaluation_prompt(prompt, looks_like_sentence(prompt) if is_sentence is None else is_sentence, lower=True)
-
-
-def as_segmentation(prompt: str, masks: Masks) -> Segmentation:
-    """The result of a prompt whose answer holds one `[SEG]`."""
-    mask, logits = masks.foreground[0].cpu().numpy(), masks.logits[0].cpu().numpy()
-    return Segmentation(prompt, ANSWER, mask, logits, masks.scores[0])
 
 
 def conversation_turns(conversation: Conversation) -> list[str]:

@@ -4,6 +4,7 @@ Shape legend: T tiles of all images, I images, R conversations, N tokens each, P
 S patches and L = S/r image tokens per side of a tile, Cv and C widths of ViT and LLM, m `[SEG]`s.
 """
 
+import math
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,10 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from self1e.model.attention import perception_mask
-from self1e.model.batch import Grid, Group, Packed, as_grids, pack
+from self1e.model.batch import Grid, Packed, as_grids, pack
 from self1e.model.config import Self1EConfig
 from self1e.model.grids import REPLICATIONS, compress
-from self1e.model.head import HEADS, INITIAL_STD, Masked, SegmentationHead, by_conversation
+from self1e.model.head import HEADS, INITIAL_STD, Masked, SegmentationHead
 from self1e.model.inference import InferenceMixin
 from self1e.model.losses import mask_losses
 from self1e.model.weights import load_checkpoint
@@ -201,8 +202,8 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             cache = {"past_key_values": past_key_values, "logits_to_keep": logits_to_keep}
             return self.causal_pass(input_ids, attention_mask, image_features, row_image, **cache, **kwargs)
 
-        grids = tile_grids if image_features is None else image_features.grids
         if packed is None:
+            grids = tile_grids if image_features is None else image_features.grids
             packed = self.pack(input_ids, attention_mask, labels, grids=grids, row_image=row_image)
         if self.is_partitioned and len(packed.groups) > 1:
             raise ValueError("under ZeRO-3 all ranks must run the LLM equally often: collate with groups=1")
@@ -218,43 +219,20 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             tokens = rearrange(take(image_features.v1, batch.tiles), "t h w c -> (t h w) c").to(embeds)
             embeds = embeds.index_copy(0, batch.image.to(embeds.device), tokens)
         states = self.run_llm(embeds, batch, **kwargs)  # P C, normalised
-        masks, auxiliary, total = None, None, None
-        if with_masks:
-            masks, auxiliary, total = self.predict_masks(states, image_features, batch)
-        elif with_images:
-            masks = self.with_empty_masks([], batch)
+        logits = self.predict_masks(states, image_features, batch) if with_masks else (states.new_zeros(0),)
+        masks, *auxiliary = [self.by_conversation(x, batch) for x in logits]
         losses = {} if labels is None else {"ce": self.text_loss(states, batch)}
         if mask_targets is not None:
-            kinds = [masks, auxiliary] if self.config.auxiliary_loss and auxiliary is not None else [masks]
-            losses |= mask_losses(kinds, mask_targets)
-        output = Self1EOutput(losses=losses or None, mask_logits=masks)
-        if losses:
-            output.loss = self.weigh(losses, states.device)
-            if self.training and total is not None:  # so that every backward pass reaches every weight of the head
-                output.loss = output.loss + 0.0 * total.to(output.loss)
-        return output
+            losses |= mask_losses([masks, *auxiliary] if self.config.auxiliary_loss else [masks], mask_targets)
+        loss = self.weigh(losses, states.device) if losses else None
+        if losses and self.training:  # so that every backward pass reaches every weight of the head
+            loss = loss + 0.0 * torch.cat(logits).sum().to(loss)
+        return Self1EOutput(loss=loss, losses=losses or None, mask_logits=masks if with_images else None)
 
-    def pack(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        grids: Tensor | Sequence[Grid] | None = None,
-        row_image: Tensor | Sequence[int] | None = None,
-    ) -> Packed:
-        """Read a batch that the processor's `collate` has not read."""
-        return pack(
-            input_ids,
-            attention_mask,
-            labels,
-            grids=() if grids is None else as_grids(grids),
-            row_image=row_image.tolist() if isinstance(row_image, Tensor) else row_image or (),
-            tile_tokens=self.config.tile_tokens,
-            image_token_id=self.config.image_token_id,
-            seg_token_id=self.config.seg_token_id,
-            groups=1 if self.is_partitioned else 2,
-        )
+    def pack(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **images):
+        """`batch.pack` of a batch that the processor's `collate` has not read. images: its `grids` and `row_image`."""
+        options = {name: getattr(self.config, name) for name in ("tile_tokens", "image_token_id", "seg_token_id")}
+        return pack(input_ids, attention_mask, labels, **images, **options, groups=1 if self.is_partitioned else 2)
 
     def encode_images(
         self, pixel_values: Tensor, tile_grids: Tensor | Sequence[Grid], *, for_masks: bool = True
@@ -277,27 +255,22 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         """The LLM's normalised final states: (P, C) -> (P, C), each group of conversations by itself."""
         llm, states = self.model.language_model, []
         options = {name: value for name, value in kwargs.items() if name not in ("use_cache", "return_dict")}
-        ids, padding = (x.to(embeds.device) for x in (batch.ids, batch.padding))
         for group, part in batch.split():
             inputs = rearrange(embeds[part], "(r n) c -> r n c", n=group.length)
-            mask = self.attention_mask_of(inputs, ids[part], padding[part], group)
+            ids, padding = (x[part].view(inputs.shape[:2]).to(embeds.device) for x in (batch.ids, batch.padding))
+            mask = perception_mask(
+                self.config.attention_pathway if group.segments else "causal",
+                config=self.config.llm,
+                embeds=inputs,
+                padding_mask=padding if group.padded else None,
+                is_image=ids == self.config.image_token_id,
+                is_seg=ids == self.config.seg_token_id,
+            )
+            masks = dict.fromkeys(self.config.llm.layer_types, mask)
             with without_dynamic_rope(llm.rotary_emb, group.length):
-                out = llm(inputs_embeds=inputs, attention_mask=mask, use_cache=False, **options)
+                out = llm(inputs_embeds=inputs, attention_mask=masks, use_cache=False, **options)
             states.append(out.last_hidden_state.flatten(0, 1))
         return torch.cat(states)
-
-    def attention_mask_of(self, embeds: Tensor, ids: Tensor, padding: Tensor, group: Group) -> dict:
-        """The LLM's attention mask for a group: (r, n, C), (r n,), (r n,) 1 at tokens, 0 at padding."""
-        ids, padding = (rearrange(x, "(r n) -> r n", n=group.length) for x in (ids, padding))
-        mask = perception_mask(
-            self.config.attention_pathway if group.segments else "causal",
-            config=self.config.llm,
-            embeds=embeds,
-            padding_mask=padding if group.padded else None,
-            is_image=ids == self.config.image_token_id,
-            is_seg=ids == self.config.seg_token_id,
-        )
-        return dict.fromkeys(set(self.config.llm.layer_types), mask)
 
     def text_loss(self, states: Tensor, batch: Packed) -> Tensor:
         """Next-token cross-entropy, mean over supervised tokens, 0 without any: (P, C) -> scalar.
@@ -309,64 +282,54 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         logits = self.lm_head(take(states, batch.text)).float()
         return F.cross_entropy(logits, batch.text_labels.to(logits.device))
 
-    def predict_masks(
-        self, states: Tensor, features: ImageFeatures, batch: Packed
-    ) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
-        """Run the head: (P, C), ... -> mask logits and auxiliary logits per conversation (n_seg, h, w), and their sum.
+    def predict_masks(self, states: Tensor, features: ImageFeatures, batch: Packed) -> tuple[Tensor, ...]:
+        """Run the head: (P, C), ... -> mask logits and auxiliary logits, for `by_conversation`.
 
-        Without any `[SEG]` it runs on one token, so that every rank calls it once in a training pass.
+        Without any `[SEG]` it runs on one token and gives nothing: every rank calls it once in a training pass.
         """
         v1, vhq, side = features.v1, features.vhq, self.config.tile_side
         assert vhq is not None, "the images were encoded without masks in mind"
-        first = [0, *accumulate(rows * cols for rows, cols in batch.grids)]
+        if not any(batch.n_seg):
+            one = states[:1, None, None]  # 1 1 1 C
+            few = vhq[:1, : self.config.ratio, : self.config.ratio]
+            return tuple(x[:0] for x in self.segmentation_head(v1[:1, :1, :1], few, one, states[:1], [SPARE]))
+        first = [0, *accumulate(map(math.prod, batch.grids))]
         asked = [Masked(first[i], batch.grids[i], n) for i, n in zip(batch.row_image, batch.n_seg) if n]
-        img, seg = take(states, batch.seg_image), take(states, batch.seg)
-        if not asked:
-            side, img, seg = 1, states[:1], states[:1]
-            v1, vhq = v1[:1, :1, :1], vhq[:1, : self.config.ratio, : self.config.ratio]
-        img = rearrange(img, "(t h w) c -> t h w c", h=side, w=side)
-        logits = self.segmentation_head(v1, vhq, img, seg, asked or [Masked(0, (1, 1), 1)])
-        found = [by_conversation(x, asked) if asked else [] for x in logits]
-        masks, *auxiliary = [self.with_empty_masks(x, batch) for x in found]
-        return masks, auxiliary[0] if auxiliary else None, torch.stack([x.sum() for x in logits]).sum()
+        img = rearrange(take(states, batch.seg_image), "(t h w) c -> t h w c", h=side, w=side)
+        return self.segmentation_head(v1, vhq, img, take(states, batch.seg), asked)
 
-    def with_empty_masks(self, masks: Sequence[Tensor], batch: Packed) -> list[Tensor]:
-        """Those of conversations with a `[SEG]` in the order of all, (0, h, w) for the others."""
-        following, cells = iter(masks), self.config.tile_side * self.segmentation_head.upsampling
-        sizes = [(0, *(cells * n for n in batch.grids[image])) for image in batch.row_image]
-        empty = torch.zeros(0, dtype=self.dtype, device=self.device)
-        return [next(following) if n else empty.view(size) for n, size in zip(batch.n_seg, sizes)]
+    def by_conversation(self, logits: Tensor, batch: Packed) -> list[Tensor]:
+        """What the head returns, (cells of all masks,), as (n_seg, h, w) per conversation."""
+        grids = [batch.grids[image] for image in batch.row_image]
+        tiles = sum(n * math.prod(grid) for n, grid in zip(batch.n_seg, grids))
+        side = self.config.tile_side * self.segmentation_head.upsampling  # of a tile, in cells
+        if tiles:  # the auxiliary logits have fewer
+            side = math.isqrt(len(logits) // tiles)
+        sizes = [(n, rows * side, cols * side) for n, (rows, cols) in zip(batch.n_seg, grids)]
+        return [part.view(size) for part, size in zip(logits.split([*map(math.prod, sizes)]), sizes)]
 
     def weigh(self, losses: dict[str, Tensor], device: torch.device) -> Tensor:
         """The weighted sum of the losses. Raises ValueError for a loss that the configuration gives no weight."""
         weights = self.config.loss_weights
         if unknown := losses.keys() - weights.keys():
-            raise ValueError(
-                f"no weight for the loss {', '.join(sorted(unknown))}: give it one in config.LOSS_WEIGHTS"
-            )
+            raise ValueError(f"no weight for the loss {', '.join(unknown)}: give it one in config.LOSS_WEIGHTS")
         return torch.stack([weights[name] * value.to(device) for name, value in losses.items()]).sum()
 
-    def causal_pass(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        features: ImageFeatures | None,
-        row_image: Tensor | Sequence[int] | None,
-        **kwargs,
-    ) -> Self1EOutput:
-        """A pass as the library's own model takes it, with vocabulary logits and without masks."""
+    def causal_pass(self, input_ids: Tensor, attention_mask, features: ImageFeatures | None, row_image, **kwargs):
+        """A pass as the library's own model takes it, with vocabulary logits and without masks: for `generate`."""
         embeds = self.get_input_embeddings()(input_ids)
         if features is not None:
             is_image = (input_ids == self.config.image_token_id).to(embeds.device)
-            stops = [0, *accumulate(rows * cols for rows, cols in features.grids)]
-            images = row_image.tolist() if isinstance(row_image, Tensor) else row_image or ()
-            tiles = torch.tensor([tile for image in images for tile in range(stops[image], stops[image + 1])])
-            tokens = rearrange(take(features.v1, tiles), "t h w c -> (t h w) c").to(embeds)
+            tiles = features.v1.split([*map(math.prod, features.grids)])  # of each image
+            tokens = torch.cat([tiles[image].flatten(0, 2) for image in row_image.tolist()]).to(embeds)
             if (found := int(is_image.sum())) != len(tokens):
                 raise ValueError(f"conversations hold {found} image tokens, their images fill {len(tokens)}")
             embeds = embeds.masked_scatter(is_image[..., None], tokens)
         out = super().forward(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
         return Self1EOutput(logits=out.logits, past_key_values=out.past_key_values)
+
+
+SPARE = Masked(0, (1, 1), 1)  # a conversation of one token, for a batch without any `[SEG]`
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -76,8 +76,11 @@ def generate_replies(
     separator, stripped (InternVL's `chat`). Greedy unless `options` of `generate` say otherwise.
     """
     batch = {name: value.to(model.device) for name, value in batch.items()}
+    # Encoded here, since `generate` would repeat the images' tensors for each beam.
+    images = model.encode_images(batch.pop("pixel_values"), batch.pop("tile_grids"), for_masks=False)
     ids = model.generate(
         **batch,
+        image_features=images,
         **{"do_sample": False, "num_beams": 1, **options},
         min_new_tokens=1,
         max_new_tokens=max_new_tokens,
