@@ -3,7 +3,7 @@
 The folder links to the project's programs. Hub ids are folders in it: `OpenGVLab/InternVL3-2B` a tiny base, and
 `UltraDoughnut/SELF1E` a tiny checkpoint of the published layout. `runs/X` is a trained and evaluated run, unless the
 block makes X itself. Two things are changed: training takes one step without evaluation, and a launcher gets a free
-port. Bash blocks of the README run in bash; those of the other pages run in this process, without launcher. The Python
+port. Blocks of the README that train run in bash; other commands run in this process, without launcher. The Python
 blocks of a page run one after another. What does not run here stands in `LEFT_OUT`.
 """
 
@@ -142,7 +142,7 @@ def test_bash(page, text, place, models):
     text = shortened(text)
     for name in set(re.findall(r"runs/(\w+)", text)) - set(re.findall(r"--exp_name[= ](\w+)", text)):
         shutil.copytree(models / "run", place / "runs" / name)
-    if page.name != "README.md":
+    if page.name != "README.md" or "train_hf_ivl_seq.py" not in text:
         for line in text.splitlines():
             assert run_here(line) == 0, line
         return
