@@ -26,7 +26,7 @@ def _rle(segmentation: dict, height: int, width: int) -> dict:
     The library decodes without looking: runs that are cut, too long or negative would give pixels that were never
     written, or write outside the mask.
     """
-    size, counts = segmentation.get("size"), segmentation.get("counts")
+    size, counts = segmentation.get("size"), segmentation.get("counts", ())
     if size != [height, width] and size != (height, width):
         raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
     if isinstance(counts, str):

@@ -112,8 +112,9 @@ def read_coco(path: Path, out: Writer) -> None:
         tally.add("image id that occurs twice" if id in sizes else None, str(id))
         sizes[id] = entry[1:]
     for place, annotation in stream_json(path, "annotations"):
-        kinds = {"id": int, "image_id": int, "category_id": int, "segmentation": (list, dict)}
-        id, owner, category, segmentation = fields(annotation, f"{path}, {place}", **kinds)
+        place = f"{path}, {place}"
+        id, owner, category = fields(annotation, place, id=int, image_id=int, category_id=int)
+        (segmentation,) = fields(annotation, place, segmentation=(list, dict))
         out.add("annotations", {"id": id, "category_id": category, "segmentation": segmentation})
         ids["annotation"].append(id)
         ids["owner"].append(owner)
@@ -186,10 +187,10 @@ def read_refs(path: Path, out: Writer) -> None:
         records = ((f"record {number} counted from 0", ref) for number, ref in enumerate(load_plain_pickle(path)))
     groups: dict[tuple[str, int], list] = {}
     out.declare("groups")
-    kinds = {"ref_id": int, "image_id": int, "split": (str, bytes), "sentences": (list, tuple)}
     for place, ref in records:
         place = f"{path}, {place}"
-        ref_id, image_id, split, found, ids = fields(_texts(ref), place, **kinds, ann_id=(int, list, tuple))
+        ref_id, image_id, split = fields(ref := _texts(ref), place, ref_id=int, image_id=int, split=(str, bytes))
+        ids, found = fields(ref, place, ann_id=(int, list, tuple), sentences=(list, tuple))
         sentences: dict[bool, list] = {True: [], False: []}  # by whether something in the photo is meant
         for k, sentence in enumerate(map(_texts, found)):
             sentence = {"sent": sentence.get("raw"), "sent_id": k, "exist": True} | sentence

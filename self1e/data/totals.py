@@ -26,8 +26,8 @@ def completeness(name: str, data: TrainingSet | EvalSplit) -> str:
     known = known_totals().get(name)
     if not known:
         return "-"
-    if isinstance(getattr(data, "data", None), ReferringData):
-        counts = data.data.counts()
+    if isinstance(own := getattr(data, "data", None), ReferringData):
+        counts = own.counts()
     else:
         images = len(np.unique(data.image_keys()))
         counts = {"images": images, "questions": len(data), "conversations": len(data)}

@@ -8,17 +8,7 @@ import numpy as np
 import pytest
 from streams import Numbers, epoch_batches, ids
 from torch.utils.data import DataLoader
-from trees import (
-    SQUARE,
-    instances,
-    label_map,
-    photo,
-    questions,
-    reasoning_photo,
-    reference,
-    referring_set,
-    write_json,
-)
+from trees import SQUARE, instances, label_map, photo, questions, reasoning_photo, reference, referring_set, write_json
 
 from self1e.data.families import FAMILIES, DataConfig
 from self1e.data.loader import build_mixture
@@ -223,23 +213,9 @@ def build(root, *, seed=0, mode="published", **flags):
     return build_mixture(config, batch_size=3, seed=seed, mode=mode)
 
 
-ALL = {
-    "ade20k": 2,
-    "cocostuff": 2,
-    "pascal_part": 1,
-    "paco_lvis": 1,
-    "refclef": 2,
-    "refcoco": 2,
-    "refcoco+": 2,
-    "refcocog": 2,
-    "ReasonSeg": 1,
-    "llava_instruct_150k": 2,
-    "vqav2": 2,
-    "okvqa": 2,
-    "textvqa": 2,
-    "vizwiz": 2,
-    "gqa": 2,
-}
+FROM_VQA = ("llava_instruct_150k", "vqav2", "okvqa", "textvqa", "vizwiz", "gqa")
+ALL = {"ade20k": 2, "cocostuff": 2, "pascal_part": 1, "paco_lvis": 1}
+ALL |= {"refclef": 2, "refcoco": 2, "refcoco+": 2, "refcocog": 2, "ReasonSeg": 1} | dict.fromkeys(FROM_VQA, 2)
 
 
 def describe(sample):

@@ -19,18 +19,23 @@ def make(root, name, conversations=3):
     return SETS[name](root, root, conversations=conversations)
 
 
+def asked_for(question):
+    """The text between the words of a template."""
+    text = question.removeprefix("<image>\n").split(" in this image")[0]
+    for opening in ("Can you segment the ", "Please segment the ", "What is "):
+        text = text.removeprefix(opening)
+    return text
+
+
 def asked(data, index=0, draws=40):
-    """{text between the template's words: mask} over many draws."""
+    """{what is asked for: mask} over many draws."""
     found = {}
     for seed in range(draws):
         sample = data.read(index, np.random.default_rng(seed))
         assert len(sample.conversations) == len(sample.masks) <= data.conversations
         for (question, _), mask in zip(sample.conversations, sample.masks):
-            text = question.removeprefix("<image>\n").split(" in this image")[0]
-            for opening in ("Can you segment the ", "Please segment the ", "What is "):
-                text = text.removeprefix(opening)
             assert mask.shape == (1, H, W) and mask.dtype == np.uint8 and mask.max() <= 1
-            found[text] = mask[0]
+            found[asked_for(question)] = mask[0]
     return found
 
 
@@ -126,14 +131,9 @@ def test_pascal_part_names_are_raw(tmp_path):
 def test_label_maps_turn_with_their_photo(tmp_path):
     ade20k(tmp_path, "a", [1, 2])
     photo(tmp_path / "ade20k/images/training/a.jpg", orientation=3)
-    for (question, _), mask in zip(
-        *[
-            getattr(make(tmp_path, "ade20k").read(0, np.random.default_rng(0)), field)
-            for field in ("conversations", "masks")
-        ]
-    ):
-        half = mask[0, :, W // 2 :] if "wall" in question else mask[0, :, : W // 2]
-        assert half.all() and mask.sum() == half.size
+    found = asked(make(tmp_path, "ade20k"))
+    assert found["wall"][:, W // 2 :].all() and found["building"][:, : W // 2].all()
+    assert [mask.sum() for mask in found.values()] == [H * W // 2] * 2
 
 
 @needs_shared
@@ -148,10 +148,6 @@ def test_counts_equal_the_published_loaders(name):
             if sample is None:  # the next one serves
                 continue
             assert all(mask.any() for mask in sample.masks)
-            for question, _ in sample.conversations:
-                text = question.removeprefix("<image>\n").split(" in this image")[0]
-                for opening in ("Can you segment the ", "Please segment the ", "What is "):
-                    text = text.removeprefix(opening)
-                seen.add(text)
+            seen |= {asked_for(question) for question, _ in sample.conversations}
     assert len(data) == counts["samples"]
     assert len(seen) >= counts["distinct_class_names_seen"]  # the reference saw what few random draws showed

@@ -170,7 +170,7 @@ def _sentences(annotation: dict, categories: dict[int | str, str], place: str) -
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{place}: {field} is {reprlib.repr(value)}, neither a sentence nor a list of sentences")
         found += [text.strip() for text in texts]
-    category = annotation.get("category_id")
+    category: Any = annotation.get("category_id")
     if not found and not categories.get(category):
         raise UserError(f"{place}: neither captions nor phrases, and category {reprlib.repr(category)} has no name")
     return found or [categories[category]]
