@@ -4,7 +4,6 @@ import gc
 import io
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from helpers import ROOT, free_port, hear_ctrl_c
 from PIL import Image
 
@@ -37,8 +37,9 @@ def train(*args, code: int = 0) -> None:
 
 # A test process has threads (of the test runner, of servers under test), so that a fork of it can hang: children come
 # from a process that has none and has loaded the libraries.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["self1e.training.train", "matplotlib.figure"])
+CHILDREN.set_forkserver_preload(["self1e.training.train", "matplotlib.figure", "deepspeed"])
 
 
 def train_in_a_child(*args, at: str = "", call: int = 0, do: Callable[[], None] | None = None) -> int:
@@ -48,11 +49,47 @@ def train_in_a_child(*args, at: str = "", call: int = 0, do: Callable[[], None] 
     """
     child = CHILDREN.Process(target=_train_and_exit, args=(command(*args), at, call, do))
     child.start()
-    child.join(timeout=180)
-    if child.exitcode is None:
-        child.kill()
-        raise AssertionError(f"a training run hung: {args}")
-    return child.exitcode
+    return exit_codes(child)[0]
+
+
+def start_ranks(*args, at: str = "", call: int = 0, do: Callable[[], None] | None = None) -> list:
+    """As `train_in_a_child`, by two processes, which print to `<runs>/<name>.<rank>.txt`; returns them."""
+    return as_ranks(_train_and_exit, command(*args), at, call, do, printed=args[2] / args[3])
+
+
+def train_by_ranks(*args, **intervention) -> list[int]:
+    """The exit codes of `start_ranks`."""
+    return exit_codes(*start_ranks(*args, **intervention))
+
+
+def as_ranks(work: Callable, *args, printed: Path) -> list:
+    """Two processes that find what a launcher tells ranks, do `work(*args)` and print to `<printed>.<rank>.txt`."""
+    port = free_port()
+    children = [CHILDREN.Process(target=_as_rank, args=(rank, port, printed, work, *args)) for rank in range(2)]
+    for child in children:
+        child.start()
+    return children
+
+
+def _as_rank(rank: int, port: int, printed: Path, work: Callable, *args) -> None:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    with open(f"{printed}.{rank}.txt", "a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    work(*args)
+
+
+def exit_codes(*children) -> list[int]:
+    """What the processes end with; those that do not are killed."""
+    for child in children:
+        child.join(timeout=180)
+    if any(child.exitcode is None for child in children):
+        for child in children:
+            child.kill()
+        raise AssertionError("a training run hung")
+    return [child.exitcode for child in children]
 
 
 def _train_and_exit(flags: list[str], at: str, call: int, do: Callable[[], None] | None) -> None:
@@ -84,12 +121,27 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def kill_first() -> None:
+    if os.environ["RANK"] == "0":
+        kill()
+
+
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def tell_by_sigusr1() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def tell_second_by_sigusr1() -> None:
+    if os.environ["RANK"] == "1":
+        tell_by_sigusr1()
+
+
+def suspend_second() -> None:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def history(folder: Path) -> list[dict]:
@@ -110,13 +162,9 @@ def events(folder: Path):
     return scalars, pictures
 
 
-def launch(*args, launcher: str = "deepspeed") -> subprocess.Popen:
-    """Two CPU processes under deepspeed or torchrun, in a process group of their own."""
-    start = {
-        "deepspeed": [LAUNCHER, "--num_accelerators=2"],
-        "torchrun": [LAUNCHER.with_name("torchrun"), "--nproc_per_node=2"],
-    }[launcher]
-    script = [*start, f"--master_port={free_port()}", ROOT / "train_hf_ivl_seq.py"]
+def launch(*args) -> subprocess.Popen:
+    """Two CPU processes under deepspeed, in a process group of their own."""
+    script = [LAUNCHER, "--num_accelerators=2", f"--master_port={free_port()}", ROOT / "train_hf_ivl_seq.py"]
     process = subprocess.Popen(
         [*map(str, script), *command(*args)],
         stdout=subprocess.PIPE,
@@ -135,15 +183,3 @@ def launch(*args, launcher: str = "deepspeed") -> subprocess.Popen:
     timer.daemon = True
     timer.start()
     return process
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    """What a launched run prints until it ends."""
-    printed = process.communicate(timeout=LIMIT)[0]
-    assert process.returncode == code, printed
-    return printed
-
-
-def steps(printed: str) -> dict[str, str]:
-    """Number of each step -> its loss, terms, gradient norm and learning rates, as printed."""
-    return dict(re.findall(r"step (\d+)  epoch \S+  (loss .*?)  [\d.]+ samples/s", printed))

@@ -1,46 +1,44 @@
 """Under ZeRO-3 on two CPU ranks, the head gets the gradients of one process, whatever each rank has to segment."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import faulthandler
 
 import pytest
 import torch
-from helpers import ROOT, noise
+from helpers import noise
+from runs import LAUNCHER, as_ranks, exit_codes
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 
-LAUNCHER = Path(sys.executable).with_name("deepspeed")
 pytestmark = pytest.mark.skipif(not LAUNCHER.is_file(), reason="deepspeed is not installed beside this python")
 
-PROGRAM = """
-import faulthandler, sys, torch, deepspeed
-faulthandler.dump_traceback_later(100, exit=True)
-from deepspeed.utils import safe_get_full_grad
-from test_zero3_head import load, micro_batch
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled
-deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-version, out, checkpointing = sys.argv[-3:]
-model, processor = load(version, int(checkpointing))
-model.set_zero3_leaf()
-config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
-config["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
-engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
-rank = torch.distributed.get_rank()
-for step in range(2):  # the second with the plan of the first
-    loss = engine(**micro_batch(processor, rank, groups=1)).loss
-    engine.backward(loss)
-    gradients = {name: safe_get_full_grad(x).clone() for name, x in model.named_parameters()}
-    engine.step()
-if rank == 0:
-    torch.save(gradients, out)
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
+
+def save_gradients(version, out, checkpointing: bool) -> None:
+    """What a rank does: two steps under ZeRO-3, the second with the plan of the first."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    faulthandler.dump_traceback_later(100, exit=True)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    model, processor = load(version, checkpointing)
+    model.set_zero3_leaf()
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+    config["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    rank = torch.distributed.get_rank()
+    for _ in range(2):
+        loss = engine(**micro_batch(processor, rank, groups=1)).loss
+        engine.backward(loss)
+        gradients = {name: safe_get_full_grad(x).clone() for name, x in model.named_parameters()}
+        engine.step()
+    if rank == 0:
+        torch.save(gradients, out)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
-def load(version, checkpointing: int):
+def load(version, checkpointing: bool):
     model = Self1EForSegmentation.from_pretrained(version).train()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.segmentation_head.parameters():
@@ -64,19 +62,12 @@ def micro_batch(processor, rank: int, **options) -> dict:
     return dict(processor.collate(encoded, **options))
 
 
-@pytest.mark.parametrize("checkpointing", [0, 1])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_one_process(tiny_version, tmp_path, checkpointing):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [LAUNCHER, "--num_accelerators", "2", tmp_path / "program.py"]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = ":".join(map(str, [Path(__file__).parent, Path(__file__).parents[1], ROOT]))
-    done = subprocess.run(
-        [*map(str, command), str(tiny_version), str(tmp_path / "gradients"), str(checkpointing)],
-        env=environment, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ranks = as_ranks(save_gradients, tiny_version, tmp_path / "gradients", checkpointing, printed=tmp_path / "printed")
+    assert exit_codes(*ranks) == [0, 0], (tmp_path / "printed.0.txt").read_text()[-3000:]
     found = torch.load(tmp_path / "gradients", weights_only=True)
-    model, processor = load(tiny_version, 0)
+    model, processor = load(tiny_version, False)
     sum(model(**micro_batch(processor, rank)).loss for rank in range(2)).div(2).backward()  # ranks are averaged
     expected = {name: x.grad for name, x in model.named_parameters()}
     assert found.keys() == expected.keys() and any("f_out" in name for name in found)
