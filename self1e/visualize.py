@@ -4,6 +4,7 @@ Everything takes and returns RGB `PIL.Image`s; masks are (H, W) or (n, H, W) at 
 """
 
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -66,17 +67,12 @@ def overlay(image: Photo, masks: np.ndarray, colors: Sequence[Color] | None = No
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Lines at most `width` pixels wide, broken at blanks, and inside a word only where it alone is too wide."""
-    lines = [""]
-    for word in text.split():
-        if font.getlength(f"{lines[-1]} {word}".strip()) <= width:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-            continue
-        lines += [""] if lines[-1] else []
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines
+    letters = 1 + round(1.5 * width * len(text) / max(1, font.getlength(text)))  # more than fit into an average line
+    lines = textwrap.wrap(text, letters)
+    while letters > 1 and any(font.getlength(line) > width for line in lines):
+        letters -= 1
+        lines = textwrap.wrap(text, letters)
+    return lines or [""]
 
 
 def panel(

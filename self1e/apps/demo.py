@@ -84,8 +84,7 @@ def build(model: Self1EForSegmentation, processor: Self1EProcessor, name: str, *
                 if mode == CHAT:
                     found = model.chat(processor, [image] * len(some), some, max_new_tokens=int(length), **options)
                 else:
-                    one_each = model.segment(processor, image, some, **options)
-                    found = [Reply(each.text, each.mask[None], each.logits[None], [each.score]) for each in one_each]
+                    found = [each.as_reply() for each in model.segment(processor, image, some, **options)]
                 for prompt, reply in zip(some, found):
                     output.add(path, image, prompt, reply)
                 replies += found

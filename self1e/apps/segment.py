@@ -33,7 +33,7 @@ from self1e.data.masks import encode_mask
 from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
 from self1e.files import check_writable, write_json
-from self1e.model.inference import Reply
+from self1e.model.inference import Reply, image_groups
 from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import check_prompt
 from self1e.model.weights import weights_identity
@@ -224,18 +224,6 @@ def files_of(record: dict) -> list[str]:
     return [*names, *([record["overlay"]] if "overlay" in record else [])]
 
 
-def groups(work: Sequence[tuple[Path, list[str]]], limit: int) -> Iterator[list[tuple[Path, list[str]]]]:
-    """Neighbouring photos with at most `limit` prompts together, or one photo with more."""
-    group: list[tuple[Path, list[str]]] = []
-    for path, prompts in work:
-        if group and sum(len(asked) for _, asked in group) + len(prompts) > limit:
-            yield group
-            group = []
-        group.append((path, prompts))
-    if group:
-        yield group
-
-
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace, ask: Ask, settings: dict) -> int:
     """Ask every prompt of every photo, write what comes, and return the exit code.
 
@@ -264,8 +252,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, ask: Ask, set
     model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
     begin, done, broken = time.monotonic(), 0, 0
     try:
-        for group in groups(work, args.batch_size):
-            loaded = []
+        for part in image_groups([len(asked) for _, asked in work], args.batch_size):
+            group, loaded = work[part], []
             for path, asked in group:
                 try:
                     loaded.append((path, load_image(path), asked))
@@ -308,6 +296,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def ask(model, processor, images, prompts):
         found = model.segment(processor, images, prompts, **options) if images else []
-        return [[Reply(each.text, each.mask[None], each.logits[None], [each.score]) for each in one] for one in found]
+        return [[each.as_reply() for each in replies] for replies in found]
 
     return run(parser, args, ask, {"prompt_kind": args.prompt_kind})

@@ -10,7 +10,7 @@ Legend: H W pixels of the upright image, h w mask grid of the model, n masks of 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -65,13 +65,13 @@ class Segmentation:
 
     prompt: str
     text: str
-    mask: np.ndarray
-    logits: np.ndarray
+    mask: np.ndarray = field(repr=False)
+    logits: np.ndarray = field(repr=False)
     score: float | None
 
-    def __repr__(self) -> str:
-        share = f"{self.mask.mean():.1%} of {self.mask.shape[1]} x {self.mask.shape[0]}"
-        return f"Segmentation({self.prompt!r}: {share}, score {short(self.score)})"
+    def as_reply(self) -> "Reply":
+        """The same in the form of `chat`'s answers."""
+        return Reply(self.text, self.mask[None], self.logits[None], [self.score])
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,9 @@ class Reply:
     """
 
     text: str
-    masks: np.ndarray
-    logits: np.ndarray
+    masks: np.ndarray = field(repr=False)
+    logits: np.ndarray = field(repr=False)
     scores: list[float | None]
-
-    def __repr__(self) -> str:
-        scores = f" with scores {', '.join(map(short, self.scores))}" if self.scores else ""
-        return f"Reply({self.text!r}, {len(self.masks)} mask{'s' * (len(self.masks) != 1)}{scores})"
-
-
-def short(score: float | None) -> str:
-    return "none" if score is None else f"{score:.3f}"
 
 
 @torch.no_grad()

@@ -41,22 +41,12 @@ def _readable() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def open_picture(source: Path | str | BinaryIO) -> Image.Image:
-    """A picture file, opened and not decoded yet, whatever its name says.
-
-    Raises OSError when it is none of `FORMATS`, or longer than `MAX_SIDE`; decoding may raise anything.
-    """
-    picture = Image.open(source, formats=_readable())
-    if max(picture.size) > MAX_SIDE:
-        picture.close()
-        raise OSError(f"it is {picture.width:,} x {picture.height:,} pixels, and no side may be over {MAX_SIDE:,}")
-    return picture
-
-
 def decode(source: Path | str | BinaryIO, read: Callable[[Image.Image], T]) -> T:
-    """What `read` makes of a picture file. Raises OSError saying why when it cannot be opened or decoded."""
+    """What `read` makes of a picture file, whatever its name says. Raises OSError saying why it cannot be read."""
     try:
-        with open_picture(source) as picture:
+        with Image.open(source, formats=_readable()) as picture:
+            if max(picture.size) > MAX_SIDE:
+                raise OSError(f"it is {picture.width:,} x {picture.height:,} pixels; a side may have {MAX_SIDE:,}")
             return read(picture)
     except UnidentifiedImageError as error:
         raise OSError(_what_it_is(source)) from error

@@ -242,13 +242,6 @@ def checkpoint_folder(text: str) -> str:
     return str(inside) if is_run else text
 
 
-def check_exists(version: str) -> None:
-    """Raise UserError for a checkpoint that is no folder and, by its form, no hub id: OWNER/NAME."""
-    path = Path(version)
-    if not path.exists() and (version.count("/") != 1 or path.parent.is_dir()):
-        raise UserError(f"{version}: there is no such folder")
-
-
 def weights_identity(version: str | Path, weights: str | Path | None = None) -> dict[str, str | None]:
     """What tells these weights from all others wherever they lie: `weights`, those that are loaded, and their `base`.
 

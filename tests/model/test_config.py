@@ -131,27 +131,17 @@ def test_saved_config_reads_back_with_its_switches(tmp_path):
         assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
 
 
-def test_config_of_an_earlier_version_is_read(tmp_path):
-    """Its loss weights were fields of their own."""
-    old = {"model_type": "self1e", "seg_token_id": 7, "mask_features": "rfr", "ce_loss_weight": 0.5}
-    config = read(tmp_path, old | {"bce_loss_weight": 3.0, "dice_loss_weight": 0})
-    assert config.loss_weights == {"ce": 0.5, "mask_bce": 3.0, "mask_dice": 0}
-    assert config.mask_features == "rfr" and "ce_loss_weight" not in config.to_dict()
-
-
 def test_switches_are_fields_and_their_defaults_are_the_paper():
-    config = Self1EConfig()
-    assert {name: getattr(config, name) for name in SWITCHES} == {
-        "mask_features": "rfa", "replication": "tile", "attention_pathway": "image+seg", "auxiliary_loss": True,
-        "auxiliary_projection": False, "rope_precision": "fp32",
-    }  # fmt: skip
-    assert config.loss_weights == {"ce": 1.0, "mask_bce": 2.0, "mask_dice": 0.5}
-    assert Self1EConfig(loss_weights={"ce": 0.0}).loss_weights == {"ce": 0.0, "mask_bce": 2.0, "mask_dice": 0.5}
+    config = Self1EConfig(loss_weights={"ce": 0.0})
+    assert all(getattr(config, name) == switch.default for name, switch in SWITCHES.items())
+    paper = {"mask_features": "rfa", "replication": "tile", "attention_pathway": "image+seg", "auxiliary_loss": True}
+    assert all(SWITCHES[name].default == value for name, value in paper.items())
+    assert config.loss_weights == LOSS_WEIGHTS | {"ce": 0.0}
 
 
 @pytest.mark.parametrize("name", [name for name, switch in SWITCHES.items() if switch.choices])
 def test_unknown_switches_are_refused_with_the_known_ones(name):
-    with pytest.raises(UserError, match=", ".join(SWITCHES[name].choices).replace("+", r"\+")):
+    with pytest.raises(UserError, match=name):
         Self1EConfig(**{name: "none of these"})
 
 
@@ -193,13 +183,6 @@ def test_absent_paths_are_refused_without_asking_the_hub(tmp_path, monkeypatch, 
 def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no config.json"):
         Self1EConfig.from_pretrained(tmp_path)
-
-
-def test_the_hubs_failure_is_one_line(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="nobody/nothing") as error:
-        Self1EConfig.from_pretrained("nobody/nothing")
-    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_repository_of_several_checkpoints_lists_them(monkeypatch):

@@ -99,7 +99,7 @@ def test_a_pathway_can_forbid(extension, load_tiny):
     given = {"embeds": torch.zeros(2, 5, 8), "padding_mask": None, "is_image": is_image, "is_seg": is_seg}
     mask = perception_mask("alone", config=load_tiny().config.llm, **given)
     expected = torch.ones(2, 5, 5).tril().bool()
-    expected[0, 1:3] = torch.eye(5)[1:3].bool()  # the row without `[SEG]` stays causal
+    expected[0, 1:3] = torch.eye(5)[1:3].bool()  # the conversation without `[SEG]` stays causal
     assert torch.equal(mask[:, 0], expected)
 
 

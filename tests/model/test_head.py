@@ -14,7 +14,7 @@ C, L = 8, 2
 GRIDS = [(1, 1), (2, 3)]
 ASKED = [(1, 2), (0, 1), (1, 1)]  # image, masks
 CONVERSATIONS = [Masked([0, 1][image], GRIDS[image], masks) for image, masks in ASKED]
-SWITCHES = [*((name, False) for name in HEADS), ("rfa", True)]
+SWITCHES = [("baseline", False), ("replication", False), ("rfr", False), ("rfa", False), ("rfa", True)]
 USED = {"baseline": ("img", "seg"), "replication": ("vhq", "img", "seg")}
 
 

@@ -51,19 +51,6 @@ def test_round_trip_keeps_every_bit_in_shards(folder, image, tmp_path, dtype):
     assert logits(again, reread, image).equal(logits(model, processor, image))
 
 
-def test_chat_template_is_the_processor_s_own_format(folder, image):
-    processor = AutoProcessor.from_pretrained(folder)
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is it?"}]},
-        {"role": "assistant", "content": "It is [SEG]."},
-        {"role": "user", "content": "Why?"},
-    ]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    image_tokens = "<img>" + "<IMG_CONTEXT>" * processor.tile_tokens + "</img>"
-    ids = processor.tokenizer(text.replace("<image>", image_tokens), add_special_tokens=False)["input_ids"]
-    assert ids == processor([image], [[["<image>\nWhere is it?", "It is [SEG].", "Why?"]]])["input_ids"][0].tolist()
-
-
 def test_generation_config_ends_answers(folder):
     tokenizer = Self1EProcessor.from_pretrained(folder).tokenizer
     saved = read_json(folder / "generation_config.json")

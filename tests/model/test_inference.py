@@ -49,18 +49,18 @@ def assert_close(found, expected):
 
 
 class Dictation(LogitsProcessor):
-    """Makes greedy decoding write given tokens, row by row, and then the end of turn."""
+    """Makes greedy decoding write given tokens, one conversation at a time, and then the end of turn."""
 
     def __init__(self, tokenizer, texts: list[str], prompt_length: int):
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.rows = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
+        self.answers = [[*tokenizer.encode(text, add_special_tokens=False), end] for text in texts]
         self.start, self.end = prompt_length, end
 
     def __call__(self, input_ids, scores):
         forced = torch.full_like(scores, -1e9)
         place = input_ids.shape[1] - self.start
-        for row, tokens in enumerate(self.rows):
-            forced[row, tokens[place] if place < len(tokens) else self.end] = 0.0
+        for i, tokens in enumerate(self.answers):
+            forced[i, tokens[place] if place < len(tokens) else self.end] = 0.0
         return forced
 
 
@@ -86,12 +86,12 @@ def test_segment_is_the_evaluation_protocol(tiny):
     model, processor = tiny
     image = photo(90, 50)
     phrase, sentence = model.segment(processor, image, [PHRASE, SENTENCE])
-    rows = [
+    conversations = [
         ["<image>\n What is the red circle in this image? Please output segmentation mask.", "[SEG]."],
         [f"<image>\n {SENTENCE} Please output segmentation mask.", "[SEG]."],
     ]
     with torch.no_grad():
-        expected = model(**processor(images=[image], conversations=[rows])).mask_logits
+        expected = model(**processor(images=[image], conversations=[conversations])).mask_logits
     for result, logits in zip((phrase, sentence), expected):
         assert result.text == ANSWER and result.logits.dtype == np.float32 and result.mask.dtype == bool
         assert_close(result.logits, logits[0].numpy())
@@ -169,10 +169,10 @@ def test_chat_batches_of_different_answers(tiny, monkeypatch):
     assert encoded == [2]
     assert [reply.text for reply in replies] == answers
     assert [reply.masks.shape for reply in replies] == [(0, 40, 50), (2, 60, 40), (1, 40, 50)]
-    rows = [[f"<image>\n{asked[i]}", answers[i]] for i in (1, 2)]
+    conversations = [[f"<image>\n{asked[i]}", answers[i]] for i in (1, 2)]
     with torch.no_grad():
-        for row, image, reply in zip(rows, (second, first), replies[1:]):
-            expected = model(**processor(images=[image], conversations=[[row]])).mask_logits[0]
+        for conversation, image, reply in zip(conversations, (second, first), replies[1:]):
+            expected = model(**processor(images=[image], conversations=[[conversation]])).mask_logits[0]
             assert_close(reply.logits, expected.numpy())
 
 
@@ -266,14 +266,14 @@ def test_golden_masks(pack):
     compared = 0
     for case in json.loads((pack / "cases.json").read_text())["cases"]:
         expected = np.load(pack / f"{case['name']}.npz")
-        for index, row in enumerate(case["rows"]):
-            question, answer = row["conversation"][:2]
+        for index, record in enumerate(case["rows"]):
+            question, answer = record["conversation"][:2]
             if case["kind"] == "train":
                 continue
             is_sentence = not (question.startswith(forms[False][0]) and question.endswith(forms[False][1]))
             prefix, suffix = forms[is_sentence]
             prompt = question.removeprefix(prefix).removesuffix(suffix)
-            image = Image.open(pack / "photos" / row["photo"])
+            image = Image.open(pack / "photos" / record["photo"])
             result = model.segment(processor, image, prompt, is_sentence=is_sentence)[0]
             assert answer == ANSWER
             np.testing.assert_allclose(result.logits, np.squeeze(expected[f"mask_logits_{index}"]), atol=1e-4)
@@ -285,5 +285,5 @@ def test_results_print_as_one_line(tiny):
     (model, processor), image = tiny, noise(40, 30)
     result = model.segment(processor, image, "the ring\nor star")[0]
     reply = inference.Reply("It is [SEG].\nYes.", np.ones((1, 4, 5), bool), np.zeros((1, 2, 2), np.float32), [0.75])
-    assert repr(result).startswith("Segmentation('the ring\\nor star': ") and "\n" not in repr(result)
-    assert repr(reply) == "Reply('It is [SEG].\\nYes.', 1 mask with scores 0.750)"
+    assert repr(result).startswith(r"Segmentation(prompt='the ring\nor star', text='[SEG].', score=0.")
+    assert repr(reply) == r"Reply(text='It is [SEG].\nYes.', scores=[0.75])"

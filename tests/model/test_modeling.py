@@ -22,7 +22,7 @@ SIDE = 2  # image tokens a tile side of the tiny model
 ENLARGED = {"baseline": 1, "replication": 2, "rfr": 2, "rfa": 4}
 # Images by their tile grid (rows, cols), and conversations with 1, 0, 2 and 3 [SEG].
 SIZES = {(1, 2): (112, 56), (2, 1): (56, 112), (1, 3): (168, 56), (2, 2): (112, 112)}
-ROWS = [
+CONVERSATIONS = [
     [["<image>\nthe cat", "[SEG]."], ["<image>\nhow many?", "two"]],
     [["<image>\nboth of them", "[SEG] and [SEG]."]],
     [["<image>\nwhat is it?", "a thing"]],
@@ -32,16 +32,16 @@ COUNTS = [1, 0, 2, 0, 3, 1]
 PRODUCTS = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm
 
 
-def masks_for(rows, seed=0) -> list[np.ndarray]:
+def masks_for(conversations, seed=0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    counts = [" ".join(row).count("[SEG]") for row in rows]
+    counts = [" ".join(conversation).count("[SEG]") for conversation in conversations]
     return [(rng.random((n, 20, 30)) > 0.5).astype(np.uint8) for n in counts]
 
 
 def mixed_batch(processor, **options):
     images = [noise(*size, seed) for seed, size in enumerate(SIZES.values())]
-    targets = [masks_for(rows, i) for i, rows in enumerate(ROWS)]
-    return processor(images, ROWS, targets, max_tiles=4, **options)
+    targets = [masks_for(conversations, i) for i, conversations in enumerate(CONVERSATIONS)]
+    return processor(images, CONVERSATIONS, targets, max_tiles=4, **options)
 
 
 def one_group(model, batch) -> dict:
@@ -58,7 +58,7 @@ def without_gradient(model) -> list[str]:
 
 
 AUXILIARY = {"off": (False, False), "on": (True, False), "projected": (True, True)}
-SWITCHES = [x for x in product(HEADS, REPLICATIONS, AUXILIARY) if x[0] == "rfa" or x[2] != "projected"]
+SWITCHES = [x for x in product(ENLARGED, REPLICATIONS, AUXILIARY) if x[0] == "rfa" or x[2] != "projected"]
 
 
 @pytest.mark.parametrize(("features", "replication", "auxiliary"), SWITCHES)
@@ -68,7 +68,7 @@ def test_every_combination_runs_with_its_shapes(tiny_processor, load_tiny, featu
     model = load_tiny(mask_features=features, replication=replication, **switches).train()
     out = model(**mixed_batch(tiny_processor))
     times = ENLARGED[features] * SIDE
-    grids = [grid for grid, rows in zip(SIZES, ROWS) for _ in rows]
+    grids = [grid for grid, conversations in zip(SIZES, CONVERSATIONS) for _ in conversations]
     expected = [(n, times * rows, times * cols) for n, (rows, cols) in zip(COUNTS, grids)]
     assert [tuple(x.shape) for x in out.mask_logits] == expected
     assert set(out.losses) == {"ce", "mask_bce", "mask_dice"} and torch.isfinite(out.loss)
@@ -76,11 +76,11 @@ def test_every_combination_runs_with_its_shapes(tiny_processor, load_tiny, featu
     assert not without_gradient(model)
 
 
-@pytest.mark.parametrize("features", HEADS)
+@pytest.mark.parametrize("features", ENLARGED)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_batch_without_seg_has_empty_masks_of_the_masks_size(tiny_processor, load_tiny, features, training):
-    rows = [[["<image>\nhow many?", "two"]], [["<image>\nwhat is it?", "a thing"]]]
-    batch = tiny_processor([noise(112, 56, 0), noise(56, 112, 1)], rows, max_tiles=4)
+    conversations = [[["<image>\nhow many?", "two"]], [["<image>\nwhat is it?", "a thing"]]]
+    batch = tiny_processor([noise(112, 56, 0), noise(56, 112, 1)], conversations, max_tiles=4)
     out = load_tiny(mask_features=features).train(training)(**batch)
     times = ENLARGED[features] * SIDE
     assert [tuple(x.shape) for x in out.mask_logits] == [(0, times, 2 * times), (0, 2 * times, times)]
@@ -101,26 +101,26 @@ def test_switches_change_the_mask(tiny_processor, load_tiny):
 def test_conversations_together_equal_conversations_alone(tiny_processor, load_tiny):
     model = load_tiny()
     together = iter(model(**mixed_batch(tiny_processor)).mask_logits)
-    for seed, (size, rows) in enumerate(zip(SIZES.values(), ROWS)):
-        for row in rows:
+    for seed, (size, conversations) in enumerate(zip(SIZES.values(), CONVERSATIONS)):
+        for conversation in conversations:
             found = next(together)
-            alone = model(**tiny_processor([noise(*size, seed)], [[row]], max_tiles=4)).mask_logits
+            alone = model(**tiny_processor([noise(*size, seed)], [[conversation]], max_tiles=4)).mask_logits
             assert torch.allclose(found, alone[0], atol=1e-4) if alone else not len(found)  # sums in another order
 
 
 @torch.no_grad()
 def test_several_seg_are_answered_in_order(tiny_processor, load_tiny):
-    """The second mask of a row is the head's answer to the state before the second [SEG]."""
+    """The second mask of a conversation is the head's answer to the state before the second [SEG]."""
     model, given, states = load_tiny(), [], []
     model.segmentation_head.register_forward_pre_hook(lambda module, args: given.append(args))
     model.model.language_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state))
-    rows = [["<image>\nboth", "[SEG] and [SEG]."], ["<image>\none", "It is [SEG]."]]
-    batch = tiny_processor([noise(56, 56)], [rows])
+    conversations = [["<image>\nboth", "[SEG] and [SEG]."], ["<image>\none", "It is [SEG]."]]
+    batch = tiny_processor([noise(56, 56)], [conversations])
     model(**batch | one_group(model, batch))
     ((_, _, _, seg, asked),), (states,) = given, states
-    rows, positions = (batch["input_ids"] == model.config.seg_token_id).nonzero().T
-    assert [one.queries for one in asked] == [2, 1] and rows.tolist() == [0, 0, 1]
-    assert torch.equal(seg, states[rows, positions - 1])
+    conversations, positions = (batch["input_ids"] == model.config.seg_token_id).nonzero().T
+    assert [one.queries for one in asked] == [2, 1] and conversations.tolist() == [0, 0, 1]
+    assert torch.equal(seg, states[conversations, positions - 1])
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -135,11 +135,13 @@ def test_an_image_is_encoded_once_for_all_its_conversations(tiny_processor, load
     whole = model.eval()(**batch).mask_logits
     features = model.encode_images(batch["pixel_values"], batch["tile_grids"])
     tiles.clear()
-    for row in range(len(COUNTS)):
-        chunk = {name: batch[name][row : row + 1] for name in ("input_ids", "attention_mask", "row_image")}
+    for conversation in range(len(COUNTS)):
+        chunk = {
+            name: batch[name][conversation : conversation + 1] for name in ("input_ids", "attention_mask", "row_image")
+        }
         found = model(**chunk, image_features=features).mask_logits
-        if COUNTS[row]:
-            assert torch.allclose(found[0], whole[row], atol=1e-4)
+        if COUNTS[conversation]:
+            assert torch.allclose(found[0], whole[conversation], atol=1e-4)
     assert not tiles
 
 
@@ -196,8 +198,8 @@ EMPTY = {
 @pytest.mark.parametrize("name", EMPTY)
 def test_every_micro_batch_reaches_every_parameter(tiny_processor, load_tiny, name, mask_features, checkpointing):
     """A rank that skipped a parameter would leave the others waiting for its gradient."""
-    rows, targets, unsupervised = EMPTY[name]
-    batch = tiny_processor([noise(112, 56)], [rows], [targets], max_tiles=2)
+    conversations, targets, unsupervised = EMPTY[name]
+    batch = tiny_processor([noise(112, 56)], [conversations], [targets], max_tiles=2)
     if unsupervised:
         batch["labels"] = torch.full_like(batch["labels"], -100)
     model = load_tiny(mask_features=mask_features).train()
@@ -210,16 +212,6 @@ def test_every_micro_batch_reaches_every_parameter(tiny_processor, load_tiny, na
     assert all(torch.isfinite(x.grad).all() for x in model.parameters())
     if all(target is None or not len(target) for target in targets):
         assert not any(x.grad.any() for x in model.segmentation_head.parameters())
-
-
-def test_conversations_without_masks_leave_the_loss_of_the_others(tiny_processor, load_tiny):
-    """They count in the denominator, as published."""
-    model, mask = load_tiny(), np.ones((1, 9, 9), np.uint8)
-    row, other = ["<image>\nthe cat", "[SEG]."], ["<image>\nhow many?", "two"]
-    one = model(**tiny_processor([noise(56, 56)], [[row]], [[mask]])).losses
-    two = model(**tiny_processor([noise(56, 56)], [[row, other]], [[mask, None]])).losses
-    for name in ("mask_bce", "mask_dice"):
-        assert two[name].item() == pytest.approx(one[name].item() / 2, rel=1e-4)
 
 
 CHECKPOINTING = {"full": {"use_reentrant": False}, "selective": selective_checkpointing_kwargs()}

@@ -63,16 +63,16 @@ def unpack(bits: np.ndarray, shape: np.ndarray) -> np.ndarray:
 
 
 def read(case: Case) -> tuple[dict, dict]:
-    """The golden arrays of a case, and our batch for it; neighbouring rows of one photo are one image."""
+    """The golden arrays of a case, and our batch for it; neighbouring conversations of one photo are one image."""
     golden = dict(np.load(case.pack / f"{case.record['name']}.npz"))
     images, conversations, targets = [], [], []
-    for photo, rows in groupby(enumerate(case.record["rows"]), key=lambda item: item[1]["photo"]):
-        rows = list(rows)
+    for photo, group in groupby(enumerate(case.record["rows"]), key=lambda item: item[1]["photo"]):
+        group = list(group)
         images.append(Image.open(case.pack / "photos" / photo))
-        conversations.append([row["conversation"] for _, row in rows])
-        bits = [golden.get(f"mask_target_bits_{i}") for i, _ in rows]
+        conversations.append([one["conversation"] for _, one in group])
+        bits = [golden.get(f"mask_target_bits_{i}") for i, _ in group]
         targets.append(
-            [None if x is None else unpack(x, golden[f"mask_target_shape_{i}"]) for x, (i, _) in zip(bits, rows)]
+            [None if x is None else unpack(x, golden[f"mask_target_shape_{i}"]) for x, (i, _) in zip(bits, group)]
         )
     return golden, processor(case.pack)(images, conversations, targets if case in TRAINING else None)
 
@@ -87,8 +87,8 @@ def test_pixels_are_the_same(case):
     found = batch["pixel_values"][:, :, ::16, ::16].numpy()
     tiles = batch["tile_grids"].prod(1).tolist()
     per_image = np.split(found, np.cumsum(tiles)[:-1])
-    per_row = np.concatenate([per_image[image] for image in batch["row_image"].tolist()])
-    assert np.array_equal(per_row, golden["pixel_values_every_16"])
+    per_conversation = np.concatenate([per_image[image] for image in batch["row_image"].tolist()])
+    assert np.array_equal(per_conversation, golden["pixel_values_every_16"])
 
 
 @each_case
@@ -102,14 +102,14 @@ def test_ids_labels_and_positions_are_the_same(case):
     with torch.no_grad():
         model.eval()(**batch)
     hook.remove()
-    whole = max(seen, key=lambda found: found.shape[1])  # rows go through the LLM in groups of similar length
+    whole = max(seen, key=lambda found: found.shape[1])  # conversations go through the LLM in groups of similar length
     assert all(torch.equal(found, whole[:1, : found.shape[1]].expand_as(found)) for found in seen)
     positions = whole[:1].expand(len(batch["input_ids"]), -1)
-    for row, n in enumerate(unpadded(batch)):
-        assert np.array_equal(batch["input_ids"][row, :n], golden["input_ids"][row, :n])
-        assert np.array_equal(batch["labels"][row, :n], golden["labels"][row, :n])
-        assert np.array_equal(positions[row, :n], golden["position_ids"][row, :n])
-        assert golden["input_ids"].shape[1] == n or not golden["input_ids"][row, n:].any()  # published padding, id 0
+    for i, n in enumerate(unpadded(batch)):
+        assert np.array_equal(batch["input_ids"][i, :n], golden["input_ids"][i, :n])
+        assert np.array_equal(batch["labels"][i, :n], golden["labels"][i, :n])
+        assert np.array_equal(positions[i, :n], golden["position_ids"][i, :n])
+        assert golden["input_ids"].shape[1] == n or not golden["input_ids"][i, n:].any()  # published padding, id 0
 
 
 @each_case
@@ -129,9 +129,9 @@ def test_attention_is_the_same(case):
     allowed = torch.ones(1, 1, length, length).tril().bool() if mask is None else mask
     allowed = allowed.expand(len(batch["input_ids"]), -1, -1, -1)
     expected = unpack(golden["attention_allowed_bits"], golden["attention_shape"]).astype(bool)
-    for row, n in enumerate(unpadded(batch)):
-        assert np.array_equal(allowed[row, 0, :n, :n], expected[row, 0, :n, :n])
-        assert not allowed[row, 0, :n, n:].any()
+    for i, n in enumerate(unpadded(batch)):
+        assert np.array_equal(allowed[i, 0, :n, :n], expected[i, 0, :n, :n])
+        assert not allowed[i, 0, :n, n:].any()
 
 
 @each_case
@@ -139,9 +139,9 @@ def test_attention_is_the_same(case):
 def test_mask_logits_agree_to_1e4(case):
     golden, batch = read(case)
     found = model_of(case.pack).eval()(**batch).mask_logits
-    rows_with_masks = [i for i, logits in enumerate(found) if len(logits)]
-    assert rows_with_masks == [i for i in range(len(found)) if golden.get(f"mask_logits_{i}", np.zeros(0)).size]
-    for i in rows_with_masks:
+    with_masks = [i for i, logits in enumerate(found) if len(logits)]
+    assert with_masks == [i for i in range(len(found)) if golden.get(f"mask_logits_{i}", np.zeros(0)).size]
+    for i in with_masks:
         assert found[i].shape == golden[f"mask_logits_{i}"].shape
         assert np.abs(found[i].numpy() - golden[f"mask_logits_{i}"]).max() <= 1e-4
 

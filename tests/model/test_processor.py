@@ -40,8 +40,8 @@ def test_text_is_the_published_chat_format(tiny_processor):
 
 
 def test_labels_are_the_answers_and_their_end(tiny_processor):
-    row = ["<image>\nWhat?", "It is [SEG].", "Is it assistant?", " yes\n", "?", "2"]
-    ids, labels = tiny_processor.encode_conversation(row, 1)
+    conversation = ["<image>\nWhat?", "It is [SEG].", "Is it assistant?", " yes\n", "?", "2"]
+    ids, labels = tiny_processor.encode_conversation(conversation, 1)
     assert supervised(tiny_processor, labels) == "It is [SEG].<|im_end|> yes\n<|im_end|>2<|im_end|>"
     assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
     assert labels[-1] == -100 and decode(tiny_processor, ids[-1:]) == "\n"
@@ -59,11 +59,13 @@ def test_labels_of_any_text_decode_to_it(tiny_processor, text):
 
 
 def test_template_writes_what_the_processor_encodes(tiny_processor):
-    row = ["<image>\nWhat?", "[SEG].", "And?"]
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(row)]
+    conversation = ["<image>\nWhat?", "[SEG].", "And?"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(conversation)]
     text = tiny_processor.apply_chat_template(messages, add_generation_prompt=True)
     picture = "<img>" + "<IMG_CONTEXT>" * IMAGE_TOKENS + "</img>"
-    assert text.replace("<image>", picture) == decode(tiny_processor, tiny_processor.encode_conversation(row, 1)[0])
+    assert text.replace("<image>", picture) == decode(
+        tiny_processor, tiny_processor.encode_conversation(conversation, 1)[0]
+    )
     messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": "What?"}]
     assert tiny_processor.apply_chat_template(messages, add_generation_prompt=True) == text
 
@@ -81,52 +83,37 @@ def test_added_tokens_follow_the_base_vocabulary(tiny_processor, tiny_version):
 
 
 def test_long_text_is_cut_at_its_end(tiny_processor):
-    row = ["<image>\nWhat?", "a long answer without any end to it"]
-    ids, labels = tiny_processor.encode_conversation(row, 1)
+    conversation = ["<image>\nWhat?", "a long answer without any end to it"]
+    ids, labels = tiny_processor.encode_conversation(conversation, 1)
     for limit in (len(ids) - 5, len(ids), len(ids) + 1):
-        assert tiny_processor.encode_conversation(row, 1, limit) == (ids[:limit], labels[:limit])
+        assert tiny_processor.encode_conversation(conversation, 1, limit) == (ids[:limit], labels[:limit])
 
 
 def test_cutting_seg_or_image_tokens_is_an_error(tiny_processor):
-    row = ["<image>\nWhat?", "It is [SEG]. Because."]
-    ids, _ = tiny_processor.encode_conversation(row, 1)
+    conversation = ["<image>\nWhat?", "It is [SEG]. Because."]
+    ids, _ = tiny_processor.encode_conversation(conversation, 1)
     seg, last_image = ids.index(tiny_processor.seg_token_id), ids.index(tiny_processor.image_token_id) + 3
-    assert len(tiny_processor.encode_conversation(row, 1, seg + 1)[0]) == seg + 1
+    assert len(tiny_processor.encode_conversation(conversation, 1, seg + 1)[0]) == seg + 1
     with pytest.raises(ConversationTooLong, match=rf"{len(ids)} tokens.*--model_max_length {seg}: \[SEG\]"):
-        tiny_processor.encode_conversation(row, 1, seg)
+        tiny_processor.encode_conversation(conversation, 1, seg)
     with pytest.raises(ConversationTooLong, match="<IMG_CONTEXT> would be cut"):
-        tiny_processor.encode_conversation(row, 1, last_image)
+        tiny_processor.encode_conversation(conversation, 1, last_image)
     question = ["<image>\nWhat?"]
     assert len(tiny_processor.encode_conversation(question, 1, last_image + 1)[0]) == last_image + 1
 
 
-@pytest.mark.parametrize("row", [["<image>\nA <IMG_CONTEXT>?", "x"], ["<image>\nA?", "<IMG_CONTEXT>", "B?"]])
-def test_image_tokens_in_the_text_are_an_error_that_quotes_it(tiny_processor, row):
-    culprit = next(text for text in row if "<IMG_CONTEXT>" in text)
+@pytest.mark.parametrize("conversation", [["<image>\nA <IMG_CONTEXT>?", "x"], ["<image>\nA?", "<IMG_CONTEXT>", "B?"]])
+def test_image_tokens_in_the_text_are_an_error_that_quotes_it(tiny_processor, conversation):
+    culprit = next(text for text in conversation if "<IMG_CONTEXT>" in text)
     with pytest.raises(UserError, match="reserved token <IMG_CONTEXT>") as error:
-        tiny_processor.encode_conversation(row, 1)
+        tiny_processor.encode_conversation(conversation, 1)
     assert repr(culprit) in str(error.value)
 
 
-def test_a_second_image_tag_stays_text(tiny_processor):
-    ids, _ = tiny_processor.encode_conversation(["<image>\nWhat is <image>?", "no <image>"], 1)
-    assert ids.count(tiny_processor.image_token_id) == IMAGE_TOKENS
-    assert decode(tiny_processor, ids).count("<image>") == 2
-
-
-def test_reserved_words_in_a_text_count_as_what_they_are(tiny_processor):
-    """[SEG] in a question is a query like any other, so it needs its mask; a stray end of turn stays in its place."""
-    row = ["<image>\nWhat does [SEG] mean?", "It is <|im_end|> [SEG]."]
-    with pytest.raises(ValueError, match="2 .SEG. but 1 masks"):
-        tiny_processor(images=[noise(9, 9)], conversations=[[row]], mask_targets=[[np.ones((1, 9, 9), np.uint8)]])
-    _, labels = tiny_processor.encode_conversation(row, 1)
-    assert supervised(tiny_processor, labels) == "It is <|im_end|> [SEG].<|im_end|>"
-
-
-@pytest.mark.parametrize("row", [["What?", "x"], [], ["What?", "<image>"]])
-def test_a_conversation_without_image_is_an_error(tiny_processor, row):
+@pytest.mark.parametrize("conversation", [["What?", "x"], [], ["What?", "<image>"]])
+def test_a_conversation_without_image_is_an_error(tiny_processor, conversation):
     with pytest.raises(UserError, match="must hold <image>"):
-        tiny_processor(images=[noise(9, 9)], conversations=[[row]])
+        tiny_processor(images=[noise(9, 9)], conversations=[[conversation]])
 
 
 # Batches.
@@ -157,10 +144,10 @@ def test_batch_of_several_images_and_conversations(tiny_processor):
 def test_padding_is_by_length_and_keeps_id_zero(tiny_processor, side):
     """Id 0 is `!`, a word like any other."""
     assert tiny_processor.tokenizer.convert_tokens_to_ids("!") == 0
-    rows = [["<image>\nWow !", "!"], ["<image>\nWow ! and a lot more words", "! !"]]
-    batch = tiny_processor(images=[noise(9, 9)], conversations=[rows], padding_side=side)
-    for i, row in enumerate(rows):
-        ids, labels = tiny_processor.encode_conversation(row, 1)
+    conversations = [["<image>\nWow !", "!"], ["<image>\nWow ! and a lot more words", "! !"]]
+    batch = tiny_processor(images=[noise(9, 9)], conversations=[conversations], padding_side=side)
+    for i, conversation in enumerate(conversations):
+        ids, labels = tiny_processor.encode_conversation(conversation, 1)
         assert 0 in ids
         n_pad = batch["input_ids"].shape[1] - len(ids)
         assert (n_pad > 0) == (i == 0)
@@ -187,16 +174,20 @@ def test_mask_target_forms_are_the_same(tiny_processor):
 
 
 def test_counts_that_do_not_match_are_errors(tiny_processor):
-    image, row, mask = noise(9, 9), ["<image>\nA?", "[SEG]."], np.ones((1, 5, 5), np.uint8)
+    image, conversation, mask = noise(9, 9), ["<image>\nA?", "[SEG]."], np.ones((1, 5, 5), np.uint8)
     with pytest.raises(ValueError, match=r"1 \[SEG\] but 2 masks"):
-        tiny_processor(images=[image], conversations=[[row]], mask_targets=[[np.ones((2, 5, 5), np.uint8)]])
+        tiny_processor(images=[image], conversations=[[conversation]], mask_targets=[[np.ones((2, 5, 5), np.uint8)]])
     with pytest.raises(ValueError, match="masks for 1 of 2"):
-        tiny_processor(images=[image], conversations=[[row, row]], mask_targets=[[mask]])
-    for conversations, targets in (([[row], [row]], None), ([[row]], [[mask], [mask]]), ([[row]], [])):
+        tiny_processor(images=[image], conversations=[[conversation, conversation]], mask_targets=[[mask]])
+    for conversations, targets in (
+        ([[conversation], [conversation]], None),
+        ([[conversation]], [[mask], [mask]]),
+        ([[conversation]], []),
+    ):
         with pytest.raises(ValueError, match="one entry per image"):
             tiny_processor(images=[image], conversations=conversations, mask_targets=targets)
     with pytest.raises(ValueError, match="padding_side='both'"):
-        tiny_processor(images=[image], conversations=[[row]], padding_side="both")
+        tiny_processor(images=[image], conversations=[[conversation]], padding_side="both")
 
 
 # Photos.
@@ -241,12 +232,6 @@ def test_tile_rule(limit):
         assert grid == (rows, cols) and len(tiles) == rows * cols, (width, height)
 
 
-def test_ties_go_to_the_larger_grid_when_half_of_it_is_filled():
-    assert cut_tiles(noise(79, 79), SIZE, max_tiles=4)[1] == (1, 1)  # 6241 pixels, half of 2 x 2 tiles is 6272
-    assert cut_tiles(noise(80, 80), SIZE, max_tiles=4)[1] == (2, 2)
-    assert cut_tiles(noise(84, 56), SIZE, max_tiles=4)[1] == (1, 2)  # 1.5 lies between 1 and 2
-
-
 def test_thumbnail_is_one_more_tile():
     image = noise(2 * SIZE, SIZE)
     tiles, grid = cut_tiles(image, SIZE, max_tiles=6, thumbnail=True)
@@ -275,16 +260,6 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
 def test_any_mode_becomes_rgb(mode):
     image = noise(50, 40).convert(mode)
     assert torch.equal(cut_tiles(image, SIZE)[0], cut_tiles(image.convert("RGB"), SIZE)[0])
-
-
-@pytest.mark.parametrize("byte_order", ["<", ">"])
-def test_sixteen_bit_greys_keep_their_range(tmp_path, byte_order):
-    grey = np.random.default_rng(0).integers(0, 65536, (40, 50)).astype(np.uint16)
-    Image.fromarray(grey.astype(f"{byte_order}u2")).save(tmp_path / "p.tif")
-    with Image.open(tmp_path / "p.tif") as image:
-        assert image.mode.startswith("I;16")
-        found = cut_tiles(image, SIZE)[0]
-    assert torch.equal(found, cut_tiles(Image.fromarray((grey >> 8).astype(np.uint8)), SIZE)[0])
 
 
 RESIZES = [(300, 200, 100, 100), (640, 480, 448, 448), (480, 640, 448, 448), (100, 90, 448, 448), (500, 120, 112, 224)]
@@ -335,8 +310,3 @@ def test_a_folder_without_tokenizer_is_refused(tiny_version, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny_version / "config.json").read_bytes())
     with pytest.raises(UserError, match="no tokenizer there.*--model_weights"):
         Self1EProcessor.from_pretrained(tmp_path)
-
-
-def test_batches_move_and_unpack(tiny_processor):
-    batch = tiny_processor(images=[noise(9, 9)], conversations=[[["<image>\nA?", "b"]]]).to("cpu")
-    assert dict(**batch)["input_ids"].device.type == "cpu"

@@ -240,17 +240,6 @@ def test_every_misfit_is_in_one_error(tiny_version, tmp_path, kinds):
     assert sorted(lines[1:]) == sorted(line for kind in kinds for line in MISFITS[kind][1])
 
 
-def test_layers_with_the_same_misfit_share_a_line(tiny_version, make_tiny, load_tiny, tiny_processor, tmp_path):
-    wide = load_tiny(make_tiny(width=64, layers=3))
-    save_checkpoint(wide, tiny_processor, tmp_path / "wide", published=True)
-    with pytest.raises(UserError, match=r"embed_tokens.weight: checkpoint \(433, 64\), model \(433, 32\)") as error:
-        load(tiny_version, weights=tmp_path / "wide")
-    lines = [line.strip() for line in str(error.value).splitlines()]
-    mlp = "model.language_model.layers.{}.mlp.up_proj.weight"
-    assert f"shape       {mlp.format('{0,1}')}: checkpoint (192, 64), model (96, 32)" in lines
-    assert f"unexpected  {mlp.format(2)}" in lines
-
-
 def test_heads_in_pieces_or_of_another_kind_are_refused(trained, tmp_path, tiny_version):
     dropped = f"{HEAD}f_vit.0.bias"
     folder = rewritten(trained, tmp_path / "e", lambda w: {k: x for k, x in w.items() if k != dropped})

@@ -27,11 +27,11 @@ from self1e.evaluation.vqa.generation import Replies, answer_questions
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
 from self1e.evaluation.vqa.report import summary_table
 from self1e.files import check_writable, read_json, write_json, write_text
-from self1e.model.config import DTYPES, SWITCHES
+from self1e.model.config import DTYPES, SWITCHES, check_source
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
-from self1e.model.weights import check_exists, checkpoint_folder, weights_identity
+from self1e.model.weights import checkpoint_folder, weights_identity
 from self1e.stop import REQUEUE, StopRequest, mark_requeue
 
 OWN_WEIGHTS = "none"
@@ -241,8 +241,8 @@ def write_summary(root: Path, candidates: Sequence[Candidate], faults: Mapping[s
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate as the flags say; returns the exit code, 1 when a benchmark's files are at fault."""
-    for version in args.version:
-        check_exists(version)  # also one whose weights are replaced
+    for version in [] if args.score_only else args.version:
+        check_source(version)  # also one whose weights are replaced
     candidates = list_candidates(args.version, args.model_weights, args.run_dir)
     benchmarks = get_vqa_benchmarks(" ".join(args.datasets).split())
     distributed.start("gloo", timeout=WAIT)  # ranks exchange small objects only, on any kind of device
