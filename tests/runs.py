@@ -94,6 +94,7 @@ def exit_codes(*children) -> list[int]:
 
 def _train_and_exit(flags: list[str], at: str, call: int, do: Callable[[], None] | None) -> None:
     gc.freeze()
+    multiprocessing.set_start_method(None, force=True)  # or data workers would load the libraries anew
     if do is not None:
         intervene(at, call, do)
     sys.exit(program.main(flags))
