@@ -137,12 +137,8 @@ def masks_of(
 def check_finite(model, logits: Sequence[Tensor]) -> None:
     """Raise FloatingPointError unless all mask logits are numbers."""
     if logits and not bool(torch.stack([x.isfinite().all() for x in logits]).all()):
-        raise FloatingPointError(
-            "the mask logits are not finite: float16 overflows, load the model in bfloat16 or float32"
-            if model.dtype == torch.float16
-            else f"the mask logits are not finite in {model.dtype}, whose range is wide enough: the weights or the "
-            "picture hold NaN or infinity; check the checkpoint"
-        )
+        cause = "it overflows, use bfloat16 or float32" if model.dtype == torch.float16 else "check the weights"
+        raise FloatingPointError(f"the mask logits are not finite in {model.dtype}: {cause}")
 
 
 def foreground(logits: Tensor, size: tuple[int, int], cut: float) -> Tensor:

@@ -320,17 +320,6 @@ def test_masks_must_match_the_seg_tokens(tiny_processor, load_tiny, change):
         load_tiny()(**batch)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_masks_of_conversations_without_seg_are_checked_and_cost_nothing(tiny_processor, load_tiny, training):
-    batch = tiny_processor([noise(56, 56)], [[["<image>\nhow many?", "two"]]], [[np.zeros((0, 9, 9), np.uint8)]])
-    model = load_tiny().train(training)
-    losses = model(**batch).losses
-    assert losses["mask_bce"] == losses["mask_dice"] == 0 and losses["ce"] > 0
-    batch["mask_targets"] = [torch.ones(1, 9, 9, dtype=torch.uint8)]
-    with pytest.raises(ValueError, match=r"conversations hold \[0\] \[SEG\] tokens, mask_targets hold \[1\] masks"):
-        model(**batch)
-
-
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_masks_without_images_or_with_a_cache_are_refused(tiny_processor, load_tiny, with_labels):
     batch = {name: x for name, x in mixed_batch(tiny_processor).items() if with_labels or name != "labels"}

@@ -47,11 +47,6 @@ def test_labels_are_the_answers_and_their_end(tiny_processor):
     assert labels[-1] == -100 and decode(tiny_processor, ids[-1:]) == "\n"
 
 
-def test_an_open_conversation_has_no_labels_after_the_last_question(tiny_processor):
-    _, labels = tiny_processor.encode_conversation(["<image>\nWhat?"], 1)
-    assert set(labels) == {-100}
-
-
 @pytest.mark.parametrize("text", ["naïve façade 数 🚗", "", "a\u0301", "<|endoftext|>x"])
 def test_labels_of_any_text_decode_to_it(tiny_processor, text):
     _, labels = tiny_processor.encode_conversation(["<image>\n" + text, text], 1)
@@ -303,10 +298,4 @@ def test_a_tokenizer_without_image_tokens_is_refused(tiny_version, tmp_path):
     for name in ("config.json", "vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((tiny_version / name).read_bytes())
     with pytest.raises(UserError, match="lacks.*<IMG_CONTEXT>.*InternVL3's tokenizer"):
-        Self1EProcessor.from_pretrained(tmp_path)
-
-
-def test_a_folder_without_tokenizer_is_refused(tiny_version, tmp_path):
-    (tmp_path / "config.json").write_bytes((tiny_version / "config.json").read_bytes())
-    with pytest.raises(UserError, match="no tokenizer there.*--model_weights"):
         Self1EProcessor.from_pretrained(tmp_path)

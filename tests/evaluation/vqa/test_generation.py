@@ -5,7 +5,7 @@ import torch
 from helpers import each_pack
 from vqa_trees import load_model, write_vqav2
 
-from self1e.evaluation.vqa.generation import answer_questions, make_batches
+from self1e.evaluation.vqa.generation import Prompts, answer_questions, generate_replies, make_batches
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 
 
@@ -24,6 +24,18 @@ def test_a_batch_answers_what_single_questions_answer(tiny, tmp_path, max_tiles)
     assert len(set(single)) > 1
     for size, workers in ((2, 0), (7, 0), (3, 1)):
         assert replies(model, processor, questions, batch_size=size, workers=workers, **options) == single
+
+
+def test_beams_see_the_image_of_their_question(tiny, tmp_path):
+    write_vqav2(tmp_path, 7)
+    questions = VQA_BENCHMARKS["vqa-vqav2-val"].questions(tmp_path)
+    model, processor = load_model(tiny)
+    alone, together = (Prompts(questions, batches, processor, 1) for batches in ([[0], [3], [1], [4]], [[0, 3, 1, 4]]))
+    found = [
+        [reply for batch in prompts for reply in generate_replies(model, processor.tokenizer, batch, 8, num_beams=2)]
+        for prompts in (map(alone.__getitem__, range(4)), [together[0]])
+    ]
+    assert found[0] == found[1] and len(set(found[0])) > 1
 
 
 @each_pack
