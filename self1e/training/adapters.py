@@ -58,10 +58,6 @@ def adapt(
     Returns:
         The tuner, whose `merge_and_unload()` gives the plain model back; None without adapters.
     """
-    if vision_lora and not optimize_vision:
-        raise UserError("--use_vision_lora adapts a ViT that stays frozen without --optimize_vision: add it")
-    if freeze_llm and llm_lora:
-        raise UserError("--freeze_llm and --use_llm_lora contradict each other: give one of them")
     unknown = set(llm_targets) - set(LLM_LINEARS)
     if unknown:
         raise UserError(f"--lora_target_modules: unknown {sorted(unknown)}; the LLM's linears are {LLM_LINEARS}")

@@ -168,7 +168,9 @@ def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Acce
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         weights = accelerator.unwrap_model(model).state_dict()
         torch.save({"weights": weights, "optimizer": optimizer.state_dict(), "scaler": scaler}, partial / STATE)
-    torch.save(random_states(), partial / f"random_{distributed.rank()}.pt")
+    # States of the generators that dropout and stochastic depth draw from.
+    states = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    torch.save(states, partial / f"random_{distributed.rank()}.pt")
     if distributed.is_main():
         (partial / ARGS).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     sync_folder(partial)
@@ -204,11 +206,6 @@ def load(checkpoint: Path, *, accelerator: Accelerator, model, optimizer) -> Non
         torch.set_rng_state(states["cpu"])
         if states["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
-
-
-def random_states() -> dict[str, torch.Tensor | None]:
-    """States of the generators that dropout and stochastic depth draw from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def remember_best(folder: Path, step: int, value: float) -> bool:

@@ -186,10 +186,6 @@ def test_nonsense_is_refused(load_tiny):
         adapt(load_tiny(), **flags, llm_targets=["wq"])
     with pytest.raises(UserError, match="--lora_from_layer 2: the LLM's layers are 0 to 1"):
         adapt(load_tiny(), **flags, from_layer=2)
-    with pytest.raises(UserError, match="--optimize_vision"):
-        adapt(load_tiny(), llm_lora=False, vision_lora=True, optimize_vision=False)
-    with pytest.raises(UserError, match="--freeze_llm and --use_llm_lora"):
-        adapt(load_tiny(), **flags, freeze_llm=True)
 
 
 def test_the_table_counts_every_parameter_once(load_tiny):

@@ -123,16 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = [["split", "sentences", "cIoU A", "cIoU B", "B - A", "95% interval"]]
         for split in (split for split in held[0] if split in held[1]):
             n, (a, b), (low, high) = compare(*(read_units(units_path(run / "eval", split)) for run in args.runs))
-            table.append(
-                [
-                    split.replace("|", " "),
-                    str(n),
-                    f"{a:.1f}",
-                    f"{b:.1f}",
-                    f"{b - a:+.2f}",
-                    f"{low:+.2f} to {high:+.2f}",
-                ]
-            )
+            figures = [f"{a:.1f}", f"{b:.1f}", f"{b - a:+.2f}", f"{low:+.2f} to {high:+.2f}"]
+            table.append([split.replace("|", " "), str(n), *figures])
         if len(table) == 1:
             raise UserError(f"{args.runs[0]}/eval and {args.runs[1]}/eval share no split")
     print(latex(table) if args.latex else markdown_table(table[0], table[1:]), end="")
