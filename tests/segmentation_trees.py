@@ -48,7 +48,7 @@ def program():
     return 0
 
 
-sys.exit(distributed.run_program(program, expected=(OSError,)))
+sys.exit(distributed.run_program(program))
 """
 
 

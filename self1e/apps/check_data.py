@@ -125,7 +125,7 @@ def read_unit(data: EvalSplit, number: int) -> Record:
     problems += [f"unit {id} occurs twice" for id, times in Counter(unit.unit_ids).items() if times > 1]
     image, masks = unit.load()
     if isinstance(data, OwnData):
-        problems += [f"{place}: {what}" for place, what in data.data.absent.items()]
+        problems += [f"{location}: {what}" for location, what in data.data.absent.items()]
         data.data.absent.clear()
     conversations = [([text.strip()], mask[None]) for text, mask in zip(unit.sentences, masks)]
     return Record(f"{data.name}/{unit.image_id}", image, conversations, problems)
@@ -228,9 +228,9 @@ class Checks(Dataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, place: int) -> Found:
+    def __getitem__(self, index: int) -> Found:
         try:
-            record = self.source.read(self.numbers[place])
+            record = self.source.read(self.numbers[index])
         except SampleError as error:
             return Found(problems=[str(error)])
         if record is None:
@@ -238,8 +238,8 @@ class Checks(Dataset):
         masks = [mask for _, masks in record.conversations for mask in masks]
         counts = np.array([len(record.conversations), len(masks), sum(not (mask == 1).any() for mask in masks)])
         problems = [f"{record.id}: {problem}" for problem in dict.fromkeys(self.problems_of(record))]
-        drawn = place in self.drawn and record.conversations
-        return Found(counts, problems, [picture(self.source.name, record, place)] if drawn else [])
+        drawn = index in self.drawn and record.conversations
+        return Found(counts, problems, [picture(self.source.name, record, index)] if drawn else [])
 
     def problems_of(self, record: Record) -> Iterator[str]:
         yield from record.problems

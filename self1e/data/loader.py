@@ -81,7 +81,7 @@ def collate(encoded: list[dict | AllBroken], *, processor: Any, groups: int) -> 
 
 
 class Stream(Dataset):
-    """The encoded samples of a mixture by their places."""
+    """The encoded samples of a mixture by their slots."""
 
     def __init__(self, mixture: Mixture, encode: Encode):
         self.mixture, self.encode = mixture, encode
@@ -89,9 +89,9 @@ class Stream(Dataset):
     def __len__(self) -> int:
         return self.mixture.epoch_size
 
-    def __getitem__(self, place: int) -> dict | AllBroken:
+    def __getitem__(self, slot: int) -> dict | AllBroken:
         try:
-            return self.mixture.build(place, self.encode)
+            return self.mixture.build(slot, self.encode)
         except AllBroken as error:  # raised by the main process: from a worker it would come inside a traceback
             return error
 
@@ -129,7 +129,7 @@ def make_loader(
     plan = mixture.micro_batches(epoch, rank=rank, world_size=world_size)[first:stop]
     return Loader(
         Stream(mixture, encode),
-        batch_sampler=[places.tolist() for places in plan],
+        batch_sampler=[slots.tolist() for slots in plan],
         collate_fn=partial(collate, processor=encode.processor, groups=groups),
         num_workers=workers,
         timeout=timeout if workers else 0,

@@ -1,7 +1,7 @@
-"""The training stream: which sample stands at which place of which micro-batch, on any number of ranks and workers.
+"""The training stream: which sample stands at which slot of which micro-batch, on any number of ranks and workers.
 
-A plan is integers only. A place is an integer that packs (epoch, set, item, draw); the sample behind it is a pure
-function of (seed, place), so workers, ranks and resuming cannot change it.
+A plan is integers only. A slot is an integer that packs (epoch, set, item, draw); the sample behind it is a pure
+function of (seed, slot), so workers, ranks and resuming cannot change it.
 
 A capped set (COCO-Stuff, PACO, the question sets) takes part with `cap` of its samples each time that the rate passes
 over it. Every pass draws its own from (seed, epoch, pass), so that several passes see more of the set; the plan holds
@@ -21,29 +21,29 @@ from self1e.errors import UserError
 log = logging.getLogger(__name__)
 
 MODES = ("published", "exact")
-ATTEMPTS = 20  # samples tried in place of a broken one
+ATTEMPTS = 20  # samples tried instead of a broken one
 SAME_SET_ATTEMPTS = 10  # of them, from the same set
-# Fields of a place from the top; 63 bits in all, so that it fits a signed 64-bit integer.
+# Fields of a slot from the top; 63 bits in all, so that it fits a signed 64-bit integer.
 EPOCH_BITS, SET_BITS, ITEM_BITS, DRAW_BITS = 12, 5, 22, 24
 # Streams of the plan's own generators: three numbers, and six for subsets, whereas those of samples take five.
 SHARE, REDRAW, SHUFFLE, REPLACE, SUBSET = range(5)
 
 
 class AllBroken(UserError):
-    """Every sample tried for one place is broken."""
+    """Every sample tried for one slot is broken."""
 
 
 def pack(epoch: Any, set: Any, item: Any, draw: Any) -> Any:
-    """Place(s), int64, of integers or integer arrays."""
+    """Slot(s), int64, of integers or integer arrays."""
     return (((epoch << SET_BITS | set) << ITEM_BITS | item) << DRAW_BITS) | draw
 
 
-def unpack(place: int) -> tuple[int, int, int, int]:
-    """(epoch, set, item, draw) of one place."""
-    place = int(place)
-    draw, place = place & (1 << DRAW_BITS) - 1, place >> DRAW_BITS
-    item, place = place & (1 << ITEM_BITS) - 1, place >> ITEM_BITS
-    return place >> SET_BITS, place & (1 << SET_BITS) - 1, item, draw
+def unpack(slot: int) -> tuple[int, int, int, int]:
+    """(epoch, set, item, draw) of one slot."""
+    slot = int(slot)
+    draw, slot = slot & (1 << DRAW_BITS) - 1, slot >> DRAW_BITS
+    item, slot = slot & (1 << ITEM_BITS) - 1, slot >> ITEM_BITS
+    return slot >> SET_BITS, slot & (1 << SET_BITS) - 1, item, draw
 
 
 class Records:
@@ -82,7 +82,7 @@ class Group:
 
     rate:         times each sample stands in an epoch; of the fraction, a random share of the samples of all sets
     segmentation: their samples carry masks
-    redraw:       mode "published" draws the items of these places with replacement
+    redraw:       mode "published" draws the items of these slots with replacement
     """
 
     sets: list[TrainingSet]
@@ -92,17 +92,17 @@ class Group:
 
 
 def group_size(rate: float, members: list[Records]) -> int:
-    """Places of a group in an epoch."""
+    """Slots of a group in an epoch."""
     total = sum(records.per_pass for records in members)
     return int(rate) * total + int((rate % 1) * total + 0.5)
 
 
 class Mixture:
-    """Training sets mixed by rates; `mixture[place]` is a sample, `micro_batches` says which places, in which order.
+    """Training sets mixed by rates; `mixture[slot]` is a sample, `micro_batches` says which slots, in which order.
 
-    mode "published": an epoch is a shuffle of all places; the last place of every micro-batch goes to a random
-                      segmentation sample instead, drawn from the epoch's own segmentation places
-    mode "exact":     each place of the epoch once, arranged so that as many micro-batches as possible hold a
+    mode "published": an epoch is a shuffle of all slots; the last slot of every micro-batch goes to a random
+                      segmentation sample instead, drawn from the epoch's own segmentation slots
+    mode "exact":     each slot of the epoch once, arranged so that as many micro-batches as possible hold a
                       segmentation sample
     Neither constrains anything at batch size 1 or without segmentation sets.
 
@@ -137,7 +137,7 @@ class Mixture:
 
     @property
     def epoch_size(self) -> int:
-        """Places (samples) in an epoch, the same in every epoch."""
+        """Slots (samples) in an epoch, the same in every epoch."""
         return sum(group_size(group.rate, members) for group, members in self.groups)
 
     @property
@@ -157,9 +157,9 @@ class Mixture:
         rng = np.random.default_rng([self.seed, epoch, SUBSET, number, repetition, 0])
         return np.sort(rng.choice(len(records), records.per_pass, replace=False))
 
-    def _places(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Places of an epoch in the order of the sets, int64 (n,), and whether each is a segmentation sample."""
-        places, segmentation, first = [], [], 0
+    def _slots(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Slots of an epoch in the order of the sets, int64 (n,), and whether each is a segmentation sample."""
+        slots, segmentation, first = [], [], 0
         share, redraw = self._rng(epoch, SHARE), self._rng(epoch, REDRAW)
         for group, members in self.groups:
             sizes = [records.per_pass for records in members]
@@ -178,16 +178,16 @@ class Mixture:
                     for repetition in range(whole + 1):
                         chosen = (sets == k) & (repetitions == repetition)
                         items[chosen] = self._pass(first + k, epoch, repetition)[items[chosen]]
-            places.append(pack(np.int64(epoch), first + sets, items, draws))
+            slots.append(pack(np.int64(epoch), first + sets, items, draws))
             segmentation.append(np.full(len(flat), group.segmentation))
             first += len(sizes)
-        return np.concatenate(places), np.concatenate(segmentation)
+        return np.concatenate(slots), np.concatenate(segmentation)
 
     def micro_batches(self, epoch: int, *, rank: int, world_size: int) -> list[np.ndarray]:
-        """The rank's micro-batches of an epoch, each an int64 array of 1 to `batch_size` places for `mixture[place]`.
+        """The rank's micro-batches of an epoch, each an int64 array of 1 to `batch_size` slots for `mixture[slot]`.
 
-        Every rank gets ceil(n / (batch_size * world_size)) of them; the n places are split evenly, and micro-batch j
-        of all goes to rank j % world_size. With batch size 1 and n no multiple of world_size, the first places of the
+        Every rank gets ceil(n / (batch_size * world_size)) of them; the n slots are split evenly, and micro-batch j
+        of all goes to rank j % world_size. With batch size 1 and n no multiple of world_size, the first slots of the
         epoch stand again at its end. Raises UserError when there are fewer samples than ranks.
         """
         assert 0 <= epoch < 1 << EPOCH_BITS
@@ -195,7 +195,7 @@ class Mixture:
         if n < world_size:
             raise UserError(f"{n} training samples are fewer than the {world_size} processes")
         count = -(-n // (self.batch_size * world_size)) * world_size
-        places, segmentation = self._places(epoch)
+        slots, segmentation = self._slots(epoch)
         order = self._rng(epoch, SHUFFLE).permutation(n)
         if n < count:  # only with batch size 1
             order = np.concatenate([order, order[: count - n]])
@@ -204,20 +204,20 @@ class Mixture:
         stops = np.cumsum(sizes)
         if self.batch_size > 1 and segmentation.any():
             if self.mode == "published":
-                chosen = places[segmentation]
+                chosen = slots[segmentation]
                 chosen = chosen[self._rng(epoch, REPLACE).integers(len(chosen), size=count)]
-                # A draw number of its own: another choice of sentences than at the item's regular place.
+                # A draw number of its own: another choice of sentences than at the item's regular slot.
                 chosen = (chosen >> DRAW_BITS << DRAW_BITS) | (n + np.arange(count))
-                places = places[order]
-                places[stops - 1] = chosen
+                slots = slots[order]
+                slots[stops - 1] = chosen
             else:
-                places = places[self._spread(order, segmentation, stops, epoch)]
+                slots = slots[self._spread(order, segmentation, stops, epoch)]
         else:
-            places = places[order]
-        return [places[stops[j] - sizes[j] : stops[j]] for j in range(rank, count, world_size)]
+            slots = slots[order]
+        return [slots[stops[j] - sizes[j] : stops[j]] for j in range(rank, count, world_size)]
 
     def _spread(self, order: np.ndarray, segmentation: np.ndarray, stops: np.ndarray, epoch: int) -> np.ndarray:
-        """`order` with a segmentation place at the end of as many micro-batches as there are such places."""
+        """`order` with a segmentation slot at the end of as many micro-batches as there are such slots."""
         first = order[segmentation[order]][: len(stops)]
         ends = self._rng(epoch, REPLACE).permutation(stops - 1)[: len(first)]
         rest = np.ones(len(order), bool)
@@ -228,23 +228,23 @@ class Mixture:
         return spread
 
     # ------------------------------------------------------------------------------------------ samples
-    def __getitem__(self, place: int) -> Sample:
-        """The sample of a place (see `build`)."""
-        return self.build(place, lambda sample: sample)
+    def __getitem__(self, slot: int) -> Sample:
+        """The sample of a slot (see `build`)."""
+        return self.build(slot, lambda sample: sample)
 
-    def build(self, place: int, transform: Callable[[Sample], Any]) -> Any:
-        """What `transform` makes of the sample of a place.
+    def build(self, slot: int, transform: Callable[[Sample], Any]) -> Any:
+        """What `transform` makes of the sample of a slot.
 
         A broken one (SampleError from its set or from `transform`) is logged once by its id, and others, drawn from
-        (seed, place, attempt), are tried in its place: first of the same set, then of all sets of its kind. What took
-        the place lists it in `Sample.replaced`. Raises AllBroken after ATTEMPTS broken ones.
+        (seed, slot, attempt), are tried instead: first of the same set, then of all sets of its kind. What replaced
+        it lists it in `Sample.replaced`. Raises AllBroken after ATTEMPTS broken ones.
         """
-        epoch, number, item, draw = unpack(place)
+        epoch, number, item, draw = unpack(slot)
         rng = np.random.default_rng([self.seed, epoch, number, item, draw])
         replaced: tuple[tuple[str, str], ...] = ()
         for attempt in range(ATTEMPTS + 1):
             if attempt:
-                rng = np.random.default_rng([self.seed, int(place), attempt, ATTEMPTS])
+                rng = np.random.default_rng([self.seed, int(slot), attempt, ATTEMPTS])
                 kin = self._kin(number) if attempt > SAME_SET_ATTEMPTS else [number]
                 number = kin[int(rng.integers(len(kin)))]
                 item = int(rng.integers(len(self.sets[number])))
@@ -255,9 +255,9 @@ class Mixture:
                 replaced += ((error.id, error.cause),)
                 if error.id not in self._logged:
                     self._logged.add(error.id)
-                    log.warning("broken sample %s: %s; another takes its place", error.id, error.cause)
+                    log.warning("broken sample %s: %s; another one replaces it", error.id, error.cause)
         causes = "\n".join(f"{id}: {cause}" for id, cause in replaced)
-        raise AllBroken(f"{len(replaced)} samples tried for one place are all broken:\n{causes}")
+        raise AllBroken(f"{len(replaced)} samples tried for one slot are all broken:\n{causes}")
 
     def _kin(self, number: int) -> Sequence[int]:
         """Sets of the same kind, with or without masks, that are not empty."""

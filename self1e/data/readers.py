@@ -1,7 +1,7 @@
 """Readers of the annotation formats; each turns one kind of file into tables (see `tables`).
 
 A reader checks what it takes over: names are strings, ids are integers. A file that holds anything else is refused by
-one UserError that names it and the place in it.
+one UserError that names it and the location in it.
 """
 
 import codecs
@@ -24,9 +24,9 @@ from self1e.errors import UserError
 
 
 def stream_json(path: Path, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(place, value) of each value of a JSON file's top-level array, or of the array `name` in its object.
+    """(location, value) of each value of a JSON file's top-level array, or of the array `name` in its object.
 
-    A place is "images[3]", or "record 3 counted from 0". Raises UserError naming the file when it is no UTF-8 JSON.
+    A location is "images[3]", or "record 3 counted from 0". Raises UserError naming the file when it is no UTF-8 JSON.
     """
     try:
         with open(path, "rb") as file:
@@ -60,20 +60,20 @@ def check_fetched(path: Path) -> None:
             raise UserError(f"{path} is a Git LFS pointer: fetch the file itself with `git lfs pull`")
 
 
-def fields(record: Any, place: str, **kinds: type | tuple[type, ...]) -> list[Any]:
+def fields(record: Any, location: str, **kinds: type | tuple[type, ...]) -> list[Any]:
     """The values of a record's fields, in the order of `kinds`, which says their types; a bool is no int.
 
-    Raises UserError that names `place` and every field that is absent or of another type.
+    Raises UserError that names `location` and every field that is absent or of another type.
     """
     if not isinstance(record, dict):
-        raise UserError(f"{place}: {reprlib.repr(record)} is no object with {', '.join(kinds)}")
+        raise UserError(f"{location}: {reprlib.repr(record)} is no object with {', '.join(kinds)}")
     faults = [
         f"{name} is {reprlib.repr(record[name])}" if name in record else f"it has no {name}"
         for name, kind in kinds.items()
         if name not in record or type(record[name]) not in (kind if isinstance(kind, tuple) else (kind,))
     ]
     if faults:
-        raise UserError(f"{place}: {', '.join(faults)}")
+        raise UserError(f"{location}: {', '.join(faults)}")
     return [record[name] for name in kinds]
 
 
@@ -83,9 +83,9 @@ class Tally:
     def __init__(self) -> None:
         self.found: dict[str, tuple[int, str]] = {}
 
-    def add(self, kind: str | None, place: str) -> None:
+    def add(self, kind: str | None, location: str) -> None:
         if kind is not None:
-            count, first = self.found.get(kind, (0, place))
+            count, first = self.found.get(kind, (0, location))
             self.found[kind] = count + 1, first
 
     def lines(self) -> list[str]:
@@ -104,17 +104,17 @@ def read_coco(path: Path, out: Writer) -> None:
     keys, sizes, categories, tally = array("q"), {}, [], Tally()
     ids: dict[str, array[int]] = {what: array("q") for what in ("image", "annotation", "owner")}
     out.declare("images", "annotations")
-    for place, image in stream_json(path, "images"):
-        id, *entry = fields(image, f"{path}, {place}", id=int, file_name=str, height=int, width=int)
+    for location, image in stream_json(path, "images"):
+        id, *entry = fields(image, f"{path}, {location}", id=int, file_name=str, height=int, width=int)
         out.add("images", entry)
         ids["image"].append(id)
         keys.append(image_key(entry[0]))
         tally.add("image id that occurs twice" if id in sizes else None, str(id))
         sizes[id] = entry[1:]
-    for place, annotation in stream_json(path, "annotations"):
-        place = f"{path}, {place}"
-        id, owner, category = fields(annotation, place, id=int, image_id=int, category_id=int)
-        (segmentation,) = fields(annotation, place, segmentation=(list, dict))
+    for location, annotation in stream_json(path, "annotations"):
+        location = f"{path}, {location}"
+        id, owner, category = fields(annotation, location, id=int, image_id=int, category_id=int)
+        (segmentation,) = fields(annotation, location, segmentation=(list, dict))
         out.add("annotations", {"id": id, "category_id": category, "segmentation": segmentation})
         ids["annotation"].append(id)
         ids["owner"].append(owner)
@@ -122,8 +122,8 @@ def read_coco(path: Path, out: Writer) -> None:
             tally.add(contradiction(annotation, *sizes[owner]), f"annotation {id}")
         else:
             tally.add("annotation of an image that is not among the images", f"annotation {id}")
-    for place, category in stream_json(path, "categories"):
-        categories.append(fields(category, f"{path}, {place}", id=int, name=str))
+    for location, category in stream_json(path, "categories"):
+        categories.append(fields(category, f"{path}, {location}", id=int, name=str))
     if not ids["image"] or not ids["annotation"]:
         raise UserError(f"{path} has no images or no annotations; is this the right file? See {DATASETS}")
     out.array("image_keys", keys)
@@ -187,14 +187,14 @@ def read_refs(path: Path, out: Writer) -> None:
         records = ((f"record {number} counted from 0", ref) for number, ref in enumerate(load_plain_pickle(path)))
     groups: dict[tuple[str, int], list] = {}
     out.declare("groups")
-    for place, ref in records:
-        place = f"{path}, {place}"
-        ref_id, image_id, split = fields(ref := _texts(ref), place, ref_id=int, image_id=int, split=(str, bytes))
-        ids, found = fields(ref, place, ann_id=(int, list, tuple), sentences=(list, tuple))
+    for location, ref in records:
+        location = f"{path}, {location}"
+        ref_id, image_id, split = fields(ref := _texts(ref), location, ref_id=int, image_id=int, split=(str, bytes))
+        ids, found = fields(ref, location, ann_id=(int, list, tuple), sentences=(list, tuple))
         sentences: dict[bool, list] = {True: [], False: []}  # by whether something in the photo is meant
         for k, sentence in enumerate(map(_texts, found)):
             sentence = {"sent": sentence.get("raw"), "sent_id": k, "exist": True} | sentence
-            sent_id, text, meant = fields(sentence, place, sent_id=int, sent=(str, bytes), exist=bool)
+            sent_id, text, meant = fields(sentence, location, sent_id=int, sent=(str, bytes), exist=bool)
             sentences[meant].append([sent_id, _text(text)])
         group = groups.setdefault((_text(split), image_id), [])
         if sentences[True] or not sentences[False]:
@@ -218,10 +218,10 @@ def read_instructions(path: Path, out: Writer) -> None:
     """LLaVA conversations: table `items` [id, image, [[from, value], ...]], array `image_keys`."""
     keys = array("q")
     out.declare("items")
-    for place, value in stream_json(path):
-        place = f"{path}, {place}"
-        id, image, turns = fields(value, place, id=(str, int), image=str, conversations=list)
-        out.add("items", [id, image, [fields(turn, place, **{"from": str, "value": str}) for turn in turns]])
+    for location, value in stream_json(path):
+        location = f"{path}, {location}"
+        id, image, turns = fields(value, location, id=(str, int), image=str, conversations=list)
+        out.add("items", [id, image, [fields(turn, location, **{"from": str, "value": str}) for turn in turns]])
         keys.append(image_key(image))
     if not keys:
         raise UserError(f"{path} holds no list of conversations; is this the right file? See {DATASETS}")
@@ -232,10 +232,10 @@ def read_questions(path: Path, out: Writer) -> None:
     """Question lines (.jsonl): table `items` [image, question, answer or null], array `image_keys`."""
     keys = array("q")
     out.declare("items")
-    for place, value in json_lines(path):
-        image, question = fields(value, f"{path}, {place}", image=str, question=str)
+    for location, value in json_lines(path):
+        image, question = fields(value, f"{path}, {location}", image=str, question=str)
         if isinstance(answer := value.get("answer"), (list, dict)):
-            raise UserError(f"{path}, {place}: answer is {reprlib.repr(answer)}")
+            raise UserError(f"{path}, {location}: answer is {reprlib.repr(answer)}")
         out.add("items", [image, question, None if answer is None else str(answer)])
         keys.append(image_key(image))
     out.array("image_keys", keys)

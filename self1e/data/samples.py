@@ -43,7 +43,7 @@ class Sample:
     image:         RGB, EXIF orientation applied
     conversations: each one user, assistant, user, ...; the first user turn starts with "<image>\\n"
     masks:         of each conversation, uint8 {0, 1} (n_seg, H, W) at the annotation's size; n_seg = "[SEG]" in it
-    replaced:      (id, cause) of the broken samples whose place this one took
+    replaced:      (id, cause) of the broken samples that this one replaces
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Own data: photos, masks and sentences without a place in the README's tree.
+"""Own data: photos, masks and sentences outside of the README's tree.
 
 A source is one of
 
@@ -52,19 +52,19 @@ class Target(NamedTuple):
 
     image: the photo's name in the file. size: [height, width] that a COCO-style JSON states
     mask:  an annotation of a COCO-style JSON, else {"file", "value"}
-    place: where it stands in the file, such as "line 7"
+    location: where it stands in the file, such as "line 7"
     """
 
     image: str
     size: list[int] | None
     sentences: list[str]
     mask: dict[str, Any]
-    place: str
+    location: str
 
 
 def read_source(path: Path, out: Writer) -> None:
-    """Table `photos`: [name, [height, width] or null, [[sentences, mask, place], ...]] of each photo that has a
-    sentence, in file order; meta `faulty`, "<place>: <what>" of each record that is left out, and `problems`, what
+    """Table `photos`: [name, [height, width] or null, [[sentences, mask, location], ...]] of each photo that has a
+    sentence, in file order; meta `faulty`, "<location>: <what>" of each record that is left out, and `problems`, what
     contradicts itself.
 
     Raises UserError where the file as a whole is of another form.
@@ -72,14 +72,14 @@ def read_source(path: Path, out: Writer) -> None:
     faulty: list[str] = []
     tally = Tally()
     photos: dict[str, tuple[list[int] | None, list[str]]] = {}
-    for image, size, sentences, mask, place in (_annotations if path.suffix.lower() == ".json" else _rows)(
+    for image, size, sentences, mask, location in (_annotations if path.suffix.lower() == ".json" else _rows)(
         path, faulty
     ):
         if size is not None:
-            tally.add(contradiction(mask, *size), place)
+            tally.add(contradiction(mask, *size), location)
             mask = {"segmentation": mask["segmentation"]}
         # As text, which takes a fifth of the memory.
-        photos.setdefault(image, (size, []))[1].append(json.dumps([sentences, mask, place]))
+        photos.setdefault(image, (size, []))[1].append(json.dumps([sentences, mask, location]))
     out.declare("photos")
     for name, (size, targets) in photos.items():
         out.add("photos", [name, size, [json.loads(target) for target in targets]])
@@ -97,19 +97,19 @@ def _noting(faulty: list[str]) -> Iterator[None]:
 
 def _rows(path: Path, faulty: list[str]) -> Iterator[Target]:
     """The rows of a CSV or JSONL."""
-    for place, row in _csv_rows(path) if path.suffix.lower() == ".csv" else json_lines(path):
+    for location, row in _csv_rows(path) if path.suffix.lower() == ".csv" else json_lines(path):
         with _noting(faulty):
             if not isinstance(row, dict) or None in row:
-                raise UserError(f"{place}: not one value for each column; quote a prompt that holds a comma")
+                raise UserError(f"{location}: not one value for each column; quote a prompt that holds a comma")
             cells = {name: "" if row.get(name) is None else str(row[name]).strip() for name in (*COLUMNS, "value")}
             empty = [f"{name} is empty" for name in COLUMNS if not cells[name]]
             if empty:
-                raise UserError(f"{place}: {', '.join(empty)}")
+                raise UserError(f"{location}: {', '.join(empty)}")
             image, mask, prompt, value = cells.values()
             number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
             if number and not number.isdecimal():
-                raise UserError(f"{place}: value {value!r:.80} is no whole number of a pixel")
-            yield Target(image, None, [prompt], {"file": mask, "value": int(number) if number else None}, place)
+                raise UserError(f"{location}: value {value!r:.80} is no whole number of a pixel")
+            yield Target(image, None, [prompt], {"file": mask, "value": int(number) if number else None}, location)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -136,43 +136,43 @@ def _annotations(path: Path, faulty: list[str]) -> Iterator[Target]:
     images: dict[int | str, tuple[str, list[int]]] = {}
     categories: dict[int | str, str] = {}
     found = 0
-    for place, record in stream_json(path, "images"):
+    for location, record in stream_json(path, "images"):
         with _noting(faulty):
-            id, name, *size = fields(record, place, id=(int, str), file_name=str, height=int, width=int)
+            id, name, *size = fields(record, location, id=(int, str), file_name=str, height=int, width=int)
             if id in images:
-                raise UserError(f"{place}: id {id!r} occurs twice")
+                raise UserError(f"{location}: id {id!r} occurs twice")
             if min(size) < 1:
-                raise UserError(f"{place}: height and width are {size[0]} and {size[1]}")
+                raise UserError(f"{location}: height and width are {size[0]} and {size[1]}")
             images[id] = name, size
-    for place, record in stream_json(path, "categories"):
+    for location, record in stream_json(path, "categories"):
         with _noting(faulty):
-            id, name = fields(record, place, id=(int, str), name=str)
+            id, name = fields(record, location, id=(int, str), name=str)
             categories[id] = name.strip()
-    for place, record in stream_json(path, "annotations"):
+    for location, record in stream_json(path, "annotations"):
         found += 1
         with _noting(faulty):
-            image_id, segmentation = fields(record, place, image_id=(int, str), segmentation=(list, dict))
+            image_id, segmentation = fields(record, location, image_id=(int, str), segmentation=(list, dict))
             if image_id not in images:
-                raise UserError(f"{place}: image_id {image_id!r} is not among the images")
+                raise UserError(f"{location}: image_id {image_id!r} is not among the images")
             if not segmentation and record.get("bbox") and record.get("area"):
-                raise UserError(f"{place}: segmentation is empty beside a bbox and an area; a box is no outline")
-            yield Target(*images[image_id], _sentences(record, categories, place), record, place)
+                raise UserError(f"{location}: segmentation is empty beside a bbox and an area; a box is no outline")
+            yield Target(*images[image_id], _sentences(record, categories, location), record, location)
     if not found or not images and not faulty:
         raise UserError(f"{path} has no images or no annotations; a COCO-style object was expected ({OWN_DATA})")
 
 
-def _sentences(annotation: dict, categories: dict[int | str, str], place: str) -> list[str]:
+def _sentences(annotation: dict, categories: dict[int | str, str], location: str) -> list[str]:
     """The captions and phrases of an annotation or, where it has none, the name of its category."""
     found: list[str] = []
     for field in SENTENCES:
         value = annotation.get(field) or []
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError(f"{place}: {field} is {reprlib.repr(value)}, neither a sentence nor a list of sentences")
+            raise UserError(f"{location}: {field} is {reprlib.repr(value)}, neither a sentence nor several")
         found += [text.strip() for text in texts]
     category: Any = annotation.get("category_id")
     if not found and not categories.get(category):
-        raise UserError(f"{place}: neither captions nor phrases, and category {reprlib.repr(category)} has no name")
+        raise UserError(f"{location}: neither captions nor phrases, and category {reprlib.repr(category)} has no name")
     return found or [categories[category]]
 
 
@@ -199,9 +199,9 @@ def find_source(path: str | Path) -> Path:
 class CustomData(ExpressionData):
     """The photos of one source that have sentences, in file order; `name` is "custom|<file name>".
 
-    A target is (number of a mask among those of its photo, its place in the file).
+    A target is (number of a mask among those of its photo, its location in the file).
 
-    faulty: "<place>: <what>" of the records that are left out; training and evaluation refuse them
+    faulty: "<location>: <what>" of the records that are left out; training and evaluation refuse them
     absent: the same of masks read so far that do not hold the value that their record asks for, and so are empty
     """
 
@@ -220,7 +220,7 @@ class CustomData(ExpressionData):
         return len(self._photos)
 
     def _record(self, item: int) -> tuple[str, list[int] | None, list]:
-        """Name, [height, width] or None, and [sentences, mask, place] of each mask of a photo."""
+        """Name, [height, width] or None, and [sentences, mask, location] of each mask of a photo."""
         if self._last[0] != item:
             self._last = item, self._photos[item]
         return self._last[1]
@@ -231,7 +231,7 @@ class CustomData(ExpressionData):
         met = set()
         for item in tqdm(range(len(self)), f"files of {self.source.name}", delay=2, leave=False):
             photo, _, targets = self._record(item)
-            masks = [(mask["file"], "masks", f"{place}: mask") for _, mask, place in targets if "file" in mask]
+            masks = [(mask["file"], "masks", f"{location}: mask") for _, mask, location in targets if "file" in mask]
             for name, below, id in [(photo, "images", f"{targets[0][2]}: image"), *masks]:
                 if (name, below) not in met:
                     met.add((name, below))
@@ -260,7 +260,7 @@ class CustomData(ExpressionData):
         raise SampleError(id, f"{name} is neither in {folder} nor in {folder / below}")
 
     def image_keys(self) -> np.ndarray:
-        """`image_key` of each photo: COCO's number, or one of the file's place, since own names mean little."""
+        """`image_key` of each photo: COCO's number, or one of the file's path, since own names mean little."""
         folder = os.path.realpath(self.source.parent)
         return image_keys(f"{folder}/{self.file_name(item)}" for item in range(len(self)))
 
@@ -270,10 +270,10 @@ class CustomData(ExpressionData):
     def expressions(self, item: int) -> list[Expression]:
         """Sentences that are asked in the same words are one. Which of them mean nothing only their masks know."""
         found: dict[str, tuple[str, list]] = {}
-        for number, (sentences, _, place) in enumerate(self._record(item)[2]):
+        for number, (sentences, _, location) in enumerate(self._record(item)[2]):
             for text in sentences:
                 asked = text if looks_like_sentence(text) else text.lower()
-                found.setdefault(asked, (text, []))[1].append((number, place))
+                found.setdefault(asked, (text, []))[1].append((number, location))
         return [
             Expression(text, targets, str(k), looks_like_sentence(text))
             for k, (text, targets) in enumerate(found.values())
@@ -287,20 +287,20 @@ class CustomData(ExpressionData):
 
     def mask(self, item: int, target: tuple[int, str], id: str) -> np.ndarray:
         _, size, targets = self._record(item)
-        _, mask, place = targets[target[0]]
+        _, mask, location = targets[target[0]]
         if size is not None:
             try:
                 return decode_segmentation(mask["segmentation"], *size)
             except ValueError as error:
-                raise SampleError(id, f"{place}: malformed segmentation ({error})") from error
-        labels = load_label_map(self._find(mask["file"], "masks", f"{place}: mask"), id)
+                raise SampleError(id, f"{location}: malformed segmentation ({error})") from error
+        labels = load_label_map(self._find(mask["file"], "masks", f"{location}: mask"), id)
         if mask["value"] is None:
             return (labels > 0).astype(np.uint8)
         found = labels == mask["value"]
         if not found.any():
             if not self.absent:
-                log.warning("%s: %s: no pixel of %s has the value %d", id, place, mask["file"], mask["value"])
-            self.absent[place] = f"no pixel of {mask['file']} has the value {mask['value']}"
+                log.warning("%s: %s: no pixel of %s has the value %d", id, location, mask["file"], mask["value"])
+            self.absent[location] = f"no pixel of {mask['file']} has the value {mask['value']}"
         return found.astype(np.uint8)
 
 
