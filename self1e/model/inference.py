@@ -305,18 +305,28 @@ class InferenceMixin:
                 batch = processor(photos[part], conversations[part], max_tiles=max_tiles, padding_side=side)
                 pixels = batch["pixel_values"].to(self.device, non_blocking=True)
                 features = self.encode_images(pixels, batch["tile_grids"])
-                texts, earlier = [turns[-1] for x in conversations[part] for turns in x], [0] * len(batch["row_image"])
+                texts, earlier = [turns[-1] for x in conversations[part] for turns in x], 0
                 if generate is not None:
-                    earlier = (batch["input_ids"] == self.config.seg_token_id).sum(1).tolist()
+                    earlier = self._count_seg(batch)
                     texts = self._write(processor.tokenizer, batch, features, limit, generate)
+                own = self._count_seg(batch) - earlier  # an answer without any takes no pass for masks
+                chosen = own.nonzero()[:, 0]
+                inputs = {name: batch[name][chosen] for name in ("input_ids", "attention_mask", "row_image")}
                 sizes = [(image.height, image.width) for image in photos[part]]
                 options: dict[str, Any] = {"threshold": threshold, "conversations_per_forward": limit}
-                masks = masks_of(self, batch, sizes, image_features=features, **options)
-                for text, x, n in zip(texts, masks, earlier):
-                    own = Masks(x.foreground[n:], x.logits[n:])
-                    replies.append(Reply(text, own.foreground.cpu().numpy(), own.logits.cpu().numpy(), own.scores))
+                found = masks_of(self, inputs, sizes, image_features=features, **options) if len(chosen) else []
+                masks = dict(zip(chosen.tolist(), found))
+                for number, (text, image) in enumerate(zip(texts, batch["row_image"].tolist())):
+                    none = Masks(torch.zeros(0, *sizes[image], dtype=torch.bool), torch.zeros(0, 0, 0))
+                    x, n = masks.get(number, none), int(own[number])
+                    x = Masks(x.foreground[len(x.foreground) - n :], x.logits[len(x.logits) - n :])
+                    replies.append(Reply(text, x.foreground.cpu().numpy(), x.logits.cpu().numpy(), x.scores))
         following = iter(replies)
         return [[next(following) for _ in x] for x in conversations]
+
+    def _count_seg(self, batch: dict) -> Tensor:
+        """`[SEG]`s in each conversation of a batch, (R,)."""
+        return (batch["input_ids"] == self.config.seg_token_id).sum(1)
 
     def _write(self, tokenizer, batch: dict, features, limit: int, options: dict[str, Any]) -> list[str]:
         """Let the model answer the conversations of a left-padded batch, which then holds the answers, too."""

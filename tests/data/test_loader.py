@@ -58,7 +58,7 @@ def test_batches_name_their_samples_and_the_broken_ones_they_replace(encode):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_set_that_is_broken_throughout_says_so(encode, workers):
-    with pytest.raises(UserError, match="^21 samples tried for one place are all broken:\na/[0-9]+: torn"):
+    with pytest.raises(UserError, match="^21 samples tried for one slot are all broken:\na/[0-9]+: torn"):
         read(mixture(broken=range(12)), encode, workers=workers)
 
 
