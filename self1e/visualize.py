@@ -65,7 +65,7 @@ def overlay(image: Photo, masks: np.ndarray, colors: Sequence[Color] | None = No
     return Image.fromarray(photo)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Lines at most `width` pixels wide, broken at blanks, and inside a word only where it alone is too wide."""
     letters = 1 + round(1.5 * width * len(text) / max(1, font.getlength(text)))  # more than fit into an average line
     lines = textwrap.wrap(text, letters)

@@ -93,7 +93,7 @@ class Source:
 
 def set_source(name: str, load: Callable[[], TrainingSet | EvalSplit]) -> Source:
     """A training set or an evaluation split."""
-    data = load()
+    data: Any = load()
     read = partial(read_sample if isinstance(data, TrainingSet) else read_unit, data)
     photos = len(np.unique(data.image_keys()))
     return Source(name, len(data), photos, read, data.problems, completeness(name, data))
@@ -112,6 +112,8 @@ def read_sample(data: TrainingSet, number: int) -> Record | None:
 
 class OwnData(CustomSplit):
     """Own data with its faults, for which an evaluation would refuse it."""
+
+    data: CustomData
 
     def __init__(self, path: Path, *, allow_outside: bool = False):
         self.name = str(path)
@@ -311,7 +313,7 @@ def write_parts(source: Path, share: float) -> None:
         photos = pd.Series([image["file_name"] for image in content["images"]])
     elif suffix == ".csv":
         rows = pd.read_csv(source, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig")
-        photos = rows[next(name for name in rows if name.strip().lower() == "image")].str.strip()
+        photos = rows[next(name for name in rows if str(name).strip().lower() == "image")].str.strip()
     else:
         lines = pd.Series([line for line in source.read_text(encoding="utf-8-sig").split("\n") if line.strip()])
         photos = lines.map(lambda line: str(json.loads(line)["image"]).strip())
@@ -375,12 +377,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.kind == "tree":
         sources = tree_sources(args.path, args.data_dir, allow_outside=args.allow_outside)
     else:
-        load = partial(OwnData, args.path, allow_outside=args.allow_outside)
-        sources = [(str(args.path), partial(set_source, str(args.path), load))]
+        own = partial(OwnData, args.path, allow_outside=args.allow_outside)
+        sources = [(str(args.path), partial(set_source, str(args.path), own))]
     tokens = about_tokens
     if args.version:
         tokens = partial(count_tokens, Self1EProcessor.from_pretrained(args.version).tokenizer)
-    options = {"limit": args.limit, "samples": args.samples, "workers": args.workers}
+    options: dict[str, Any] = {"limit": args.limit, "samples": args.samples, "workers": args.workers}
     options |= {"max_length": args.model_max_length, "tokens": tokens}
     reports, absent = [], []
     for name, load in sources:

@@ -80,7 +80,7 @@ def configuration(size: str) -> Self1EConfig:
     llm |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY}
     vit = {"model_type": "internvl_vision", "hidden_size": 1024, "num_hidden_layers": 24, "image_size": [448, 448]}
     vit |= {"num_attention_heads": 16, "intermediate_size": 4096, "patch_size": [14, 14], "attention_bias": True}
-    ids = {"image_token_id": IMAGE_TOKEN, "seg_token_id": SEG_TOKEN}
+    ids: dict[str, Any] = {"image_token_id": IMAGE_TOKEN, "seg_token_id": SEG_TOKEN}
     config = Self1EConfig(text_config=llm, vision_config=vit, drop_path_rate=0.1, **ids)
     config._attn_implementation = "sdpa"
     return config

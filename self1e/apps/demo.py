@@ -81,15 +81,18 @@ def build(model: Self1EForSegmentation, processor: Self1EProcessor, name: str, *
             output = Output(Path(folder), {}, overlays=False)
             for start in range(0, len(prompts), TOGETHER):
                 some = prompts[start : start + TOGETHER]
+                found: Any
                 if mode == CHAT:
                     found = model.chat(processor, [image] * len(some), some, max_new_tokens=int(length), **options)
                 else:
-                    found = [each.as_reply() for each in model.segment(processor, image, some, **options)]
+                    segmented: Any = model.segment(processor, image, some, **options)
+                    found = [each.as_reply() for each in segmented]
                 for prompt, reply in zip(some, found):
                     output.add(path, image, prompt, reply)
                 replies += found
                 output.write_coco()
-                masks = [mask for reply in replies for mask in reply.masks]
+                masks: Any = [mask for reply in replies for mask in reply.masks]
+                words: Any
                 words, colors = marked(prompts, replies)
                 made = [*output.folder.glob("*.json"), *sorted(output.folder.glob("*.png"))]
                 done, count = len(replies), len(prompts)

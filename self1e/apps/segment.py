@@ -198,7 +198,7 @@ class Output:
         """coco.json: all records as a COCO data set, file names relative to the folder that holds all the photos."""
         images: dict[str, dict] = {}
         categories: dict[str, int] = {}
-        annotations = []
+        annotations: list[dict] = []
         for record in self.read():
             size = {name: record[name] for name in ("width", "height")}
             image = images.setdefault(record["image"], {"id": len(images) + 1, "file_name": record["image"], **size})

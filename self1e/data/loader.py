@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -75,9 +75,10 @@ def collate(encoded: list[dict | AllBroken], *, processor: Any, groups: int) -> 
     for entry in encoded:
         if isinstance(entry, AllBroken):
             return entry
-    replaced = [pair for entry in encoded for pair in entry["replaced"]]
-    ids = [entry["id"] for entry in encoded]
-    return dict(processor.collate(encoded, groups=groups)) | {"ids": ids, "replaced": replaced}
+    whole = cast(list[dict], encoded)
+    replaced = [pair for entry in whole for pair in entry["replaced"]]
+    ids = [entry["id"] for entry in whole]
+    return dict(processor.collate(whole, groups=groups)) | {"ids": ids, "replaced": replaced}
 
 
 class Stream(Dataset):
@@ -99,7 +100,7 @@ class Stream(Dataset):
 class Loader(DataLoader):
     """A DataLoader that raises the AllBroken that a worker met."""
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # the library names its own class
         for batch in super().__iter__():
             if isinstance(batch, AllBroken):
                 raise batch

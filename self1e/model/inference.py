@@ -214,10 +214,11 @@ class InferenceMixin:
             FloatingPointError: the model computed no numbers (float16 overflows).
         """
         single = isinstance(images, Photo)
-        upright = [photo_of(image) for image in ([images] if single else images)]
+        given: Any = [images] if single else images
+        upright = [photo_of(image) for image in given]
         asked = prompts_per_image(prompts, len(upright))
         conversations = [[[question(text, is_sentence), ANSWER] for text in texts] for texts in asked]
-        options = {"threshold": threshold, "max_tiles": max_tiles, "limit": conversations_per_forward}
+        options: dict[str, Any] = {"threshold": threshold, "max_tiles": max_tiles, "limit": conversations_per_forward}
         results = [
             [Segmentation(text, x.text, x.masks[0], x.logits[0], x.scores[0]) for text, x in zip(texts, replies)]
             for texts, replies in zip(asked, self._replies(processor, upright, conversations, **options))
@@ -265,7 +266,7 @@ class InferenceMixin:
             FloatingPointError: the model computed no numbers (float16 overflows).
         """
         single = isinstance(images, Photo)
-        given = [images] if single else list(images)
+        given: list[Any] = [images] if single else list(cast(Sequence[Photo], images))
         conversations = [messages] if single else list(messages)
         if isinstance(messages, str) > single or len(conversations) != len(given):
             raise UserError(f"{len(given)} images need as many conversations, in a list")
@@ -273,7 +274,7 @@ class InferenceMixin:
         for image, conversation in zip(given, conversations):
             asked.setdefault(id(image), []).append(conversation_turns(cast(Conversation, conversation)))
         upright = {id(image): photo_of(image) for image in given}
-        options = {"threshold": threshold, "max_tiles": max_tiles, "limit": conversations_per_forward}
+        options: dict[str, Any] = {"threshold": threshold, "max_tiles": max_tiles, "limit": conversations_per_forward}
         options["generate"] = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
         replies = self._replies(processor, [*upright.values()], [*asked.values()], **options)
         following = {key: iter(found) for key, found in zip(asked, replies)}
@@ -305,7 +306,8 @@ class InferenceMixin:
                 batch = processor(photos[part], conversations[part], max_tiles=max_tiles, padding_side=side)
                 pixels = batch["pixel_values"].to(self.device, non_blocking=True)
                 features = self.encode_images(pixels, batch["tile_grids"])
-                texts, earlier = [turns[-1] for x in conversations[part] for turns in x], 0
+                texts = [turns[-1] for x in conversations[part] for turns in x]
+                earlier = torch.zeros(len(texts), dtype=torch.long)
                 if generate is not None:
                     earlier = self._count_seg(batch)
                     texts = self._write(processor.tokenizer, batch, features, limit, generate)

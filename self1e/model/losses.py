@@ -59,8 +59,8 @@ def mask_losses(predictions: Sequence[Sequence[Tensor]], targets: Sequence[Tenso
     for pairs in by_size.values():
         target = shrink_target(torch.cat([target for _, target in pairs]))
         kinds = [torch.cat(logits).float()[None] for logits in zip(*(logits for logits, _ in pairs))]
-        logits = torch.cat([F.interpolate(x, size=target.shape[-2:], mode="bilinear")[0] for x in kinds])
+        resized = torch.cat([F.interpolate(x, size=target.shape[-2:], mode="bilinear")[0] for x in kinds])
         target = target.repeat(len(kinds), 1, 1)
         for name, loss in MASK_LOSSES.items():
-            total[name] = total[name] + loss(logits, target).sum()
+            total[name] = total[name] + loss(resized, target).sum()
     return {name: value / len(targets) for name, value in total.items()}

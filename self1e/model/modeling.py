@@ -225,7 +225,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         if mask_targets is not None:
             losses |= mask_losses([masks, *auxiliary] if self.config.auxiliary_loss else [masks], mask_targets)
         loss = self.weigh(losses, states.device) if losses else None
-        if losses and self.training:  # so that every backward pass reaches every weight of the head
+        if loss is not None and self.training:  # so that every backward pass reaches every weight of the head
             loss = loss + 0.0 * torch.cat(logits).sum().to(loss)
         return Self1EOutput(loss=loss, losses=losses or None, mask_logits=masks if with_images else None)
 

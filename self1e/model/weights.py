@@ -101,7 +101,7 @@ def load_checkpoint(
         base.dtype = trained.dtype  # what dtype="auto" means
         if trained.seg_token_id is not None:  # ours: it knows how its head was built
             base.update({name: getattr(trained, name) for name in (*SWITCHES, "loss_weights")})
-        base.llm.vocab_size = len(tokens.tokenizer)
+        base.llm.vocab_size = len(cast(Any, tokens).tokenizer)
     base.update(switches | {"loss_weights": base.loss_weights | (loss_weights or {})})
     base.check_switches()
     source = str(version if weights is None else weights)
@@ -258,7 +258,7 @@ def identity(checkpoint: str | Path) -> str:
     check_source(str(checkpoint))
     folder = Path(checkpoint)
     if not folder.is_dir():
-        return f"{checkpoint}@{Path(cached_file(checkpoint, 'config.json')).parent.name}"  # the hub's commit
+        return f"{checkpoint}@{Path(str(cached_file(checkpoint, 'config.json'))).parent.name}"  # the hub's commit
     own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("weights_id")
     if own:
         return own

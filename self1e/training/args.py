@@ -178,8 +178,9 @@ def make_parser() -> argparse.ArgumentParser:
         kinds = typing.get_type_hints(group)
         for each in fields(group):
             kind = (typing.get_args(kinds[each.name]) or [kinds[each.name]])[0]  # of `int | None`, int
-            options = {"action": "store_true" if each.name == "no_eval" else argparse.BooleanOptionalAction}
-            options = options if kind is bool else {"type": kind, "metavar": METAVARS.get(kind)}
+            action = "store_true" if each.name == "no_eval" else argparse.BooleanOptionalAction
+            value = {"type": kind, "metavar": METAVARS.get(kind)}
+            options: dict[str, Any] = {"action": action} if kind is bool else value
             options |= {"required": True} if each.default is MISSING else {"default": each.default}
             add(f"--{each.name}", **options | each.metadata)
         if group is Model:

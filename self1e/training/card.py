@@ -79,7 +79,7 @@ def write_card(
     for name, value in header.items():
         if value:
             local = isinstance(value, str) and Path(value).is_dir()  # a path of this machine tells nobody anything
-            card.data[name] = Path(value).name if local else value
+            card.data[name] = Path(str(value)).name if local else value
     tables, scores = evaluation(folder, Path(results or folder.parent))
     card.data.eval_results, card.data.model_name = scores or None, title if scores else None
     before, _, after = card.text.partition(EVALUATION)

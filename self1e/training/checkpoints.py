@@ -137,7 +137,8 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any], *, max_steps: in
             "--resume_anyway to continue as another run:\n" + "\n".join(other)
         )
     kinds = ("run", "flags", "code", "packages")
-    changed = differences(*({kind: one.get(kind) for kind in kinds} for one in (then, settings)))
+    before, after = ({kind: one.get(kind) for kind in kinds} for one in (then, settings))
+    changed = differences(before, after)
     if changed:
         distributed.say("\n".join([f"settings that differ from those of {checkpoint}:", *changed]))
 

@@ -149,7 +149,8 @@ class Agreement:
 
     def __init__(self, stop: StopRequest, device: torch.device):
         self.stop, self.device = stop, device
-        self.seen, self.broken = 0, []  # samples read; (id, cause) of those that could not be
+        self.seen = 0  # samples read
+        self.broken: list[tuple[str, str]] = []  # (id, cause) of those that could not be
 
     def stops(self, step: list[tuple[list[str], dict[str, torch.Tensor]]]) -> bool:
         """Whether a rank was asked to stop. step: ids and loss terms of each of this rank's micro-batches.

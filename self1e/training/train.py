@@ -280,7 +280,7 @@ def merge_and_save(args: Namespace, engine, model, tuner: LoraModel | None, proc
             save_checkpoint(merged, processor, args.run_dir / "ckpt_model_published", published=True)
 
     with gathered:
-        merged = tuner.merge_and_unload() if tuner else model
+        merged: Any = tuner.merge_and_unload() if tuner else model
         merge_added_tokens(merged)
         distributed.on_main(write)
 

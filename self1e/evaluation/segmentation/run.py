@@ -88,7 +88,7 @@ def unit_texts(photo: EvalImage) -> list[str]:
 
 def make_units(photo: EvalImage, entry: SplitEntry, masks: np.ndarray, targets: np.ndarray) -> list[Unit]:
     """The units of one photo from predicted masks, bool (n, H, W), and targets, uint8 (n, H, W)."""
-    marks = {
+    marks: list[dict[str, Any]] = {
         "rela": [{"no_target": mark} for mark in photo.no_target],
         "reasonseg": [{"is_sentence": mark} for mark in photo.is_sentence],
     }.get(entry.protocol, [{}] * len(masks))
