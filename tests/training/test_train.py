@@ -166,7 +166,7 @@ def test_the_trained_model_is_gone_before_the_evaluation_loads_its_own(tiny_vers
 
     monkeypatch.setattr(program, "load_model", watched)
     monkeypatch.setattr(
-        program, "evaluate", lambda *args, **kwargs: alive.append([x for x in weights if x() is not None])
+        program, "evaluate", lambda *args, **kwargs: alive.append([x for x in weights if x() is not None]) or True
     )
     train(tiny_version, shapes, runs, "freed", "--max_steps", "1", "--save_steps", "1", "--report_to", "none")
     assert len(weights) > 50 and alive == [[]]
@@ -199,7 +199,7 @@ def test_added_tokens_alone_train_and_continue(tied, tiny_version, make_tiny, sh
 WRONG = {
     "unknown family": (["--dataset", "sem_seg||pictures"], "--dataset: unknown 'pictures'; known: sem_seg"),
     "unknown split": (["--val_dataset", "refcoco|unc|dev"], "unknown evaluation split"),
-    "rates": (["--sample_rates", "1,2"], "holds 2 rates for the 4"),
+    "rates": (["--sample_rates", "1,2"], "expected 4 numbers"),
     "short limit for tiles": (["--model_max_length", "40", "--high_res"], "cannot hold 4 tiles"),
     "long epoch": (["--steps_per_epoch", "500"], "--steps_per_epoch 500: an epoch has"),
     "late layer": (["--lora_from_layer", "9"], "--lora_from_layer 9"),
