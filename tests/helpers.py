@@ -73,7 +73,7 @@ def make_trained(folder: Path, base: Path | None = None, **options) -> Path:
     for weight in model.segmentation_head.parameters():
         torch.nn.init.normal_(weight, std=0.2 * (weight.ndim > 1))
     # Random features share a large constant; the last bias takes it away, so that masks hold both kinds of pixels.
-    head, last = model.segmentation_head, model.segmentation_head.f_out[2]
+    head, last = model.segmentation_head, model.segmentation_head.f_out[-1]
     with patch.object(head, "logits", wraps=head.logits) as products:
         model.segment(processor, photo, "it")
     features = products.call_args_list[0].args[0]  # the mask's product comes first, then the auxiliary mask's

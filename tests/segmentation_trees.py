@@ -41,7 +41,7 @@ def program():
     distributed.start("gloo")
     torch.manual_seed(0)
     model = Self1EForSegmentation.from_pretrained(version, dtype=torch.float32)
-    torch.nn.init.normal_(model.segmentation_head.f_out[2].bias)
+    torch.nn.init.normal_(model.segmentation_head.f_out[-1].bias)
     processor = Self1EProcessor.from_pretrained(version)
     options = {"workers": 0, "conversations_per_forward": 2, "visualize": True, "weights": {"weights": "tiny"}}
     evaluate_splits(model, processor, splits, dataset_dir=dataset, output_dir=out, **options)

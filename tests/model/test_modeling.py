@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 
 from self1e.model.batch import pack
+from self1e.model.config import LOSS_WEIGHTS
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
 from self1e.model.losses import mask_losses
@@ -71,7 +72,7 @@ def test_every_combination_runs_with_its_shapes(tiny_processor, load_tiny, featu
     grids = [grid for grid, conversations in zip(SIZES, CONVERSATIONS) for _ in conversations]
     expected = [(n, times * rows, times * cols) for n, (rows, cols) in zip(COUNTS, grids)]
     assert [tuple(x.shape) for x in out.mask_logits] == expected
-    assert set(out.losses) == {"ce", "mask_bce", "mask_dice"} and torch.isfinite(out.loss)
+    assert out.losses.keys() == LOSS_WEIGHTS.keys() and torch.isfinite(out.loss)
     out.loss.backward()
     assert not without_gradient(model)
 
@@ -174,8 +175,9 @@ def test_text_loss_is_that_of_all_logits(tiny_processor, load_tiny):
 @torch.no_grad()
 def test_loss_is_the_weighted_sum_and_the_auxiliary_mask_counts(tiny_processor, load_tiny):
     batch = mixed_batch(tiny_processor)
-    out = load_tiny(loss_weights={"ce": 0.5, "mask_bce": 3, "mask_dice": 7})(**batch)
-    total = 0.5 * out.losses["ce"] + 3 * out.losses["mask_bce"] + 7 * out.losses["mask_dice"]
+    weights = {name: 0.5 + number for number, name in enumerate(LOSS_WEIGHTS)}
+    out = load_tiny(loss_weights=weights)(**batch)
+    total = sum(weights[name] * value for name, value in out.losses.items())
     assert torch.allclose(out.loss, total)
     alone = load_tiny(auxiliary_loss=False)(**batch)
     expected = mask_losses([alone.mask_logits], batch["mask_targets"])

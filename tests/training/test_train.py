@@ -17,6 +17,7 @@ from PIL import Image
 from runs import command, events, history, train
 
 from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.model.config import LOSS_WEIGHTS
 from self1e.training import loop
 from self1e.training import train as program
 from self1e.training.checkpoints import checkpoints_in
@@ -28,9 +29,10 @@ ALONE = ("--dataset", "refer_seg", "--refer_seg_data", "refcoco", "--no_eval")
 def test_a_run_logs_every_curve(reference):
     folder, printed = reference
     logged, pictures = events(folder)
-    terms = [np.array(logged[f"train/{name}"]) for name in ("ce", "mask_bce", "mask_dice")]
-    assert all(len(values) == 4 and np.isfinite(values).all() and (values > 0).all() for values in terms)
-    np.testing.assert_allclose(logged["train/loss"], terms[0] + 2 * terms[1] + 0.5 * terms[2], rtol=1e-4)
+    terms = {name: np.array(logged[f"train/{name}"]) for name in LOSS_WEIGHTS}
+    assert all(len(values) == 4 and np.isfinite(values).all() and (values > 0).all() for values in terms.values())
+    total = sum(LOSS_WEIGHTS[name] * values for name, values in terms.items())
+    np.testing.assert_allclose(logged["train/loss"], total, rtol=1e-4)
     for name in ("grad_norm", "samples_per_second", "waiting_for_data", "peak_memory"):
         assert len(logged[f"train/{name}"]) == 4 and min(logged[f"train/{name}"]) > 0
     # after each step: two steps of warm-up to 1e-4, then linearly to 0 at the fourth
@@ -91,7 +93,8 @@ def test_flags_reach_model_and_optimizer(reference, tiny_version, shapes, runs):
     line = first_step(tiny_version, shapes, runs, "switched", *flags)
     config = Self1EForSegmentation.from_pretrained(runs / "switched" / "ckpt_model").config
     assert {name: getattr(config, name) for name in switches} == switches and config.auxiliary_loss is False
-    assert line["loss"] == pytest.approx(0.25 * line["ce"] + 3 * line["mask_bce"], rel=1e-4)
+    weights = LOSS_WEIGHTS | {"ce": 0.25, "mask_bce": 3, "mask_dice": 0}
+    assert line["loss"] == pytest.approx(sum(weights[name] * line[name] for name in weights), rel=1e-4)
     assert (line["lr_llm"], line["lr_vision_and_head"]) == pytest.approx((5e-4, 1.5e-3))
     # bf16 keeps 8 bits: the text's loss is that of fp32 to about 1%, and not the same number
     fp32 = history(reference[0])[0]["ce"]

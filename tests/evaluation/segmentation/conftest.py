@@ -18,7 +18,7 @@ def tiny(tiny_version):
     """Model and processor; the model's logits are of both signs."""
     torch.manual_seed(0)
     model = Self1EForSegmentation.from_pretrained(tiny_version, dtype=torch.float32)
-    torch.nn.init.normal_(model.segmentation_head.f_out[2].bias)
+    torch.nn.init.normal_(model.segmentation_head.f_out[-1].bias)
     return model, Self1EProcessor.from_pretrained(tiny_version)
 
 
