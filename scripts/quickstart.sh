@@ -46,8 +46,9 @@ units = [json.loads(line) for line in Path(run, "eval/refcoco_unc_testA.jsonl").
 ciou = json.loads(Path(run, "eval/refcoco_unc_testA.json").read_text())["ciou"]
 found = sorted((unit["I"] / unit["U"], unit["image"], unit["text"]) for unit in units if unit["I"])
 iou, image, text = found[len(found) // 2]
+phrase = text.removeprefix("What is ").split(" in this image?")[0]
 photo = f"{output}/shapes/dataset/refer_seg/images/mscoco/images/train2014/{image}"
-command = ["self1e", "segment", "--version", f"{run}/ckpt_model", "--image", photo, "--prompt", text, "--output", f"{output}/masks"]
+command = ["self1e", "segment", "--version", f"{run}/ckpt_model", "--image", photo, "--prompt", phrase, "--output", f"{output}/masks"]
 print(f"\ncIoU of held-out scenes: {ciou:.3f} (at least 0.5 expected), {seconds} s after the installation")
 print(f"curves: {run}/curves.png; pictures, worst first: {run}/eval/refcoco_unc_testA")
 print(f"a mask of IoU {iou:.2f} with its annotation, in this environment (source .venv/bin/activate):\n  {shlex.join(command)}")
