@@ -163,8 +163,10 @@ def run_program(program: Callable[[], int]) -> int:
             dist.destroy_process_group()  # without it, torch can abort at the exit
         return code
     except KeyboardInterrupt as stop:
+        if launched():  # it passes on what the terminal has sent already
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if is_main():
-            print(f"\n{stop if stop.args else 'interrupted'}", file=sys.stderr)
+            sys.stderr.write(f"\n{stop if stop.args else 'interrupted'}\n")
         code = INTERRUPTED
     except UserError as error:
         if not is_main():

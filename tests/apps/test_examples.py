@@ -63,7 +63,7 @@ def test_finetune_on_own_data(monkeypatch, own_data, tmp_path):
     split = f"custom|{own_data / 'val.csv'}"
     summary = json.loads((output / "eval/summary.json").read_text())
     assert list(summary) == [split] and summary[split]["n"] == 1
-    assert len(list((output / "validation/step_2").glob("custom_*.json"))) == 1
+    assert len(list((output / "validation/step_2").glob("*_val_csv_*.json"))) == 1
     (mask,) = (output / "predictions").glob("*_the_thing_number_4.png")
     assert np.array(Image.open(mask)).shape == (40, 60)
 
