@@ -156,6 +156,14 @@ def test_chat_masks_are_those_of_the_teacher_forced_text(tiny):
     assert reply.scores == [pytest.approx(expected.score, abs=1e-5)]
 
 
+def test_an_answer_without_seg_takes_no_pass_for_masks(tiny, monkeypatch):
+    model, processor = tiny
+    image, question = photo(50, 40), "<image>\nhi"
+    monkeypatch.setattr(inference, "masks_of", None)  # calling it would raise
+    reply = model.chat(processor, image, "hi", logits_processor=dictate(processor, ["No."], [[question]]))
+    assert reply.text == "No." and reply.masks.shape == (0, 40, 50) and reply.scores == []
+
+
 def test_chat_batches_of_different_answers(tiny, monkeypatch):
     model, processor = tiny
     first, second = photo(50, 40), photo(40, 60, 5)
