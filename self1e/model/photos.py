@@ -71,7 +71,12 @@ def _what_it_is(source: Path | str | BinaryIO) -> str:
 
 def read_picture(source: Path | str | BinaryIO) -> tuple[Image.Image, int]:
     """A photo in RGB, EXIF orientation applied, and the orientation (1 to 8) it had. Raises OSError saying why."""
-    return decode(source, lambda picture: (as_rgb(picture), orientation(picture)))
+
+    def read(picture: Image.Image) -> tuple[Image.Image, int]:
+        before = orientation(picture) if picture.format == "TIFF" else 1  # loading turns it upright and forgets it
+        return as_rgb(picture), max(before, orientation(picture))
+
+    return decode(source, read)
 
 
 def photo_of(given: Photo) -> Image.Image:
@@ -102,12 +107,14 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
     Greys of 12 or 16 bits are scaled to 8. Raises UserError for deeper ones, which Pillow would clip.
     """
+    image.load()  # first: what is wrong with the pixels must not pass for metadata that cannot be read
     turn = TURNS.get(orientation(image))
     if image.mode == "F" or image.mode.startswith("I"):
         grey = np.asarray(image)
         if image.mode == "F" or grey.min() < 0 or grey.max() > 0xFFFF:
             raise UserError("its greys have more than 16 bits; save it with 8 or 16 bits per pixel")
-        image = Image.fromarray((grey >> (8 if grey.max() > 0xFFF else 4)).astype(np.uint8))
+        bits = next(bits for bits in (8, 12, 16) if grey.max() < 1 << bits)
+        image = Image.fromarray((grey >> bits - 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; Pillow warns of the direct way
     image = image.convert("RGB")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from self1e.data.samples import SampleError, image_key, load_image
+from self1e.data.samples import SampleError, image_key, load_image, load_oriented
 from self1e.errors import UserError
-from self1e.model.photos import as_rgb, orientation
+from self1e.model.photos import as_rgb, orientation, photo_of
 
 
 def grey(path, values, dtype):
@@ -25,6 +25,7 @@ def grey(path, values, dtype):
         ([0, 256, 32768, 65535], np.uint16, [0, 1, 128, 255]),
         ([0, 16, 2048, 4095], np.uint16, [0, 1, 128, 255]),  # 12 bits
         ([0, 256, 65535], np.int32, [0, 1, 255]),
+        ([0, 128, 255], np.int32, [0, 128, 255]),
     ],
 )
 def test_deep_greys_are_scaled(tmp_path, values, dtype, expected):
@@ -53,9 +54,11 @@ def test_palettes_with_transparency_become_rgb_without_a_warning(tmp_path):
 def test_metadata_is_read_for_the_orientation_alone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (5, 4)).save(tmp_path / "a.jpg", exif=exif)
-    image = load_image(tmp_path / "a.jpg")
-    assert image.size == (4, 5) and as_rgb(image).size == (4, 5) and not image.info
+    for name in "a.jpg", "a.png", "a.tif":
+        Image.new("RGB", (5, 4)).save(tmp_path / name, exif=exif)
+        image, before = load_oriented(tmp_path / name)
+        assert image.size == as_rgb(image).size == photo_of(Image.open(tmp_path / name)).size == (4, 5)
+        assert before == 6 and not image.info
     Image.new("RGB", (5, 4)).save(tmp_path / "b.jpg", exif=b"Exif\0\0" + b"no TIFF header at all")
     assert load_image(tmp_path / "b.jpg").size == (5, 4)
 
@@ -77,13 +80,17 @@ def test_broken_photos_are_named(tmp_path, caplog):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:800])
+    Image.fromarray(noise).save(tmp_path / "flipped.png")
+    flipped = bytearray((tmp_path / "flipped.png").read_bytes())
+    flipped[60] ^= 0xFF
+    (tmp_path / "flipped.png").write_bytes(flipped)
     (tmp_path / "text.jpg").write_text("no photo")
     (tmp_path / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
     Image.new("1", (70_000, 1)).save(tmp_path / "long.png")  # a few bytes that take gigabytes when they are shrunk
     (tmp_path / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n")
     causes = {"pointer.jpg": "Git LFS", "long.png": "70,000", "absent.jpg": "No such file", "eps.jpg": "no picture"}
     with caplog.at_level(logging.WARNING):
-        for name in "cut.jpg", "text.jpg", *causes:
+        for name in "cut.jpg", "flipped.png", "text.jpg", *causes:
             with pytest.raises(SampleError, match=rf"^set/{name}: .*{name}.*{causes.get(name, '')}"):
                 load_image(tmp_path / name, f"set/{name}")
 
