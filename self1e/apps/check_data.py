@@ -127,8 +127,8 @@ def read_unit(data: EvalSplit, number: int) -> Record:
     problems += [f"unit {id} occurs twice" for id, times in Counter(unit.unit_ids).items() if times > 1]
     image, masks = unit.load()
     if isinstance(data, OwnData):
-        problems += [f"{location}: {what}" for location, what in data.data.absent.items()]
-        data.data.absent.clear()
+        problems += [f"{location}: {what}" for location, what in data.data.doubts.items()]
+        data.data.doubts.clear()
     conversations = [([text.strip()], mask[None]) for text, mask in zip(unit.sentences, masks)]
     return Record(f"{data.name}/{unit.image_id}", image, conversations, problems)
 

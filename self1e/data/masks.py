@@ -15,6 +15,7 @@ from self1e.data.samples import SampleError
 from self1e.model.photos import TURNS, decode
 
 IGNORED = 255  # value of a pixel that no class or score counts
+NO_POLYGON = "a polygon is x, y, x, y, ... of at least three finite points, in one list of numbers"
 
 
 # ------------------------------------------------------------------------------------------------- COCO
@@ -75,7 +76,7 @@ def parts_of(segmentation: list | dict) -> list:
         parts = [segmentation]
     good = [part for part in parts if not isinstance(part, list) or (len(part) >= 6 and len(part) % 2 == 0)]
     if parts and not good:
-        raise ValueError("a polygon needs at least three finite points")
+        raise ValueError(NO_POLYGON)
     return good
 
 
@@ -86,7 +87,7 @@ def _rle_of(part: list | dict, height: int, width: int) -> dict:
     points = np.asarray(part)
     # pycocotools takes four numbers for a box and walks without end along a non-finite edge.
     if points.dtype.kind not in "iuf" or points.ndim != 1 or len(points) < 6 or not (np.abs(points) < 1e6).all():
-        raise ValueError("a polygon needs at least three finite points")
+        raise ValueError(NO_POLYGON)
     return coco.frPyObjects([points.astype(float).tolist()], height, width)[0]
 
 
@@ -114,12 +115,12 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
     """
     box, area = annotation.get("bbox") or [], annotation.get("area") or 0
     box = box if len(box) == 4 and min(box[2:]) > 0 else []
-    if not annotation["segmentation"]:
-        return "empty segmentation beside a bbox or an area" if box or area > 0 else None
     try:
         left, top, right, bottom, covered = _extent(annotation["segmentation"], height, width)
     except (ValueError, TypeError):
         return None
+    if not covered:
+        return "empty segmentation beside a bbox or an area" if box or area > 0 else None
     slack = max(2, 0.01 * max(height, width))
     if right <= 1 and bottom <= 1 and max(height, width) > 2:
         return "segmentation with coordinates from 0 to 1; they must be pixels"
@@ -148,7 +149,7 @@ def _extent(segmentation: list | dict, height: int, width: int) -> tuple[float, 
             xs, ys = part[::2], part[1::2]
             boxes.append((min(xs), min(ys), max(xs), max(ys)))
             area += abs(sum(x * (below - above) for x, below, above in zip(xs, ys[1:] + ys[:1], ys[-1:] + ys))) / 2
-    lefts, tops, rights, bottoms = zip(*boxes)
+    lefts, tops, rights, bottoms = zip(*boxes or [(0.0, 0.0, 0.0, 0.0)])
     return min(lefts), min(tops), max(rights), max(bottoms), area
 
 

@@ -65,7 +65,7 @@ def _what_it_is(source: Path | str | BinaryIO) -> str:
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"
     if head[4:11] in (b"ftyphei", b"ftypmif", b"ftyphev"):
-        return "it is a HEIC picture: pip install pillow-heif"
+        return "it is a HEIC picture" + (", but damaged" if "HEIF" in _readable() else ": pip install pillow-heif")
     return "it is no picture of a known format, or an empty file"
 
 

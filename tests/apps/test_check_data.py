@@ -201,6 +201,14 @@ def test_masks_that_contradict_their_record(tmp_path, run):
     assert "outside its image (first: annotations[0])" in found[1]
 
 
+def test_a_record_with_the_size_before_exif(tmp_path, run):
+    for orientation, count in (6, 1), (3, 0):
+        source = coco_set(tmp_path, [annotation(1, phrases="x")])
+        photo(tmp_path / "images/a.jpg", orientation=orientation)
+        code, _, text = run(source)
+        assert code == count == len(problems(text)) and ("annotations[0]: the size is" in text) == count
+
+
 def test_prompts_that_are_too_long(tmp_path, run, tiny_version):
     source = small(tmp_path, [("a.jpg", "half.png", "the red box on the ground " * 80), ("b.jpg", "half.png", "it")])
     for flags in (), ("--version", tiny_version):

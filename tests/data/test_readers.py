@@ -92,6 +92,7 @@ FLAT = [0, 0, 0, 9, 9, 9]
         ({"segmentation": [SQUARE]} | BOX, None),
         ({"segmentation": SQUARE} | BOX, None),
         ({"segmentation": []}, None),
+        ({"segmentation": {"size": [12, 20], "counts": [240]}} | BOX, "empty"),
         ({"segmentation": {"size": [12, 20], "counts": [27, 6, 207]}, "bbox": [2, 3, 1, 6], "area": 6}, None),
         ({"segmentation": {"size": [12, 20], "counts": [27, 6, 207]}, "bbox": [12, 3, 8, 6]}, "far from"),
     ],

@@ -19,12 +19,13 @@ import json
 import logging
 import os
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from self1e.data.masks import contradiction, decode_segmentation, load_label_map
@@ -202,7 +203,7 @@ class CustomData(ExpressionData):
     A target is (number of a mask among those of its photo, its location in the file).
 
     faulty: "<location>: <what>" of the records that are left out; training and evaluation refuse them
-    absent: the same of masks read so far that do not hold the value that their record asks for, and so are empty
+    doubts: the same of masks read so far that may not be what their record means
     """
 
     def __init__(self, path: str | Path, *, allow_outside: bool = False):
@@ -214,7 +215,7 @@ class CustomData(ExpressionData):
         self._last: tuple[int, Any] = (-1, None)
         self.faulty: list[str] = tables.meta["faulty"]
         self.problems = [f"{self.source.name}: {problem}" for problem in tables.meta["problems"]]
-        self.absent: dict[str, str] = {}
+        self.doubts: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._photos)
@@ -282,6 +283,18 @@ class CustomData(ExpressionData):
     def photo(self, item: int, id: str) -> Path:
         return self._find(self.file_name(item), "images", f"{self._record(item)[2][0][2]}: image")
 
+    def load(self, item: int, wanted: Sequence[list[Any]]) -> tuple[Image.Image, np.ndarray]:
+        image, masks = super().load(item, wanted)
+        if image.width != image.height and self._record(item)[1] == [image.width, image.height]:
+            place = self._record(item)[2][0][2]
+            self._doubt(place, "the size is that of the photo before EXIF turns it, so its masks are turned, too")
+        return image, masks
+
+    def _doubt(self, location: str, what: str) -> None:
+        if not self.doubts:  # said once
+            log.warning("%s: %s: %s", self.name, location, what)
+        self.doubts[location] = what
+
     def where(self, target: tuple[int, str]) -> str:
         return target[1]
 
@@ -298,9 +311,7 @@ class CustomData(ExpressionData):
             return (labels > 0).astype(np.uint8)
         found = labels == mask["value"]
         if not found.any():
-            if not self.absent:
-                log.warning("%s: %s: no pixel of %s has the value %d", id, location, mask["file"], mask["value"])
-            self.absent[location] = f"no pixel of {mask['file']} has the value {mask['value']}"
+            self._doubt(location, f"no pixel of {mask['file']} has the value {mask['value']}")
         return found.astype(np.uint8)
 
 
