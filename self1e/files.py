@@ -55,10 +55,18 @@ def read_json(path: Path, kind: type[T], *, remedy: str = "") -> T:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}{advice}") from error
     except (ValueError, RecursionError) as error:
+        check_fetched(path)
         raise UserError(f"{path} is no JSON ({error}){advice}") from error
     if not isinstance(value, kind):
         raise UserError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}{advice}")
     return value
+
+
+def check_fetched(path: Path) -> None:
+    """Raise UserError for a file that is a pointer of Git LFS."""
+    with open(path, "rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise UserError(f"{path} is a Git LFS pointer: fetch the file itself with `git lfs pull`")
 
 
 def check_writable(folder: Path) -> None:

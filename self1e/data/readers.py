@@ -21,6 +21,7 @@ from self1e.data.paths import DATASETS
 from self1e.data.samples import image_key
 from self1e.data.tables import Writer
 from self1e.errors import UserError
+from self1e.files import check_fetched
 
 
 def stream_json(path: Path, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -51,13 +52,6 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     except ValueError as error:  # no JSON, or no UTF-8
         check_fetched(path)
         raise UserError(f"{path}, line {number}: no UTF-8 JSONL ({error})") from error
-
-
-def check_fetched(path: Path) -> None:
-    """Raise UserError for a file that is a pointer of Git LFS."""
-    with open(path, "rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise UserError(f"{path} is a Git LFS pointer: fetch the file itself with `git lfs pull`")
 
 
 def fields(record: Any, location: str, **kinds: type | tuple[type, ...]) -> list[Any]:
@@ -153,6 +147,7 @@ def load_plain_pickle(path: Path) -> Any:
 
     Raises UserError naming the file when it is corrupt or asks for anything else.
     """
+    check_fetched(path)
     try:
         with open(path, "rb") as file:
             return PlainUnpickler(file, encoding="bytes").load()

@@ -17,6 +17,7 @@ from transformers import InternVLConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from self1e.errors import UserError, check_known
+from self1e.files import check_fetched
 from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
@@ -143,11 +144,13 @@ class Self1EConfig(InternVLConfig):
 
 
 def check_source(source: str, subfolder: str | None = None) -> None:
-    """Raise UserError for a path without a checkpoint, before anything asks the hub for it."""
+    """Raise UserError for a path without a checkpoint, or with pointers of Git LFS, before anything asks the hub."""
     path, advice = Path(source), "give a checkpoint's folder, a run's, or a hub id such as OpenGVLab/InternVL3-2B"
     if path.is_dir():
         if not (path / (subfolder or "") / "config.json").is_file():
             raise UserError(f"{source} holds no config.json; {advice}")
+        for file in filter(Path.is_file, (path / (subfolder or "")).iterdir()):
+            check_fetched(file)
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) or path.parent.is_dir():
         raise UserError(f"{source} is {'a file' if path.is_file() else 'no folder'}; {advice}")
 

@@ -3,7 +3,6 @@
 Text follows the published chat format to the token; the system sentence's grammar is part of the trained weights.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import BatchFeature, ProcessorMixin, Qwen2Tokenizer
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from self1e.errors import UserError
+from self1e.files import read_json
 from self1e.model.batch import IGNORE_INDEX, pack
 from self1e.model.config import Self1EConfig
 from self1e.model.photos import as_rgb, resize_bicubic
@@ -102,7 +102,7 @@ class Self1EProcessor(ProcessorMixin):
         """
         source = pretrained_model_name_or_path
         own = Path(source, "processor_config.json")
-        sizes = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+        sizes = read_json(own, dict) if own.is_file() else {}
         if "tile_tokens" not in sizes:  # not written by our `save_pretrained`
             config = Self1EConfig.from_pretrained(source, **kwargs)
             sizes = {"image_size": config.tile_size, "tile_tokens": config.tile_tokens}

@@ -124,8 +124,7 @@ def load_checkpoint(
 def check_files(source: str, hub: dict[str, Any]) -> None:
     """Look at the files of a checkpoint before the library does, and say which are loaded where that takes long.
 
-    Raises UserError for an adapter, for an index of shards that names files outside its folder, and for files that
-    are missing or that Git LFS has not fetched.
+    Raises UserError for an adapter, and for an index of shards that names missing files or files outside its folder.
     """
     if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
         # The library would load it over the weights.
@@ -140,10 +139,6 @@ def check_files(source: str, hub: dict[str, Any]) -> None:
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     if folder.is_dir() and not files:
         raise UserError(f"{folder} holds no weights: fetch all files of the checkpoint")
-    for path in files:
-        with open(path, "rb") as file:
-            if file.read(23) == b"version https://git-lfs":
-                raise UserError(f"{path} is a pointer of Git LFS: fetch the file with `git lfs pull`")
     size = sum(path.stat().st_size for path in files)
     if size > LARGE and distributed.is_main():
         print(f"loading {folder} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)

@@ -281,9 +281,11 @@ def test_what_the_library_would_follow_is_refused(copy, make_tiny):
     with pytest.raises(UserError, match=f"{copy} holds a PEFT adapter"):
         load(copy)
     (copy / "adapter_config.json").unlink()
-    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
-    with pytest.raises(UserError, match="git lfs pull"):
-        load(copy)
+    for name in "model.safetensors", "tokenizer_config.json", "config.json":  # each beside those before
+        (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
+        for read in load, weights_identity:
+            with pytest.raises(UserError, match="git lfs pull"):
+                read(copy)
     shards = make_tiny(shards=3)
     for name in ("../other/model.safetensors", "/etc/passwd"):
         (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))

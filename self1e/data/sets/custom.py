@@ -30,11 +30,12 @@ from tqdm import tqdm
 
 from self1e.data.masks import contradiction, decode_segmentation, load_label_map
 from self1e.data.paths import OWN_DATA, inside, list_names
-from self1e.data.readers import Tally, check_fetched, fields, json_lines, stream_json
+from self1e.data.readers import Tally, fields, json_lines, stream_json
 from self1e.data.samples import SampleError, image_keys
 from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSet, ExpressionSplit
 from self1e.data.tables import Writer, open_tables
 from self1e.errors import UserError
+from self1e.files import check_fetched
 from self1e.model.prompts import looks_like_sentence
 
 log = logging.getLogger(__name__)
