@@ -7,7 +7,8 @@ complete, each process appends to a file of its own, `<stem>.rank<r>.jsonl`.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from self1e.files import read_json, to_jsonl, write_json, write_text
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DECIDING = ("model", "data", "evaluation")  # the packages whose code decides figures
+REMEDY = "Use the same settings to continue, another --exp_name to keep both, or --overwrite_eval to evaluate anew"
 
 
 class Stopped(Exception):
@@ -45,10 +47,10 @@ def make_settings(weights: Mapping[str, str | None] | None, **decoding: Any) -> 
     return {"weights": None, **(weights or {}), "code": code_hash(), **decoding, **versions}
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool, remedy: str = REMEDY) -> None:
     """Make `folder` hold results of `settings` only. For one process, before the work.
 
-    Raises UserError that says what differs where it holds others; with `overwrite` those are deleted.
+    Raises UserError that says what differs where it holds others, and the remedy; with `overwrite` those are deleted.
     """
     path = folder / "settings.json"
     before, now = read_json(path, dict) if path.is_file() else {}, json.loads(json.dumps(settings))
@@ -57,10 +59,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) 
         if not overwrite:
             differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
-            raise UserError(
-                f"{folder} holds results of other settings: {changes}. Use the same settings to continue, another "
-                "--exp_name to keep both, or --overwrite_eval to delete them and evaluate anew"
-            )
+            raise UserError(f"{folder} holds results of other settings: {changes}. {remedy}")
         for old in held:
             for file in (old, *figure_files(folder, old.name.removesuffix(".jsonl").split(".rank")[0])):
                 file.unlink(missing_ok=True)
@@ -77,10 +76,13 @@ class Results:
     """The results of one split or benchmark, `<folder>/<stem>.jsonl`.
 
     asked: what is evaluated, the value of `key` in a record -> what else the record must say, such as the sentence.
+    found: the records that need not be made again, by key; empty until `open`.
     """
 
     def __init__(self, folder: Path, stem: str, asked: Mapping[Any, Mapping[str, Any]], *, key: str = "id"):
         self.path, self.asked, self.key = folder / f"{stem}.jsonl", asked, key
+        self.found: dict[Any, dict] = {}
+        self.new: dict[Any, dict] = {}  # of this rank
 
     def _rank_path(self, rank: int) -> Path:
         return self.path.with_name(f"{self.path.stem}.rank{rank}.jsonl")
@@ -104,14 +106,16 @@ class Results:
                     same = False
                 if not same:
                     raise UserError(
-                        f"{path}, line {number} is damaged or of other data than is evaluated now; use another "
-                        "--exp_name to keep both, or --overwrite_eval to evaluate anew"
+                        f"{path}, line {number} is damaged or of other data than is evaluated now. {REMEDY}"
                     )
                 found[record[self.key]] = record
         return found
 
-    def open(self, *, overwrite: bool) -> dict[Any, dict]:
-        """The records that need not be made again, none with `overwrite`. For one process, before any appends."""
+    def open(self, *, overwrite: bool) -> None:
+        """Take over what is on the disk, nothing with `overwrite`. For all ranks, before any appends."""
+        self.found = distributed.on_main(partial(self._begin, overwrite))
+
+    def _begin(self, overwrite: bool) -> dict[Any, dict]:
         found = {} if overwrite else self.read()
         if len(found) < len(self.asked):
             write_text(self._rank_path(0), to_jsonl(found.values()))  # where the earlier ones end is a whole line
@@ -120,13 +124,21 @@ class Results:
                 path.unlink(missing_ok=True)
         return found
 
-    def append(self, records: Iterable[dict]) -> None:
-        """Write records of this process."""
+    def append(self, new: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Write what this rank has found out, by key."""
+        records = {key: {self.key: key, **self.asked[key], **values} for key, values in new.items()}
+        self.new |= records
         with open(self._rank_path(distributed.rank()), "a", encoding="utf-8") as file:
-            file.write(to_jsonl(records))
+            file.write(to_jsonl(records.values()))
 
-    def finish(self, records: Iterable[dict]) -> None:
-        """Write the complete file. For one process, after all have appended."""
-        write_text(self.path, to_jsonl(records))
-        for path in self._rank_paths():
-            path.unlink()
+    def finish(self) -> list[dict]:
+        """Write the complete file. For all ranks; returns its records, in the order of `asked`, on each."""
+        together = {
+            key: record for part in [self.found, *distributed.gather(self.new)] for key, record in part.items()
+        }
+        records = [together[key] for key in self.asked]
+        if distributed.is_main():
+            write_text(self.path, to_jsonl(records))
+            for path in self._rank_paths():
+                path.unlink()
+        return records

@@ -20,21 +20,26 @@ def names(folder):
 
 def test_what_ranks_wrote_is_continued_and_finished(tmp_path, monkeypatch):
     results = Results(tmp_path, "own[1]", ASKED)
-    assert results.open(overwrite=False) == {}
+    results.open(overwrite=False)
+    assert results.found == {}
     for rank in (0, 1):
         monkeypatch.setattr(module.distributed, "rank", lambda rank=rank: rank)
-        results.append(RECORDS[rank : rank + 1])
+        results.append({rank: {"I": rank}})
     torn = tmp_path / "own[1].rank1.jsonl"
     torn.write_text(torn.read_text() + '{"id": 2, "te')
-    assert results.open(overwrite=False) == {0: RECORDS[0], 1: RECORDS[1]}
-    assert names(tmp_path) == ["own[1].rank0.jsonl"]
     monkeypatch.setattr(module.distributed, "rank", lambda: 0)
-    results.append(RECORDS[2:])  # behind a whole line
-    results.finish(results.read().values())
+    results = Results(tmp_path, "own[1]", ASKED)
+    results.open(overwrite=False)
+    assert results.found == {0: RECORDS[0], 1: RECORDS[1]}
+    assert names(tmp_path) == ["own[1].rank0.jsonl"]
+    results.append({3: {"I": 3}, 2: {"I": 2}})  # behind a whole line
+    assert results.finish() == RECORDS
     assert names(tmp_path) == ["own[1].jsonl"] and results.path.read_text() == to_jsonl(RECORDS)
-    assert len(results.open(overwrite=False)) == 4 and names(tmp_path) == ["own[1].jsonl"]
-    Results(tmp_path, "own[12]", ASKED).append(RECORDS[:1])  # another split's
-    assert results.open(overwrite=True) == {}
+    results.open(overwrite=False)
+    assert len(results.found) == 4 and names(tmp_path) == ["own[1].jsonl"]
+    Results(tmp_path, "own[12]", ASKED).append({0: {"I": 0}})  # another split's
+    results.open(overwrite=True)
+    assert results.found == {}
     assert set(names(tmp_path)) == {"own[1].rank0.jsonl", "own[12].rank0.jsonl"}
 
 

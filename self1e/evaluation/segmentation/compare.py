@@ -20,13 +20,12 @@ import yaml
 
 from self1e.data.splits import SPLITS, get_splits
 from self1e.errors import UserError
-from self1e.evaluation.segmentation.metrics import Unit, read_units, score
+from self1e.evaluation.segmentation.metrics import RESAMPLES, TAILS, Unit, read_units, score
 from self1e.evaluation.segmentation.report import read_figures, units_path
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.files import read_json
 
-LEVEL, RESAMPLES = 0.95, 2000
 PART = " (part)"  # of a split whose data is not the whole benchmark
 # Flags in which runs of one recipe may differ, besides the seed.
 PLACES = "seed exp_name log_base_dir run_dir command config resume auto_resume overwrite local_rank".split()
@@ -103,8 +102,7 @@ def compare(first: Sequence[Unit], second: Sequence[Unit]) -> tuple[int, list[fl
     draws = np.random.default_rng(0).integers(len(pairs), size=(RESAMPLES, len(pairs)))
     sums = np.stack([counts.sum(0), *(counts[draw].sum(0) for draw in draws)])
     ciou = 100 * np.divide(sums[..., 0], sums[..., 1], out=np.ones(sums.shape[:2]), where=sums[..., 1] > 0)
-    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    return len(pairs), ciou[0].tolist(), np.quantile(ciou[1:, 1] - ciou[1:, 0], tails).tolist()
+    return len(pairs), ciou[0].tolist(), np.quantile(ciou[1:, 1] - ciou[1:, 0], TAILS).tolist()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ are fractions in [0, 1]; a score over nothing is `None`.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -17,9 +17,10 @@ import numpy as np
 from self1e.data.masks import IGNORED
 from self1e.errors import UserError
 
-LISA_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
-RELA_THRESHOLDS = (0.7, 0.8, 0.9)
 BOUNDARY = 0.02  # of the photo's diagonal
+LEVEL, RESAMPLES = 0.95, 2000  # of bootstrap intervals
+TAILS = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+MARKS = {"rela": "no_target", "reasonseg": "is_sentence"}  # protocol -> what its units say besides counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Unit:
     """Counts of one sentence, in pixels of the annotation that are not ignored.
 
     I, U: intersection and union. `predicted_pixels` + `target_pixels` = I + U.
-    `boundary_I`, `boundary_U`: the same of the pixels near the contours, see `boundary`; `None` in older files.
+    `boundary_I`, `boundary_U`: the same of the pixels near the contours, see `boundary`.
     `no_target`: the annotation says that nothing fits the sentence; `None` where a benchmark has no such sentences.
     `is_sentence`: a long query (a whole sentence) rather than a phrase; `None` outside ReasonSeg.
     `mask`: the prediction as COCO's compressed RLE, for pictures; no figure needs it.
@@ -53,11 +54,6 @@ class Unit:
     def record(self) -> dict:
         """The unit as a line of JSON holds it: marks that its split does not have are left out."""
         return {name: value for name, value in vars(self).items() if value is not None}
-
-    @classmethod
-    def read(cls, record: dict) -> "Unit":
-        """The unit of a record; what else the record holds is left out."""
-        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name in record})
 
 
 def count_pixels(prediction: np.ndarray, target: np.ndarray) -> dict[str, int]:
@@ -114,7 +110,7 @@ def lisa(units: Sequence[Unit]) -> dict:
         "n": len(units),
         "giou": mean(ious),
         "ciou": iou(sum(unit.I for unit in units), sum(unit.U for unit in units)) if units else None,
-        **precision_at(LISA_THRESHOLDS, ious),
+        **precision_at((0.5, 0.6, 0.7, 0.8, 0.9), ious),
         "boundary_iou": mean([iou(I, U) for I, U in edges if I is not None and U is not None]),
     }
 
@@ -135,24 +131,20 @@ def rela(units: Sequence[Unit]) -> dict:
         "n_no_target": len(without),
         "giou": mean(iou_with + iou_without),
         "ciou": iou(sum(unit.I for unit in with_target), union) if units else None,
-        **precision_at(RELA_THRESHOLDS, iou_with),
+        **precision_at((0.7, 0.8, 0.9), iou_with),
         "n_acc": mean(iou_without),  # TP / (TP + FN)
         "t_acc": mean([unit.predicted_pixels > 0 for unit in with_target]),  # TN / (TN + FP)
     }
 
 
-def bootstrap(units: Sequence[Unit], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> dict:
+def bootstrap(units: Sequence[Unit], seed: int = 0) -> dict:
     """Percentile intervals of gIoU and cIoU over units drawn with replacement: `{"giou": [low, high], ...}`."""
     ious, I, U = (np.array([getattr(unit, name) for unit in units]) for name in ("iou", "I", "U"))
-    draws = np.random.default_rng(seed).integers(len(units), size=(resamples, len(units)))
+    draws = np.random.default_rng(seed).integers(len(units), size=(RESAMPLES, len(units)))
     union = U[draws].sum(1)
-    samples = {
-        "giou": ious[draws].mean(1),
-        "ciou": np.divide(I[draws].sum(1), union, out=np.ones(resamples), where=union > 0),  # as `iou`
-    }
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    intervals = {name: np.quantile(values, tails).tolist() for name, values in samples.items()}
-    return {**intervals, "level": level, "resamples": resamples, "seed": seed}
+    cious = np.divide(I[draws].sum(1), union, out=np.ones(RESAMPLES), where=union > 0)  # as `iou`
+    intervals = [np.quantile(values, TAILS).tolist() for values in (ious[draws].mean(1), cious)]
+    return {"giou": intervals[0], "ciou": intervals[1], "level": LEVEL, "resamples": RESAMPLES, "seed": seed}
 
 
 def lisa_and_rela(units: Sequence[Unit]) -> dict:
@@ -173,20 +165,15 @@ def reasonseg(units: Sequence[Unit]) -> dict:
 PROTOCOLS: dict[str, Callable[[Sequence[Unit]], dict]] = {"lisa": lisa, "rela": lisa_and_rela, "reasonseg": reasonseg}
 
 
-def protocol_of(units: Sequence[Unit]) -> str:
-    """The protocol that a split's units were counted for: `no_target` is ReLA's mark, `is_sentence` ReasonSeg's."""
-    if all(unit.no_target is not None for unit in units):
-        return "rela"
-    if all(unit.is_sentence is not None for unit in units):
-        return "reasonseg"
-    return "lisa"
-
-
 def score(units: Sequence[Unit]) -> dict:
-    """All figures of one split, `protocol`, `n`, `giou` and `ciou` among them. Raises UserError without units."""
+    """All figures of one split by the protocol that the units have the marks of: `protocol`, `n`, `giou`, `ciou`, ...
+
+    Raises UserError without units.
+    """
     if not units:
         raise UserError("no units to score: the split is empty")
-    protocol = protocol_of(units)
+    marked = (name for name, mark in MARKS.items() if all(getattr(unit, mark) is not None for unit in units))
+    protocol = next(marked, "lisa")
     return {"protocol": protocol, **PROTOCOLS[protocol](units)}
 
 
@@ -196,7 +183,7 @@ def read_units(path: str | Path) -> list[Unit]:
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                units.append(Unit.read(json.loads(line)))
+                units.append(Unit(**json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: not a unit record ({error})") from error
     if not units:

@@ -44,70 +44,61 @@ def units_path(folder: Path, split: str) -> Path:
 def summary_table(results: Mapping[str, dict]) -> str:
     """Ours beside the published figures, in percent, and the figures that only some splits have.
 
-    A column of a published model is there when one of the splits has a figure of it.
+    Published figures stand beside splits whose data is the whole benchmark, and their columns where there are some.
     """
     entries = get_splits(results)
     title = {name: name.replace("|", " ") for name in results}  # "|" would end a cell
-    models = [model for model in MODELS if any(model in entry.published for entry in entries.values())]
+    whole = {name: entries[name].published for name, figures in results.items() if figures["data"] == "complete"}
+    models = [model for model in MODELS if any(model in published for published in whole.values())]
     rows = []
     for name, figures in results.items():
-        published = entries[name].published
-        theirs = (" / ".join(f"{value:.1f}" for value in published.get(model, ())) or "-" for model in models)
+        published = [whole.get(name, {}).get(model, ()) for model in models]
+        theirs = (" / ".join(f"{value:.1f}" for value in values) or "-" for values in published)
         rows.append([title[name], str(figures["n"]), percent(figures["giou"]), percent(figures["ciou"]), *theirs])
     text = markdown_table(["split", "n", "gIoU", "cIoU", *models], rows)
     if models:
         text += f"\n{models[0]} to {models[-1]}: published figures, cIoU; on ReasonSeg gIoU / cIoU.\n"
-    foreign = [
-        f"{title[name]} ({figures['data']})"
-        for name, figures in results.items()
-        if entries[name].published and figures["data"] not in ("-", "complete")
-    ]
-    if foreign:
-        text += f"\nNot the whole benchmark, so that its published figures do not compare: {', '.join(foreign)}.\n"
-    text += _rela_table({title[name]: f["rela"] for name, f in results.items() if "rela" in f})
-    text += _reasoning_table({title[name]: f for name, f in results.items() if "bootstrap" in f})
+    partial = [f"{title[name]} ({f['data']})" for name, f in results.items() if f["data"] not in ("-", "complete")]
+    if partial:
+        text += f"\nNot the whole benchmark: {', '.join(partial)}.\n"
+    rela = {title[name]: figures["rela"] for name, figures in results.items() if "rela" in figures}
+    if rela:
+        keys = ("giou", "ciou", "pr@0.7", "pr@0.8", "pr@0.9", "n_acc", "t_acc")
+        rows = [[name, *(percent(figures[key]) for key in keys)] for name, figures in rela.items()]
+        header = ["ReLA protocol", "gIoU", "cIoU", "Pr@0.7", "Pr@0.8", "Pr@0.9", "N-acc", "T-acc"]
+        text += "\n" + markdown_table(header, rows)
+    reasoning = {title[name]: figures for name, figures in results.items() if "bootstrap" in figures}
+    if reasoning:
+        rows = []
+        for name, figures in reasoning.items():
+            intervals = [" to ".join(map(percent, figures["bootstrap"][key])) for key in ("giou", "ciou")]
+            parts = [f"{percent(figures[q]['giou'])} / {percent(figures[q]['ciou'])}" for q in ("short", "long")]
+            rows.append([name, *intervals, *parts])
+        header = ["reasoning", "gIoU, 95% interval", "cIoU, 95% interval", "short gIoU / cIoU", "long gIoU / cIoU"]
+        text += "\n" + markdown_table(header, rows)
     notes = [f"- {title[name]}: {figures['note']}\n" for name, figures in results.items() if "note" in figures]
     return text + ("\n" + "".join(notes) if notes else "")
 
 
-def _rela_table(results: Mapping[str, dict]) -> str:
-    columns = {"gIoU": "giou", "cIoU": "ciou", "Pr@0.7": "pr@0.7", "Pr@0.8": "pr@0.8", "Pr@0.9": "pr@0.9"}
-    columns |= {"N-acc": "n_acc", "T-acc": "t_acc"}
-    rows = [[name, *(percent(figures[key]) for key in columns.values())] for name, figures in results.items()]
-    return "\n" + markdown_table(["ReLA protocol", *columns], rows) if rows else ""
-
-
-def _reasoning_table(results: Mapping[str, dict]) -> str:
-    rows = []
-    for name, figures in results.items():
-        intervals = [" to ".join(map(percent, figures["bootstrap"][key])) for key in ("giou", "ciou")]
-        parts = [f"{percent(figures[q]['giou'])} / {percent(figures[q]['ciou'])}" for q in ("short", "long")]
-        rows.append([name, *intervals, *parts])
-    header = ["reasoning", "gIoU, 95% interval", "cIoU, 95% interval", "short gIoU / cIoU", "long gIoU / cIoU"]
-    return "\n" + markdown_table(header, rows) if rows else ""
-
-
 def save_pictures(folder: Path, split: Sequence[EvalImage], units: Sequence[Unit]) -> None:
     """Photo, ground truth and prediction of the worst units of a split, and an overview, in `folder`."""
-    draw = unit_drawer(split, units)
-    overview = save_worst_first(folder, [unit.iou for unit in units], [unit.id for unit in units], draw)
+    values, names = [unit.iou for unit in units], [unit.id for unit in units]
+    overview = save_worst_first(folder, values, names, unit_drawer(split, units, width=1200))
     distributed.say(f"pictures, worst first: {overview}")
 
 
-def unit_drawer(
-    split: Sequence[EvalImage], units: Sequence[Unit], *, width: int = 1200
-) -> Callable[[int], Image.Image]:
+def unit_drawer(split: Sequence[EvalImage], units: Sequence[Unit], *, width: int) -> Callable[[int], Image.Image]:
     """A function that draws unit `index` of a whole split: photo, ground truth and prediction, `width` pixels wide."""
-    places = [(number, row) for number, photo in enumerate(split) for row in range(len(photo.unit_ids))]
+    where = [(number, sentence) for number, photo in enumerate(split) for sentence in range(len(photo.unit_ids))]
 
     def draw(index: int) -> Image.Image:
-        number, row = places[index]
+        number, sentence = where[index]
         photo, unit = split[number], units[index]
         image, targets = photo.load()
         height, width_ = targets.shape[1:]
         image = image.resize((width_, height))  # annotations are not always at the photo's size
         prediction = decode_segmentation(unit.mask or [], height, width_).astype(bool)
-        return compare(image, targets[row], prediction, photo.sentences[row], unit.iou, width=width)
+        return compare(image, targets[sentence], prediction, photo.sentences[sentence], unit.iou, width=width)
 
     return draw
 
@@ -115,13 +106,10 @@ def unit_drawer(
 def examples(split: Sequence[EvalImage], units: Sequence[Unit]) -> dict[str, Image.Image]:
     """Pictures of the worst, the median and the best unit by IoU, from the masks that the units hold.
 
-    Of equals the one with more pixels at stake is taken, so that the best is an empty mask only where all of the best
-    are.
+    Of equals the one with more pixels at stake: the best is an empty mask only where all of the best are.
     """
     order = sorted(range(len(units)), key=lambda index: units[index].iou)
     worst = min(order, key=lambda index: (units[index].iou, -units[index].U))
     best = max(order, key=lambda index: (units[index].iou, units[index].U))
     draw = unit_drawer(split, units, width=900)
-    return {
-        name: draw(index) for name, index in {"worst": worst, "median": order[len(order) // 2], "best": best}.items()
-    }
+    return {"worst": draw(worst), "median": draw(order[len(order) // 2]), "best": draw(best)}

@@ -1,69 +1,50 @@
 """Replies to questions: batches of one photo's questions, left-padded, greedy, decoded and tiled in workers."""
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from self1e import distributed
-from self1e.data.samples import SampleError
-from self1e.evaluation.results import Results, Stopped
+from self1e.evaluation.loop import prepared
+from self1e.evaluation.results import Results
 from self1e.evaluation.vqa.base import Question
 from self1e.model.prompts import END_OF_TURN, IMAGE_TAG
 
 
-class Replies(Results):
+def replies_of(folder: Path, name: str, questions: Sequence[Question]) -> Results:
     """The replies to a benchmark on disk; a line holds `index`, the place in the question file, and `answer`."""
-
-    def __init__(self, folder: Path, name: str, questions: Sequence[Question]):
-        asked = {index: {"question_id": q.id, "prompt": q.prompt} for index, q in enumerate(questions)}
-        super().__init__(folder, name, asked, key="index")
-
-    def records(self, replies: Mapping[int, str]) -> list[dict]:
-        """Index -> reply as lines, in the order of the questions."""
-        return [{"index": i, **self.asked[i], "answer": reply} for i, reply in sorted(replies.items())]
+    asked = {index: {"question_id": q.id, "prompt": q.prompt} for index, q in enumerate(questions)}
+    return Results(folder, name, asked, key="index")
 
 
 def make_batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> list[list[int]]:
     """Indices in batches of `size`, questions of one photo next to each other (it is encoded once per batch)."""
-    by_image: dict[Any, list[int]] = {}
+    first: dict[Any, int] = {}
     for index in indices:
-        by_image.setdefault(questions[index].image, []).append(index)
-    order = list(chain.from_iterable(by_image.values()))
+        first.setdefault(questions[index].image, index)
+    order = sorted(indices, key=lambda index: first[questions[index].image])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-class Prompts(Dataset):
-    """Batch number -> left-padded model inputs, or the error of a broken photo, which is to be raised.
-
-    A worker that raised it would bury it in a traceback of its own.
-    """
-
-    def __init__(self, questions: Sequence[Question], batches: list[list[int]], processor, max_tiles: int):
-        self.questions, self.batches, self.processor = questions, batches, processor
-        self.tiling = {"max_tiles": max_tiles, "thumbnail": max_tiles > 1}
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor] | SampleError:
-        conversations: dict[Any, list[list[str]]] = {}
-        photos = {}
-        for question in (self.questions[index] for index in self.batches[number]):
-            if question.image not in photos:
-                try:
-                    photos[question.image] = question.open_image()
-                except SampleError as error:
-                    return error
-            text = question.prompt if IMAGE_TAG in question.prompt else f"{IMAGE_TAG}\n{question.prompt}"
-            conversations.setdefault(question.image, []).append([text])
-        batch = self.processor(list(photos.values()), list(conversations.values()), padding_side="left", **self.tiling)
-        del batch["labels"]
-        return dict(batch)
+def prepare_batch(
+    questions: Sequence[Question], processor, max_tiles: int, indices: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Left-padded model inputs of some questions. Raises SampleError for a photo that cannot be decoded."""
+    conversations: dict[Any, list[list[str]]] = {}
+    photos = {}
+    for question in (questions[index] for index in indices):
+        if question.image not in photos:
+            photos[question.image] = question.open_image()
+        text = question.prompt if IMAGE_TAG in question.prompt else f"{IMAGE_TAG}\n{question.prompt}"
+        conversations.setdefault(question.image, []).append([text])
+    options = {"padding_side": "left", "max_tiles": max_tiles, "thumbnail": max_tiles > 1}
+    batch = dict(processor(list(photos.values()), list(conversations.values()), **options))
+    del batch["labels"]
+    return batch
 
 
 @torch.inference_mode()
@@ -95,51 +76,25 @@ def answer_questions(
     model,
     processor,
     questions: Sequence[Question],
-    indices: Sequence[int],
+    results: Results,
     *,
     max_new_tokens: int,
     batch_size: int = 8,
     max_tiles: int = 1,
-    workers: int = 0,
-    timeout: float = 0,
-    results: Replies | None = None,
-    asked_to_stop: Callable[[], bool] | None = None,
     title: str = "",
-) -> dict[int, str]:
-    """Index -> reply to `questions[index]`, for all `indices`, on every rank; each batch is answered by one of them.
+    **workers: Any,
+) -> list[str]:
+    """The replies to all questions, on every rank; those that `results`, of `replies_of`, holds are not asked again.
 
-    Args:
-        max_tiles: 1 for the one resized image, more for InternVL's dynamic tiling with a thumbnail.
-        workers: processes that decode and tile. timeout: seconds that one of them may take for a batch; 0: any time.
-        results: where the replies of a batch are written as soon as this rank has them.
-        asked_to_stop: called before each batch; where it returns True, this rank leaves, and when the others have
-            left or finished, all raise `Stopped`.
-
-    Raises SampleError, on the rank that meets it, for a photo that cannot be decoded.
+    max_tiles: 1 for the one resized image, more for InternVL's dynamic tiling with a thumbnail.
+    workers: of `prepared`, whose errors are raised.
     """
-    batches = make_batches(questions, indices, batch_size)[distributed.rank() :: distributed.world_size()]
-    loader = DataLoader(
-        Prompts(questions, batches, processor, max_tiles),
-        batch_size=None,
-        num_workers=min(workers, len(batches)),
-        timeout=timeout if workers and batches else 0,
-        worker_init_fn=distributed.ignore_signals,
-    )
-    replies: dict[int, str] = {}
-    stopped = False
+    unanswered = [index for index in range(len(questions)) if index not in results.found]
+    batches = make_batches(questions, unanswered, batch_size)[distributed.rank() :: distributed.world_size()]
+    prepare = partial(prepare_batch, questions, processor, max_tiles)
     with tqdm(total=sum(map(len, batches)), desc=title, unit="question", disable=not distributed.is_main()) as bar:
-        for asked, batch in zip(batches, loader):
-            stopped = asked_to_stop is not None and asked_to_stop()
-            if stopped:
-                break
-            if isinstance(batch, SampleError):
-                raise batch
-            new = dict(zip(asked, generate_replies(model, processor.tokenizer, batch, max_new_tokens), strict=True))
-            replies |= new
-            if results is not None:
-                results.append(results.records(new))
-            bar.update(len(asked))
-    parts = distributed.gather((replies, stopped))
-    if any(stopped for _, stopped in parts):
-        raise Stopped(title)
-    return {index: reply for replies, _ in parts for index, reply in replies.items()}
+        for indices, batch in prepared(batches, prepare, **workers):
+            replies = generate_replies(model, processor.tokenizer, batch, max_new_tokens)
+            results.append({index: {"answer": reply} for index, reply in zip(indices, replies, strict=True)})
+            bar.update(len(indices))
+    return [record["answer"] for record in results.finish()]

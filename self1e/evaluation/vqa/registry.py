@@ -1,8 +1,5 @@
 """The VQA benchmarks by name. One more is a module with a `VQABenchmark`, and an entry here."""
 
-from collections.abc import Iterable
-
-from self1e.errors import check_known
 from self1e.evaluation.vqa import gqa, mmbench, mme, open_ended, pope
 from self1e.evaluation.vqa.base import VQABenchmark
 
@@ -13,10 +10,3 @@ VQA_BENCHMARKS: dict[str, VQABenchmark] = {
     **mme.BENCHMARKS,
     **mmbench.BENCHMARKS,
 }
-
-
-def get_vqa_benchmarks(names: Iterable[str]) -> dict[str, VQABenchmark]:
-    """The entries of `names`, in that order. Raises UserError listing unknown names and the known ones."""
-    names = list(names)
-    check_known("unknown VQA benchmark", names, VQA_BENCHMARKS)
-    return {name: VQA_BENCHMARKS[name] for name in names}

@@ -9,22 +9,21 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
 
 from self1e import distributed
 from self1e.data.paths import inside
 from self1e.data.samples import check_texts
-from self1e.errors import UserError
+from self1e.errors import UserError, check_known
 from self1e.evaluation.results import Stopped, claim_folder, make_settings
-from self1e.evaluation.vqa.base import Answer, Question, VQABenchmark
-from self1e.evaluation.vqa.generation import Replies, answer_questions
-from self1e.evaluation.vqa.registry import VQA_BENCHMARKS, get_vqa_benchmarks
+from self1e.evaluation.vqa.base import Answer, Question
+from self1e.evaluation.vqa.generation import answer_questions, replies_of
+from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.evaluation.vqa.report import summary_table
 from self1e.files import check_writable, read_json, write_json, write_text
 from self1e.model.config import DTYPES, SWITCHES, check_source
@@ -36,10 +35,10 @@ from self1e.stop import REQUEUE, StopRequest, mark_requeue
 
 OWN_WEIGHTS = "none"
 WAIT = timedelta(days=1)  # that a rank may wait for another one's share of the questions
+Questions = Mapping[str, list[Question]]  # of each benchmark
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A model to evaluate. `folder`: where its results go; `label`: its column in the summary."""
 
     label: str
@@ -60,21 +59,20 @@ def list_candidates(versions: Sequence[str], weights: Sequence[str], run_dir: Pa
         if not (trained / "config.json").is_file():
             raise UserError(f"{run_dir} holds no trained model (ckpt_model): name one with --version")
         versions = [str(trained)]
-    if len(versions) > 1 and len(weights) not in (0, len(versions)):
+    if not weights:
+        own = len(versions) > 1 or not trained.is_dir() or Path(versions[0]) == trained
+        weights = [OWN_WEIGHTS if own else str(trained)] * len(versions)
+    if len(versions) not in (1, len(weights)):
         raise UserError(
             f"{len(versions)} --version but {len(weights)} --model_weights: give one for each, `{OWN_WEIGHTS}` for a "
             "version's own weights"
         )
-    count = max(len(versions), len(weights))
-    versions = list(versions) * (count if len(versions) == 1 else 1)
-    chosen: list[str | None] = [None if each == OWN_WEIGHTS else each for each in weights] or [None] * count
-    if not weights and count == 1 and trained.is_dir() and Path(versions[0]) != trained:
-        chosen = [str(trained)]
-    if count == 1:
-        return [Candidate(_label(chosen[0] or versions[0]), versions[0], chosen[0], root)]
+    versions = [*versions] * (len(weights) // len(versions))
+    chosen = [None if each == OWN_WEIGHTS else each for each in weights]
     labels = [_label(own or version) for version, own in zip(versions, chosen)]
     labels = [label if labels.count(label) == 1 else f"{label}_{i}" for i, label in enumerate(labels, 1)]
-    return [Candidate(label, v, w, root / label) for label, v, w in zip(labels, versions, chosen)]
+    folders = [root / label if len(labels) > 1 else root for label in labels]
+    return [Candidate(*each) for each in zip(labels, versions, chosen, folders)]
 
 
 def _label(checkpoint: str) -> str:
@@ -122,18 +120,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_questions(
-    benchmark: VQABenchmark, data_dir: Path, *, with_images: bool = False, allow_outside: bool = False
-) -> list[Question]:
-    """Questions of a benchmark. Raises UserError naming a file that is missing or malformed.
+def check_questions(questions: Sequence[Question], data_dir: Path, *, photos: bool, allow_outside: bool) -> None:
+    """Raise UserError for a control token in a text, a photo that is missing or outside the data folder.
 
-    with_images: every photo must be there. allow_outside: they may lie outside the data folder (see `paths.inside`).
+    photos: they must be there. allow_outside: they may lie outside the data folder (see `paths.inside`).
     """
-    questions = benchmark.questions(data_dir)
-    for question in questions:
-        own = question.prompt.replace(IMAGE_TAG, "", 1)  # a question may say where its photo belongs
-        check_texts(f"question {question.id}", [own])
-    paths = {question.image: question for question in questions if isinstance(question.image, Path) and with_images}
+    for question in questions:  # which may say where its photo belongs
+        check_texts(f"question {question.id}", [question.prompt.replace(IMAGE_TAG, "", 1)])
+    paths = {question.image: question for question in questions if isinstance(question.image, Path) and photos}
     for path, question in paths.items() if not allow_outside else ():
         name = path.relative_to(data_dir) if path.is_relative_to(data_dir) else path.absolute()
         try:
@@ -143,23 +137,25 @@ def read_questions(
     absent = sorted(path for path in paths if not path.is_file())
     if absent:
         raise UserError(f"{absent[0]} is missing, one of {len(absent)} missing photos")
-    return questions
 
 
-def find_faults(benchmarks: Mapping[str, VQABenchmark], data_dir: Path, **options: bool) -> dict[str, str]:
-    """Benchmark -> what is wrong with its files: what is missing shows before the long work starts.
+def read_benchmarks(names: Sequence[str], data_dir: Path, **checks: bool) -> tuple[Questions, dict[str, str]]:
+    """The questions of the benchmarks, and benchmark -> what is wrong with its files, before the long work starts.
 
-    Blank replies are scored, which reads the references. options: of `read_questions`.
+    Blank replies are scored, which reads the references. checks: of `check_questions`.
     """
-    faults = {}
-    for name, benchmark in benchmarks.items():
+    found, faults = {}, {}
+    for name in names:
+        benchmark = VQA_BENCHMARKS[name]
         try:
-            questions = read_questions(benchmark, data_dir, **options)
+            questions = benchmark.questions(data_dir)
+            check_questions(questions, data_dir, **checks)
             if benchmark.metric is not None:
                 benchmark.metric([Answer(question, "") for question in questions], data_dir)
+            found[name] = questions
         except UserError as error:
             faults[name] = str(error)
-    return faults
+    return found, faults
 
 
 def score(name: str, candidate: Candidate, questions: Sequence[Question], data_dir: Path) -> None:
@@ -167,24 +163,21 @@ def score(name: str, candidate: Candidate, questions: Sequence[Question], data_d
 
     Raises UserError when some questions are unanswered.
     """
-    benchmark, replies = VQA_BENCHMARKS[name], Replies(candidate.folder, name, questions)
+    benchmark, replies = VQA_BENCHMARKS[name], replies_of(candidate.folder, name, questions)
     records = replies.read()
     if len(records) < len(questions):
         counts = f"{len(records)} of {len(questions)} questions"
         raise UserError(f"{replies.path} answers {counts}; run without --score_only")
     answers = [Answer(question, records[index]["answer"]) for index, question in enumerate(questions)]
     benchmark.export(answers, candidate.folder / "official", candidate.label)
-    if benchmark.metric is None:
-        scores = {"summary": {}, "details": {}, "notes": ["no local score: send the file in official/ to the server"]}
-    else:
-        scores = asdict(benchmark.metric(answers, data_dir))
+    scores = {"summary": {}, "details": {}, "notes": ["no local score: send the file in official/ to the server"]}
+    if benchmark.metric is not None:
+        scores = vars(benchmark.metric(answers, data_dir))
     head = {"benchmark": name, "model": candidate.label, "n": len(answers)}
     write_json(candidate.folder / f"{name}.scores.json", head | scores)
 
 
-def answer(
-    args: argparse.Namespace, candidate: Candidate, questions: Mapping[str, list[Question]], stop: StopRequest
-) -> None:
+def answer(args: argparse.Namespace, candidate: Candidate, questions: Questions, stop: StopRequest) -> None:
     """Have one model answer what is unanswered, benchmark by benchmark, and score each."""
     device, max_tiles = distributed.device(args.device), args.max_num if args.dynamic else 1
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -205,34 +198,29 @@ def answer(
     settings = make_settings(weights, precision=precision, max_tiles=max_tiles, **options)
     distributed.on_main(partial(claim_folder, candidate.folder, settings, overwrite=args.overwrite_eval))
     for name, asked in questions.items():
-        results = Replies(candidate.folder, name, asked)
-        found = distributed.on_main(partial(results.open, overwrite=args.overwrite_eval))
-        replies = {index: record["answer"] for index, record in found.items()}
-        unanswered = [index for index in range(len(asked)) if index not in replies]
-        if unanswered:
-            replies |= answer_questions(
-                *load(), asked, unanswered, max_new_tokens=VQA_BENCHMARKS[name].max_new_tokens, max_tiles=max_tiles,
-                batch_size=args.batch_size, workers=args.workers, timeout=args.timeout, results=results,
+        results = replies_of(candidate.folder, name, asked)
+        results.open(overwrite=args.overwrite_eval)
+        if len(results.found) == len(asked):
+            results.finish()
+        else:
+            answer_questions(
+                *load(), asked, results, max_new_tokens=VQA_BENCHMARKS[name].max_new_tokens, max_tiles=max_tiles,
+                batch_size=args.batch_size, workers=args.workers, timeout=args.timeout,
                 asked_to_stop=lambda: stop.signal is not None, title=f"{candidate.label} {name}",
             )  # fmt: skip
         if distributed.is_main():
-            results.finish(results.records(replies))
             score(name, candidate, asked, args.data_dir)
 
 
 def write_summary(root: Path, candidates: Sequence[Candidate], faults: Mapping[str, str]) -> None:
     """`summary.md` and `summary.json` of all benchmarks that the candidates' folders hold; prints the headlines."""
     labels = [candidate.label for candidate in candidates]
-    paths = {name: [c.folder / f"{name}.scores.json" for c in candidates] for name in VQA_BENCHMARKS}
-    results = {
-        name: [read_json(path, dict) if path.is_file() else None for path in per_model]
-        for name, per_model in paths.items()
-        if any(path.is_file() for path in per_model)
-    }
-    figures = {
-        name: {result["model"]: result["summary"] for result in per_model if result}
-        for name, per_model in results.items()
-    }
+    results = {}
+    for name in VQA_BENCHMARKS:
+        paths = [candidate.folder / f"{name}.scores.json" for candidate in candidates]
+        if any(path.is_file() for path in paths):
+            results[name] = [read_json(path, dict) if path.is_file() else None for path in paths]
+    figures = {name: {each["model"]: each["summary"] for each in found if each} for name, found in results.items()}
     models = [{"label": c.label, "version": c.version, "weights": c.weights} for c in candidates]
     write_json(root / "summary.json", {"models": models, "figures": figures, "failures": dict(faults)})
     write_text(root / "summary.md", summary_table(labels, results))
@@ -244,21 +232,19 @@ def run(args: argparse.Namespace) -> int:
     for version in [] if args.score_only else args.version:
         check_source(version)  # also one whose weights are replaced
     candidates = list_candidates(args.version, args.model_weights, args.run_dir)
-    benchmarks = get_vqa_benchmarks(" ".join(args.datasets).split())
+    names = " ".join(args.datasets).split()
+    check_known("unknown VQA benchmark", names, VQA_BENCHMARKS)
     distributed.start("gloo", timeout=WAIT)  # ranks exchange small objects only, on any kind of device
     for candidate in candidates if distributed.is_main() else ():
         check_writable(candidate.folder)
         weights = candidate.weights or "its own weights"
         print(f"evaluating {candidate.label}: {candidate.version}, {weights} -> {candidate.folder}", flush=True)
-    checks = {"with_images": not args.score_only, "allow_outside": args.allow_outside}
-    faults = distributed.on_main(partial(find_faults, benchmarks, args.data_dir, **checks))
+    checks = {"photos": not args.score_only, "allow_outside": args.allow_outside}
+    questions, faults = read_benchmarks(names, args.data_dir, **checks)
     for name, fault in faults.items() if distributed.is_main() else ():
         print(f"error: {name}: {fault} (data/README.md says what goes where)", file=sys.stderr, flush=True)
-    if len(faults) == len(benchmarks):
+    if not questions:
         raise UserError(f"nothing was evaluated: no benchmark has its files in {args.data_dir} (--data_dir)")
-    questions = {
-        name: read_questions(benchmark, args.data_dir) for name, benchmark in benchmarks.items() if name not in faults
-    }
     with StopRequest() as stop:
         mark_requeue(args.run_dir, wanted=False)
         try:

@@ -1,17 +1,27 @@
 """Replies of a batch are those of single questions, and those of an independent greedy decoder."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
 from helpers import each_pack
 from vqa_trees import load_model, write_vqav2
 
-from self1e.evaluation.vqa.generation import Prompts, answer_questions, generate_replies, make_batches
+from self1e.evaluation.vqa.generation import (
+    answer_questions,
+    generate_replies,
+    make_batches,
+    prepare_batch,
+    replies_of,
+)
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 
 
 def replies(model, processor, questions, **options) -> list[str]:
-    found = answer_questions(model, processor, questions, range(len(questions)), **options)
-    return [found[index] for index in range(len(questions))]
+    with TemporaryDirectory() as folder:
+        results = replies_of(Path(folder), "some", questions)
+        return answer_questions(model, processor, questions, results, **{"workers": 0, **options})
 
 
 @pytest.mark.parametrize("max_tiles", [1, 6])
@@ -30,11 +40,12 @@ def test_beams_see_the_image_of_their_question(tiny, tmp_path):
     write_vqav2(tmp_path, 7)
     questions = VQA_BENCHMARKS["vqa-vqav2-val"].questions(tmp_path)
     model, processor = load_model(tiny)
-    alone, together = (Prompts(questions, batches, processor, 1) for batches in ([[0], [3], [1], [4]], [[0, 3, 1, 4]]))
-    found = [
-        [reply for batch in prompts for reply in generate_replies(model, processor.tokenizer, batch, 8, num_beams=2)]
-        for prompts in (map(alone.__getitem__, range(4)), [together[0]])
-    ]
+
+    def with_beams(*indices):
+        batch = prepare_batch(questions, processor, 1, indices)
+        return generate_replies(model, processor.tokenizer, batch, 8, num_beams=2)
+
+    found = [[reply for index in (0, 3, 1, 4) for reply in with_beams(index)], with_beams(0, 3, 1, 4)]
     assert found[0] == found[1] and len(set(found[0])) > 1
 
 

@@ -1,0 +1,70 @@
+"""The loop of every evaluation, and of `self1e segment`: data workers prepare what this rank then works on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from self1e import distributed
+from self1e.data.samples import SampleError
+from self1e.evaluation.results import Stopped
+
+T = TypeVar("T")
+
+
+class Prepared(Dataset):
+    """`prepare` of each item, or the error of a broken one: a worker that raised it would bury it in its traceback."""
+
+    def __init__(self, items: Sequence, prepare: Callable[[Any], Any]):
+        self.items, self.prepare = items, prepare
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.prepare(self.items[number])
+        except SampleError as error:
+            return error
+
+
+def prepared(
+    items: Sequence[T],
+    prepare: Callable[[T], Any],
+    *,
+    workers: int = 4,
+    timeout: float = 0,
+    asked_to_stop: Callable[[], bool] | None = None,
+    broken: Callable[[SampleError], None] | None = None,
+) -> Iterator[tuple[T, Any]]:
+    """Each item of this rank with what data workers have made of it, in order.
+
+    Args:
+        prepare: a function of an item that other processes can be given.
+        workers: of them. timeout: seconds that one of them may take for an item; 0: any time.
+        asked_to_stop: called before each item; where it returns True, this rank leaves, and when the others have left
+            or finished, all raise `Stopped`.
+        broken: takes the SampleError of an item, which is then passed over. None: it is raised, on this rank.
+    """
+    loader = DataLoader(
+        Prepared(items, prepare),
+        batch_size=None,
+        num_workers=min(workers, len(items)),
+        timeout=timeout if workers and items else 0,
+        generator=torch.Generator(),  # or the loader would draw from the global one, and training after it change
+        worker_init_fn=distributed.ignore_signals,
+    )
+    stopped = False
+    for item, made in zip(items, loader):
+        stopped = asked_to_stop is not None and asked_to_stop()
+        if stopped:
+            break
+        if not isinstance(made, SampleError):
+            yield item, made
+        elif broken is None:
+            raise made
+        else:
+            broken(made)
+    if any(distributed.gather(stopped)):
+        raise Stopped
