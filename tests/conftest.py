@@ -9,6 +9,7 @@ import torch
 from helpers import SHARED, TINY, needs_shared
 
 from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.apps.convert import convert
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
 
@@ -47,8 +48,16 @@ def miniature(request, shapes_tree) -> Path:
 
 @pytest.fixture(scope="session")
 def make_tiny(tmp_path_factory) -> Callable[..., Path]:
-    """`make_tiny(**options)` writes a tiny InternVL3 (sizes `TINY`) to a new folder."""
-    return lambda **options: make_tiny_internvl(tmp_path_factory.mktemp("tiny"), **{**TINY, **options})
+    """`make_tiny(**options)` writes a tiny InternVL3 (sizes `TINY`) to a new folder; layout: `internvl` or `hf`."""
+
+    def make(*, layout: str = "internvl", **options) -> Path:
+        folder = make_tiny_internvl(tmp_path_factory.mktemp("tiny"), **(TINY | options))
+        if layout == "hf":
+            convert(str(folder), folder / "hf", "hf")
+            return folder / "hf"
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,7 @@ that the counts are those of a real step; only attention is taken to be a GPU's 
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from self1e.model import inference
-from self1e.model.batch import IGNORE_INDEX, Packed, pack
+from self1e.model.batch import IGNORE_INDEX
 from self1e.model.config import Self1EConfig
 from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
 from self1e.training.adapters import adapt
@@ -39,14 +38,10 @@ CHECKPOINTING: dict[str, dict[str, Any] | None] = {
 }
 
 
-@dataclass(frozen=True)
-class Cost:
-    """flops: of all passes, recomputation included. weights: their bytes. activations: the most bytes of all other
-    tensors that are in memory together; gradients of weights are left out, for DeepSpeed has them elsewhere."""
-
-    flops: int
-    weights: int
-    activations: int
+class Cost(NamedTuple):
+    flops: int  # of all passes, recomputation included
+    weights: int  # bytes
+    activations: int  # most bytes of all other tensors together, without gradients, which DeepSpeed has elsewhere
 
 
 class Memory(TorchDispatchMode):
@@ -60,17 +55,15 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self.alive:
-                size = x.untyped_storage().nbytes()
-                self.alive.add(key)
-                self.now += size
-                self.most = max(self.most, self.now)
-                weakref.finalize(x.untyped_storage(), self._drop, key, size)
+            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in self.alive:
+                self.count(storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self.count, storage._cdata, -storage.nbytes())
         return out
 
-    def _drop(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
+    def count(self, key: int, size: int) -> None:
+        self.alive ^= {key}
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 def configuration(size: str) -> Self1EConfig:
@@ -86,31 +79,20 @@ def configuration(size: str) -> Self1EConfig:
     return config
 
 
-def build(size: str) -> Self1EForSegmentation:
-    """The full method at a published size, in bfloat16, without values."""
+def build(size: str, *, images: int, each: int, tiles: int) -> tuple[Self1EForSegmentation, dict[str, Tensor]]:
+    """The full method in bfloat16 without values, and a batch of `images * each` conversations with one `[SEG]`."""
     config = configuration(size)
     with torch.device("meta"):
-        return Self1EForSegmentation(config).to(torch.bfloat16)  # type: ignore[arg-type]  # the library's `to`
-
-
-def conversations_of(model: Self1EForSegmentation, images: int, each: int, tiles: int) -> tuple[dict, Packed]:
-    """Texts of `images * each` conversations with one `[SEG]`, as a batch in host memory, and the same packed."""
-    tokens, count = tiles * model.config.tile_tokens, images * each
-    ids = torch.full((count, tokens + TEXT), 100)
-    ids[:, 1 : 1 + tokens], ids[:, -3] = IMAGE_TOKEN, SEG_TOKEN
-    labels = ids.clone()
-    labels[:, :-ANSWER] = IGNORE_INDEX
-    grids, row_image = [(1, tiles)] * images, [index // each for index in range(count)]
-    side = model.config.tile_size
-    batch = {
+        model = Self1EForSegmentation(config).to(torch.bfloat16)  # type: ignore[arg-type]  # the library's `to`
+    ids = torch.full((images * each, tiles * config.tile_tokens + TEXT), 100)
+    ids[:, 1 : 1 + tiles * config.tile_tokens], ids[:, -3] = IMAGE_TOKEN, SEG_TOKEN
+    return model, {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.empty(images * tiles, 3, side, side, device="meta"),
-        "tile_grids": torch.tensor(grids),
-        "row_image": torch.tensor(row_image),
+        "pixel_values": torch.empty(images * tiles, 3, config.tile_size, config.tile_size, device="meta"),
+        "tile_grids": torch.tensor([(1, tiles)] * images),
+        "row_image": torch.arange(images).repeat_interleave(each),
     }
-    special = {"image_token_id": IMAGE_TOKEN, "seg_token_id": SEG_TOKEN, "tile_tokens": model.config.tile_tokens}
-    return batch, pack(ids, None, labels, grids=grids, row_image=row_image, **special)
 
 
 def training_cost(
@@ -120,26 +102,25 @@ def training_cost(
 
     checkpointing: a key of `CHECKPOINTING`. conversations: about each image.
     """
-    model = build(size)
+    model, batch = build(size, images=images, each=conversations, tiles=tiles)
     with torch.device("meta"):
         adapt(model, llm_lora=True, vision_lora=True, optimize_vision=True)
     model.to(torch.bfloat16).train()  # type: ignore[arg-type]
-    kwargs = CHECKPOINTING[checkpointing]
-    if kwargs is not None:
+    if (kwargs := CHECKPOINTING[checkpointing]) is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
-    batch, packed = conversations_of(model, images, conversations, tiles)
-    targets = [torch.empty(1, *PHOTO, dtype=torch.uint8, device="meta") for _ in packed.row_image]
-    inputs = {"pixel_values": batch["pixel_values"], "labels": batch["input_ids"], "packed": packed}
-    return count(model, lambda: model(**inputs, mask_targets=targets).loss.backward())
+    labels = batch["input_ids"].clone()
+    labels[:, :-ANSWER] = IGNORE_INDEX
+    targets = [torch.empty(1, *PHOTO, dtype=torch.uint8, device="meta") for _ in labels]
+    return count(model, lambda: model(**batch, labels=labels, mask_targets=targets).loss.backward())
 
 
 def evaluation_cost(size: str, *, sentences: int = 7, tiles: int = 1) -> Cost:
     """The masks of sentences about one image."""
-    model = build(size).eval()
-    batch, _ = conversations_of(model, 1, sentences, tiles)
+    model, batch = build(size, images=1, each=sentences, tiles=tiles)
+    model.eval()
     with patch.object(inference, "check_finite"):  # there are no values
         return count(model, lambda: inference.masks_of(model, batch, [PHOTO]))
 

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e import Self1EProcessor
 from self1e.apps.loading import add_model_flags, load
 from self1e.apps.segment import Output
 from self1e.data.samples import SampleError, load_image
@@ -39,12 +39,12 @@ KEEP = 3600  # seconds that the files of a request stay
 CSS = "#answers {max-height: 24em; overflow-y: auto} footer {display: none !important}"
 
 
-def marked(prompts: Sequence[str], replies: Sequence[Reply]) -> tuple[list[tuple[str, str | None]], dict[str, str]]:
+def marked(prompts: Sequence[str], replies: Sequence[Reply]) -> tuple[list[tuple[str, Any]], dict[str, str]]:
     """Prompts and answers for `gr.HighlightedText`, and the colours of their `[SEG]`, which are those of the masks.
 
     A mask's label: its number, its share of the photo, its score.
     """
-    text: list[tuple[str, str | None]] = []
+    text: list[tuple[str, Any]] = []
     colors: dict[str, str] = {}
     for prompt, reply in zip(prompts, replies):
         first, *rest = reply.text.split(SEG)
@@ -57,11 +57,11 @@ def marked(prompts: Sequence[str], replies: Sequence[Reply]) -> tuple[list[tuple
     return text, colors
 
 
-def build(model: Self1EForSegmentation, processor: Self1EProcessor, name: str, *, high_res: bool = False) -> Any:
-    """The page, a `gr.Blocks`. name: of the model. high_res: ticked at first."""
+def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) -> Any:
+    """The page, a `gr.Blocks`. name: of the model."""
     import gradio as gr
 
-    def answer(path: str | None, text: str, mode: str, threshold: float, tiles: bool, length: int) -> Iterator[tuple]:
+    def answer(path: str | None, text: str, mode: str) -> Iterator[tuple]:
         """After every few prompts: overlay, answers, files, "8 of 30", and (8, 30) for Cancel."""
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
         try:
@@ -70,32 +70,27 @@ def build(model: Self1EForSegmentation, processor: Self1EProcessor, name: str, *
             image = load_image(path)
             for prompt in prompts:
                 check_prompt(prompt)
-        except SampleError:
-            raise gr.Error("This file is no photo that can be read.", print_exception=False) from None
-        except UserError as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
-        options: dict[str, Any] = {"threshold": threshold, "max_tiles": HIGH_RES_TILES if tiles else 1}
-        replies: list[Reply] = []
-        yield image, None, None, f"0 of {len(prompts)}", (0, len(prompts))
+        except (SampleError, UserError) as error:  # the former names a file of this machine
+            message = str(error) if isinstance(error, UserError) else "This file is no photo that can be read."
+            raise gr.Error(html.escape(message), print_exception=False) from None
+        count, tiles = len(prompts), HIGH_RES_TILES if high_res else 1
+        replies: list[Any] = []
+        yield image, None, None, f"0 of {count}", (0, count)
         with tempfile.TemporaryDirectory(prefix="self1e_") as folder:
             output = Output(Path(folder), {}, overlays=False)
-            for start in range(0, len(prompts), TOGETHER):
+            for start in range(0, count, TOGETHER):
                 some = prompts[start : start + TOGETHER]
-                found: Any
                 if mode == CHAT:
-                    found = model.chat(processor, [image] * len(some), some, max_new_tokens=int(length), **options)
+                    replies += model.chat(processor, [image] * len(some), some, max_tiles=tiles)
                 else:
-                    segmented: Any = model.segment(processor, image, some, **options)
-                    found = [each.as_reply() for each in segmented]
-                for prompt, reply in zip(some, found):
+                    replies += [x.as_reply() for x in model.segment(processor, image, some, max_tiles=tiles)]
+                for prompt, reply in zip(some, replies[start:]):
                     output.add(path, image, prompt, reply)
-                replies += found
                 output.write_coco()
-                masks: Any = [mask for reply in replies for mask in reply.masks]
-                words: Any
-                words, colors = marked(prompts, replies)
                 made = [*output.folder.glob("*.json"), *sorted(output.folder.glob("*.png"))]
-                done, count = len(replies), len(prompts)
+                masks: Any = [mask for reply in replies for mask in reply.masks]
+                words, colors = marked(prompts, replies)
+                done = len(replies)
                 yield (
                     overlay(image, masks) if masks else image, gr.HighlightedText(words, color_map=colors),
                     list(map(str, made)), f"{done} of {count}", (done, count) if done < count else None,
@@ -117,21 +112,17 @@ def build(model: Self1EForSegmentation, processor: Self1EProcessor, name: str, *
                 with gr.Row():
                     run = gr.Button("Run", variant="primary", elem_id="run")
                     cancel = gr.Button("Cancel", elem_id="cancel")
-                with gr.Accordion("More", open=False):
-                    threshold = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Foreground probability threshold")
-                    tiles = gr.Checkbox(high_res, label=f"High resolution (up to {HIGH_RES_TILES} tiles)")
-                    length = gr.Slider(8, 1024, 256, step=8, label="Longest answer in chat, tokens")
             with gr.Column():
                 result = gr.Image(label="Masks", format="png", interactive=False, height=380, elem_id="overlay",
                                   buttons=["fullscreen", "download"])
                 status = gr.Markdown(elem_id="status")
-                answers = gr.HighlightedText(elem_id="answers",
-                                             label="Answers, with number, share of the photo and score of each mask")
+                answers = gr.HighlightedText(label="Answers, with number, share of the photo and score of each mask",
+                                             elem_id="answers")
                 downloads = gr.Files(label="Masks, and all as COCO", interactive=False, height=200, elem_id="files")
         gr.Examples([[str(folder / name), "\n".join(lines)] for name, lines in examples.items()], [image, prompts],
                     cache_examples=False)
-        work = run.click(answer, [image, prompts, mode, threshold, tiles, length],
-                         [result, answers, downloads, status, progress], api_name="answer", show_progress_on=result)
+        work = run.click(answer, [image, prompts, mode], [result, answers, downloads, status, progress],
+                         api_name="answer", show_progress_on=result)
         run.click(None, js="() => document.querySelector('#overlay').scrollIntoView({block: 'nearest'})")
         cancel.click(lambda done: f"cancelled: {done[0]} of {done[1]} done" if done else "", progress, status,
                      cancels=[work], queue=False, api_visibility="private")
@@ -159,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
+    name = Path(args.model_weights or args.version).resolve()
     with tempfile.TemporaryDirectory(prefix="self1e_demo_", ignore_cleanup_errors=True) as folder:
         # Gradio asks itself for its page: no proxy may stand between. It reads its own variables when imported.
         os.environ |= {"NO_PROXY": "*", "no_proxy": "*"}
@@ -166,15 +158,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         tempfile.tempdir = folder
         import gradio as gr
 
-        path = Path(args.model_weights or args.version).resolve()
-        page = build(
-            model, processor, path.parent.name if path.name == "ckpt_model" else path.name, high_res=args.high_res
-        )
+        title = name.parent.name if name.name == "ckpt_model" else name.name
+        page = build(model, processor, title, high_res=args.high_res)
         page.queue(max_size=args.queue, default_concurrency_limit=1)
-        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         page.launch(
             server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True, css=CSS,
-            theme=theme, footer_links=[], max_file_size=args.max_upload, prevent_thread_lock=True,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            footer_links=[], max_file_size=args.max_upload, prevent_thread_lock=True,
         )  # fmt: skip
         print(f"Self1E is at http://{args.host}:{args.port} until Ctrl-C", flush=True)
         page.block_thread()

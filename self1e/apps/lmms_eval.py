@@ -36,12 +36,8 @@ def manifest() -> ModelManifest:
 class Self1EChat(lmms):
     """`--model self1e`; the arguments are those of `--model_args`, of `--device` and of `--batch_size`.
 
-    Args:
-        pretrained: folder or hub id of a checkpoint. model_weights: trained weights over it.
-        dtype: fp32, bf16 or fp16; the default is bf16 on a CUDA GPU, else fp32.
-        device: where to compute; the default is the device that accelerate chooses.
-        batch_size: conversations per forward pass. max_batch_size: lmms-eval hands it over, and it decides nothing.
-        max_tiles: of a photo, without the thumbnail; 1 for the one resized photo.
+    dtype: without it bf16 on a CUDA GPU, else fp32. max_batch_size: lmms-eval hands it over, and it decides nothing.
+    max_tiles: of a photo, without the thumbnail; 1 for the one resized photo.
     """
 
     is_simple = False
@@ -68,27 +64,22 @@ class Self1EChat(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """The replies, in the order of the requests. Raises ValueError for a document without exactly one photo."""
+        replies: dict[int, str] = {}
         groups: dict[str, list[int]] = {}  # a batch shares its generation options
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(number)
-        replies = [""] * len(requests)
-        with tqdm(total=len(requests), desc="Self1E", unit="request", disable=self.rank > 0) as bar:
-            for numbers in groups.values():
-                for start in range(0, len(numbers), self.batch_size):
-                    chunk = numbers[start : start + self.batch_size]
-                    for number, reply in zip(chunk, self._answer([requests[number] for number in chunk])):
-                        replies[number] = reply
-                    bar.update(len(chunk))
-        return replies
+        for numbers in tqdm(groups.values(), desc="Self1E", disable=self.rank > 0):
+            for start in range(0, len(numbers), self.batch_size):
+                chunk = numbers[start : start + self.batch_size]
+                replies |= zip(chunk, self._answer([requests[number] for number in chunk]))
+        return [replies[number] for number in range(len(requests))]
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("self1e answers tasks of the kind generate_until only, not loglikelihood")
+    def loglikelihood(self, requests):
+        raise NotImplementedError("self1e answers tasks of the kind generate_until alone")
 
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        raise NotImplementedError("self1e answers tasks of the kind generate_until only, not multi-round ones")
+    generate_until_multi_round = loglikelihood
 
     def _answer(self, requests: Sequence[Instance]) -> list[str]:
-        """Replies to a batch of requests with the same options."""
         options = requests[0].args[2]
         photos, turns = zip(*map(self._read, requests))
         tiling = {"max_tiles": self.max_tiles, "thumbnail": self.max_tiles > 1}
@@ -106,8 +97,7 @@ class Self1EChat(lmms):
         if len(images) != 1 or any(others):
             raise ValueError(f"task {task}, document {document}: self1e answers questions about exactly one picture")
         texts: list[Any] = [
-            {"role": message.role, "content": [part.model_dump() for part in message.content]}
-            for message in messages.messages
+            {"role": x.role, "content": [y.model_dump() for y in x.content]} for x in messages.messages
         ]
         photo = images[0]
         return photo if isinstance(photo, Image.Image) else Image.open(photo), conversation_turns(texts)

@@ -30,10 +30,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def quantization(bits: int, dtype: torch.dtype) -> Any:
-    """bitsandbytes' 8- or 4-bit (NF4) weights for `from_pretrained(quantization_config=...)`; `dtype` computes.
-
-    Raises UserError where bitsandbytes is not installed.
-    """
+    """bitsandbytes' 8- or 4-bit (NF4) weights for `from_pretrained(quantization_config=...)`; `dtype` computes."""
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
@@ -50,13 +47,7 @@ def load(
     dtype: str | None = None,
     bits: int | None = None,
 ) -> tuple[Self1EForSegmentation, Self1EProcessor]:
-    """Model and processor of a trained checkpoint, ready to predict.
-
-    Args:
-        version: folder or hub id. weights: `--model_weights` over it, or None for the head inside `version`.
-        device: `auto` takes a GPU where there is one. dtype: a key of `DTYPES`; the default is bf16 on a CUDA GPU,
-            else fp32.
-        bits: 4 or 8, see `quantization`.
+    """Model and processor of a trained checkpoint, ready to predict; the arguments are those of `add_model_flags`.
 
     Raises UserError for a checkpoint without a trained head, and what reading a checkpoint raises.
     """

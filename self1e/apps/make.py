@@ -8,12 +8,8 @@
 `make-shapes` writes coloured shapes on photo-like backgrounds in the format of every data set: OUTPUT/dataset holds
 the segmentation and conversation sets, OUTPUT/data the VQA sets. A scene is one photo with two to four shapes, no two
 of the same colour and kind, which may overlap; an annotation is what is visible. No held-out photo is in a training
-set.
-
-`make-tiny` writes random weights and a small tokenizer of its own in the layout of the real checkpoints, `internvl`
-(`model_type: internvl_chat`) or `hf` (`model_type: internvl`, the `-hf` repositories).
-
-The same options write the same bytes.
+set. `make-tiny` writes random weights and a small tokenizer of its own in the layout of the original checkpoints
+(`model_type: internvl_chat`). The same options write the same bytes.
 """
 
 import argparse
@@ -22,33 +18,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from self1e.errors import UserError
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
 
 
-def run(name: str, make: Callable[..., Path], argv: Sequence[str] | None, choices: dict[str, list[str]]) -> int:
+def run(name: str, make: Callable[..., Path], argv: Sequence[str] | None) -> int:
     """Call `make` with flags that are its keyword arguments, of the types of their defaults."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=f"self1e {name}", description=__doc__, formatter_class=formatter)
     parser.add_argument("path", type=Path, metavar="OUTPUT", help="folder to write")
-    keywords = [p for p in inspect.signature(make).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    for keyword in keywords:
-        flag, default = f"--{keyword.name}", keyword.default
-        options: dict[str, Any] = {"type": type(default), "choices": choices.get(keyword.name)}
-        if isinstance(default, bool):
-            options = {"action": "store_true"}
-        parser.add_argument(flag, default=default, help=f"default: {default}", **options)
-    try:
-        print(f"written: {make(**vars(parser.parse_args(argv)))}")
-    except UserError as error:
-        parser.error(str(error))
+    for flag, parameter in list(inspect.signature(make).parameters.items())[1:]:
+        default = parameter.default
+        kind: dict[str, Any] = {"action": "store_true"} if isinstance(default, bool) else {"type": type(default)}
+        parser.add_argument(f"--{flag}", default=default, help=f"default: {default}", **kind)
+    print(f"written: {make(**vars(parser.parse_args(argv)))}")
     return 0
 
 
 def shapes(argv: Sequence[str] | None = None) -> int:
-    return run("make-shapes", make_shapes_dataset, argv, {})
+    return run("make-shapes", make_shapes_dataset, argv)
 
 
 def tiny(argv: Sequence[str] | None = None) -> int:
-    return run("make-tiny", make_tiny_internvl, argv, {"layout": ["internvl", "hf"], "llm": ["qwen2", "qwen3"]})
+    return run("make-tiny", make_tiny_internvl, argv)

@@ -41,21 +41,13 @@ def compute_parts(
         Mask logits by name, (h, w); features by name, (h, w, C); attention of image tokens to `[SEG]`, (layers, L, L).
     """
     batch = processor([image], [[[evaluation_prompt(prompt, False, True), ANSWER]]])
+    head = model.segmentation_head
     given: list[tuple] = []
     attention: list[Tensor] = []
-    head = model.segmentation_head
-    hooks = [
-        head.register_forward_pre_hook(lambda module, args: given.append(args)),
-        *(
-            layer.self_attn.register_forward_hook(lambda module, args, out: attention.append(out[1][0]))
-            for layer in model.model.language_model.layers
-        ),
-    ]
-    try:
-        model.eval()(**{name: value for name, value in batch.items() if name != "labels"})
-    finally:
-        for hook in hooks:
-            hook.remove()
+    head.register_forward_pre_hook(lambda module, args: given.append(args))
+    for layer in model.model.language_model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, out: attention.append(out[1][0]))
+    model.eval()(**{name: value for name, value in batch.items() if name != "labels"})
     v1, vhq, img, query = head.project(*given[0][:4])
     nothing_refilled, refilled = head.features(v1, vhq, v1), head.features(v1, vhq, img)
     sides = {"LLM's image tokens": img, "before refilling": nothing_refilled, "refilled (logits)": refilled}

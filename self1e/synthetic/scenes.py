@@ -77,7 +77,8 @@ def render(rng: np.random.Generator, shapes: list[Shape], masks: np.ndarray) -> 
     for shape, mask in zip(shapes, masks):
         paint(rng, photo, mask, COLOURS[shape.colour])
     photo += 5 * rng.standard_normal((height, width, 1), dtype=np.float32)  # grain
-    return to_jpeg(photo)
+    bgr = np.clip(photo, 0, 255).astype(np.uint8)[..., ::-1]
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
 
 
 def place_shapes(rng: np.random.Generator, height: int, width: int, simple: bool) -> tuple[list[Shape], np.ndarray]:
@@ -156,17 +157,3 @@ def paint(rng: np.random.Generator, photo: np.ndarray, mask: np.ndarray, rgb: tu
     shade = np.linspace(1.12, 0.88, len(mask), dtype=np.float32)[:, None, None]
     colour = np.asarray(rgb, np.float32) * shade + rng.uniform(-12, 12, 3).astype(np.float32)
     photo += alpha * (colour - photo)
-
-
-def to_jpeg(photo: np.ndarray) -> bytes:
-    bgr = np.clip(photo, 0, 255).astype(np.uint8)[..., ::-1]
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
-
-
-def with_text(scene: Scene, text: str) -> bytes:
-    """The scene's JPEG with a line of text on a white band at its foot."""
-    photo = np.asarray(cv2.imdecode(np.frombuffer(scene.jpeg, np.uint8), cv2.IMREAD_COLOR)).copy()
-    band = scene.height // 8
-    photo[-band:] = 255
-    cv2.putText(photo, text, (4, scene.height - band // 4), cv2.FONT_HERSHEY_SIMPLEX, band / 34, (0, 0, 0), 1)
-    return to_jpeg(photo[..., ::-1])

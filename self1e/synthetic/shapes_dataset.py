@@ -12,36 +12,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from self1e.errors import UserError
-from self1e.synthetic.conversations import write_conversations
 from self1e.synthetic.reasoning import write_reasoning
 from self1e.synthetic.referring import write_referring
 from self1e.synthetic.scenes import Scene, draw_scene
 from self1e.synthetic.semantic import write_parts, write_semantic
-from self1e.synthetic.vqa import write_vqa
+from self1e.synthetic.vqa import write_conversations, write_vqa
 
 SPLITS = ("val", "testA", "testB")  # one group of held-out scenes each
 
 
 def make_shapes_dataset(
-    path: str | Path,
-    *,
-    train: int = 2000,
-    val: int = 100,
-    size: int = 224,
-    simple: bool = False,
-    seed: int = 0,
+    path: str | Path, *, train: int = 2000, val: int = 100, size: int = 224, simple: bool = False, seed: int = 0
 ) -> Path:
     """Write the tree below `path` and return it: `train` training scenes, three times `val` held-out scenes.
 
-    `size`: pixels of a photo's longer side. `simple`: scenes whose colours tell the shapes apart, and one expression
-    a shape, colour and kind: what a model of a million parameters learns in minutes. Raises UserError when there are
-    too few scenes or pixels.
+    `size`: pixels of a photo's longer side, 48 at least; both counts are 2 at least. `simple`: scenes whose colours
+    tell the shapes apart, and one expression a shape, colour and kind: what a model of a million parameters learns in
+    minutes.
     """
-    if train < 2 or val < 2:
-        raise UserError(f"--train {train} --val {val}: every set needs two scenes at least")
-    if size < 48:
-        raise UserError(f"--size {size}: shapes of a few pixels cannot be told apart, use 48 or more")
     root = Path(path)
     counts = {"train": train} | dict.fromkeys(SPLITS, val)
     groups: dict[str, list[Scene]] = {split: [] for split in counts}

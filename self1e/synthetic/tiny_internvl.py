@@ -3,19 +3,13 @@
 The command is in `apps.make`.
 """
 
-import math
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
+from huggingface_hub import save_torch_state_dict
 
-from self1e.errors import UserError
 from self1e.files import write_json
-from self1e.model.config import native_config
-from self1e.model.weights import RENAMINGS, quiet
+from self1e.model.processor import MEAN, STD
 from self1e.synthetic.tiny_tokenizer import save_tokenizer
 
 
@@ -41,7 +35,6 @@ def random_weights(config: dict, seed: int) -> dict[str, torch.Tensor]:
         weights[f"{name}.weight"], weights[f"{name}.bias"] = torch.ones(n), torch.zeros(n)
 
     vit, llm = config["vision_config"], config["llm_config"]
-
     c, patch, side = vit["hidden_size"], vit["patch_size"], vit["image_size"] // vit["patch_size"]
     gain = (2 * vit["num_hidden_layers"]) ** -0.5
     embeddings = "vision_model.embeddings"
@@ -135,52 +128,9 @@ def internvl_config(options: dict, n_vocab: int, ids: dict[str, int]) -> dict:
     }  # fmt: skip
 
 
-def to_hf(config: dict, weights: dict[str, torch.Tensor], image_token_id: int) -> InternVLForConditionalGeneration:
-    """The same model as transformers' own class, float32."""
-    values = native_config(config, "the tiny model") | {"model_type": "internvl", "image_token_id": image_token_id}
-    del values["drop_path_rate"]
-    values["vision_config"]["layer_scale_init_value"] = config["vision_config"]["initializer_factor"]
-    values["image_seq_length"] = (config["force_image_size"] // config["vision_config"]["patch_size"] // 2) ** 2
-    model = InternVLForConditionalGeneration(InternVLConfig(**values))
-    missing, unexpected = model.load_state_dict(dict(hf_names(weights)), strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    model.tie_weights()
-    return model
-
-
-def hf_names(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name in transformers' InternVL, tensor) of tensors of layout `internvl`; a fused qkv becomes three."""
-    for name, tensor in weights.items():
-        for old, new in RENAMINGS:
-            name = re.sub(old, new, name)
-        if ".qkv." in name:
-            for part, rows in zip("qkv", tensor.chunk(3)):
-                yield name.replace(".attn.qkv.", f".attention.{part}_proj."), rows
-        else:
-            yield name, tensor
-
-
-def save_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) -> None:
-    """Write model.safetensors, or `shards` files and their index."""
-    if shards == 1:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    names, size = sorted(weights), math.ceil(len(weights) / shards)
-    weight_map: dict[str, str] = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = names[i * size : (i + 1) * size]
-        save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    total = sum(tensor.nbytes for tensor in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index, indent=2)
-
-
 def make_tiny_internvl(
     path: str | Path,
     *,
-    layout: str = "internvl",
     llm: str = "qwen2",
     image_size: int = 112,
     patch_size: int = 14,
@@ -200,58 +150,30 @@ def make_tiny_internvl(
 ) -> Path:
     """Write a checkpoint folder: config, bf16 weights, tokenizer and preprocessor files; same options, same bytes.
 
-    Returns the folder. Raises UserError for sizes that do not fit together.
-
     Args:
-        layout: `internvl`, the original one, or `hf`, the one of transformers.
         llm: `qwen2`, or `qwen3` (q and k norms, no bias in q, k, v).
-        image_size, patch_size: pixels per side of a tile and of a patch.
+        image_size, patch_size: pixels per side of a tile and of a patch, of which a tile holds an even number.
         width, layers, heads, kv_heads: the LLM; its MLP is 3 times as wide.
         vision_width, vision_layers, vision_heads: the ViT; its MLP is 4 times as wide.
         layer_scale: initial layer scale of the ViT's branches. drop_path_rate: stochastic depth of its last layer.
         vocab_size: byte symbols and merges at most.
         tie_word_embeddings: no lm_head of its own, like Qwen2 0.5B.
-        shards: weight files.
+        shards: weight files, about.
     """
     options = dict(locals())
-    check_sizes(options)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (*folder.glob("model*.safetensors*"), *folder.glob("tokenizer.json")):
-        stale.unlink()  # of an earlier call with other options; loaders would prefer some of these names
     ids = save_tokenizer(folder, vocab_size)
     config = internvl_config(options, n_vocab=max(ids.values()) + 1, ids=ids)
     weights = {name: tensor.bfloat16() for name, tensor in random_weights(config, seed).items()}
+    size = sum(tensor.nbytes for tensor in weights.values())
+    save_torch_state_dict(weights, folder, max_shard_size=-(-size // shards))
     preprocessor = {
         "crop_size": image_size, "do_center_crop": True, "do_normalize": True, "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": image_size,
+        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": MEAN, "image_std": STD, "resample": 3,
+        "size": image_size,
     }  # fmt: skip
     write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
-    if layout == "hf":
-        model = to_hf(config, weights, ids["<IMG_CONTEXT>"]).bfloat16()
-        with quiet():
-            model.save_pretrained(folder)
-        Qwen2Tokenizer.from_pretrained(folder).save_pretrained(folder)
-        return folder
     write_json(folder / "generation_config.json", {"_from_model_config": True}, indent=2)
     write_json(folder / "config.json", config, indent=2)
-    save_weights(folder, weights, shards)
     return folder
-
-
-def check_sizes(options: dict) -> None:
-    patch, width, heads, vit = (options[name] for name in ("patch_size", "width", "heads", "vision_width"))
-    rules = {
-        f"--image_size must be an even multiple of --patch_size {patch}": options["image_size"] % (2 * patch) == 0,
-        "--width must be a multiple of 4 and of 2 * --heads": width % 4 == 0 and width % (2 * heads) == 0,
-        "--vision_width must be a multiple of 4 and of --vision_heads": vit % 4 == 0
-        and vit % options["vision_heads"] == 0,
-        "--heads must be a multiple of --kv_heads": heads % options["kv_heads"] == 0,
-        "--layout hf has no drop_path_rate and is written by transformers in one file": options["layout"] == "internvl"
-        or (options["drop_path_rate"] == 0 and options["shards"] == 1),
-        "--shards must be at least 1": options["shards"] >= 1,
-    }
-    broken = [rule for rule, holds in rules.items() if not holds]
-    if broken:
-        raise UserError("; ".join(broken))

@@ -7,7 +7,6 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from self1e.errors import UserError
 from self1e.files import write_json
 
 # Added tokens in the order of InternVL3's tokenizer; their ids follow the byte-pair vocabulary.
@@ -51,8 +50,6 @@ CHAT_TEMPLATE = (
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
     """Byte-level BPE with Qwen2's splitting rule: 256 byte symbols (`!` is id 0) and merges, `vocab_size` at most."""
-    if vocab_size < 256:
-        raise UserError(f"--vocab_size {vocab_size}: a byte-level vocabulary needs at least the 256 byte symbols")
     tokenizer = Tokenizer(BPE())
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -68,7 +68,7 @@ def test_clients_at_once_get_their_own_answers(server, tmp_path):
             server[0], verbose=False, httpx_kwargs={"trust_env": False}, download_files=str(tmp_path / f"c{number}")
         )
         mode = (SEGMENT, CHAT)[number % 2]
-        job = client.submit(handle_file(str(photo)), f"thing {number}\nit", mode, 0.5, False, 8, api_name="/answer")
+        job = client.submit(handle_file(str(photo)), f"thing {number}\nit", mode, api_name="/answer")
         painted, words, made, status = job.result(timeout=300)[:4]
         assert Image.open(painted).size == (40 + number, 30)
         assert words["value"][0]["token"].startswith(f"thing {number}: ") and status == "2 of 2"

@@ -18,11 +18,11 @@ from self1e.data.families import FAMILIES
 from self1e.data.splits import SPLITS, load_split
 from self1e.evaluation.vqa.base import Answer
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
+from self1e.model.prompts import VQA_INSTRUCTION
 from self1e.synthetic.annotations import annotation_id
 from self1e.synthetic.scenes import CATEGORY, COLOURS, draw_scene
 from self1e.synthetic.semantic import ADE20K, COCOSTUFF
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
-from self1e.synthetic.vqa import PROMPT
 from self1e.synthetic.words import RIDDLES, phrases
 
 UNITS = {"refcoco": "refs(unc).p", "refcoco+": "refs(unc).p", "refcocog": "refs(umd).p", "refclef": "refs(unc).p"}
@@ -216,18 +216,17 @@ def test_pope_mme_mmbench(tree):
             json.loads(line) for line in (tree / f"data/pope/coco/coco_pope_{category}.json").read_text().splitlines()
         ]
         asked = [row for row in questions if row["category"] == category]
-        assert [f"{row['text']}\n{PROMPT}" for row in labels] == [row["text"] for row in asked]
+        assert [f"{row['text']}\n{VQA_INSTRUCTION.strip()}" for row in labels] == [row["text"] for row in asked]
         for row in labels:
             scene = draw_scene(int(row["image"][-16:-4]), seed=0, size=96)
             present = any(row["text"].endswith(f" {shape.name} in the image?") for shape in scene.shapes)
             assert row["label"] == ("yes" if present else "no")
 
-    tables = sorted((tree / "data/mme/Your_Results").glob("*.txt"))
+    tables = list((tree / "data/mme/MME_Benchmark_release_version").iterdir())
     assert len(tables) == 14
-    for table in tables:
-        rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
-        assert [row[2] for row in rows] == ["Yes", "No"] * (len(rows) // 2)
-        assert all((tree / "data/mme/MME_Benchmark_release_version" / table.stem / row[0]).is_file() for row in rows)
+    for text in [path for table in tables for path in table.glob("*.txt")]:
+        assert [line.split("\t")[1] for line in text.read_text().splitlines()] == ["Yes", "No"]
+        assert text.with_suffix(".jpg").is_file()
 
     for path in (tree / "data/mmbench").glob("*.tsv"):
         rows = pd.read_csv(path, sep="\t")
