@@ -8,12 +8,12 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.dataclasses import strict
-from transformers import InternVLConfig, PreTrainedConfig
+from transformers import InternVLConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from self1e.errors import UserError, check_known
@@ -104,24 +104,14 @@ class Self1EConfig(InternVLConfig):
         return round(1 / self.downsample_ratio)
 
     @property
-    def llm(self) -> PreTrainedConfig:
-        """The LLM's configuration, which the library's annotation calls optional."""
-        return cast(PreTrainedConfig, self.text_config)
-
-    @property
-    def vit(self) -> PreTrainedConfig:
-        """The ViT's configuration."""
-        return cast(PreTrainedConfig, self.vision_config)
-
-    @property
     def tile_size(self) -> int:
         """Pixels per side of a tile."""
-        return self.vit.image_size[0]
+        return self.vision_config.image_size[0]
 
     @property
     def tile_side(self) -> int:
         """L: image tokens per tile side."""
-        return self.tile_size // self.vit.patch_size[0] // self.ratio
+        return self.tile_size // self.vision_config.patch_size[0] // self.ratio
 
     @property
     def tile_tokens(self) -> int:
@@ -235,9 +225,9 @@ def native_config(values: dict, source: str) -> dict:
 
 def original_config(config: Self1EConfig) -> dict:
     """The `config.json` of layout `published` for a `Self1EConfig`: the inverse of `native_config`."""
-    vision = config.vit.to_dict()
+    vision = config.vision_config.to_dict()
     vision |= {"image_size": vision["image_size"][0], "patch_size": vision["patch_size"][0]}
-    text = config.llm.to_dict()
+    text = config.text_config.to_dict()
     rope = text.pop("rope_parameters", None) or {}
     text["rope_theta"] = rope.pop("rope_theta", None)
     text["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None

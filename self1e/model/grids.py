@@ -4,6 +4,8 @@ Legend: b batch, h w grid, p q neighbourhood (r x r, row-major), c channels, R C
 To add a replication, enter a function in `REPLICATIONS`.
 """
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
@@ -19,14 +21,9 @@ def expand(x: Tensor, ratio: int = 2) -> Tensor:
     return rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=ratio, q=ratio)
 
 
-def grid_of(x: Tensor) -> tuple[int, int]:
-    """(b, h, w, c) -> (h, w)."""
-    return x.shape[1], x.shape[2]
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resize of a channels-last grid, `align_corners=False`: (b, h, w, c) -> (b, *size, c)."""
-    x = F.interpolate(rearrange(x, "b h w c -> b c h w"), size=size, mode="bilinear")
+    x = F.interpolate(rearrange(x, "b h w c -> b c h w"), size=tuple(size), mode="bilinear")
     return rearrange(x, "b c h w -> b h w c")
 
 
@@ -43,7 +40,7 @@ def replicate_tile(x: Tensor, ratio: int = 2) -> Tensor:
 def replicate_window(x: Tensor, ratio: int = 2) -> Tensor:
     """Each r x r neighbourhood at stride 1, the (h-r+1, w-r+1) grid resized back: (b, h, w, c) -> (b, h, w, r r c)."""
     windows = x.unfold(1, ratio, 1).unfold(2, ratio, 1)  # b h-1 w-1 c p q
-    return resize(rearrange(windows, "b h w c p q -> b h w (p q c)"), grid_of(x))
+    return resize(rearrange(windows, "b h w c p q -> b h w (p q c)"), x.shape[1:3])
 
 
 def replicate_interpolate(x: Tensor, ratio: int = 2) -> Tensor:

@@ -19,7 +19,7 @@ The query s is SEG itself, under `rfa` `f_out(mean of the r*r groups of f_llm(SE
 Shape legend: T tiles of all images, t tiles of all conversations with a mask, L image tokens per side of a tile,
 S = rL patches, r = 2 the ratio, m queries, h w a stitched grid, C LLM width.
 
-To add a variant, write a class with `upsampling` and `features`, and enter it in `HEADS`.
+To add a variant, write a class with `features`, and enter it in `HEADS`.
 """
 
 import math
@@ -30,7 +30,7 @@ import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
-from self1e.model.grids import expand, grid_of, resize, stitch_tiles
+from self1e.model.grids import expand, resize, stitch_tiles
 
 INITIAL_STD = 0.02
 
@@ -46,10 +46,7 @@ class Masked(NamedTuple):
 class SegmentationHead(nn.Module):
     """The head without features of its own (`baseline`), and what all heads share.
 
-    Args:
-        hidden_size: C.
-        ratio: r, side of the neighbourhood that one image token stands for.
-        auxiliary_projection: send the auxiliary image side through `f_out` too.
+    hidden_size: C. ratio: r. auxiliary_projection: send the auxiliary image side through `f_out` too.
     """
 
     _gradient_checkpointing_func: Callable[..., Tensor]
@@ -59,11 +56,6 @@ class SegmentationHead(nn.Module):
         self.ratio, self.auxiliary_projection = ratio, auxiliary_projection
         self.scale = 1 / math.sqrt(hidden_size)
         self.gradient_checkpointing = False  # the library sets both
-
-    @property
-    def upsampling(self) -> int:
-        """Cells of the mask per side of an image token."""
-        return 1
 
     def forward(
         self, v1: Tensor, vhq: Tensor, img: Tensor, seg: Tensor, conversations: Sequence[Masked]
@@ -75,8 +67,7 @@ class SegmentationHead(nn.Module):
         other forms lose gradients without an error, or stop with one about the order of modules.
 
         Args:
-            v1: (T, L, L, C), what the LLM was given.
-            vhq: (T, S, S, C), the self-replicated features.
+            v1: (T, L, L, C), what the LLM was given. vhq: (T, S, S, C), the self-replicated features.
             img: (t, L, L, C), the LLM's normalised states at the image tokens of these conversations.
             seg: (m, C), the LLM's normalised states one position before each of their `[SEG]`s.
 
@@ -88,15 +79,13 @@ class SegmentationHead(nn.Module):
         features = self.features
         if self.gradient_checkpointing and torch.is_grad_enabled():
             features = lambda *sides: self._gradient_checkpointing_func(self.features, *sides)  # noqa: E731
-        tiles = [math.prod(grid) for _, grid, _ in conversations]
+        images = img.split([math.prod(grid) for _, grid, _ in conversations])
+        queries = query.split([count for _, _, count in conversations])
         masks, auxiliary = [], []
-        for (tile, grid, _), count, own, s in zip(
-            conversations, tiles, img.split(tiles), query.split([queries for _, _, queries in conversations])
-        ):  # one at a time, because F is the largest tensor of the model
-            image = slice(tile, tile + count)
-            own = stitch_tiles(own, grid)
-            masks.append(self.logits(features(stitch_tiles(v1[image], grid), stitch_tiles(vhq[image], grid), own), s))
-            side = self.auxiliary(own)
+        for (tile, grid, _), x, s in zip(conversations, images, queries):  # one by one: F is the largest tensor
+            tiles, x = slice(tile, tile + len(x)), stitch_tiles(x, grid)
+            masks.append(self.logits(features(stitch_tiles(v1[tiles], grid), stitch_tiles(vhq[tiles], grid), x), s))
+            side = self.auxiliary(x)
             auxiliary += [] if side is None else [self.logits(side, s)]
         return tuple(torch.cat([x.flatten() for x in logits]) for logits in (masks, auxiliary) if logits)
 
@@ -120,10 +109,6 @@ class SegmentationHead(nn.Module):
 class ReplicationHead(SegmentationHead):
     """The self-replicated features alone: the LLM answers, the ViT draws."""
 
-    @property
-    def upsampling(self) -> int:
-        return self.ratio
-
     def features(self, v1: Tensor, vhq: Tensor, img: Tensor) -> Tensor:
         return vhq
 
@@ -135,7 +120,7 @@ class ResidualHead(ReplicationHead):
     """RFR (eq. 3, 4): what the LLM changed, refilled into the self-replicated features."""
 
     def features(self, v1: Tensor, vhq: Tensor, img: Tensor) -> Tensor:
-        return vhq + resize(img - v1, grid_of(vhq))
+        return vhq + resize(img - v1, vhq.shape[1:3])
 
 
 class AmplifiedHead(ResidualHead):
@@ -147,10 +132,6 @@ class AmplifiedHead(ResidualHead):
         self.f_vit = two_layers(hidden_size, hidden_size * self.ratio**2)
         self.f_out = two_layers(hidden_size, hidden_size)
 
-    @property
-    def upsampling(self) -> int:
-        return self.ratio**2
-
     def project(self, v1: Tensor, vhq: Tensor, img: Tensor, seg: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query = self.f_out(reduce(self.f_llm(seg), "m (g c) -> m c", "mean", g=self.ratio**2))
         v1, vhq, img = self.f_vit(v1), self.f_vit(vhq), self.f_llm(img)
@@ -158,7 +139,7 @@ class AmplifiedHead(ResidualHead):
 
     def features(self, v1: Tensor, vhq: Tensor, img: Tensor) -> Tensor:
         residual = img - v1
-        return self.f_out(vhq + resize(residual, grid_of(vhq)))
+        return self.f_out(vhq + resize(residual, vhq.shape[1:3]))
 
     def auxiliary(self, img: Tensor) -> Tensor | None:
         return self.f_out(img) if self.auxiliary_projection else img

@@ -51,7 +51,9 @@ def mask_losses(predictions: Sequence[Sequence[Tensor]], targets: Sequence[Tenso
     """
     device = predictions[0][0].device
     by_size: dict[tuple, list[tuple[tuple[Tensor, ...], Tensor]]] = {}
-    for *logits, target in zip(*predictions, targets):
+    for *logits, target in zip(*predictions, targets, strict=True):
+        if target is not None and len(target) != len(logits[0]):
+            raise ValueError(f"a conversation has {len(logits[0])} [SEG] and {len(target)} masks")
         if target is not None and len(target):
             sizes = tuple(target.shape[1:]), *(tuple(x.shape[1:]) for x in logits)
             by_size.setdefault(sizes, []).append((tuple(logits), target.to(device, non_blocking=True)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,12 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import InternVLForConditionalGeneration
+from transformers import InternVLForConditionalGeneration, initialization
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from self1e.model.attention import perception_mask
-from self1e.model.batch import Grid, Packed, as_grids, pack
+from self1e.model.batch import Packed, pack
 from self1e.model.config import Self1EConfig
 from self1e.model.grids import REPLICATIONS, compress
 from self1e.model.head import HEADS, INITIAL_STD, Masked, SegmentationHead
@@ -47,34 +46,15 @@ class Self1EOutput(CausalLMOutputWithPast):
     mask_logits: list[Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class ImageFeatures:
-    """Images, encoded once for all their conversations.
+class ImageFeatures(NamedTuple):
+    """Images, encoded once for all their conversations."""
 
-    `v1`: (T, L, L, C) image tokens; `vhq`: (T, S, S, C) self-replicated features, None when no mask was asked for;
-    `grids`: per image (rows, columns) of tiles.
-    """
-
-    v1: Tensor
-    vhq: Tensor | None
-    grids: list[Grid]
+    v1: Tensor  # (T, L, L, C) image tokens
+    vhq: Tensor | None  # (T, S, S, C) self-replicated features, None when no mask was asked for
+    grids: list[tuple[int, int]]  # per image rows and columns of its tiles
 
 
-class StochasticDepthLayer(InternVLVisionLayer):
-    """A ViT layer whose two branches are dropped per tile with probability `drop_prob` while training."""
-
-    def __init__(self, config, drop_prob: float):
-        super().__init__(config)
-        self.drop_path = DropPath(drop_prob)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        attention, _ = self.attention(self.layernorm_before(hidden_states))
-        hidden_states = hidden_states + self.drop_path(self.lambda_1 * attention)
-        mlp = self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states + self.drop_path(self.lambda_2 * mlp)
-
-
-class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  # type: ignore[misc]  # the library's
+class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
     """InternVL with the segmentation head (paper, figure 2). `trained_head` tells if a checkpoint brought the head."""
 
     config_class = Self1EConfig
@@ -82,13 +62,12 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
     def __init__(self, config: Self1EConfig):
         super().__init__(config)
         if config.drop_path_rate:
-            vision = config.vit
-            step = config.drop_path_rate / max(1, vision.num_hidden_layers - 1)
-            self.model.vision_tower.encoder.layer = nn.ModuleList(
-                StochasticDepthLayer(vision, step * i) for i in range(vision.num_hidden_layers)
-            )
+            layers = self.model.vision_tower.encoder.layer
+            for number, layer in enumerate(layers):  # stochastic depth of both branches, where dropout stands
+                rate = config.drop_path_rate * number / max(1, len(layers) - 1)
+                layer.attention.projection_dropout, layer.dropout = DropPath(rate), DropPath(rate)
         self.segmentation_head = HEADS[config.mask_features](
-            config.llm.hidden_size, ratio=config.ratio, auxiliary_projection=config.auxiliary_projection
+            config.text_config.hidden_size, ratio=config.ratio, auxiliary_projection=config.auxiliary_projection
         )
         self.trained_head = False
         self.post_init()
@@ -102,14 +81,13 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             for frequencies in (rotary.inv_freq, rotary.original_inv_freq):
                 frequencies.copy_(frequencies.bfloat16())
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, SegmentationHead):
             for layer in module.modules():
-                if isinstance(layer, nn.Linear) and not getattr(layer.weight, "_is_hf_initialized", False):
-                    nn.init.normal_(layer.weight, std=INITIAL_STD)
-                    nn.init.zeros_(layer.bias)
+                if isinstance(layer, nn.Linear):
+                    initialization.normal_(layer.weight, std=INITIAL_STD)
+                    initialization.zeros_(layer.bias)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, weights=None, config=None, **kwargs):
@@ -122,9 +100,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             kwargs: the library's (`dtype`, default float32, `device_map`, `attn_implementation`, ...) and any of
                 `config.SWITCHES`, e.g. `mask_features="rfr"`, and `loss_weights`, a dict of those that change.
 
-        Raises:
-            UserError: no checkpoint there, another architecture, or missing, unexpected or misshapen weights, all of
-                them listed.
+        Raises UserError: no checkpoint there, another architecture, or weights that do not fit, all of them listed.
         """
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
@@ -154,9 +130,9 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         set_z3_leaf_modules(self, [type(self.segmentation_head)])
 
     @property
-    def is_partitioned(self) -> bool:
-        """Whether ZeRO-3 has partitioned the weights, so that all ranks must call the same layers together."""
-        return hasattr(self.lm_head.weight, "ds_id")
+    def most_groups(self) -> int:
+        """Of conversations in a pass: one under ZeRO-3, whose ranks must call the same layers together."""
+        return 1 if hasattr(self.lm_head.weight, "ds_id") else 2
 
     def forward(
         self,
@@ -185,17 +161,13 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
                 evaluation mode too. They are 0 where no conversation has a mask.
             packed: the batch as `pack` reads it, which the processor's `collate` did on the host. Without it, the
                 tensors above are read here; on a GPU that waits for the device.
-            past_key_values, logits_to_keep: of `generate`; with either, the pass is plain causal and without masks.
-            kwargs: the library's; others than `generate`'s go to the LLM.
+            past_key_values, logits_to_keep, kwargs: of `generate`; the pass is plain causal and without masks then.
 
-        Raises:
-            ValueError: image tokens and tiles do not match, or masks and `[SEG]`s of a conversation do not; or masks
-                are given without images, or while generating.
+        Raises ValueError where image tokens and tiles, or masks and `[SEG]`s of a conversation do not match.
         """
         with_images = pixel_values is not None or image_features is not None
         generating = past_key_values is not None or bool(logits_to_keep)
-        if mask_targets is not None and (generating or not with_images):
-            raise ValueError("mask_targets need images (pixel_values or image_features), and no generation")
+        assert mask_targets is None or with_images and not generating, "masks need images, and no generation"
         if generating or not with_images and labels is None:
             if pixel_values is not None:
                 image_features = self.encode_images(pixel_values, tile_grids, for_masks=False)
@@ -203,13 +175,10 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             return self.causal_pass(input_ids, attention_mask, image_features, row_image, **cache, **kwargs)
 
         if packed is None:
-            grids = tile_grids if image_features is None else image_features.grids
-            packed = self.pack(input_ids, attention_mask, labels, grids=grids, row_image=row_image)
-        if self.is_partitioned and len(packed.groups) > 1:
-            raise ValueError("under ZeRO-3 all ranks must run the LLM equally often: collate with groups=1")
+            grids, most = tile_grids if image_features is None else image_features.grids, self.most_groups
+            packed = pack(input_ids, attention_mask, labels, grids, row_image, tokens=self.config, groups=most)
+        assert len(packed.groups) <= self.most_groups, "under ZeRO-3 collate with groups=1: ranks would wait for ever"
         batch = packed.to(self.device)
-        if mask_targets is not None:
-            check_masks(batch.n_seg, mask_targets)
         with_masks = with_images and (self.training or any(batch.n_seg))
         # The text comes first, so that the embeddings' large gradient is made last, when the ViT's states are gone.
         embeds = self.get_input_embeddings()(batch.ids[None])[0]  # P C
@@ -218,24 +187,20 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         if image_features is not None:
             tokens = rearrange(take(image_features.v1, batch.tiles), "t h w c -> (t h w) c").to(embeds)
             embeds = embeds.index_copy(0, batch.image.to(embeds.device), tokens)
-        states = self.run_llm(embeds, batch, **kwargs)  # P C, normalised
+        states = self.run_llm(embeds, batch)  # P C, normalised
         logits = self.predict_masks(states, image_features, batch) if with_masks else (states.new_zeros(0),)
         masks, *auxiliary = [self.by_conversation(x, batch) for x in logits]
         losses = {} if labels is None else {"ce": self.text_loss(states, batch)}
         if mask_targets is not None:
             losses |= mask_losses([masks, *auxiliary] if self.config.auxiliary_loss else [masks], mask_targets)
-        loss = self.weigh(losses, states.device) if losses else None
+        terms = [self.config.loss_weights[name] * value.to(states.device) for name, value in losses.items()]
+        loss = torch.stack(terms).sum() if terms else None
         if loss is not None and self.training:  # so that every backward pass reaches every weight of the head
             loss = loss + 0.0 * torch.cat(logits).sum().to(loss)
         return Self1EOutput(loss=loss, losses=losses or None, mask_logits=masks if with_images else None)
 
-    def pack(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **images):
-        """`batch.pack` of a batch that the processor's `collate` has not read. images: its `grids` and `row_image`."""
-        options = {name: getattr(self.config, name) for name in ("tile_tokens", "image_token_id", "seg_token_id")}
-        return pack(input_ids, attention_mask, labels, **images, **options, groups=1 if self.is_partitioned else 2)
-
     def encode_images(
-        self, pixel_values: Tensor, tile_grids: Tensor | Sequence[Grid], *, for_masks: bool = True
+        self, pixel_values: Tensor, tile_grids: Tensor | Sequence, *, for_masks: bool = True
     ) -> ImageFeatures:
         """Encode images once; pass the result to `forward(image_features=...)` for any number of conversations.
 
@@ -249,26 +214,26 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         patches = rearrange(patches, "t (h w) c -> t h w c", h=int(patches.shape[1] ** 0.5))
         v1 = project(compress(patches, ratio))
         vhq = project(REPLICATIONS[self.config.replication](patches, ratio)) if for_masks else None
-        return ImageFeatures(v1, vhq, as_grids(tile_grids))
+        grids = tile_grids.tolist() if isinstance(tile_grids, Tensor) else tile_grids
+        return ImageFeatures(v1, vhq, grids)
 
-    def run_llm(self, embeds: Tensor, batch: Packed, **kwargs) -> Tensor:
+    def run_llm(self, embeds: Tensor, batch: Packed) -> Tensor:
         """The LLM's normalised final states: (P, C) -> (P, C), each group of conversations by itself."""
-        llm, states = self.model.language_model, []
-        options = {name: value for name, value in kwargs.items() if name not in ("use_cache", "return_dict")}
-        for group, part in batch.split():
-            inputs = rearrange(embeds[part], "(r n) c -> r n c", n=group.length)
+        llm, config, states = self.model.language_model, self.config.text_config, []
+        for part, length, padded, segments in batch.groups:
+            inputs = rearrange(embeds[part], "(r n) c -> r n c", n=length)
             ids, padding = (x[part].view(inputs.shape[:2]).to(embeds.device) for x in (batch.ids, batch.padding))
             mask = perception_mask(
-                self.config.attention_pathway if group.segments else "causal",
-                config=self.config.llm,
+                self.config.attention_pathway if segments else "causal",
+                config=config,
                 embeds=inputs,
-                padding_mask=padding if group.padded else None,
+                padding_mask=padding if padded else None,
                 is_image=ids == self.config.image_token_id,
                 is_seg=ids == self.config.seg_token_id,
             )
-            masks = dict.fromkeys(self.config.llm.layer_types, mask)
-            with without_dynamic_rope(llm.rotary_emb, group.length):
-                out = llm(inputs_embeds=inputs, attention_mask=masks, use_cache=False, **options)
+            masks = dict.fromkeys(config.layer_types, mask)
+            with without_dynamic_rope(llm.rotary_emb, length):
+                out = llm(inputs_embeds=inputs, attention_mask=masks, use_cache=False)
             states.append(out.last_hidden_state.flatten(0, 1))
         return torch.cat(states)
 
@@ -288,11 +253,10 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         Without any `[SEG]` it runs on one token and gives nothing: every rank calls it once in a training pass.
         """
         v1, vhq, side = features.v1, features.vhq, self.config.tile_side
-        assert vhq is not None, "the images were encoded without masks in mind"
         if not any(batch.n_seg):
-            one = states[:1, None, None]  # 1 1 1 C
-            few = vhq[:1, : self.config.ratio, : self.config.ratio]
-            return tuple(x[:0] for x in self.segmentation_head(v1[:1, :1, :1], few, one, states[:1], [SPARE]))
+            few = vhq[:1, : self.config.ratio, : self.config.ratio]  # type: ignore[index]
+            given = (v1[:1, :1, :1], few, states[:1, None, None], states[:1], [Masked(0, (1, 1), 1)])
+            return tuple(x[:0] for x in self.segmentation_head(*given))
         first = [0, *accumulate(map(math.prod, batch.grids))]
         asked = [Masked(first[i], batch.grids[i], n) for i, n in zip(batch.row_image, batch.n_seg) if n]
         img = rearrange(take(states, batch.seg_image), "(t h w) c -> t h w c", h=side, w=side)
@@ -302,18 +266,9 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
         """What the head returns, (cells of all masks,), as (n_seg, h, w) per conversation."""
         grids = [batch.grids[image] for image in batch.row_image]
         tiles = sum(n * math.prod(grid) for n, grid in zip(batch.n_seg, grids))
-        side = self.config.tile_side * self.segmentation_head.upsampling  # of a tile, in cells
-        if tiles:  # the auxiliary logits have fewer
-            side = math.isqrt(len(logits) // tiles)
+        side = math.isqrt(len(logits) // tiles) if tiles else 1  # of a tile, in cells
         sizes = [(n, rows * side, cols * side) for n, (rows, cols) in zip(batch.n_seg, grids)]
         return [part.view(size) for part, size in zip(logits.split([*map(math.prod, sizes)]), sizes)]
-
-    def weigh(self, losses: dict[str, Tensor], device: torch.device) -> Tensor:
-        """The weighted sum of the losses. Raises ValueError for a loss that the configuration gives no weight."""
-        weights = self.config.loss_weights
-        if unknown := losses.keys() - weights.keys():
-            raise ValueError(f"no weight for the loss {', '.join(unknown)}: give it one in config.LOSS_WEIGHTS")
-        return torch.stack([weights[name] * value.to(device) for name, value in losses.items()]).sum()
 
     def causal_pass(self, input_ids: Tensor, attention_mask, features: ImageFeatures | None, row_image, **kwargs):
         """A pass as the library's own model takes it, with vocabulary logits and without masks: for `generate`."""
@@ -322,26 +277,14 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):  
             is_image = (input_ids == self.config.image_token_id).to(embeds.device)
             tiles = features.v1.split([*map(math.prod, features.grids)])  # of each image
             tokens = torch.cat([tiles[image].flatten(0, 2) for image in row_image.tolist()]).to(embeds)
-            if (found := int(is_image.sum())) != len(tokens):
-                raise ValueError(f"conversations hold {found} image tokens, their images fill {len(tokens)}")
             embeds = embeds.masked_scatter(is_image[..., None], tokens)
         out = super().forward(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
         return Self1EOutput(logits=out.logits, past_key_values=out.past_key_values)
 
 
-SPARE = Masked(0, (1, 1), 1)  # a conversation of one token, for a batch without any `[SEG]`
-
-
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Entries of the first axis, the index moved to where they are."""
     return x.index_select(0, index.to(x.device))
-
-
-def check_masks(n_seg: Sequence[int], targets: Sequence[Tensor | None]) -> None:
-    """Raise ValueError unless every conversation has a mask for each `[SEG]` (or None)."""
-    given = [count if target is None else len(target) for count, target in zip(n_seg, targets)]
-    if len(targets) != len(n_seg) or given != list(n_seg):
-        raise ValueError(f"conversations hold {list(n_seg)} [SEG] tokens, mask_targets hold {given} masks")
 
 
 @contextmanager
@@ -350,32 +293,29 @@ def without_dynamic_rope(rotary, length: int) -> Iterator[None]:
     kind = rotary.rope_type
     if kind == "dynamic" and length <= rotary.original_max_seq_len == rotary.max_seq_len_cached:
         rotary.rope_type = "default"
-    try:
-        yield
-    finally:
-        rotary.rope_type = kind
-
-
-# What `selective_checkpointing_kwargs` keeps: products of matrices, and attention by any kernel that keeps no scores.
-aten = torch.ops.aten
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default} | {
-    getattr(aten, f"_scaled_dot_product_{kernel}").default
-    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-}
+    yield
+    rotary.rope_type = kind
 
 
 def selective_checkpointing_kwargs() -> dict[str, Any]:
     """For `gradient_checkpointing_enable`: keep what is costly and compute the rest again in the backward pass.
 
-    `PRODUCTS` are nearly all of the work, and a part of the memory that activations take; results are the same to the
-    last bit. As in Korthikanti et al., 2022, "Reducing Activation Recomputation in Large Transformer Models".
+    Products of matrices and attention are nearly all of the work, and a part of the memory that activations take;
+    results are the same to the last bit. As in Korthikanti et al., 2022, "Reducing Activation Recomputation in Large
+    Transformer Models".
     """
     # Autocast casts a weight once per forward pass, though a layer runs for each group of conversations, and casts it
     # anew in each part of the backward pass: such casts are no part of what is compared.
-    SAC_IGNORED_OPS.add(aten._to_copy.default)
+    SAC_IGNORED_OPS.add(torch.ops.aten._to_copy.default)
     return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
 
 
+ATTENTION = "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"  # keep no scores
+KEPT = {
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in ATTENTION))
+}
+
+
 def keep_products(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
-    """The policy of `selective_checkpointing_kwargs`, asked for each operation."""
-    return CheckpointPolicy.MUST_SAVE if operation in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

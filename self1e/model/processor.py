@@ -247,9 +247,7 @@ class Self1EProcessor(ProcessorMixin):
             **text,
             grids=grids,
             row_image=row_image,
-            tile_tokens=self.tile_tokens,
-            image_token_id=self.image_token_id,
-            seg_token_id=self.seg_token_id,
+            tokens=self,
             groups=groups,
         )
         targets = [target for entry in encoded for target in entry["mask_targets"]]

@@ -101,7 +101,7 @@ def load_checkpoint(
         base.dtype = trained.dtype  # what dtype="auto" means
         if trained.seg_token_id is not None:  # ours: it knows how its head was built
             base.update({name: getattr(trained, name) for name in (*SWITCHES, "loss_weights")})
-        base.llm.vocab_size = len(cast(Any, tokens).tokenizer)
+        base.text_config.vocab_size = len(cast(Any, tokens).tokenizer)
     base.update(switches | {"loss_weights": base.loss_weights | (loss_weights or {})})
     base.check_switches()
     source = str(version if weights is None else weights)

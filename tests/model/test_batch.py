@@ -1,5 +1,7 @@
 """A packed batch: groups of similar length, positions, and that packing changes no result."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from helpers import noise
 
 from self1e.model.batch import PADDING_ALLOWED, pack
 
-IDS = {"tile_tokens": 2, "image_token_id": 9, "seg_token_id": 7}
+IDS = {"tokens": SimpleNamespace(tile_tokens=2, image_token_id=9, seg_token_id=7)}
 
 
 def ids_of(lengths, side="right"):
@@ -24,12 +26,13 @@ def test_every_token_is_in_one_group(lengths, side):
     for groups in (1, 2):
         batch = pack(ids, mask, groups=groups, **IDS)
         assert len(batch.groups) <= groups
-        assert sorted(i for group in batch.groups for i in group.conversations) == list(range(len(lengths)))
         assert sorted(batch.ids[batch.padding.bool()].tolist()) == ids[mask.bool()].tolist()
-        for group, part in batch.split():
-            own = [lengths[i] for i in group.conversations]
-            assert group.length == max(own) and group.padded == (min(own) < group.length)
-            assert batch.padding[part].view(len(own), -1).sum(1).tolist() == own
+        found = []
+        for part, length, padded, _ in batch.groups:
+            own = batch.padding[part].view(-1, length).sum(1).tolist()
+            assert length == max(own) and padded == (min(own) < length)
+            found += own
+        assert sorted(found) == sorted(lengths)
 
 
 def test_two_groups_leave_little_padding():
@@ -51,7 +54,7 @@ def test_positions():
     labels = torch.where(ids == 7, ids, -100)
     batch = pack(ids, mask, labels, grids=[(1, 2), (1, 1)], row_image=[1, 0, 1], groups=1, **IDS)
     assert batch.image.tolist() == [1, 2, 6, 7, 8, 9, 12, 13] and batch.tiles.tolist() == [2, 0, 1, 2]
-    assert batch.n_seg == (1, 0, 2) and batch.seg.tolist() == [3, 13, 15]
+    assert batch.n_seg == [1, 0, 2] and batch.seg.tolist() == [3, 13, 15]
     assert batch.seg_image.tolist() == [1, 2, 12, 13]
     assert batch.text.tolist() == [3, 13, 15] and batch.text_labels.tolist() == [7, 7, 7]
     with pytest.raises(ValueError, match=r"hold \[2, 4, 2\] image tokens, their images fill \[2, 4, 4\]"):

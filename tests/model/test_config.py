@@ -85,7 +85,7 @@ def test_values_reach_their_places(tmp_path):
     assert config.drop_path_rate == 0.1 and config.tie_word_embeddings is False and config.seg_token_id is None
     assert config.dtype == torch.bfloat16
     layers = on_meta(config).model.vision_tower.encoder.layer
-    assert [layer.drop_path.drop_prob for layer in layers] == pytest.approx([0.1 * i / 23 for i in range(24)])
+    assert [layer.dropout.drop_prob for layer in layers] == pytest.approx([0.1 * i / 23 for i in range(24)])
 
 
 @pytest.mark.parametrize("tied", [False, True])

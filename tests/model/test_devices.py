@@ -32,7 +32,7 @@ def micro_batch(processor, *, masks: bool = True, max_tiles: int = 1) -> dict:
 
 def fake(batch: dict, mode: FakeTensorMode, device: str) -> dict:
     """The batch without its values, on a device as training hands it over; what was packed is in host memory."""
-    packed = batch["packed"]._with(mode.from_tensor)
+    packed = batch["packed"].map(mode.from_tensor)
     with mode:
         return tree_map_only(torch.Tensor, lambda x: mode.from_tensor(x).to(device), batch) | {"packed": packed}
 

@@ -13,8 +13,6 @@ from self1e.training.args import make_parser
 
 
 class GatedHead(SegmentationHead):
-    upsampling = 2
-
     def __init__(self, hidden_size, **kwargs):
         super().__init__(hidden_size, **kwargs)
         self.gate = torch.nn.Linear(hidden_size, hidden_size)
@@ -84,7 +82,7 @@ def test_a_new_loss_needs_its_function_and_its_weight(monkeypatch, load_tiny, ti
     monkeypatch.setitem(MASK_LOSSES, "mask_size", lambda x, t: (x.sigmoid().mean((1, 2)) - t.mean((1, 2))).abs())
     mask = torch.ones(1, 9, 9, dtype=torch.uint8)
     batch = tiny_processor([noise(56, 56)], [[["<image>\nthe cat", "[SEG]."]]], [[mask]])
-    with pytest.raises(ValueError, match="no weight for the loss mask_size"):
+    with pytest.raises(KeyError, match="mask_size"):
         load_tiny()(**batch)
     monkeypatch.setitem(LOSS_WEIGHTS, "mask_size", 3.0)
     out = load_tiny()(**batch)
@@ -97,7 +95,7 @@ def test_a_pathway_can_forbid(extension, load_tiny):
     is_image = torch.tensor([[0, 1, 1, 0, 0]] * 2).bool()
     is_seg = torch.tensor([[0, 0, 0, 1, 0], [0] * 5]).bool()
     given = {"embeds": torch.zeros(2, 5, 8), "padding_mask": None, "is_image": is_image, "is_seg": is_seg}
-    mask = perception_mask("alone", config=load_tiny().config.llm, **given)
+    mask = perception_mask("alone", config=load_tiny().config.text_config, **given)
     expected = torch.ones(2, 5, 5).tril().bool()
     expected[0, 1:3] = torch.eye(5)[1:3].bool()  # the conversation without `[SEG]` stays causal
     assert torch.equal(mask[:, 0], expected)
