@@ -5,7 +5,7 @@ import json
 
 from trees import SQUARE, instances, label_map, photo, write_json
 
-from self1e.data.sets.custom import CustomSet
+from self1e.data.sets.custom import Custom
 from self1e.data.splits import load_split
 
 AREA = 6 * 6
@@ -40,7 +40,7 @@ def mask(path, columns):
 
 
 def train(source, conversations=9):
-    return CustomSet(".", ".", conversations=conversations, source=str(source))
+    return Custom(f"custom|{source}", ".", conversations=conversations)
 
 
 def targets(sample):

@@ -23,18 +23,18 @@ from dataclasses import replace
 import torch
 from segmentation_trees import SECOND
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
-from self1e.data.sets.referring import ReferringSplit
+from self1e.data.sets.referring import Referring
 from self1e.evaluation.segmentation.run import evaluate_splits
 version, dataset, out, rank, *splits = sys.argv[1:]
 
 
-def read(self, item, getitem=ReferringSplit.__getitem__):
+def read(self, item, getitem=Referring.__getitem__):
     photo = getitem(self, item)
     hit = photo.image_id == SECOND and rank == os.environ.get("RANK", "0")
     return replace(photo, load=lambda: os.kill(os.getpid(), signal.SIGKILL)) if hit else photo
 
 
-ReferringSplit.__getitem__ = read
+Referring.__getitem__ = read
 
 
 def program():

@@ -13,12 +13,16 @@ class Numbers(TrainingSet):
     empty:  numbers of samples without a usable label
     """
 
-    def __init__(self, name, size, broken=(), cap=None, empty=()):
+    def __init__(self, name, size, broken=(), cap=None, empty=(), segmentation=True, redrawn=False):
         self.name, self.size, self.broken, self.cap, self.empty = name, size, set(broken), cap, set(empty)
+        self.segmentation, self.redrawn = segmentation, redrawn
 
-    @classmethod
-    def paths(cls, dataset_dir, data_dir):
+    @staticmethod
+    def paths(name, dataset_dir, data_dir):
         return []
+
+    def open(self):
+        pass
 
     def __len__(self):
         return self.size

@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,13 +30,12 @@ import pandas as pd
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from self1e import Self1EProcessor
-from self1e.data.families import FAMILIES, DataConfig, SetChoice
+from self1e.data.families import FAMILIES, Choice, DataConfig
 from self1e.data.paths import missing
-from self1e.data.samples import EvalSplit, SampleError, TrainingSet, check_sample, check_texts
-from self1e.data.sets.custom import CustomData, CustomSplit, find_source
+from self1e.data.samples import EvalSplit, PhotoSet, SampleError, TrainingSet, check_texts
+from self1e.data.sets.custom import Custom, find_source
 from self1e.data.splits import SPLITS, load_split, split_paths
 from self1e.data.totals import completeness
 from self1e.errors import UserError
@@ -62,9 +61,6 @@ EMPTY_QUESTIONS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------- reading
-
-
 @dataclass
 class Record:
     """One record as it was read: the turns and the masks, uint8 (n, H, W), of each conversation."""
@@ -77,48 +73,36 @@ class Record:
 
 @dataclass
 class Source:
-    """A set, split or benchmark: `read(number)` gives one of its `records` or raises SampleError.
+    """A set, split or benchmark, and what was found in it; `read(number)` gives one of its `records`, None where it
+    has no label, or raises SampleError.
 
-    problems: what is wrong with its files as a whole
-    totals:   how it compares with the known totals
+    totals: how it compares with the known totals. counts: sentences, masks, empty masks
     """
 
     name: str
     records: int = 0
     photos: int = 0
     read: Callable[[int], Record | None] = lambda number: None
-    problems: Sequence[str] = ()
+    problems: list[str] = field(default_factory=list)
     totals: str = "-"
+    checked: int = 0
+    counts: list[int] = field(default_factory=lambda: [0, 0, 0])
+    pictures: list[Image.Image] = field(default_factory=list)
 
 
-def set_source(name: str, load: Callable[[], TrainingSet | EvalSplit]) -> Source:
-    """A training set or an evaluation split."""
-    data: Any = load()
-    read = partial(read_sample if isinstance(data, TrainingSet) else read_unit, data)
+def set_source(name: str, data: PhotoSet, read: Callable[[Any, int], Record | None]) -> Source:
     photos = len(np.unique(data.image_keys()))
-    return Source(name, len(data), photos, read, data.problems, completeness(name, data))
+    return Source(name, len(data), photos, partial(read, data), list(data.problems), completeness(name, data))
 
 
 def read_sample(data: TrainingSet, number: int) -> Record | None:
-    sample = data.read(number, np.random.default_rng(number))
-    if sample is None:  # no label: the next photo serves in its place
+    sample = data.sample(number, np.random.default_rng(number))
+    if sample is None:  # the next photo serves in its place
         return None
-    check_sample(sample)
     questions = [" ".join(turns[0].split()) for turns in sample.conversations]
     problems = ["a phrase is empty" for question in questions if question in EMPTY_QUESTIONS]
     problems += ["an answer is empty" for turns in sample.conversations if "" in turns]
     return Record(sample.id, sample.image, list(zip(sample.conversations, sample.masks)), problems)
-
-
-class OwnData(CustomSplit):
-    """Own data with its faults, for which an evaluation would refuse it."""
-
-    data: CustomData
-
-    def __init__(self, path: Path, *, allow_outside: bool = False):
-        self.name = str(path)
-        self.data = CustomData(path, allow_outside=allow_outside)
-        self.problems = [*self.data.faulty, *self.data.problems]
 
 
 def read_unit(data: EvalSplit, number: int) -> Record:
@@ -126,14 +110,36 @@ def read_unit(data: EvalSplit, number: int) -> Record:
     problems = ["a phrase is empty" for sentence in unit.sentences if not sentence.strip()]
     problems += [f"unit {id} occurs twice" for id, times in Counter(unit.unit_ids).items() if times > 1]
     image, masks = unit.load()
-    if isinstance(data, OwnData):
-        problems += [f"{location}: {what}" for location, what in data.data.doubts.items()]
-        data.data.doubts.clear()
-    conversations = [([text.strip()], mask[None]) for text, mask in zip(unit.sentences, masks)]
-    return Record(f"{data.name}/{unit.image_id}", image, conversations, problems)
+    conversations = [([prompt], mask[None]) for prompt, mask in zip(unit.prompts, masks)]
+    return Record(data.id(number), image, conversations, problems)
 
 
-def question_source(name: str, benchmark: VQABenchmark, data_dir: Path) -> Source:
+def read_own(data: Custom, number: int) -> Record:
+    known = set(data.doubts)
+    record = read_unit(data, number)
+    record.problems += [f"{location}: {what}" for location, what in data.doubts.items() if location not in known]
+    return record
+
+
+def open_training_set(choice: Choice, config: DataConfig) -> Source:
+    """Raises MissingFile where its first path is not there, nor, for a file of a set with masks, its folder."""
+    paths = choice.training_set.paths(choice.name, config.dataset_dir, config.data_dir)
+    absent = [path for path in paths if not path.exists()]
+    begun = paths[0].suffix and choice.training_set.segmentation and paths[0].parent.is_dir()
+    if paths[0] in absent and not begun:
+        raise MissingFile(choice.name)
+    if absent:
+        return Source(choice.name, problems=[f"{path} is missing" for path in absent])
+    return set_source(choice.name, config.open(choice), read_sample)
+
+
+def open_split(name: str, dataset_dir: Path, allow_outside: bool) -> Source:
+    if missing(split_paths([name], dataset_dir)):
+        raise MissingFile(name)
+    return set_source(name, load_split(name, dataset_dir, allow_outside=allow_outside), read_unit)
+
+
+def open_benchmark(name: str, benchmark: VQABenchmark, data_dir: Path) -> Source:
     """A benchmark's questions, and what is wrong with the files that it is scored with. Raises MissingFile."""
     questions, problems = benchmark.questions(data_dir), []
     if benchmark.metric is not None:
@@ -152,125 +158,96 @@ def read_question(name: str, questions: list[Question], number: int) -> Record:
     return Record(id, image, [([question.prompt], np.zeros((0, image.height, image.width), np.uint8))])
 
 
-# ------------------------------------------------------------------------------------------------------------ tree
+def open_own(path: Path, allow_outside: bool) -> Source:
+    """Own data with its faults, for which training would refuse it."""
+    data = Custom(f"custom|{path}", "", allow_outside=allow_outside, strict=False)
+    source = set_source(str(path), data, read_own)
+    source.problems = data.faulty + source.problems
+    return source
 
 
-def training_sets() -> Iterator[tuple[str, type[TrainingSet]]]:
-    for family in FAMILIES.values():
-        yield from family.sets.items()
+def tree_sources(dataset_dir: Path, data_dir: Path, allow_outside: bool) -> Iterator[tuple[str, Callable[[], Source]]]:
+    """(name, function that opens it) of training sets, evaluation splits and VQA benchmarks."""
+    config = DataConfig(dataset_dir, data_dir, conversations=ALL, allow_outside=allow_outside)
+    for name, training_set in training_sets():
+        yield name, partial(open_training_set, Choice(name, training_set), config)
+    for name in SPLITS:
+        yield name, partial(open_split, name, dataset_dir, allow_outside)
+    for name, benchmark in VQA_BENCHMARKS.items():
+        yield name, partial(open_benchmark, name, benchmark, data_dir)
+
+
+def training_sets() -> list[tuple[str, type[TrainingSet]]]:
+    return [entry for family in FAMILIES.values() for entry in family.sets.items()]
 
 
 def is_tree(path: Path) -> bool:
     """Whether a folder holds one of the folders of the sets; those of question sets are another folder's."""
     elsewhere = Path(os.devnull)
-    own = (training_set.paths(path, elsewhere)[0] for _, training_set in training_sets())
+    own = (training_set.paths(name, path, elsewhere)[0] for name, training_set in training_sets())
     return any((path / each.relative_to(path).parts[0]).is_dir() for each in own if each.is_relative_to(path))
-
-
-def tree_sources(dataset_dir: Path, data_dir: Path, *, allow_outside: bool) -> Iterator[tuple[str, Callable]]:
-    """(name, function that opens it) of training sets, evaluation splits and VQA benchmarks."""
-    config = DataConfig(dataset_dir, data_dir, conversations=ALL, allow_outside=allow_outside)
-    for name, training_set in training_sets():
-        yield name, partial(open_training_set, name, SetChoice(training_set), config)
-    for name in SPLITS:
-        yield name, partial(open_split, name, dataset_dir, allow_outside)
-    for name, benchmark in VQA_BENCHMARKS.items():
-        yield name, partial(question_source, name, benchmark, data_dir)
-
-
-def open_training_set(name: str, choice: SetChoice, config: DataConfig) -> Source:
-    """Raises MissingFile where its first path is not there, nor, for a file of a set with masks, its folder."""
-    paths = choice.paths(config.dataset_dir, config.data_dir)
-    absent = [path for path in paths if not path.exists()]
-    begun = paths[0].suffix and choice.training_set.segmentation and paths[0].parent.is_dir()
-    if paths[0] in absent and not begun:
-        raise MissingFile(name)
-    if absent:
-        return Source(name, problems=[f"{path} is missing" for path in absent])
-    return set_source(name, partial(choice.open, config))
-
-
-def open_split(name: str, dataset_dir: Path, allow_outside: bool) -> Source:
-    if missing(split_paths([name], dataset_dir)):
-        raise MissingFile(name)
-    return set_source(name, partial(load_split, name, dataset_dir, allow_outside=allow_outside))
-
-
-# ---------------------------------------------------------------------------------------------------------- checks
-
-
-@dataclass
-class Found:
-    """What one record holds, or sums over many. counts: int (3,), sentences, masks, empty masks."""
-
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(3, int))
-    problems: list[str] = field(default_factory=list)
-    pictures: list[Image.Image] = field(default_factory=list)
-
-
-def about_tokens(text: str) -> int:
-    """An estimate of the tokens of a text: five bytes of UTF-8 make one."""
-    return len(text.encode(errors="replace")) // 5
-
-
-def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    return len(tokenizer(text, verbose=False).input_ids)
 
 
 @dataclass
 class Checks(Dataset):
-    """`checks[k]` is what record `numbers[k]` of a source holds; a picture is drawn of those in `drawn`."""
+    """`checks[k]` is (counts, problems, pictures) of record `numbers[k]`; a picture is drawn of those in `drawn`."""
 
     source: Source
     numbers: list[int]
     drawn: set[int]
     max_length: int
-    tokens: Callable[[str], int]
+    tokenizer: Any
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> Found:
+    def __getitem__(self, index: int) -> tuple[list[int], list[str], list[Image.Image]]:
         try:
             record = self.source.read(self.numbers[index])
         except SampleError as error:
-            return Found(problems=[str(error)])
+            return [0, 0, 0], [str(error)], []
         if record is None:
-            return Found()
+            return [0, 0, 0], [], []
         masks = [mask for _, masks in record.conversations for mask in masks]
-        counts = np.array([len(record.conversations), len(masks), sum(not (mask == 1).any() for mask in masks)])
+        counts = [len(record.conversations), len(masks), sum(not (mask == 1).any() for mask in masks)]
         problems = [f"{record.id}: {problem}" for problem in dict.fromkeys(self.problems_of(record))]
         drawn = index in self.drawn and record.conversations
-        return Found(counts, problems, [picture(self.source.name, record, index)] if drawn else [])
+        return counts, problems, [picture(self.source.name, record, index)] if drawn else []
 
     def problems_of(self, record: Record) -> Iterator[str]:
         yield from record.problems
         width, height = record.image.size
-        room = self.max_length - IMAGE_TOKENS - TEMPLATE_TOKENS
         for turns, masks in record.conversations:
             if len(masks) and masks.shape[1:] != (height, width):
-                size = f"{masks.shape[2]} x {masks.shape[1]}, the photo {width} x {height}"
-                yield f"the mask's size is {size} pixels"
-            if len(masks) and (tokens := self.tokens(" ".join(turns))) > room:
+                yield f"the mask's size is {masks.shape[2]} x {masks.shape[1]}, the photo {width} x {height} pixels"
+            if (
+                len(masks)
+                and (tokens := self.tokens(" ".join(turns))) > self.max_length - IMAGE_TOKENS - TEMPLATE_TOKENS
+            ):
                 yield (
                     f"a prompt of about {tokens:,} tokens does not fit --model_max_length {self.max_length}, of which "
                     f"the photo takes {IMAGE_TOKENS}: {turns[0].removeprefix(prompts.IMAGE_TAG).strip()[:60]!r} ..."
                 )
 
+    def tokens(self, text: str) -> int:
+        """Tokens of a text; without a tokenizer, an estimate by five bytes of UTF-8 for each."""
+        if self.tokenizer is None:
+            return len(text.encode(errors="replace")) // 5
+        return len(self.tokenizer(text, verbose=False).input_ids)
 
-def check(source: Source, *, limit: int | None, samples: int, workers: int, **options: Any) -> tuple[int, Found]:
-    """Read `limit` records of a set, evenly spread, or all, and draw `samples` of them: (how many, what was found)."""
-    total = Found(problems=list(source.problems))
-    count = min(source.records, limit or source.records)
-    numbers = np.linspace(0, source.records - 1, count).astype(int).tolist() if count else []
+
+def check(source: Source, *, limit: int | None, samples: int, workers: int, **options: Any) -> None:
+    """Read `limit` records of a set, evenly spread, or all, and draw `samples` of them."""
+    source.checked = count = min(source.records, limit or source.records)
+    numbers = np.linspace(0, source.records - 1, count).astype(int).tolist()
     drawn = set(np.random.default_rng(0).permutation(count)[:samples].tolist())
-    checks = Checks(source, numbers, drawn, **options)
-    loader = DataLoader(checks, batch_size=None, num_workers=workers if count >= IN_WORKERS else 0)
-    for found in tqdm(loader, source.name, unit=" records", delay=1, leave=False):
-        total.counts += found.counts
-        total.problems += found.problems
-        total.pictures += found.pictures
-    return count, total
+    loader = DataLoader(
+        Checks(source, numbers, drawn, **options), batch_size=None, num_workers=workers if count >= IN_WORKERS else 0
+    )
+    for counts, problems, pictures in tqdm(loader, source.name, unit=" records", delay=1, leave=False):
+        source.counts = [sum(pair) for pair in zip(source.counts, counts)]
+        source.problems += problems
+        source.pictures += pictures
 
 
 def picture(name: str, record: Record, turn: int) -> Image.Image:
@@ -285,13 +262,14 @@ def picture(name: str, record: Record, turn: int) -> Image.Image:
     return panel(pictures, caption if len(caption) <= 300 else f"{caption[:300]} ...", name[-30:], width=CELL)
 
 
-def table(reports: list[tuple[Source, int, Found]]) -> str:
+def table(sources: list[Source]) -> str:
     header = ["set", "read", "photos", "sentences", "masks", "empty", "problems", "of the known total"]
     rows = []
-    for source, count, found in reports:
-        records = f"{count:,} of {source.records:,}" if count < source.records else f"{count:,}"
-        numbers = [f"{number:,}" for number in (source.photos, *found.counts, len(found.problems))]
-        rows.append([source.name.replace("|", " "), records, *numbers, source.totals.removeprefix("partly: ")])
+    for source in sources:
+        checked, records = f"{source.checked:,}", f"{source.records:,}"
+        numbers = [f"{number:,}" for number in (source.photos, *source.counts, len(source.problems))]
+        read = checked if checked == records else f"{checked} of {records}"
+        rows.append([source.name.replace("|", " "), read, *numbers, source.totals.removeprefix("partly: ")])
     if all(row[-1] == "-" for row in rows):  # own data
         header, rows = header[:-1], [row[:-1] for row in rows]
     return markdown_table(header, rows)
@@ -337,9 +315,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
 
-    parser = argparse.ArgumentParser(
-        prog="self1e check-data", description=__doc__, formatter_class=Help, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("self1e check-data", None, __doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("path", metavar="PATH", type=Path, help="the tree's dataset folder, or own data (file or folder)")
     add("--data_dir", type=Path, help="VQA sets of the tree; unset: the folder data beside PATH")
@@ -373,19 +349,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.samples:
         check_writable_file(args.output)
-    sources: Iterable[tuple[str, Callable[[], Source]]]
-    if args.kind == "tree":
-        sources = tree_sources(args.path, args.data_dir, allow_outside=args.allow_outside)
-    else:
-        own = partial(OwnData, args.path, allow_outside=args.allow_outside)
-        sources = [(str(args.path), partial(set_source, str(args.path), own))]
-    tokens = about_tokens
-    if args.version:
-        tokens = partial(count_tokens, Self1EProcessor.from_pretrained(args.version).tokenizer)
-    options: dict[str, Any] = {"limit": args.limit, "samples": args.samples, "workers": args.workers}
-    options |= {"max_length": args.model_max_length, "tokens": tokens}
-    reports, absent = [], []
-    for name, load in sources:
+    openers = tree_sources(args.path, args.data_dir, args.allow_outside)
+    if args.kind == "custom":
+        openers = iter([(str(args.path), partial(open_own, args.path, args.allow_outside))])
+    tokenizer = Self1EProcessor.from_pretrained(args.version).tokenizer if args.version else None
+    sources, absent = [], []
+    for name, load in openers:
         try:
             source = load()
         except MissingFile:
@@ -393,25 +362,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         except UserError as error:
             source = Source(name, problems=[str(error)])
-        count, found = check(source, **options)
-        reports.append((source, count, found))
-        if found.problems:
-            more = len(found.problems) - LISTED
-            print(f"\n{name}:", *found.problems[:LISTED], *[f"and {more:,} more"] * (more > 0), sep="\n  ")
-    pictures = [picture for *_, found in reports for picture in found.pictures]
-    if not any(count for _, count, _ in reports):
+        check(
+            source, limit=args.limit, samples=args.samples, workers=args.workers, max_length=args.model_max_length,
+            tokenizer=tokenizer,
+        )  # fmt: skip
+        sources.append(source)
+        if source.problems:
+            more = len(source.problems) - LISTED
+            print(f"\n{name}:", *source.problems[:LISTED], *[f"and {more:,} more"] * (more > 0), sep="\n  ")
+    if not any(source.checked for source in sources):
         near = next((path for path in (args.path / "dataset", args.path.absolute().parent) if is_tree(path)), None)
         hint = f"; did you mean {near}?" if near is not None and args.kind == "custom" else ""
         print(f"nothing to check in {args.path}{hint}", file=sys.stderr)
         return 1
-    print(f"\n{table(reports)}")
+    print(f"\n{table(sources)}")
     if absent:
         print(f"not there: {', '.join(absent)}")
+    pictures = [picture for source in sources for picture in source.pictures]
     if pictures:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         grid(pictures, 4, cell=CELL).save(args.output)
         print(f"look at {args.output}")
-    problems = sum(len(found.problems) for *_, found in reports)
+    problems = sum(len(source.problems) for source in sources)
     print(f"problems: {problems:,}" if problems else "no problems found")
     if args.split is not None and not problems:
         write_parts(find_source(args.path), args.split)

@@ -1,70 +1,53 @@
 """Look-ups in a COCO-style annotation file: instances.json of the referring sets, PACO, PASCAL-Part."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from self1e.data.masks import decode_segmentation
 from self1e.data.readers import read_coco
-from self1e.data.samples import SampleError
 from self1e.data.tables import open_tables
 from self1e.errors import UserError
 
 
 class CocoIndex:
-    """Images and annotations of a COCO-style file, memory-mapped (see `read_coco`); numbers are places in the file."""
+    """Images and annotations of a COCO-style file, memory-mapped (see `read_coco`); numbers are places in the file.
+
+    image_keys: `image_key` of each image, int64 (images,). problems: what contradicts itself in the file
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self._tables = open_tables(path, read_coco)
-        self._images, self._annotations = self._tables.records("images"), self._tables.records("annotations")
-        self.categories: dict[int, str] = dict(map(tuple, self._tables.meta["categories"]))
-        self.problems = [f"{path.name}: {problem}" for problem in self._tables.meta["problems"]]
-        self.image_keys = self._tables.array("image_keys")  # `image_key` of each image, int64, in file order
-        self._image_ids, self._image_order = (self._tables.array(f"image_{what}") for what in ("ids", "order"))
-        self._ids, self._order = (self._tables.array(f"annotation_{what}") for what in ("ids", "order"))
-        self._owners, self._owned = (self._tables.array(f"owner_{what}") for what in ("ids", "order"))
+        tables = open_tables(path, read_coco)
+        self._images, self._annotations = tables.records("images"), tables.records("annotations")
+        self.categories: dict[int, str] = dict(map(tuple, tables.meta["categories"]))
+        self.problems = [f"{path.name}: {problem}" for problem in tables.meta["problems"]]
+        self.image_keys, self.image_ids = tables.array("image_keys"), tables.array("image_ids")
+        self._ids, self._owners = tables.array("annotation_ids"), tables.array("owner_ids")
+        self._image_order, self._order, self._owner_order = (
+            np.argsort(ids, kind="stable") for ids in (self.image_ids, self._ids, self._owners)
+        )
 
-    @property
-    def image_ids(self) -> np.ndarray:
-        """Image ids in file order."""
-        ids = np.empty_like(self._image_ids)
-        ids[self._image_order] = self._image_ids
-        return ids
+    def _numbers(self, what: str, wanted: np.ndarray, ids: np.ndarray, order: np.ndarray) -> np.ndarray:
+        places = np.searchsorted(ids, wanted, sorter=order)
+        numbers = order[np.minimum(places, len(order) - 1)]
+        if (unknown := wanted[ids[numbers] != wanted]).size:
+            raise UserError(f"{self.path} has no {what} id {unknown[0]}")
+        return numbers
 
-    def image_numbers(self, image_ids: np.ndarray | Sequence[int]) -> np.ndarray:
+    def image_numbers(self, image_ids: np.ndarray) -> np.ndarray:
         """Number of each image id. Raises UserError for an unknown one."""
-        places = np.searchsorted(self._image_ids, image_ids)
-        found = np.append(self._image_ids, np.iinfo(np.int64).min)[places] == image_ids
-        if not found.all():
-            raise UserError(f"{self.path} has no image id {np.asarray(image_ids)[~found][0]}")
-        return self._image_order[places]
+        return self._numbers("image", image_ids, self.image_ids, self._image_order)
 
     def image(self, number: int) -> tuple[str, int, int]:
         """(file name, height, width)."""
-        file_name, height, width = self._images[number]
+        file_name, height, width = self._images[int(number)]
         return file_name, height, width
 
     def annotation(self, id: int) -> dict:
         """{id, category_id, segmentation} of an annotation. Raises UserError for an unknown id."""
-        place = np.searchsorted(self._ids, id)
-        if place == len(self._ids) or self._ids[place] != id:
-            raise UserError(f"{self.path} has no annotation id {id}")
-        return self.annotation_at(self._order[place])
+        return self._annotations[int(self._numbers("annotation", np.array([id]), self._ids, self._order)[0])]
 
-    def annotations_of(self, image_id: int) -> np.ndarray:
-        """Numbers of all annotations of an image, in file order; read one with `annotation_at`."""
-        start, stop = np.searchsorted(self._owners, image_id), np.searchsorted(self._owners, image_id, side="right")
-        return self._owned[start:stop]
-
-    def annotation_at(self, number: int) -> dict:
-        return self._annotations[int(number)]
-
-    @staticmethod
-    def mask(annotation: dict, height: int, width: int, id: str) -> np.ndarray:
-        """The mask of an annotation, uint8 {0, 1} (height, width). Raises SampleError under `id`, naming it."""
-        try:
-            return decode_segmentation(annotation["segmentation"], height, width)
-        except ValueError as error:
-            raise SampleError(id, f"annotation {annotation['id']}: malformed segmentation ({error})") from error
+    def annotations_of(self, image_id: int) -> list[dict]:
+        """All annotations of an image, in file order."""
+        start, stop = (np.searchsorted(self._owners, image_id, side, self._owner_order) for side in ("left", "right"))
+        return [self._annotations[int(number)] for number in self._owner_order[start:stop]]

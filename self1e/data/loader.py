@@ -8,10 +8,10 @@ for epoch in range(epochs):
 """
 
 import logging
-from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from self1e import distributed
 from self1e.data.families import DataConfig
-from self1e.data.mixture import AllBroken, Group, Mixture
+from self1e.data.mixture import Mixture
 from self1e.data.paths import missing, require_paths
-from self1e.data.samples import Sample, SampleError
+from self1e.data.samples import Sample, naming
 from self1e.data.splits import SPLITS, load_split, split_paths
-from self1e.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -36,75 +35,55 @@ def build_mixture(config: DataConfig, *, batch_size: int, seed: int, mode: str =
     require_paths(config.paths())
     excluded = evaluation_keys(config.dataset_dir) if config.exclude_val else None
     groups = []
-    for family in config.families:
-        sets = [choice.open(config) for choice in family.sets]
+    for choices in config.families:
+        sets = [config.open(choice) for choice in choices]
         for problem in dict.fromkeys(problem for data in sets for problem in data.problems):
             log.warning("%s", problem)
-        traits = [(choice.rated, data.segmentation, data.redrawn) for choice, data in zip(family.sets, sets)]
+        traits = [(data.rated, data.segmentation, data.redrawn) for data in sets]
         for kind in sorted(set(traits), reverse=True):
-            rated, segmentation, redrawn = kind
             members = [data for data, its in zip(sets, traits) if its == kind]
-            groups.append(Group(members, family.rate if rated else 1, segmentation, redraw=redrawn))
+            groups.append((members, choices[0].rate if kind[0] else 1))
     return Mixture(groups, batch_size=batch_size, seed=seed, mode=mode, excluded=excluded)
 
 
 def evaluation_keys(dataset_dir: str | Path) -> np.ndarray:
     """Sorted `image_key`s of every photo of the evaluation splits that are on disk."""
     there = [name for name in SPLITS if not missing(split_paths([name], dataset_dir))]
-    return np.unique(
-        np.concatenate([np.zeros(0, np.int64), *(load_split(n, dataset_dir).image_keys() for n in there)])
-    )
+    keys = (load_split(name, dataset_dir).image_keys() for name in there)
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *keys]))
 
 
+@dataclass
 class Encode:
     """Turn a sample into what `Self1EProcessor.collate` takes; a sample that does not fit counts as broken."""
 
-    def __init__(self, processor: Any, *, max_length: int, max_tiles: int):
-        self.processor, self.options = processor, {"max_length": max_length, "max_tiles": max_tiles}
+    processor: Any
+    max_length: int
+    max_tiles: int
 
     def __call__(self, sample: Sample) -> dict:
-        try:
-            encoded = self.processor.encode(sample.image, sample.conversations, sample.masks, **self.options)
-        except UserError as error:
-            raise SampleError(sample.id, str(error)) from error
+        limits = {"max_length": self.max_length, "max_tiles": self.max_tiles}
+        with naming(sample.id):
+            encoded = self.processor.encode(sample.image, sample.conversations, sample.masks, **limits)
         return encoded | {"id": sample.id, "replaced": sample.replaced}
 
 
-def collate(encoded: list[dict | AllBroken], *, processor: Any, groups: int) -> dict | AllBroken:
+def collate(encoded: list[dict], *, processor: Any, groups: int) -> dict:
     """Join encoded samples to a batch that also names its samples and the broken ones that they replace."""
-    for entry in encoded:
-        if isinstance(entry, AllBroken):
-            return entry
-    whole = cast(list[dict], encoded)
-    replaced = [pair for entry in whole for pair in entry["replaced"]]
-    ids = [entry["id"] for entry in whole]
-    return dict(processor.collate(whole, groups=groups)) | {"ids": ids, "replaced": replaced}
+    replaced = [pair for entry in encoded for pair in entry["replaced"]]
+    ids = [entry["id"] for entry in encoded]
+    return dict(processor.collate(encoded, groups=groups)) | {"ids": ids, "replaced": replaced}
 
 
+@dataclass
 class Stream(Dataset):
     """The encoded samples of a mixture by their slots."""
 
-    def __init__(self, mixture: Mixture, encode: Encode):
-        self.mixture, self.encode = mixture, encode
+    mixture: Mixture
+    encode: Encode
 
-    def __len__(self) -> int:
-        return self.mixture.epoch_size
-
-    def __getitem__(self, slot: int) -> dict | AllBroken:
-        try:
-            return self.mixture.build(slot, self.encode)
-        except AllBroken as error:  # raised by the main process: from a worker it would come inside a traceback
-            return error
-
-
-class Loader(DataLoader):
-    """A DataLoader that raises the AllBroken that a worker met."""
-
-    def __iter__(self) -> Iterator[dict]:  # type: ignore[override]  # the library names its own class
-        for batch in super().__iter__():
-            if isinstance(batch, AllBroken):
-                raise batch
-            yield batch
+    def __getitem__(self, slot: int) -> dict:
+        return self.mixture.build(slot, self.encode)
 
 
 def make_loader(
@@ -128,7 +107,7 @@ def make_loader(
     groups:      of conversations of similar length in a batch, at most (see `processor.collate`)
     """
     plan = mixture.micro_batches(epoch, rank=rank, world_size=world_size)[first:stop]
-    return Loader(
+    return DataLoader(
         Stream(mixture, encode),
         batch_sampler=[slots.tolist() for slots in plan],
         collate_fn=partial(collate, processor=encode.processor, groups=groups),

@@ -11,14 +11,11 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from self1e.data.samples import SampleError
+from self1e.errors import UserError
 from self1e.model.photos import TURNS, decode
 
 IGNORED = 255  # value of a pixel that no class or score counts
 NO_POLYGON = "a polygon is x, y, x, y, ... of at least three finite points, in one list of numbers"
-
-
-# ------------------------------------------------------------------------------------------------- COCO
 
 
 def _rle(segmentation: dict, height: int, width: int) -> dict:
@@ -30,8 +27,7 @@ def _rle(segmentation: dict, height: int, width: int) -> dict:
     size, counts = segmentation.get("size"), segmentation.get("counts", ())
     if size != [height, width] and size != (height, width):
         raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
-    if isinstance(counts, str):
-        counts = counts.encode()
+    counts = counts.encode() if isinstance(counts, str) else counts
     runs = _decompress(counts) if isinstance(counts, bytes) else np.asarray(counts)
     if runs.dtype.kind not in "iu" or runs.ndim != 1:
         raise ValueError("the runs are no integers")
@@ -49,23 +45,20 @@ def _decompress(counts: bytes) -> np.ndarray:
     16 of the last is the sign. From the fourth number on, the number before the previous one is added.
     """
     digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    if not len(digits) or digits.min() < 0 or digits.max() > 63:
-        raise ValueError("its counts are no compressed RLE")
     last = (digits & 32) == 0
     stops = np.flatnonzero(last) + 1
-    starts = np.concatenate([[0], stops[:-1]]).astype(np.int64)
-    if not last[-1] or (stops - starts).max() > 6:  # 30 bits hold every picture
+    lengths = np.diff(stops, prepend=0)
+    if not len(stops) or digits.min() < 0 or digits.max() > 63 or not last[-1] or lengths.max() > 6:  # 30 bits do
         raise ValueError("its counts are cut or no compressed RLE")
-    place = np.arange(len(digits)) - np.repeat(starts, stops - starts)
-    numbers = np.add.reduceat((digits & 31) << 5 * place, starts)
-    negative = (digits[stops - 1] & 16) > 0
-    numbers = numbers - (negative.astype(np.int64) << 5 * (stops - starts))
+    starts = stops - lengths
+    numbers = np.add.reduceat((digits & 31) << 5 * (np.arange(len(digits)) - np.repeat(starts, lengths)), starts)
+    numbers -= ((digits[stops - 1] & 16) > 0).astype(np.int64) << 5 * lengths
     numbers[1::2] = np.cumsum(numbers[1::2])
     numbers[2::2] = np.cumsum(numbers[2::2])
     return numbers
 
 
-def parts_of(segmentation: list | dict) -> list:
+def _parts(segmentation: list | dict) -> list:
     """The parts of a COCO segmentation, polygons or RLE, without those that are no area: fewer than three points, or
     half a point too many.
 
@@ -80,8 +73,7 @@ def parts_of(segmentation: list | dict) -> list:
     return good
 
 
-def _rle_of(part: list | dict, height: int, width: int) -> dict:
-    """One part of a segmentation as compressed RLE. Raises ValueError for anything that is no part."""
+def _part_rle(part: list | dict, height: int, width: int) -> dict:
     if isinstance(part, dict):
         return _rle(part, height, width)
     points = np.asarray(part)
@@ -91,18 +83,21 @@ def _rle_of(part: list | dict, height: int, width: int) -> dict:
     return coco.frPyObjects([points.astype(float).tolist()], height, width)[0]
 
 
-def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+def decode_segmentation(segmentation: list | dict, height: int, width: int, where: str = "annotation") -> np.ndarray:
     """COCO segmentation -> uint8 {0, 1} (height, width), the union of its parts.
 
     Accepts polygons (one or several parts, or one flat list), compressed RLE (`counts` str or bytes), uncompressed RLE
     (list), a list of RLEs, and an empty list (an empty mask). Among several parts of a polygon those that are no area
-    count as empty, as in the published code. Raises ValueError for anything else.
+    count as empty, as in the published code. Raises UserError for anything else; `where` names the annotation.
     """
-    if not isinstance(segmentation, (list, dict)):
-        raise ValueError(f"neither polygons nor RLE: {type(segmentation).__name__}")
     mask = np.zeros((height, width), np.uint8)
-    for part in parts_of(segmentation):
-        mask |= coco.decode(_rle_of(part, height, width))
+    try:
+        if not isinstance(segmentation, (list, dict)):
+            raise ValueError(f"neither polygons nor RLE: {type(segmentation).__name__}")
+        for part in _parts(segmentation):
+            mask |= coco.decode(_part_rle(part, height, width))
+    except ValueError as error:
+        raise UserError(f"{where}: malformed segmentation ({error})") from error
     return mask
 
 
@@ -128,8 +123,8 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
         return "segmentation that reaches outside its image"
     if box:
         x, y, w, h = box
-        far = max(abs(left - x) / w, abs(right - x - w) / w, abs(top - y) / h, abs(bottom - y - h) / h)
-        if far > 0.5 and max(abs(left - x), abs(right - x - w), abs(top - y), abs(bottom - y - h)) > 4:
+        gaps = np.abs([left - x, right - x - w, top - y, bottom - y - h])
+        if gaps.max() > 4 and (gaps / [w, w, h, h]).max() > 0.5:
             return "segmentation far from its bbox"
     if area > 0 and max(area, covered) > 4 * min(area, covered) + 16:
         return "segmentation of another area than it states"
@@ -139,7 +134,7 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
 def _extent(segmentation: list | dict, height: int, width: int) -> tuple[float, float, float, float, float]:
     """(left, top, right, bottom, area) of a segmentation in pixels, overlaps counted twice."""
     boxes, area = [], 0.0
-    for part in parts_of(segmentation):
+    for part in _parts(segmentation):
         if isinstance(part, dict):
             rle = _rle(part, height, width)
             x, y, w, h = coco.toBbox(rle).tolist()
@@ -159,28 +154,25 @@ def encode_mask(mask: np.ndarray) -> dict:
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
-# -------------------------------------------------------------------------------------------- ReasonSeg
-
-
 def paint_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
     """ReasonSeg's labelme polygons -> uint8 (height, width): 1 target, 255 ignored.
 
     Painted from large to small (by painted pixels; the earlier of two equals comes last), points cut to integers, the
     outline of thickness 1 included. A label holding "ignore" gives 255, equal to "flag" is skipped, whatever the case.
-    Raises ValueError for shapes that are no polygons.
+    Raises UserError for shapes that are no polygons.
     """
     polygons = []
     for number, shape in enumerate(shapes):
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str) or "points" not in shape:
-            raise ValueError(f"shapes[{number}] has no label or no points")
+            raise UserError(f"shapes[{number}] has no label or no points")
         label = shape["label"].lower()
         if label == "flag":
             continue
         if (kind := shape.get("shape_type", "polygon")) not in ("polygon", None):
-            raise ValueError(f"shapes[{number}] is a {kind}; draw it as a polygon")
+            raise UserError(f"shapes[{number}] is a {kind}; draw it as a polygon")
         points = np.asarray(shape["points"])
         if points.dtype.kind not in "iuf" or points.shape[1:] != (2,) or not (np.abs(points) < 1e6).all():
-            raise ValueError(f"shapes[{number}] needs finite points (x, y)")
+            raise UserError(f"shapes[{number}] needs finite points (x, y)")
         points = points.astype(np.int32)
         area = int(_paint(np.zeros((height, width), np.uint8), points, 1).sum())
         polygons.append((area, points, IGNORED if "ignore" in label else 1))
@@ -195,19 +187,13 @@ def _paint(mask: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
     return cv2.fillPoly(mask, [points], color=value)
 
 
-# ------------------------------------------------------------------------------------- label maps and frames
-
-
-def load_label_map(path: Path | BinaryIO, id: str) -> np.ndarray:
-    """One-channel label image -> integers (H, W), as stored. Raises SampleError under `id`."""
-    try:
-        labels, format = decode(path, lambda picture: (np.asarray(picture), picture.format))
-    except OSError as error:
-        raise SampleError(id, f"cannot read {path}: {error.strerror or error}") from error
+def load_label_map(source: Path | BinaryIO) -> np.ndarray:
+    """One-channel label image -> integers (H, W), as stored. Raises UserError."""
+    labels, format = decode(source, lambda picture: (np.asarray(picture), picture.format))
     if format == "JPEG":
-        raise SampleError(id, f"{path} is a JPEG, which blurs the labels at every edge; store it as a PNG")
+        raise UserError(f"{source} is a JPEG, which blurs the labels at every edge; store it as a PNG")
     if labels.ndim != 2:
-        raise SampleError(id, f"{path} has {labels.shape[2]} channels; a mask or label map has one")
+        raise UserError(f"{source} has {labels.shape[2]} channels; a mask or label map has one")
     return labels
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.samples import Sample, SampleError, TrainingSet, check_sample
+from self1e.data.samples import Sample, SampleError, TrainingSet
 from self1e.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,9 @@ SHARE, REDRAW, SHUFFLE, REPLACE, SUBSET = range(5)
 
 class AllBroken(UserError):
     """Every sample tried for one slot is broken."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition("AllBroken: ")[2])  # without the traceback that a worker puts before it
 
 
 def pack(epoch: Any, set: Any, item: Any, draw: Any) -> Any:
@@ -49,59 +52,34 @@ def unpack(slot: int) -> tuple[int, int, int, int]:
 class Records:
     """Those records of a set that take part: all, or those whose photo is not among `excluded` (see `image_key`)."""
 
-    def __init__(self, data: TrainingSet, excluded: np.ndarray | None = None):
+    def __init__(self, data: TrainingSet, excluded: np.ndarray | None):
         self.data = data
         self.numbers = np.arange(len(data), dtype=np.int32)  # item -> record of the set
         if excluded is not None:
             self.numbers = self.numbers[~np.isin(data.image_keys(), excluded)]
+        self.per_pass = min(data.cap or len(self), len(self))  # samples that one pass takes
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @property
-    def per_pass(self) -> int:
-        """Samples that one pass takes: all of them, or the set's cap."""
-        return len(self) if self.data.cap is None else min(self.data.cap, len(self))
-
     def sample(self, item: int, rng: np.random.Generator) -> Sample:
-        """Sample `item` in [0, len); one without usable labels is served by the next that has some, cyclically.
-
-        Raises SampleError when it is broken, which includes a text that holds a control token.
-        """
+        """Sample `item` in [0, len); one without usable labels is served by the next that has some, cyclically."""
         for step in range(len(self)):
-            sample = self.data.read(int(self.numbers[(item + step) % len(self)]), rng)
+            sample = self.data.sample(int(self.numbers[(item + step) % len(self)]), rng)
             if sample is not None:
-                check_sample(sample)
                 return sample
         raise SampleError(self.data.name, "no image of this set has a usable label")
 
 
-@dataclasses.dataclass
-class Group:
-    """Sets that share a rate.
-
-    rate:         times each sample stands in an epoch; of the fraction, a random share of the samples of all sets
-    segmentation: their samples carry masks
-    redraw:       mode "published" draws the items of these slots with replacement
-    """
-
-    sets: list[TrainingSet]
-    rate: float
-    segmentation: bool
-    redraw: bool
-
-
-def group_size(rate: float, members: list[Records]) -> int:
-    """Slots of a group in an epoch."""
-    total = sum(records.per_pass for records in members)
-    return int(rate) * total + int((rate % 1) * total + 0.5)
-
-
 class Mixture:
-    """Training sets mixed by rates; `mixture[slot]` is a sample, `micro_batches` says which slots, in which order.
+    """Training sets mixed by rates; `build` makes the sample of a slot, `micro_batches` orders the slots of an epoch.
+
+    groups: sets of one kind (with masks or not, redrawn or not), and the times that each sample stands in an epoch; of
+            a fraction, a random share of the samples of all sets
 
     mode "published": an epoch is a shuffle of all slots; the last slot of every micro-batch goes to a random
-                      segmentation sample instead, drawn from the epoch's own segmentation slots
+                      segmentation sample instead, drawn from the epoch's own segmentation slots. The items of redrawn
+                      sets are drawn with replacement
     mode "exact":     each slot of the epoch once, arranged so that as many micro-batches as possible hold a
                       segmentation sample
     Neither constrains anything at batch size 1 or without segmentation sets.
@@ -111,22 +89,18 @@ class Mixture:
 
     def __init__(
         self,
-        groups: list[Group],
+        groups: Sequence[tuple[Sequence[TrainingSet], float]],
         *,
         batch_size: int,
         seed: int,
         mode: str = "published",
         excluded: np.ndarray | None = None,
     ):
-        if mode not in MODES:
-            raise UserError(f"--mixture is {mode!r}; known: {', '.join(MODES)}")
-        if batch_size < 1:
-            raise UserError(f"--batch_size is {batch_size}; expected at least 1")
-        if seed < 0:
-            raise UserError(f"--seed is {seed}; expected 0 or more")
-        self.groups = [(group, [Records(data, excluded) for data in group.sets]) for group in groups]
-        self.sets = [records for _, members in self.groups for records in members]
-        self.segmentation = [group.segmentation for group in groups for _ in group.sets]
+        for flag, value, least in ("--batch_size", batch_size, 1), ("--seed", seed, 0):
+            if value < least:
+                raise UserError(f"{flag} is {value}; expected at least {least}")
+        self.groups = [([Records(data, excluded) for data in sets], rate) for sets, rate in groups]
+        self.sets = [records for members, _ in self.groups for records in members]
         self.batch_size, self.seed, self.mode = batch_size, seed, mode
         self._logged: set[str] = set()
         if not self.epoch_size:
@@ -138,7 +112,8 @@ class Mixture:
     @property
     def epoch_size(self) -> int:
         """Slots (samples) in an epoch, the same in every epoch."""
-        return sum(group_size(group.rate, members) for group, members in self.groups)
+        totals = [(sum(records.per_pass for records in members), rate) for members, rate in self.groups]
+        return sum(int(rate) * total + _share(total, rate) for total, rate in totals)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -147,44 +122,37 @@ class Mixture:
         names = [f"{name} #{names[:k].count(name)}" if name in names[:k] else name for k, name in enumerate(names)]
         return {name: records.per_pass for name, records in zip(names, self.sets, strict=True)}
 
-    # ------------------------------------------------------------------------------------------ plan
-    def _rng(self, epoch: int, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, epoch, stream])
-
-    def _pass(self, number: int, epoch: int, repetition: int) -> np.ndarray:
-        """Items of the capped set `number`, int64 (cap,), that one of the passes of an epoch takes."""
-        records = self.sets[number]
-        rng = np.random.default_rng([self.seed, epoch, SUBSET, number, repetition, 0])
-        return np.sort(rng.choice(len(records), records.per_pass, replace=False))
+    def _rng(self, *numbers: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *numbers])
 
     def _slots(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Slots of an epoch in the order of the sets, int64 (n,), and whether each is a segmentation sample."""
         slots, segmentation, first = [], [], 0
         share, redraw = self._rng(epoch, SHARE), self._rng(epoch, REDRAW)
-        for group, members in self.groups:
+        for members, rate in self.groups:
             sizes = [records.per_pass for records in members]
-            total, whole = sum(sizes), int(group.rate)
-            part = np.sort(share.choice(max(total, 1), group_size(group.rate, members) - whole * total, replace=False))
+            total, whole = sum(sizes), int(rate)
+            part = np.sort(share.choice(max(total, 1), _share(total, rate), replace=False))
             flat = np.concatenate([np.tile(np.arange(total), whole), part]).astype(np.int64)
-            repetitions = np.repeat(np.arange(whole + 1), [total] * whole + [len(part)])
-            draws = repetitions
-            if group.redraw and self.mode == "published" and total:
+            draws = repetitions = np.repeat(np.arange(whole + 1), [total] * whole + [len(part)])
+            if members[0].data.redrawn and self.mode == "published" and total:
                 flat, draws = redraw.integers(total, size=len(flat)), np.arange(len(flat))
             starts = np.cumsum([0, *sizes])
             sets = np.searchsorted(starts, flat, side="right") - 1
             items = flat - starts[sets]
             for k, records in enumerate(members):
-                if sizes[k] < len(records):
-                    for repetition in range(whole + 1):
-                        chosen = (sets == k) & (repetitions == repetition)
-                        items[chosen] = self._pass(first + k, epoch, repetition)[items[chosen]]
+                for repetition in range(whole + 1) if sizes[k] < len(records) else ():  # a pass over a capped set
+                    rng = self._rng(epoch, SUBSET, first + k, repetition, 0)
+                    taken = np.sort(rng.choice(len(records), sizes[k], replace=False))
+                    chosen = (sets == k) & (repetitions == repetition)
+                    items[chosen] = taken[items[chosen]]
             slots.append(pack(np.int64(epoch), first + sets, items, draws))
-            segmentation.append(np.full(len(flat), group.segmentation))
+            segmentation.append(np.full(len(flat), members[0].data.segmentation))
             first += len(sizes)
         return np.concatenate(slots), np.concatenate(segmentation)
 
     def micro_batches(self, epoch: int, *, rank: int, world_size: int) -> list[np.ndarray]:
-        """The rank's micro-batches of an epoch, each an int64 array of 1 to `batch_size` slots for `mixture[slot]`.
+        """The rank's micro-batches of an epoch, each an int64 array of 1 to `batch_size` slots for `build`.
 
         Every rank gets ceil(n / (batch_size * world_size)) of them; the n slots are split evenly, and micro-batch j
         of all goes to rank j % world_size. With batch size 1 and n no multiple of world_size, the first slots of the
@@ -197,55 +165,44 @@ class Mixture:
         count = -(-n // (self.batch_size * world_size)) * world_size
         slots, segmentation = self._slots(epoch)
         order = self._rng(epoch, SHUFFLE).permutation(n)
-        if n < count:  # only with batch size 1
-            order = np.concatenate([order, order[: count - n]])
-        sizes = np.full(count, len(order) // count)
-        sizes[: len(order) % count] += 1
-        stops = np.cumsum(sizes)
-        if self.batch_size > 1 and segmentation.any():
-            if self.mode == "published":
-                chosen = slots[segmentation]
-                chosen = chosen[self._rng(epoch, REPLACE).integers(len(chosen), size=count)]
-                # A draw number of its own: another choice of sentences than at the item's regular slot.
-                chosen = (chosen >> DRAW_BITS << DRAW_BITS) | (n + np.arange(count))
-                slots = slots[order]
-                slots[stops - 1] = chosen
-            else:
-                slots = slots[self._spread(order, segmentation, stops, epoch)]
-        else:
-            slots = slots[order]
-        return [slots[stops[j] - sizes[j] : stops[j]] for j in range(rank, count, world_size)]
+        order = np.concatenate([order, order[: max(0, count - n)]])  # more only with batch size 1
+        sizes = len(order) // count + (np.arange(count) < len(order) % count)
+        lasts, replace = np.cumsum(sizes) - 1, self._rng(epoch, REPLACE)
+        constrained = self.batch_size > 1 and segmentation.any()
+        if constrained and self.mode == "exact":
+            # As many micro-batches as there are segmentation samples get one, at their end.
+            spread, own = np.empty_like(order), order[segmentation[order]][:count]
+            ends = replace.permutation(lasts)[: len(own)]
+            spread[ends] = own
+            spread[~np.isin(np.arange(len(order)), ends)] = order[~np.isin(order, own)]
+            order = spread
+        planned = slots[order]
+        if constrained and self.mode == "published":
+            chosen = slots[segmentation]
+            chosen = chosen[replace.integers(len(chosen), size=count)]
+            # A draw number of its own: another choice of sentences than at the item's regular slot.
+            planned[lasts] = (chosen >> DRAW_BITS << DRAW_BITS) | (n + np.arange(count))
+        return np.split(planned, lasts[:-1] + 1)[rank::world_size]
 
-    def _spread(self, order: np.ndarray, segmentation: np.ndarray, stops: np.ndarray, epoch: int) -> np.ndarray:
-        """`order` with a segmentation slot at the end of as many micro-batches as there are such slots."""
-        first = order[segmentation[order]][: len(stops)]
-        ends = self._rng(epoch, REPLACE).permutation(stops - 1)[: len(first)]
-        rest = np.ones(len(order), bool)
-        rest[ends] = False
-        spread = np.empty_like(order)
-        spread[ends] = first
-        spread[rest] = order[~np.isin(order, first)]
-        return spread
-
-    # ------------------------------------------------------------------------------------------ samples
     def __getitem__(self, slot: int) -> Sample:
-        """The sample of a slot (see `build`)."""
         return self.build(slot, lambda sample: sample)
 
     def build(self, slot: int, transform: Callable[[Sample], Any]) -> Any:
         """What `transform` makes of the sample of a slot.
 
         A broken one (SampleError from its set or from `transform`) is logged once by its id, and others, drawn from
-        (seed, slot, attempt), are tried instead: first of the same set, then of all sets of its kind. What replaced
-        it lists it in `Sample.replaced`. Raises AllBroken after ATTEMPTS broken ones.
+        (seed, slot, attempt), are tried instead: first of the same set, then of all sets of its kind, with or without
+        masks. What replaced it lists it in `Sample.replaced`. Raises AllBroken after ATTEMPTS broken ones.
         """
         epoch, number, item, draw = unpack(slot)
-        rng = np.random.default_rng([self.seed, epoch, number, item, draw])
+        rng = self._rng(epoch, number, item, draw)
+        kind = self.sets[number].data.segmentation
         replaced: tuple[tuple[str, str], ...] = ()
         for attempt in range(ATTEMPTS + 1):
             if attempt:
-                rng = np.random.default_rng([self.seed, int(slot), attempt, ATTEMPTS])
-                kin = self._kin(number) if attempt > SAME_SET_ATTEMPTS else [number]
+                rng = self._rng(int(slot), attempt, ATTEMPTS)
+                kin = [k for k, own in enumerate(self.sets) if own and own.data.segmentation == kind]
+                kin = kin if attempt > SAME_SET_ATTEMPTS else [number]
                 number = kin[int(rng.integers(len(kin)))]
                 item = int(rng.integers(len(self.sets[number])))
             try:
@@ -259,6 +216,7 @@ class Mixture:
         causes = "\n".join(f"{id}: {cause}" for id, cause in replaced)
         raise AllBroken(f"{len(replaced)} samples tried for one slot are all broken:\n{causes}")
 
-    def _kin(self, number: int) -> Sequence[int]:
-        """Sets of the same kind, with or without masks, that are not empty."""
-        return [k for k, kind in enumerate(self.segmentation) if kind == self.segmentation[number] and self.sets[k]]
+
+def _share(total: int, rate: float) -> int:
+    """Samples that the fraction of a rate takes of `total`."""
+    return int((rate % 1) * total + 0.5)

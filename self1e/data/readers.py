@@ -1,7 +1,7 @@
 """Readers of the annotation formats; each turns one kind of file into tables (see `tables`).
 
 A reader checks what it takes over: names are strings, ids are integers. A file that holds anything else is refused by
-one UserError that names it and the location in it.
+one UserError that names the location in it; `open_tables` adds the file.
 """
 
 import codecs
@@ -9,7 +9,8 @@ import json
 import pickle
 import reprlib
 from array import array
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from self1e.data.paths import DATASETS
 from self1e.data.samples import image_key
 from self1e.data.tables import Writer
 from self1e.errors import UserError
-from self1e.files import check_fetched
 
 
 def stream_json(path: Path, name: str = "") -> Iterator[tuple[str, Any]]:
     """(location, value) of each value of a JSON file's top-level array, or of the array `name` in its object.
 
-    A location is "images[3]", or "record 3 counted from 0". Raises UserError naming the file when it is no UTF-8 JSON.
+    A location is "images[3]", or "record 3 counted from 0". Raises UserError when the file is no UTF-8 JSON.
     """
     try:
         with open(path, "rb") as file:
@@ -37,12 +37,11 @@ def stream_json(path: Path, name: str = "") -> Iterator[tuple[str, Any]]:
             for number, value in enumerate(values):
                 yield f"{name}[{number}]" if name else f"record {number} counted from 0", value
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        check_fetched(path)
-        raise UserError(f"{path} is not a complete UTF-8 JSON file ({error})") from error
+        raise UserError(f"no complete UTF-8 JSON file ({error})") from error
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """("line 3", value) of each line of a JSONL file that is not blank. Raises UserError naming file and line."""
+    """("line 3", value) of each line of a JSONL file that is not blank. Raises UserError naming the line."""
     number = 0
     try:
         with open(path, encoding="utf-8-sig") as lines:
@@ -50,8 +49,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"line {number}", json.loads(line)
     except ValueError as error:  # no JSON, or no UTF-8
-        check_fetched(path)
-        raise UserError(f"{path}, line {number}: no UTF-8 JSONL ({error})") from error
+        raise UserError(f"line {number}: no UTF-8 JSONL ({error})") from error
 
 
 def fields(record: Any, location: str, **kinds: type | tuple[type, ...]) -> list[Any]:
@@ -71,68 +69,48 @@ def fields(record: Any, location: str, **kinds: type | tuple[type, ...]) -> list
     return [record[name] for name in kinds]
 
 
-class Tally:
-    """How often each kind of problem was met, and where first."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, tuple[int, str]] = {}
-
-    def add(self, kind: str | None, location: str) -> None:
-        if kind is not None:
-            count, first = self.found.get(kind, (0, location))
-            self.found[kind] = count + 1, first
-
-    def lines(self) -> list[str]:
-        """One line per kind."""
-        return [f"{count:,} x {kind} (first: {first})" for kind, (count, first) in self.found.items()]
+def counted(problems: dict[str, list]) -> list[str]:
+    """One line for each kind of problem, from the places where it was met."""
+    return [f"{len(places):,} x {kind} (first: {places[0]})" for kind, places in problems.items() if places]
 
 
 def read_coco(path: Path, out: Writer) -> None:
     """COCO-style annotations (instances.json, PACO, PASCAL-Part).
 
-    Tables `images` [file_name, height, width] and `annotations` {id, category_id, segmentation}, in file order; array
-    `image_keys`, parallel to `images`; sorted ids with their numbers: `image_ids`, `image_order`; `annotation_ids`,
-    `annotation_order`; `owner_ids`, `owner_order` (image of each annotation); meta `categories` [[id, name], ...] and
-    `problems`, what contradicts itself in the file.
+    Tables `images` [file_name, height, width] and `annotations` {id, category_id, segmentation}; arrays `image_ids`
+    and `image_keys`, `annotation_ids` and `owner_ids` (image of each annotation); meta `categories` [[id, name], ...]
+    and `problems`, what contradicts itself in the file.
     """
-    keys, sizes, categories, tally = array("q"), {}, [], Tally()
-    ids: dict[str, array[int]] = {what: array("q") for what in ("image", "annotation", "owner")}
-    out.declare("images", "annotations")
+    image_ids, keys, annotation_ids, owners = (array("q") for _ in range(4))
+    sizes, categories = {}, []
+    problems: dict[str, list] = defaultdict(list)
     for location, image in stream_json(path, "images"):
-        id, *entry = fields(image, f"{path}, {location}", id=int, file_name=str, height=int, width=int)
+        id, *entry = fields(image, location, id=int, file_name=str, height=int, width=int)
         out.add("images", entry)
-        ids["image"].append(id)
+        image_ids.append(id)
         keys.append(image_key(entry[0]))
-        tally.add("image id that occurs twice" if id in sizes else None, str(id))
         sizes[id] = entry[1:]
     for location, annotation in stream_json(path, "annotations"):
-        location = f"{path}, {location}"
         id, owner, category = fields(annotation, location, id=int, image_id=int, category_id=int)
         (segmentation,) = fields(annotation, location, segmentation=(list, dict))
         out.add("annotations", {"id": id, "category_id": category, "segmentation": segmentation})
-        ids["annotation"].append(id)
-        ids["owner"].append(owner)
-        if owner in sizes:
-            tally.add(contradiction(annotation, *sizes[owner]), f"annotation {id}")
-        else:
-            tally.add("annotation of an image that is not among the images", f"annotation {id}")
+        annotation_ids.append(id)
+        owners.append(owner)
+        if owner not in sizes:
+            problems["annotation of an image that is not among the images"].append(f"annotation {id}")
+        elif problem := contradiction(annotation, *sizes[owner]):
+            problems[problem].append(f"annotation {id}")
     for location, category in stream_json(path, "categories"):
-        categories.append(fields(category, f"{path}, {location}", id=int, name=str))
-    if not ids["image"] or not ids["annotation"]:
-        raise UserError(f"{path} has no images or no annotations; is this the right file? See {DATASETS}")
+        categories.append(fields(category, location, id=int, name=str))
+    if not image_ids or not annotation_ids:
+        raise UserError(f"it has no images or no annotations; is this the right file? See {DATASETS}")
+    for what, ids in ("image", image_ids), ("annotation", annotation_ids):
+        found, times = np.unique(ids, return_counts=True)
+        problems[f"{what} id that occurs twice"] += found[times > 1].tolist()
+        out.array(f"{what}_ids", ids)
     out.array("image_keys", keys)
-    for what, numbers in ids.items():
-        found = np.frombuffer(numbers, np.int64)
-        order = np.argsort(found, kind="stable")
-        out.array(f"{what}_order", order)
-        out.array(f"{what}_ids", found[order])
-        if what == "annotation":
-            for id in found[order][1:][np.diff(found[order]) == 0]:
-                tally.add("annotation id that occurs twice", str(id))
-    out.meta["categories"], out.meta["problems"] = categories, tally.lines()
-
-
-# ------------------------------------------------------------------------------------------------ expressions
+    out.array("owner_ids", owners)
+    out.meta["categories"], out.meta["problems"] = categories, counted(problems)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -143,16 +121,12 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """A pickle of plain values, without running code; `str` of Python 2 comes back as bytes (see `_text`).
-
-    Raises UserError naming the file when it is corrupt or asks for anything else.
-    """
-    check_fetched(path)
+    """A pickle of plain values, without running code; `str` of Python 2 comes back as bytes. Raises UserError."""
     try:
         with open(path, "rb") as file:
             return PlainUnpickler(file, encoding="bytes").load()
     except Exception as error:  # a corrupt pickle may raise almost anything, says the module's documentation
-        raise UserError(f"{path} is no pickle of plain values ({error}); download it again") from error
+        raise UserError(f"no pickle of plain values ({error}); download it again") from error
 
 
 def _text(value: str | bytes) -> str:
@@ -177,13 +151,11 @@ def read_refs(path: Path, out: Writer) -> None:
     `splits` [[split string, first group, last + 1], ...]. Sentences of R-RefCOCO that are marked as meaning nothing
     (`exist` is false) are a reference of their own, without annotations; Ref-ZOM has its sentences under `raw`.
     """
-    records: Any = stream_json(path)
+    records: Iterable[tuple[str, Any]] = stream_json(path)
     if path.suffix != ".json":
         records = ((f"record {number} counted from 0", ref) for number, ref in enumerate(load_plain_pickle(path)))
-    groups: dict[tuple[str, int], list] = {}
-    out.declare("groups")
+    groups: dict[tuple[str, int], list] = defaultdict(list)
     for location, ref in records:
-        location = f"{path}, {location}"
         ref_id, image_id, split = fields(ref := _texts(ref), location, ref_id=int, image_id=int, split=(str, bytes))
         ids, found = fields(ref, location, ann_id=(int, list, tuple), sentences=(list, tuple))
         sentences: dict[bool, list] = {True: [], False: []}  # by whether something in the photo is meant
@@ -191,46 +163,40 @@ def read_refs(path: Path, out: Writer) -> None:
             sentence = {"sent": sentence.get("raw"), "sent_id": k, "exist": True} | sentence
             sent_id, text, meant = fields(sentence, location, sent_id=int, sent=(str, bytes), exist=bool)
             sentences[meant].append([sent_id, _text(text)])
-        group = groups.setdefault((_text(split), image_id), [])
+        group = groups[_text(split), image_id]
         if sentences[True] or not sentences[False]:
             group.append([ref_id, [ids] if isinstance(ids, int) else list(ids), sentences[True]])
         if sentences[False]:
             group.append([ref_id, [], sentences[False]])
     if not groups:
-        raise UserError(f"{path} holds no list of references; is this the right file? See {DATASETS}")
+        raise UserError(f"it holds no list of references; is this the right file? See {DATASETS}")
     splits: dict[str, list[int]] = {}
-    for number, key in enumerate(sorted(groups)):
-        out.add("groups", [key[1], groups[key]])
-        splits.setdefault(key[0], [number, number])[1] = number + 1
+    for number, (split, image) in enumerate(sorted(groups)):
+        out.add("groups", [image, groups[split, image]])
+        splits.setdefault(split, [number, number])[1] = number + 1
     out.array("group_images", [image for _, image in sorted(groups)])
     out.meta["splits"] = [[split, *numbers] for split, numbers in splits.items()]
-
-
-# -------------------------------------------------------------------------------------------------- questions
 
 
 def read_instructions(path: Path, out: Writer) -> None:
     """LLaVA conversations: table `items` [id, image, [[from, value], ...]], array `image_keys`."""
     keys = array("q")
-    out.declare("items")
     for location, value in stream_json(path):
-        location = f"{path}, {location}"
         id, image, turns = fields(value, location, id=(str, int), image=str, conversations=list)
         out.add("items", [id, image, [fields(turn, location, **{"from": str, "value": str}) for turn in turns]])
         keys.append(image_key(image))
     if not keys:
-        raise UserError(f"{path} holds no list of conversations; is this the right file? See {DATASETS}")
+        raise UserError(f"it holds no list of conversations; is this the right file? See {DATASETS}")
     out.array("image_keys", keys)
 
 
 def read_questions(path: Path, out: Writer) -> None:
     """Question lines (.jsonl): table `items` [image, question, answer or null], array `image_keys`."""
     keys = array("q")
-    out.declare("items")
     for location, value in json_lines(path):
-        image, question = fields(value, f"{path}, {location}", image=str, question=str)
+        image, question = fields(value, location, image=str, question=str)
         if isinstance(answer := value.get("answer"), (list, dict)):
-            raise UserError(f"{path}, {location}: answer is {reprlib.repr(answer)}")
+            raise UserError(f"{location}: answer is {reprlib.repr(answer)}")
         out.add("items", [image, question, None if answer is None else str(answer)])
         keys.append(image_key(image))
     out.array("image_keys", keys)

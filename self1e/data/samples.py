@@ -1,13 +1,14 @@
 """What a data set yields, and the two interfaces of this package.
 
-A `TrainingSet` holds numbered samples, an `EvalSplit` is a sequence of `EvalImage`, each one photo with its sentences
-and masks. Everything downstream (mixture, processor, evaluation) knows only these.
+A `TrainingSet` gives numbered samples, an `EvalSplit` photos with their sentences and masks. Everything downstream
+(mixture, processor, evaluation) knows only these.
 """
 
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -15,7 +16,6 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import Image
 
-from self1e.data.paths import inside
 from self1e.errors import UserError
 from self1e.model.photos import read_picture
 from self1e.model.prompts import IMAGE_TAG, SEG, evaluation_prompt, reserved_in
@@ -33,6 +33,17 @@ class SampleError(UserError):
 
     def __str__(self) -> str:
         return f"{self.id}: {self.cause}"
+
+
+@contextmanager
+def naming(id: str) -> Iterator[None]:
+    """What is wrong with a user's files becomes a SampleError under `id`."""
+    try:
+        yield
+    except SampleError:
+        raise
+    except UserError as error:
+        raise SampleError(id, str(error)) from error
 
 
 @dataclass
@@ -53,42 +64,10 @@ class Sample:
     replaced: tuple[tuple[str, str], ...] = ()
 
 
-# --------------------------------------------------------------------------------------------------------- photos
-
-
-def load_oriented(path: Path | str | BinaryIO, id: str | None = None) -> tuple[Image.Image, int]:
-    """The photo in RGB, EXIF orientation applied, and the orientation tag it had (1 to 8, 1 = stored upright).
-
-    Raises SampleError, under `id` or the path, when the file is missing, truncated or no image.
-    """
-    try:
-        return read_picture(path)
-    except OSError as error:
-        raise SampleError(id or str(path), f"cannot read {path}: {error.strerror or error}") from error
-
-
-def load_image(path: Path | str | BinaryIO, id: str | None = None) -> Image.Image:
-    """The photo in RGB, EXIF orientation applied. Raises SampleError (see `load_oriented`)."""
-    return load_oriented(path, id)[0]
-
-
-@dataclass(frozen=True)
-class PhotoFolder:
-    """The photos that annotation files name relative to one folder; see `paths.inside` for names that leave it."""
-
-    folder: Path
-    allow_outside: bool = False
-
-    def load(self, name: str, id: str) -> tuple[Image.Image, int]:
-        """A photo and its orientation tag, as `load_oriented`. Raises SampleError under `id`."""
-        return load_oriented(self.path(name, id), id)
-
-    def path(self, name: str, id: str) -> Path:
-        """Where a photo is. Raises SampleError under `id` for a name that leads out of the folder."""
-        try:
-            return inside(self.folder, name, allow_outside=self.allow_outside)
-        except UserError as error:
-            raise SampleError(id, str(error)) from error
+def load_image(source: Path | str | BinaryIO, id: str | None = None) -> Image.Image:
+    """The photo in RGB, EXIF orientation applied. Raises SampleError under `id` or the path."""
+    with naming(id or str(source)):
+        return read_picture(source)[0]
 
 
 def image_key(name: str) -> int:
@@ -100,15 +79,12 @@ def image_key(name: str) -> int:
     coco = COCO_NAME.fullmatch(name.rsplit("/", 1)[-1])
     if coco:
         return int(coco[1])
-    return -1 - int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+    return -1 - int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=7).digest(), "big")
 
 
 def image_keys(names: Iterable[str]) -> np.ndarray:
     """`image_key` of each name, int64 (n,)."""
-    return np.fromiter((image_key(name) for name in names), np.int64)
-
-
-# ---------------------------------------------------------------------------------------------------------- texts
+    return np.fromiter(map(image_key, names), np.int64)
 
 
 def check_texts(id: str, texts: Iterable[str]) -> None:
@@ -120,54 +96,44 @@ def check_texts(id: str, texts: Iterable[str]) -> None:
             raise SampleError(id, f"{text!r:.200} is no Unicode text")
 
 
-def check_sample(sample: Sample) -> None:
-    """`check_texts` of a sample's conversations, without the image's tag and the [SEG] that templates put there."""
-    for turns, masks in zip(sample.conversations, sample.masks, strict=True):
-        left, texts = len(masks), [turns[0].removeprefix(f"{IMAGE_TAG}\n")]
-        for number, text in enumerate(turns[1:], 1):
-            if number % 2:
-                left, text = left - text.count(SEG), text.replace(SEG, "", left)
-            texts.append(text)
-        check_texts(sample.id, texts)
-
-
 def draw(items: Sequence[T], count: int, rng: np.random.Generator) -> list[T]:
     """At most `count` of the items, without repetition, in random order."""
     return [items[i] for i in rng.choice(len(items), min(count, len(items)), replace=False)]
 
 
-# ----------------------------------------------------------------------------------------------------- interfaces
+class PhotoSet(ABC):
+    """What training sets and evaluation splits share: numbered records about photos.
 
-
-class TrainingSet(ABC):
-    """Numbered training samples of one data set; a sub-class and its entry in `families.FAMILIES` are all it takes.
-
-    name:         how users and logs call it
-    cap:          samples that one pass over the set takes at most; each pass draws its own (see `mixture`)
-    segmentation: its samples carry masks
-    redrawn:      the mixture "published" draws its samples with replacement
-    problems:     what is wrong with the set's files as a whole; said when training starts, and by check-data
+    name:          as it is selected: "ade20k", "ReasonSeg|train_val", "refcoco|unc|val", "custom|own/t.csv"; `open`
+                   may give a shorter one for logs
+    conversations: of a training sample, at most
+    allow_outside: photos may lie outside the folders of the set (see `paths.inside`)
+    problems:      what is wrong with its files as a whole; said when training starts, and by check-data
     """
 
-    name: str
-    cap: int | None = None
-    segmentation = True
-    redrawn = False
     problems: Sequence[str] = ()
 
-    @abstractmethod
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, conversations: int, **options: Any):
-        """Open the set.
+    def __init__(
+        self,
+        name: str,
+        dataset_dir: Path | str,
+        data_dir: Path | str = "",
+        *,
+        conversations: int = 3,
+        allow_outside: bool = False,
+        **options: Any,
+    ):
+        self.name, self.conversations, self.allow_outside = name, conversations, allow_outside
+        self.open(*self.paths(name, Path(dataset_dir), Path(data_dir)), **options)
 
-        conversations: of a sample, at most
-        options:       `allow_outside`, photos may lie outside the folders of the set (see `paths.inside`), and what
-                       the set's family passes
-        """
-
-    @classmethod
+    @staticmethod
     @abstractmethod
-    def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        """Files and folders that must exist before training starts; the first is the set's own."""
+    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        """Files and folders that must exist before the set is opened; the first is the set's own."""
+
+    @abstractmethod
+    def open(self, *paths: Any, **options: Any) -> None:
+        """Open the set, of which `paths` are; options: what its family passes. Raises UserError."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -177,12 +143,39 @@ class TrainingSet(ABC):
     def image_keys(self) -> np.ndarray:
         """`image_key` of every record's photo, int64 (len,)."""
 
+    def id(self, index: int) -> str:
+        """How messages call a record."""
+        return f"{self.name}/{index}"
+
+
+class TrainingSet(PhotoSet):
+    """Numbered training samples; a sub-class and its entry in `families.FAMILIES` are all that a new set takes.
+
+    cap:          samples that one pass over the set takes at most; each pass draws its own (see `mixture`)
+    segmentation: its samples carry masks
+    rated:        the rate of its family multiplies it; otherwise it counts once
+    redrawn:      the mixture "published" draws its samples with replacement
+    """
+
+    cap: int | None = None
+    segmentation = rated = True
+    redrawn = False
+
     @abstractmethod
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
         """The sample of record `index` in [0, len), whose random choices come from `rng` alone.
 
-        None when it has no usable label: the next record serves in its place. Raises SampleError when it is broken.
+        None when it has no usable label: the next record serves in its place. Raises UserError when it is broken.
         """
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample | None:
+        """As `read`. Raises SampleError, also for control tokens in a text besides the [SEG] of the masks."""
+        with naming(self.id(index)):
+            sample = self.read(index, rng)
+        for turns, masks in zip(sample.conversations, sample.masks, strict=True) if sample else ():
+            asked = [turns[0].removeprefix(f"{IMAGE_TAG}\n"), *turns[2::2]]
+            check_texts(self.id(index), asked + [text.replace(SEG, "", len(masks)) for text in turns[1::2]])
+        return sample
 
 
 @dataclass(frozen=True)
@@ -213,38 +206,23 @@ class EvalImage:
         return [evaluation_prompt(s, long, self.lower) for s, long in zip(self.sentences, self.is_sentence)]
 
 
-class EvalSplit(ABC, Sequence[EvalImage]):
+class EvalSplit(PhotoSet, Sequence[EvalImage]):
     """The photos of an evaluation split in a fixed order; a sub-class is the `reader` of an entry of `splits.SPLITS`.
 
-    note:     what a reader of its figures must know besides the protocol
-    problems: what is wrong with its files as a whole; said by check-data
+    note: what a reader of its figures must know besides the protocol
     """
 
-    name: str
-    note: str = ""
-    problems: Sequence[str] = ()
+    note = ""
 
     @abstractmethod
-    def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
-        """Open the split; `allow_outside`: photos may lie outside its folders (see `paths.inside`)."""
+    def unit(self, index: int) -> EvalImage:
+        """One photo. Raises UserError when its annotation is broken."""
 
-    @staticmethod
-    @abstractmethod
-    def paths(name: str, dataset_dir: Path) -> list[Path]:
-        """Files and folders that must exist before the split is read."""
-
-    @abstractmethod
-    def image_keys(self) -> np.ndarray:
-        """`image_key` of every photo, int64 (len,)."""
-
-    @abstractmethod
-    def read(self, item: int) -> EvalImage:
-        """One photo. Raises SampleError when its annotation is broken."""
-
-    def __getitem__(self, item: int) -> EvalImage:  # type: ignore[override]  # a split is never sliced
-        """One photo. Raises SampleError when it is broken, which includes a text that holds a control token."""
-        if not 0 <= item < len(self):
-            raise IndexError(item)
-        photo = self.read(item)
-        check_texts(f"{self.name}/{photo.image_id}", (prompt.removeprefix(IMAGE_TAG) for prompt in photo.prompts))
+    def __getitem__(self, index: int) -> EvalImage:  # type: ignore[override]  # a split is never sliced
+        """As `unit`. Raises SampleError, also for control tokens in a text."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        with naming(self.id(index)):
+            photo = self.unit(index)
+            check_texts(self.id(index), (prompt.removeprefix(IMAGE_TAG) for prompt in photo.prompts))
         return photo

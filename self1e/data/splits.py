@@ -17,10 +17,10 @@ from pathlib import Path
 
 from self1e.data.paths import require_paths
 from self1e.data.samples import EvalSplit
-from self1e.data.sets.custom import CustomSplit
+from self1e.data.sets.custom import Custom
 from self1e.data.sets.parquet import ParquetSplit
-from self1e.data.sets.reasoning import ReasoningSplit
-from self1e.data.sets.referring import ReferringSplit
+from self1e.data.sets.reasoning import ReasonSeg
+from self1e.data.sets.referring import Referring
 from self1e.errors import check_known
 
 MODELS = ("2B", "SEG-2B", "8B", "SEG-8B")
@@ -46,12 +46,12 @@ class SplitEntry:
 
 def _referring(*ciou: float, protocol: str = "lisa", default: bool = True) -> SplitEntry:
     published = {model: (value,) for model, value in zip(MODELS, ciou)}
-    return SplitEntry(reader=ReferringSplit, protocol=protocol, published=published, default=default)
+    return SplitEntry(reader=Referring, protocol=protocol, published=published, default=default)
 
 
 def _reasoning(small: tuple[float, float], large: tuple[float, float]) -> SplitEntry:
     published = {"2B": small, "8B": large}
-    return SplitEntry(reader=ReasoningSplit, protocol="reasonseg", headline=("giou", "ciou"), published=published)
+    return SplitEntry(reader=ReasonSeg, protocol="reasonseg", headline=("giou", "ciou"), published=published)
 
 
 SPLITS: dict[str, SplitEntry] = {
@@ -77,7 +77,7 @@ SPLITS: dict[str, SplitEntry] = {
 }
 
 PREFIXES: dict[str, SplitEntry] = {
-    "custom|": SplitEntry(reader=CustomSplit, default=False),
+    "custom|": SplitEntry(reader=Custom, default=False),
     "parquet|": SplitEntry(reader=ParquetSplit, default=False),
 }
 
@@ -97,20 +97,18 @@ def split_paths(names: Iterable[str], dataset_dir: str | Path) -> list[tuple[str
     return [
         (name, path)
         for name, entry in get_splits(names).items()
-        for path in entry.reader.paths(name, Path(dataset_dir))
+        for path in entry.reader.paths(name, Path(dataset_dir), Path())
     ]
 
 
 def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = False) -> EvalSplit:
-    """The photos of an evaluation split, sorted.
+    """The photos of an evaluation split, sorted; allow_outside: they may lie outside its folders (see `paths.inside`).
 
-    allow_outside: photos may lie outside the folders of the split (see `paths.inside`)
-
-    Raises ValueError for an unknown name or faulty own data, and FileNotFoundError naming every missing path.
+    Raises UserError for an unknown name, for faulty own data, and one that names every missing path.
     """
     entry = get_splits([name])[name]
     require_paths(split_paths([name], dataset_dir))
-    return entry.reader(name, Path(dataset_dir), allow_outside=allow_outside)
+    return entry.reader(name, dataset_dir, allow_outside=allow_outside)
 
 
 def file_stem(split: str) -> str:

@@ -20,10 +20,10 @@ import numpy as np
 from filelock import FileLock
 
 from self1e.errors import UserError
-from self1e.files import replacing_folder
+from self1e.files import check_fetched, replacing_folder
 
 log = logging.getLogger(__name__)
-VERSION = 4  # of what the readers write
+VERSION = 5  # of what the readers write
 
 
 class Records(Sequence[Any]):
@@ -41,8 +41,7 @@ class Records(Sequence[Any]):
 
     @cached_property
     def _texts(self) -> np.ndarray:
-        path = f"{self.stem}.bin"
-        return np.memmap(path, mode="r") if os.path.getsize(path) else np.zeros(0, np.uint8)
+        return np.memmap(f"{self.stem}.bin", mode="r")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -54,14 +53,14 @@ class Records(Sequence[Any]):
 
 
 class Tables:
-    """What a reader made of one file: `records(name)`, `array(name)`, `meta`."""
+    """What a reader made of one file: `records(table)`, `array(name)`, `meta`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
-    def records(self, name: str) -> Records:
-        return Records(self.folder / name)
+    def records(self, table: str) -> Sequence[Any]:
+        return Records(self.folder / table) if (self.folder / f"{table}.bin").exists() else []
 
     def array(self, name: str) -> np.ndarray:
         """int64, memory-mapped."""
@@ -69,20 +68,20 @@ class Tables:
 
 
 class Writer:
-    """What a reader writes to: the tables it names at the start, integer arrays, and `meta`."""
+    """What a reader writes to: records of tables, integer arrays, and `meta`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.meta: dict[str, Any] = {}
         self._tables: dict[str, tuple[BinaryIO, array[int]]] = {}
 
-    def declare(self, *tables: str) -> None:
-        for table in tables:
+    def add(self, table: str, record: Any) -> int:
+        """Append a record and return its number."""
+        if table not in self._tables:
             self._tables[table] = open(self.folder / f"{table}.bin", "wb"), array("q", [0])
-
-    def add(self, table: str, record: Any) -> None:
         file, offsets = self._tables[table]
         offsets.append(offsets[-1] + file.write(json.dumps(record, separators=(",", ":")).encode()))
+        return len(offsets) - 2
 
     def array(self, name: str, values: Any) -> None:
         np.save(self.folder / f"{name}.npy", np.asarray(values, np.int64))
@@ -90,7 +89,7 @@ class Writer:
     def close(self) -> None:
         for name, (file, offsets) in self._tables.items():
             file.close()
-            np.save(self.folder / f"{name}.offsets.npy", np.frombuffer(offsets, np.int64))
+            self.array(f"{name}.offsets", offsets)
         (self.folder / "meta.json").write_text(json.dumps(self.meta), encoding="utf-8")
 
 
@@ -117,6 +116,9 @@ def open_tables(source: Path, read: Callable[[Path, Writer], None]) -> Tables:
                     writer = Writer(partial)
                     read(source, writer)
                     writer.close()
+    except UserError as error:
+        check_fetched(source)
+        raise UserError(f"{source}: {error}") from error
     except OSError as error:
         raise UserError(
             f"cannot write the tables of {source} to {cache} ({error}); "

@@ -11,8 +11,8 @@ from importlib.resources import files
 
 import numpy as np
 
-from self1e.data.samples import EvalSplit, TrainingSet
-from self1e.data.sets.referring import ReferringData
+from self1e.data.samples import PhotoSet
+from self1e.data.sets.referring import Referring
 
 
 @cache
@@ -21,16 +21,14 @@ def known_totals() -> dict[str, dict[str, int]]:
     return json.loads(files("self1e.data").joinpath("totals.json").read_text(encoding="utf-8"))
 
 
-def completeness(name: str, data: TrainingSet | EvalSplit) -> str:
+def completeness(name: str, data: PhotoSet) -> str:
     """ "complete", "partly: 1,499 of 1,500 images", "another version: ...", or "-" where no total is known."""
     known = known_totals().get(name)
     if not known:
         return "-"
-    if isinstance(own := getattr(data, "data", None), ReferringData):
-        counts = own.counts()
-    else:
-        images = len(np.unique(data.image_keys()))
-        counts = {"images": images, "questions": len(data), "conversations": len(data)}
+    counts = {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
+    if isinstance(data, Referring):
+        counts = data.counts()
     differing = {what: total for what, total in known.items() if counts[what] != total}
     if not differing:
         return "complete"

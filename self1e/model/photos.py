@@ -42,18 +42,16 @@ def _readable() -> tuple[str, ...]:
 
 
 def decode(source: Path | str | BinaryIO, read: Callable[[Image.Image], T]) -> T:
-    """What `read` makes of a picture file, whatever its name says. Raises OSError saying why it cannot be read."""
+    """What `read` makes of a picture file, whatever its name says. Raises UserError that names it and says why."""
     try:
         with Image.open(source, formats=_readable()) as picture:
             if max(picture.size) > MAX_SIDE:
-                raise OSError(f"it is {picture.width:,} x {picture.height:,} pixels; a side may have {MAX_SIDE:,}")
+                raise UserError(f"it is {picture.width:,} x {picture.height:,} pixels; a side may have {MAX_SIDE:,}")
             return read(picture)
-    except UnidentifiedImageError as error:
-        raise OSError(_what_it_is(source)) from error
-    except OSError:
-        raise
     except Exception as error:  # Pillow's decoders raise almost anything for a damaged file
-        raise OSError(str(error) or type(error).__name__) from error
+        cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        cause = _what_it_is(source) if isinstance(error, UnidentifiedImageError) else cause
+        raise UserError(f"cannot read {source}: {cause}") from error
 
 
 def _what_it_is(source: Path | str | BinaryIO) -> str:
@@ -70,7 +68,7 @@ def _what_it_is(source: Path | str | BinaryIO) -> str:
 
 
 def read_picture(source: Path | str | BinaryIO) -> tuple[Image.Image, int]:
-    """A photo in RGB, EXIF orientation applied, and the orientation (1 to 8) it had. Raises OSError saying why."""
+    """A photo in RGB, EXIF orientation applied, and the orientation (1 to 8) that it had. Raises UserError."""
 
     def read(picture: Image.Image) -> tuple[Image.Image, int]:
         before = orientation(picture) if picture.format == "TIFF" else 1  # loading turns it upright and forgets it
@@ -82,10 +80,7 @@ def read_picture(source: Path | str | BinaryIO) -> tuple[Image.Image, int]:
 def photo_of(given: Photo) -> Image.Image:
     """A photo in RGB and upright, from what a caller has. Raises UserError for what is none or cannot be read."""
     if isinstance(given, (str, Path)):
-        try:
-            return read_picture(given)[0]
-        except OSError as error:
-            raise UserError(f"cannot read {given}: {error.strerror or error}") from error
+        return read_picture(given)[0]
     if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim in (2, 3):
         given = Image.fromarray(given)
     if not isinstance(given, Image.Image):

@@ -202,8 +202,7 @@ def train(args: Namespace, stop: StopRequest) -> bool:
 def open_data(args: Namespace) -> tuple[Encode, Mixture, list[str]]:
     """What encodes samples, the training mixture and the names of the validation splits; all of them checked."""
     splits = [] if args.no_eval else args.splits
-    flags = {name: getattr(args, name) for name in DataConfig.flags()}
-    data = DataConfig.parse(dataset_dir=args.dataset_dir, data_dir=args.data_dir, **flags)
+    data = DataConfig.parse(**vars(args))
     require_paths(data.paths() + split_paths(splits, args.dataset_dir))
     processor = Self1EProcessor.from_pretrained(args.version)
     check_length(args, processor.tile_tokens)

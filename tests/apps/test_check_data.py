@@ -118,7 +118,7 @@ def test_faults_of_a_tree(tmp_path, run):
         "refcoco/7.jpg: a phrase is empty", "holds the reserved token <image>",
         f"{root / 'refer_seg/refclef/refs(unc).p'} is missing",
         "pascal_part/gone.jpg: cannot read", "unknown category 8",
-        "shapes[0] is a rectangle", "ReasonSeg/two.jpg: its JSON holds no text",
+        "shapes[0] is a rectangle", "ReasonSeg/two.jpg: it has no sentence",
         "vqav2/2: a phrase is empty", "vqav2/2: an answer is empty", "vqav2/3: cannot read",
         "okvqa_train.jsonl, line 1: it has no question",
     ):  # fmt: skip

@@ -18,7 +18,7 @@ from self1e.model import prompts
 
 
 def read(data, index=0, seed=0):
-    return data.read(index, np.random.default_rng(seed))
+    return data.sample(index, np.random.default_rng(seed))
 
 
 # ------------------------------------------------------------------------------------------ COCO style
@@ -222,9 +222,13 @@ def test_a_family_of_several_sources_mixed_by_rate(tmp_path):
     arguments["custom_data"] = "||".join(map(str, sources))
     mixture = build(dataset="vqa||custom", sample_rates="1,2.2", mode="exact", **arguments)
     assert mixture.sizes == {"vqav2": 4, "custom|train.csv": 3, "custom|train.csv #1": 2}
-    assert mixture.epoch_size == 4 + 11 and mixture.segmentation == [False, True, True]
+    assert mixture.epoch_size == 4 + 11 and [records.data.segmentation for records in mixture.sets] == [
+        False,
+        True,
+        True,
+    ]
     batches = mixture.micro_batches(0, rank=0, world_size=1)
-    assert all(any(mixture.segmentation[unpack(place)[1]] for place in batch) for batch in batches)
+    assert all(any(mixture.sets[unpack(place)[1]].data.segmentation for place in batch) for batch in batches)
     alone = build(dataset="custom", **arguments)
     places = [place for batch in alone.micro_batches(0, rank=0, world_size=1) for place in batch]
     assert {alone[place].id.rsplit("/", 1)[1] for place in places} <= {f"{k}.jpg" for k in range(3)}

@@ -7,7 +7,7 @@ from helpers import noise
 from streams import Numbers
 
 from self1e.data.loader import Encode, make_loader
-from self1e.data.mixture import Group, Mixture
+from self1e.data.mixture import Mixture
 from self1e.data.samples import Sample, SampleError
 from self1e.errors import UserError
 
@@ -27,7 +27,7 @@ def encode(tiny_processor):
 
 
 def mixture(size=12, broken=()):
-    return Mixture([Group([Photos("a", size, broken)], 1, True, redraw=False)], batch_size=2, seed=0, mode="exact")
+    return Mixture([([Photos("a", size, broken)], 1)], batch_size=2, seed=0, mode="exact")
 
 
 def read(*args, epoch=0, **options):

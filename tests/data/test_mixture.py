@@ -12,23 +12,24 @@ from trees import SQUARE, instances, label_map, photo, questions, reasoning_phot
 
 from self1e.data.families import FAMILIES, DataConfig
 from self1e.data.loader import build_mixture
-from self1e.data.mixture import Group, Mixture, pack, unpack
+from self1e.data.mixture import Mixture, pack, unpack
 from self1e.data.paths import missing
 from self1e.data.samples import SampleError
+from self1e.data.sets.vqa import QUESTIONS
 from self1e.data.splits import load_split, split_paths
 from self1e.errors import UserError
 
 
 def toy(mode="exact", batch_size=4, seg=30, text=50, rates=(1, 1), broken=(), seed=0, redraw=False):
     groups = [
-        Group([Numbers("seg", seg, broken), Numbers("seg2", 5)], rates[0], True, redraw),
-        Group([Numbers("text", text)], rates[1], False, redraw),
+        ([Numbers("seg", seg, broken, redrawn=redraw), Numbers("seg2", 5, redrawn=redraw)], rates[0]),
+        ([Numbers("text", text, segmentation=False, redrawn=redraw)], rates[1]),
     ]
     return Mixture(groups, batch_size=batch_size, seed=seed, mode=mode)
 
 
 def is_seg(mixture, place):
-    return mixture.segmentation[unpack(place)[1]]
+    return mixture.sets[unpack(place)[1]].data.segmentation
 
 
 def test_tokens_round_trip():
@@ -75,7 +76,7 @@ def test_no_constraint_at_batch_size_one_or_without_segmentation():
     mixture = toy("published", 1)
     places = np.concatenate(epoch_batches(mixture))
     assert len(set(ids(mixture, places))) == 85
-    mixture = Mixture([Group([Numbers("text", 9)], 1, False, False)], batch_size=4, seed=0)
+    mixture = Mixture([([Numbers("text", 9, segmentation=False)], 1)], batch_size=4, seed=0)
     assert sorted(ids(mixture, np.concatenate(epoch_batches(mixture)))) == [f"text/{k}" for k in range(9)]
 
 
@@ -147,16 +148,15 @@ def test_a_broken_kind_falls_back_to_its_own_kind_then_stops():
 
 
 def test_a_sample_without_a_usable_label_is_served_by_the_next():
-    mixture = Mixture([Group([Numbers("a", 5, empty=(1, 2, 4))], 1, True, False)], batch_size=1, seed=0)
+    mixture = Mixture([([Numbers("a", 5, empty=(1, 2, 4))], 1)], batch_size=1, seed=0)
     assert [mixture[pack(0, 0, item, 0)].id for item in range(5)] == ["a/0", "a/3", "a/3", "a/3", "a/0"]
-    empty = Mixture([Group([Numbers("a", 2, empty=(0, 1))], 1, True, False)], batch_size=1, seed=0)
+    empty = Mixture([([Numbers("a", 2, empty=(0, 1))], 1)], batch_size=1, seed=0)
     with pytest.raises(UserError, match="no image of this set has a usable label"):
         empty[pack(0, 0, 0, 0)]
 
 
 def test_excluded_photos_take_no_part():
-    group = Group([Numbers("a", 9), Numbers("b", 4)], 1, True, False)
-    mixture = Mixture([group], batch_size=2, seed=0, excluded=np.array([0, 3]))
+    mixture = Mixture([([Numbers("a", 9), Numbers("b", 4)], 1)], batch_size=2, seed=0, excluded=np.array([0, 3]))
     assert mixture.sizes == {"a": 7, "b": 2}
     places = np.concatenate(epoch_batches(mixture))
     assert {mixture[place].id for place in places} <= {f"a/{k}" for k in (1, 2, 4, 5, 6, 7, 8)} | {"b/1", "b/2"}
@@ -202,9 +202,8 @@ def tree(root):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
     conversations = [{"id": str(n), "image": f"{n:012d}.jpg", "conversations": turns} for n in (7, 8)]
     write_json(root / "llava_dataset/llava_instruct_150k.json", conversations)
-    for name, data in FAMILIES["vqa"].sets.items():
-        if name != "llava_instruct_150k":
-            questions(root / "data", data.file, 2, folder=f"{name}/photos")
+    for name, file in QUESTIONS.items():
+        questions(root / "data", file, 2, folder=f"{name}/photos")
     return root
 
 

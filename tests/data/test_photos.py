@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from self1e.data.samples import SampleError, image_key, load_image, load_oriented
+from self1e.data.samples import SampleError, image_key, load_image
 from self1e.errors import UserError
-from self1e.model.photos import as_rgb, orientation, photo_of
+from self1e.model.photos import as_rgb, orientation, photo_of, read_picture
 
 
 def grey(path, values, dtype):
@@ -56,7 +56,7 @@ def test_metadata_is_read_for_the_orientation_alone(tmp_path):
     exif[0x0112] = 6
     for name in "a.jpg", "a.png", "a.tif":
         Image.new("RGB", (5, 4)).save(tmp_path / name, exif=exif)
-        image, before = load_oriented(tmp_path / name)
+        image, before = read_picture(tmp_path / name)
         assert image.size == as_rgb(image).size == photo_of(Image.open(tmp_path / name)).size == (4, 5)
         assert before == 6 and not image.info
     Image.new("RGB", (5, 4)).save(tmp_path / "b.jpg", exif=b"Exif\0\0" + b"no TIFF header at all")

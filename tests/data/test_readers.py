@@ -59,20 +59,20 @@ def test_streaming_equals_the_standard_parser(tmp_path_factory, items, bom, esca
 def test_broken_json_names_the_file(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="x.json.*Git LFS" if "lfs" in text else "x.json"):
-        list(stream_json(tmp_path / "x.json"))
+        open_tables(tmp_path / "x.json", read_instructions)
 
 
 def test_coco_look_ups_do_not_depend_on_the_order_of_ids(tmp_path):
     annotations = [{"id": i, "image_id": owner, "segmentation": [SQUARE]} for i, owner in ((9, 7), (4, 5), (6, 7))]
     path = write_json(tmp_path / "instances.json", instances([(7, "b.jpg"), (5, "a.jpg")], annotations))
     coco = pickle.loads(pickle.dumps(CocoIndex(path)))  # as a worker process gets it
-    assert [coco.image(int(number))[0] for number in coco.image_numbers([5, 7])] == ["a.jpg", "b.jpg"]
+    assert [coco.image(int(number))[0] for number in coco.image_numbers(np.array([5, 7]))] == ["a.jpg", "b.jpg"]
     assert coco.image_ids.tolist() == [7, 5] and not coco.problems
     assert coco.annotation(6) == {"id": 6, "category_id": 1, "segmentation": [SQUARE]}
-    assert [coco.annotation_at(number)["id"] for number in coco.annotations_of(7)] == [9, 6]
+    assert [annotation["id"] for annotation in coco.annotations_of(7)] == [9, 6]
     assert not len(coco.annotations_of(8))
     with pytest.raises(UserError, match="image id 8"):
-        coco.image_numbers([5, 8])
+        coco.image_numbers(np.array([5, 8]))
     with pytest.raises(UserError, match="annotation id 5"):
         coco.annotation(5)
 
@@ -229,7 +229,7 @@ PICKLES = {
 def test_a_pickle_that_asks_for_more_than_plain_values_is_refused_and_runs_nothing(tmp_path, kind):
     path = tmp_path / "refs(unc).p"
     path.write_bytes(PICKLES[kind])
-    with pytest.raises(UserError, match=r"refs\(unc\)\.p"):
+    with pytest.raises(UserError, match="no pickle of plain values"):
         load_plain_pickle(path)
     assert not (tmp_path / "ran").exists()
 

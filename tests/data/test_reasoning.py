@@ -16,8 +16,8 @@ from self1e.errors import UserError
 AREA = 8 * 7
 
 
-def train(root, **arguments):
-    return ReasonSeg(root, root, **{"conversations": 3, **arguments})
+def train(root, splits="train", **arguments):
+    return ReasonSeg(f"ReasonSeg|{splits}", root, **arguments)
 
 
 def explain(root, **outputs):
@@ -28,7 +28,7 @@ def explain(root, **outputs):
 def test_phrases_are_lower_cased_and_sentences_kept_in_either_encoding(tmp_path):
     reasoning_photo(tmp_path, "train", "a", ["Une Soirée à Café"], encoding="cp1252")
     reasoning_photo(tmp_path, "train", "b", ["Whose Café?"], is_sentence=True)
-    (short,), (long,) = (train(tmp_path).read(i, np.random.default_rng(0)).conversations for i in (0, 1))
+    (short,), (long,) = (train(tmp_path).sample(i, np.random.default_rng(0)).conversations for i in (0, 1))
     assert "une soirée à café in this image" in short[0] or "the une soirée à café" in short[0]
     assert long[0].startswith("<image>\nWhose Café? Please ")
 
@@ -39,7 +39,7 @@ def test_training_masks_are_binary_one_a_sentence(tmp_path):
         {"label": "ignore", "points": [[2, 2], [3, 2], [3, 8], [2, 8]]},
     ]
     reasoning_photo(tmp_path, "train", "a", ["x", "y"], shapes=shapes)
-    sample = train(tmp_path).read(0, np.random.default_rng(0))
+    sample = train(tmp_path).sample(0, np.random.default_rng(0))
     assert sample.id == "ReasonSeg/a.jpg"
     assert [mask.shape for mask in sample.masks] == [(1, H, W)] * 2
     assert all(mask.max() == 1 and mask.sum() == AREA - 2 * 7 for mask in sample.masks)
@@ -68,8 +68,8 @@ def test_splits_join_and_photos_without_text_are_skipped(tmp_path):
     reasoning_photo(tmp_path, "train", "a", [])
     reasoning_photo(tmp_path, "val", "b", ["x"])
     data = train(tmp_path, splits="train_val")
-    assert len(data) == 2 and data.read(1, np.random.default_rng(0)).id == "ReasonSeg/b.jpg"
-    assert data.read(0, np.random.default_rng(0)) is None
+    assert len(data) == 2 and data.sample(1, np.random.default_rng(0)).id == "ReasonSeg/b.jpg"
+    assert data.sample(0, np.random.default_rng(0)) is None
     with pytest.raises(UserError, match="unknown ReasonSeg split 'dev'; known: train, val, test"):
         train(tmp_path, splits="train_dev")
 
@@ -77,7 +77,7 @@ def test_splits_join_and_photos_without_text_are_skipped(tmp_path):
 def kinds(data, draws):
     counts = Counter()
     for seed in range(draws):
-        sample = data.read(0, np.random.default_rng(seed))
+        sample = data.sample(0, np.random.default_rng(seed))
         (question, answer), mask = sample.conversations[0], sample.masks[0]
         assert len(mask) == answer.count("[SEG]") and mask.shape[1:] == (H, W)
         kind = "text" if answer == "because" else "both" if answer.endswith("[SEG]. because") else "mask"
@@ -104,8 +104,8 @@ def test_explanations(tmp_path):
 def test_broken_records_are_sample_errors(tmp_path, record):
     reasoning_photo(tmp_path, "train", "a", ["x"])
     (tmp_path / "reason_seg/ReasonSeg/train/a.json").write_text(record)
-    with pytest.raises(SampleError, match="ReasonSeg/a.jpg: .*a.json"):
-        train(tmp_path).read(0, np.random.default_rng(0))
+    with pytest.raises(SampleError, match="ReasonSeg/a.jpg: "):
+        train(tmp_path).sample(0, np.random.default_rng(0))
 
 
 @needs_shared
@@ -114,12 +114,12 @@ def test_counts_equal_the_published_loaders(explanatory):
     counts = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"]
     counts = counts[f"ReasonSegDataset|train|explanatory={explanatory}"]
     data = train(SHARED / "minidata" / "dataset", explanatory=float(explanatory))
-    explained = sum(photo.name in data.explanations for photo in data.data.photos)
+    explained = sum(photo.name in data.explanations for photo in data.photos)
     assert (len(data), explained) == (counts["samples"], counts["explained"])
     draws = Counter()
     for index in range(len(data)):
         for seed in range(12):
-            sample = data.read(index, np.random.default_rng(seed))
+            sample = data.sample(index, np.random.default_rng(seed))
             draws["with_mask" if sum(map(len, sample.masks)) else "text_only"] += 1
     assert sum(draws.values()) == sum(counts["draws"].values())
     if explanatory != "0.1":  # the share itself is random there

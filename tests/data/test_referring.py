@@ -10,6 +10,7 @@ from trees import SQUARE, H, W, photo, reference, referring_set
 from self1e.data.families import FAMILIES
 from self1e.data.samples import SampleError
 from self1e.data.splits import SPLITS, load_split
+from self1e.errors import UserError
 
 OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]
 AREA = 6 * 6
@@ -21,7 +22,7 @@ def annotation(id, image_id, *polygons):
 
 
 def train(root, name, conversations=3):
-    return FAMILIES["refer_seg"].sets[name](root, root, conversations=conversations)
+    return FAMILIES["refer_seg"].sets[name](name, root, conversations=conversations)
 
 
 def units(split):
@@ -36,7 +37,7 @@ def test_training_sample(tmp_path):
     ]
     referring_set(tmp_path, "refcoco", refs, [annotation(11, 7, SQUARE), annotation(12, 7)])
     data = train(tmp_path, "refcoco")
-    sample = data.read(0, np.random.default_rng(0))
+    sample = data.sample(0, np.random.default_rng(0))
     assert len(data) == 1 and sample.id == "refcoco/COCO_train2014_000000000007.jpg"
     assert [mask.shape for mask in sample.masks] == [(1, H, W)] * 3
     areas = {}
@@ -45,7 +46,7 @@ def test_training_sample(tmp_path):
         areas |= {phrase: mask.sum() for phrase in ("the left cat ", "rest") if f"{phrase.strip()} in" in question}
     assert areas == {"the left cat ": AREA, "rest": 0}  # stripped, lower-cased; empty = empty mask
     drawn = {
-        tuple(q for q, _ in train(tmp_path, "refcoco", 2).read(0, np.random.default_rng(s)).conversations)
+        tuple(q for q, _ in train(tmp_path, "refcoco", 2).sample(0, np.random.default_rng(s)).conversations)
         for s in range(8)
     }
     assert len(drawn) > 1 and all(len(set(rows)) == 2 for rows in drawn)
@@ -104,15 +105,17 @@ def test_broken_annotations_and_photos_are_sample_errors(tmp_path):
         reference(1, 7, 11, "train", "a"),
         reference(2, 8, 99, "train", "b"),
         reference(3, 9, 11, "train", "c"),
-        reference(4, 10, 11, "train", "d"),
     ]
     images = [(7, "a.jpg"), (8, "b.jpg"), (9, "c.jpg")]
     referring_set(tmp_path, "refcoco", refs, [annotation(11, 7, [1, 2, 3])], images)
     (tmp_path / "refer_seg/images/mscoco/images/train2014/c.jpg").write_bytes(b"\xff\xd8\xff")
     data = train(tmp_path, "refcoco")
-    for index, cause in enumerate(["annotation 11: malformed", "no annotation id 99", "c.jpg", "no image id 10"]):
+    for index, cause in enumerate(["annotation 11: malformed", "no annotation id 99", "c.jpg"]):
         with pytest.raises(SampleError, match=cause):
-            data.read(index, np.random.default_rng(0))
+            data.sample(index, np.random.default_rng(0))
+    referring_set(tmp_path, "refcoco", [*refs, reference(4, 10, 11, "train", "d")], [annotation(11, 7)], images)
+    with pytest.raises(UserError, match="no image id 10"):
+        train(tmp_path, "refcoco")
 
 
 @needs_shared
@@ -147,10 +150,10 @@ def test_units_and_masks_equal_the_published_loaders(name):
 def test_training_counts_equal_the_published_loaders(name):
     counts = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"][f"ReferSegDatasetSeq|{name}"]
     data = train(SHARED / "minidata" / "dataset", name)
-    expressions = [data.data.expressions(item) for item in range(len(data))]
+    expressions = [data.expressions(item) for item in range(len(data))]
     assert len(data) == counts["samples"]
     assert sum(map(len, expressions)) == counts["sentences"]
-    assert len({each.place.split("/")[0] for image in expressions for each in image}) == counts["refs"]
+    assert len({each.place.split("/")[1] for image in expressions for each in image}) == counts["refs"]
 
 
 def test_sentences_that_mean_nothing_are_empty_masks(tmp_path):

@@ -3,7 +3,6 @@
 import importlib.util
 import sys
 
-import numpy as np
 import pytest
 from trees import label_map, photo
 
@@ -27,29 +26,25 @@ from self1e.model import prompts
 class Toys(LabelMapSet):
     """A semantic set: two folders and two names."""
 
-    name = "toys"
+    @staticmethod
+    def paths(name, dataset_dir, data_dir):
+        return [dataset_dir / "toys/labels", dataset_dir / "toys/photos"]
 
-    @classmethod
-    def paths(cls, dataset_dir, data_dir):
-        return [Path(dataset_dir) / "toys/labels", Path(dataset_dir) / "toys/photos"]
-
-    def read_names(self, dataset_dir):
+    def read_names(self):
         return ["Bear", "Ball"]
 
 
-class Frames(TrainingSet):
-    """A set of another kind: its questions name no class, its masks are the left half."""
+class Frames(TrainingSet, EvalSplit):
+    """A set of another kind, also evaluated: its questions name no class, its masks are the left half."""
 
-    name = "frames"
     redrawn = True
 
-    def __init__(self, dataset_dir, data_dir, *, conversations, **options):
-        (folder,) = self.paths(dataset_dir, data_dir)
-        self.photos = sorted(folder.glob("*.jpg"))
+    @staticmethod
+    def paths(name, dataset_dir, data_dir):
+        return [dataset_dir / "frames"]
 
-    @classmethod
-    def paths(cls, dataset_dir, data_dir):
-        return [Path(dataset_dir) / "frames"]
+    def open(self, folder):
+        self.photos = sorted(folder.glob("*.jpg"))
 
     def __len__(self):
         return len(self.photos)
@@ -57,32 +52,20 @@ class Frames(TrainingSet):
     def image_keys(self):
         return image_keys(photo.name for photo in self.photos)
 
-    def read(self, item, rng):
-        image = load_image(self.photos[item])
+    def load(self, index):
+        image = load_image(self.photos[index])
         mask = np.zeros((1, image.height, image.width), np.uint8)
         mask[:, :, : image.width // 2] = 1
+        return image, mask
+
+    def read(self, index, rng):
+        image, mask = self.load(index)
         question = prompts.question("left half", rng, is_sentence=False)
-        return Sample(f"frames/{self.photos[item].name}", image, [[question, prompts.answer(rng)]], [mask])
+        return Sample(self.id(index), image, [[question, prompts.answer(rng)]], [mask])
 
-
-class FrameSplit(EvalSplit):
-    def __init__(self, name, dataset_dir, *, allow_outside=False):
-        self.name, self.data = name, Frames(dataset_dir, dataset_dir, conversations=1)
-
-    @staticmethod
-    def paths(name, dataset_dir):
-        return Frames.paths(dataset_dir, dataset_dir)
-
-    def __len__(self):
-        return len(self.data)
-
-    def image_keys(self):
-        return self.data.image_keys()
-
-    def read(self, item):
-        sample = self.data.read(item, np.random.default_rng(0))
-        name = self.data.photos[item].name
-        return EvalImage(name, ["left half"], [False], [name], [False], True, lambda: (sample.image, sample.masks[0]))
+    def unit(self, index):
+        name = self.photos[index].name
+        return EvalImage(name, ["left half"], [False], [name], [False], True, lambda: self.load(index))
 '''
 
 
@@ -96,7 +79,7 @@ def extension(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setitem(FAMILIES["sem_seg"].sets, "toys", module.Toys)
     monkeypatch.setitem(FAMILIES, "video_seg", Family({"frames": module.Frames}, "frames", "sets of video frames"))
-    monkeypatch.setitem(SPLITS, "frames|val", SplitEntry(reader=module.FrameSplit, default=False))
+    monkeypatch.setitem(SPLITS, "frames|val", SplitEntry(reader=module.Frames, default=False))
     return module
 
 
@@ -123,9 +106,8 @@ def test_a_new_family_has_its_flag(extension):
     needed = ["--version", "v", "--exp_name", "e"]
     assert parse(needed).video_seg_data == "frames"
     args = parse([*needed, "--dataset", "video_seg", "--video_seg_data", "frames||frames"])
-    flags = {name: getattr(args, name) for name in DataConfig.flags()}
-    (family,) = DataConfig.parse(dataset_dir=".", data_dir=".", **flags).families
-    assert family.name == "video_seg" and [choice.training_set for choice in family.sets] == [extension.Frames] * 2
+    (family,) = DataConfig.parse(**vars(args)).families
+    assert [choice.training_set for choice in family] == [extension.Frames] * 2
 
 
 def test_a_new_split_is_evaluated(extension, root, tmp_path, load_tiny, tiny_processor):
@@ -142,13 +124,3 @@ def test_check_data_knows_the_new_ones(extension, root, tmp_path, capsys):
     rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line[:2] == "| "}
     for name in "toys", "frames", "frames val":
         assert rows[name].split("|")[2].strip() == "3", rows
-
-
-def test_the_order_and_the_number_of_sets_do_not_change_what_a_family_is(root, extension):
-    config = DataConfig.parse(dataset_dir=root, data_dir=root, dataset="vqa", vqa_data="gqa||llava_instruct_150k")
-    (family,) = config.families
-    kinds = [(choice.rated, choice.training_set.segmentation) for choice in family.sets]
-    assert kinds == [(False, False), (True, False)]
-    with pytest.raises(TypeError, match="takes no colour"):
-        DataConfig.parse(dataset_dir=root, data_dir=root, colour="red")
-    assert np.isclose(config.families[0].rate, 1)

@@ -16,7 +16,7 @@ SETS = FAMILIES["sem_seg"].sets
 
 
 def make(root, name, conversations=3):
-    return SETS[name](root, root, conversations=conversations)
+    return SETS[name](name, root, conversations=conversations)
 
 
 def asked_for(question):
@@ -31,7 +31,7 @@ def asked(data, index=0, draws=40):
     """{what is asked for: mask} over many draws."""
     found = {}
     for seed in range(draws):
-        sample = data.read(index, np.random.default_rng(seed))
+        sample = data.sample(index, np.random.default_rng(seed))
         assert len(sample.conversations) == len(sample.masks) <= data.conversations
         for (question, _), mask in zip(sample.conversations, sample.masks):
             assert mask.shape == (1, H, W) and mask.dtype == np.uint8 and mask.max() <= 1
@@ -59,7 +59,7 @@ def test_ade20k_counts_from_one_and_ignores_other(tmp_path):
 def test_rows_are_drawn_without_repetition(tmp_path):
     ade20k(tmp_path, "a", [1, 2, 3, 4, 5])
     for seed in range(10):
-        sample = make(tmp_path, "ade20k").read(0, np.random.default_rng(seed))
+        sample = make(tmp_path, "ade20k").sample(0, np.random.default_rng(seed))
         assert len(sample.masks) == 3 and sum(mask.astype(int) for mask in sample.masks).max() == 1
 
 
@@ -68,7 +68,7 @@ def test_an_image_without_labels_counts_and_has_no_sample(tmp_path):
         ade20k(tmp_path, stem, values)
     data = make(tmp_path, "ade20k")
     assert len(data) == 3
-    assert [data.read(i, np.random.default_rng(0)) is None for i in range(3)] == [False, True, True]
+    assert [data.sample(i, np.random.default_rng(0)) is None for i in range(3)] == [False, True, True]
 
 
 def test_labels_without_a_name_and_missing_maps_are_sample_errors(tmp_path):
@@ -76,7 +76,7 @@ def test_labels_without_a_name_and_missing_maps_are_sample_errors(tmp_path):
     photo(tmp_path / "ade20k/images/training/b.jpg")
     for index, cause in (0, "holds 151"), (1, "cannot read"):
         with pytest.raises(SampleError, match=cause):
-            make(tmp_path, "ade20k").read(index, np.random.default_rng(0))
+            make(tmp_path, "ade20k").sample(index, np.random.default_rng(0))
 
 
 def test_cocostuff_leaves_out_names_with_a_dash(tmp_path):
@@ -111,11 +111,11 @@ def test_part_names_and_own_masks(tmp_path):
     write_json(tmp_path / "vlpart/paco/annotations/paco_lvis_v1_train.json", content)
     photo(tmp_path / "coco/train2017/000000000009.jpg")
     data = make(tmp_path, "paco_lvis")
-    assert len(data) == 2 and data.read(0, np.random.default_rng(0)) is None  # photo 8 has no annotation
+    assert len(data) == 2 and data.sample(0, np.random.default_rng(0)) is None  # photo 8 has no annotation
     found = asked(data, 1)
     assert sorted(found) == ["microwave_oven", "mug handle", "the handle of the mug"]
     assert found["mug handle"].sum() == 36
-    areas = sorted(int(mask.sum()) for mask in data.read(1, np.random.default_rng(0)).masks)
+    areas = sorted(int(mask.sum()) for mask in data.sample(1, np.random.default_rng(0)).masks)
     assert areas == [25, 36]  # the empty segmentation is passed over
     assert not data.problems
 
@@ -144,7 +144,7 @@ def test_counts_equal_the_published_loaders(name):
     seen = set()
     for index in range(len(data)):
         for seed in range(30):
-            sample = data.read(index, np.random.default_rng(seed))
+            sample = data.sample(index, np.random.default_rng(seed))
             if sample is None:  # the next one serves
                 continue
             assert all(mask.any() for mask in sample.masks)

@@ -7,25 +7,24 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import H, W, photo, questions, write_json
 
-from self1e.data.families import FAMILIES, DataConfig, SetChoice
-from self1e.data.samples import SampleError
-from self1e.data.sets.vqa import GQA, instruction_turns
+from self1e.data.families import FAMILIES, Choice, DataConfig
+from self1e.data.sets.vqa import QUESTIONS, QuestionSet, instruction_turns
 from self1e.errors import UserError
 
 SETS = FAMILIES["vqa"].sets
 
 
 def make(root, name):
-    return SETS[name](root, root, conversations=3)
+    return SETS[name](name, root, root)
 
 
 def test_turns():
     turns = [["human", "What is it?\n<image>"], ["gpt", "A cat!"], ["human", "Sure?"], ["gpt", "Yes"]]
     turns = [["gpt", "Hello"], *turns]
-    assert instruction_turns(turns, "x") == ["<image>\nWhat is it?", "A cat!", "Sure?", "Yes"]
+    assert instruction_turns(turns) == ["<image>\nWhat is it?", "A cat!", "Sure?", "Yes"]
     for broken in [], [["gpt", "Hello"]], [["human", "a"], ["human", "b"]], [["system", "a"]]:
-        with pytest.raises(SampleError, match="alternate"):
-            instruction_turns(broken, "x")
+        with pytest.raises(UserError, match="alternate"):
+            instruction_turns(broken)
 
 
 def test_instructions_come_from_one_file_alone(tmp_path):
@@ -34,39 +33,39 @@ def test_instructions_come_from_one_file_alone(tmp_path):
         turns = [{"from": "human", "value": f"<image>\n{name}?"}, {"from": "gpt", "value": "Yes."}]
         write_json(tmp_path / f"llava_dataset/{name}.json", [{"id": "r", "image": "a.jpg", "conversations": turns}])
     data = make(tmp_path, "llava_instruct_150k")
-    sample = data.read(0, np.random.default_rng(0))
+    sample = data.sample(0, np.random.default_rng(0))
     assert len(data) == 1 and sample.conversations == [["<image>\nllava_instruct_150k?", "Yes."]]
     assert sample.masks[0].shape == (0, H, W) and sample.id == "llava_instruct_150k/r"
 
 
-@pytest.mark.parametrize("name", [name for name in SETS if name != "llava_instruct_150k"])
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_question_sets(tmp_path, name):
-    questions(tmp_path, SETS[name].file, 2)
+    questions(tmp_path, QUESTIONS[name], 2)
     data = make(tmp_path, name)
-    sample = data.read(1, np.random.default_rng(0))
+    sample = data.sample(1, np.random.default_rng(0))
     unanswerable = " When the provided information is insufficient, respond with 'Unanswerable'."
     instruction = (unanswerable if name == "vizwiz" else "") + " Answer the question using a single word or phrase."
     assert sample.conversations == [[f"<image>\nWhat 1?{instruction}", "1"]]
     assert sample.masks[0].shape == (0, H, W) and len(data) == 2
-    assert {path.name for path in SETS[name].paths(tmp_path, tmp_path)} >= {"photos"}
+    assert {path.name for path in QuestionSet.paths(name, tmp_path, tmp_path)} >= {"photos"}
 
 
 def test_a_broken_line_and_an_empty_file_name_the_source(tmp_path):
     (tmp_path / "gqa").mkdir()
-    (tmp_path / GQA.file).write_text('{"image": "a.jpg", "question": "b"}\n{oops\n')
-    with pytest.raises(UserError, match="train_balanced.jsonl, line 2"):
+    (tmp_path / QUESTIONS["gqa"]).write_text('{"image": "a.jpg", "question": "b"}\n{oops\n')
+    with pytest.raises(UserError, match="train_balanced.jsonl: line 2"):
         make(tmp_path, "gqa")
-    (tmp_path / GQA.file).write_text("")
+    (tmp_path / QUESTIONS["gqa"]).write_text("")
     with pytest.raises(UserError, match="gqa: no training samples"):
-        SetChoice(GQA).open(DataConfig(tmp_path, tmp_path))
+        DataConfig(tmp_path, tmp_path).open(Choice("gqa", QuestionSet))
 
 
 @needs_shared
 def test_counts_equal_the_published_loaders():
     golden = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"]
     counts = golden["VQADataset|llava_instruct_150k"]
-    data = SETS["llava_instruct_150k"](SHARED / "minidata/dataset", SHARED / "minidata/data", conversations=3)
-    rows = [data.read(i, np.random.default_rng(0)).conversations[0] for i in range(len(data))]
+    data = SETS["llava_instruct_150k"]("llava_instruct_150k", SHARED / "minidata/dataset")
+    rows = [data.sample(i, np.random.default_rng(0)).conversations[0] for i in range(len(data))]
     assert len(data) == counts["items"]
     assert sum(len(row) // 2 for row in rows) == counts["assistant_turns"]
     raw = [turns for _, _, turns in data.records]

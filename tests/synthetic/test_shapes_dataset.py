@@ -241,12 +241,11 @@ def test_pope_mme_mmbench(tree):
 def test_every_training_set_and_split_reads_the_tree(tree, tmp_path, monkeypatch):
     monkeypatch.setenv("SELF1E_CACHE", str(tmp_path))
     dataset, photos = tree / "dataset", tree / "data"
-    for name, family in FAMILIES.items():
-        for training_set in family.sets.values():
-            options = {"splits": "train", "explanatory": 0.5} if name == "reason_seg" else {}
-            data = training_set(dataset, photos, conversations=3, **options)
+    for family in FAMILIES.values():
+        for own, training_set in family.sets.items():
+            data = training_set(own, dataset, photos, **{option: 0.5 for option in family.options})
             for i in range(len(data)):
-                sample = data.read(i, np.random.default_rng(i))
+                sample = data.sample(i, np.random.default_rng(i))
                 for row, masks in zip(sample.conversations, sample.masks, strict=True):
                     assert len(masks) == sum(text.count("[SEG]") for text in row), sample.id
                     assert not data.segmentation or masks.shape[1:] == sample.image.size[::-1]

@@ -15,14 +15,14 @@ asked as it is; all else is a phrase, lower-cased ("the red car").
 """
 
 import csv
-import json
 import logging
 import os
 import reprlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,62 +30,41 @@ from tqdm import tqdm
 
 from self1e.data.masks import contradiction, decode_segmentation, load_label_map
 from self1e.data.paths import OWN_DATA, inside, list_names
-from self1e.data.readers import Tally, fields, json_lines, stream_json
-from self1e.data.samples import SampleError, image_keys
-from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSet, ExpressionSplit
+from self1e.data.readers import counted, fields, json_lines, stream_json
+from self1e.data.samples import image_keys
+from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import Writer, open_tables
 from self1e.errors import UserError
-from self1e.files import check_fetched
 from self1e.model.prompts import looks_like_sentence
 
 log = logging.getLogger(__name__)
-NAME = "custom"
 COLUMNS = ("image", "mask", "prompt")
 SENTENCES = ("captions", "phrases", "caption", "phrase")
 SUFFIXES = (".json", ".csv", ".jsonl")
 LISTED = 50  # problems in one error message
-
-
-# --------------------------------------------------------------------------------------------------------- reading
-
-
-class Target(NamedTuple):
-    """One mask of a photo and the sentences that mean it.
-
-    image: the photo's name in the file. size: [height, width] that a COCO-style JSON states
-    mask:  an annotation of a COCO-style JSON, else {"file", "value"}
-    location: where it stands in the file, such as "line 7"
-    """
-
-    image: str
-    size: list[int] | None
-    sentences: list[str]
-    mask: dict[str, Any]
-    location: str
+Target = tuple[str, list[int] | None, list[str], Any, str]  # photo, [height, width] or None, sentences, mask, location
 
 
 def read_source(path: Path, out: Writer) -> None:
-    """Table `photos`: [name, [height, width] or null, [[sentences, mask, location], ...]] of each photo that has a
-    sentence, in file order; meta `faulty`, "<location>: <what>" of each record that is left out, and `problems`, what
-    contradicts itself.
+    """Table `photos`: [name, [height, width] or null, [[sentences, number of the mask, location], ...]] of each photo
+    that has a sentence, in file order; table `masks`: a segmentation, or {file, value}; meta `faulty`, "<location>:
+    <what>" of each record that is left out, and `problems`, what contradicts itself.
 
     Raises UserError where the file as a whole is of another form.
     """
     faulty: list[str] = []
-    tally = Tally()
-    photos: dict[str, tuple[list[int] | None, list[str]]] = {}
-    for image, size, sentences, mask, location in (_annotations if path.suffix.lower() == ".json" else _rows)(
-        path, faulty
-    ):
+    problems: dict[str, list] = defaultdict(list)
+    photos: dict[str, tuple[list[int] | None, list]] = {}
+    read = _annotations if path.suffix.lower() == ".json" else _rows
+    for image, size, sentences, mask, location in read(path, faulty):
         if size is not None:
-            tally.add(contradiction(mask, *size), location)
-            mask = {"segmentation": mask["segmentation"]}
-        # As text, which takes a fifth of the memory.
-        photos.setdefault(image, (size, []))[1].append(json.dumps([sentences, mask, location]))
-    out.declare("photos")
+            if problem := contradiction(mask, *size):
+                problems[problem].append(location)
+            mask = mask["segmentation"]
+        photos.setdefault(image, (size, []))[1].append([sentences, out.add("masks", mask), location])
     for name, (size, targets) in photos.items():
-        out.add("photos", [name, size, [json.loads(target) for target in targets]])
-    out.meta["faulty"], out.meta["problems"] = faulty, tally.lines()
+        out.add("photos", [name, size, targets])
+    out.meta["faulty"], out.meta["problems"] = faulty, counted(problems)
 
 
 @contextmanager
@@ -111,11 +90,10 @@ def _rows(path: Path, faulty: list[str]) -> Iterator[Target]:
             number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
             if number and not number.isdecimal():
                 raise UserError(f"{location}: value {value!r:.80} is no whole number of a pixel")
-            yield Target(image, None, [prompt], {"file": mask, "value": int(number) if number else None}, location)
+            yield image, None, [prompt], {"file": mask, "value": int(number) if number else None}, location
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    check_fetched(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, skipinitialspace=True, strict=True)
@@ -124,13 +102,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
             absent = [name for name in COLUMNS if name not in rows.fieldnames]
             if absent:
                 raise UserError(
-                    f"{path}, line 1: no column {', '.join(absent)}; found {', '.join(header) or 'nothing':.200}; "
+                    f"line 1: no column {', '.join(absent)}; found {', '.join(header) or 'nothing':.200}; "
                     f"expected {','.join(COLUMNS)} and, if wanted, value, separated by commas ({OWN_DATA})"
                 )
             for row in rows:
                 yield f"line {rows.line_num}", row
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no UTF-8 CSV ({error}); save it as one") from error
+        raise UserError(f"no UTF-8 CSV ({error}); save it as one") from error
 
 
 def _annotations(path: Path, faulty: list[str]) -> Iterator[Target]:
@@ -158,9 +136,9 @@ def _annotations(path: Path, faulty: list[str]) -> Iterator[Target]:
                 raise UserError(f"{location}: image_id {image_id!r} is not among the images")
             if not segmentation and record.get("bbox") and record.get("area"):
                 raise UserError(f"{location}: segmentation is empty beside a bbox and an area; a box is no outline")
-            yield Target(*images[image_id], _sentences(record, categories, location), record, location)
+            yield *images[image_id], _sentences(record, categories, location), record, location
     if not found or not images and not faulty:
-        raise UserError(f"{path} has no images or no annotations; a COCO-style object was expected ({OWN_DATA})")
+        raise UserError(f"it has no images or no annotations; a COCO-style object was expected ({OWN_DATA})")
 
 
 def _sentences(annotation: dict, categories: dict[int | str, str], location: str) -> list[str]:
@@ -195,155 +173,113 @@ def find_source(path: str | Path) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------ sets
+class Custom(ExpressionSet):
+    """The photos of one source, "custom|<path>", that have sentences, in file order; `name` holds no folder.
 
+    A target is (number of a mask, its location in the file). Which expressions mean nothing only their masks know.
 
-class CustomData(ExpressionData):
-    """The photos of one source that have sentences, in file order; `name` is "custom|<file name>".
-
-    A target is (number of a mask among those of its photo, its location in the file).
-
-    faulty: "<location>: <what>" of the records that are left out; training and evaluation refuse them
+    strict: refuse a source with faulty records or missing files
+    faulty: "<location>: <what>" of the records that are left out
     doubts: the same of masks read so far that may not be what their record means
     """
 
-    def __init__(self, path: str | Path, *, allow_outside: bool = False):
-        self.source = find_source(path)
-        self.name = f"{NAME}|{self.source.name}"
-        self.allow_outside = allow_outside
-        tables = open_tables(self.source, read_source)
-        self._photos = tables.records("photos")
-        self._last: tuple[int, Any] = (-1, None)
+    @staticmethod
+    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        return [find_source(name.partition("|")[2])]
+
+    def open(self, source: Path, *, strict: bool = True) -> None:
+        self.source, self.name = source, f"custom|{source.name}"
+        tables = open_tables(source, read_source)
+        self._photos, self._masks = tables.records("photos"), tables.records("masks")
         self.faulty: list[str] = tables.meta["faulty"]
-        self.problems = [f"{self.source.name}: {problem}" for problem in tables.meta["problems"]]
+        self.problems = [f"{source.name}: {problem}" for problem in tables.meta["problems"]]
         self.doubts: dict[str, str] = {}
+        if strict:
+            self._check()
+
+    def _check(self) -> None:
+        """Raise one UserError that names every faulty record, and every photo and mask file that is not on disk."""
+        faults, met = list(self.faulty), set()
+        for photo, _, targets in tqdm(self._photos, f"files of {self.source.name}", delay=2, leave=False):
+            masks = ((self._masks[number], f"{location}: mask") for _, number, location in targets)
+            files = [(mask["file"], "masks", where) for mask, where in masks if "file" in mask]
+            for name, below, where in [(photo, "images", f"{targets[0][2]}: image"), *files]:
+                if (name, below) not in met:
+                    met.add((name, below))
+                    with _noting(faults):
+                        self._find(name, below, where)
+        if faults:
+            more = [f"and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
+            lines = "\n  ".join([*faults[:LISTED], *more])
+            raise UserError(f"{self.source}, problems: {len(faults)} ({OWN_DATA}):\n  {lines}")
+        if not len(self):
+            raise UserError(f"{self.source} holds no photo with a sentence")
+
+    def _find(self, name: str, below: str, where: str) -> Path:
+        """Where a file is: beside the source or in the folder `below`. Raises UserError where it is not."""
+        folder = self.source.parent
+        for parent in folder, folder / below:
+            try:
+                path = inside(parent, name, allow_outside=self.allow_outside)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            if path.is_file():
+                return path
+        raise UserError(f"{where}: {name} is neither in {folder} nor in {folder / below}")
 
     def __len__(self) -> int:
         return len(self._photos)
 
-    def _record(self, item: int) -> tuple[str, list[int] | None, list]:
-        """Name, [height, width] or None, and [sentences, mask, location] of each mask of a photo."""
-        if self._last[0] != item:
-            self._last = item, self._photos[item]
-        return self._last[1]
-
-    def check(self) -> "CustomData":
-        """Raise one UserError that names every faulty record, and every photo and mask file that is not on disk."""
-        faults = dict.fromkeys(self.faulty)
-        met = set()
-        for item in tqdm(range(len(self)), f"files of {self.source.name}", delay=2, leave=False):
-            photo, _, targets = self._record(item)
-            masks = [(mask["file"], "masks", f"{location}: mask") for _, mask, location in targets if "file" in mask]
-            for name, below, id in [(photo, "images", f"{targets[0][2]}: image"), *masks]:
-                if (name, below) not in met:
-                    met.add((name, below))
-                    try:
-                        self._find(name, below, id)
-                    except SampleError as error:
-                        faults[str(error)] = None
-        if faults:
-            more = [f"and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
-            lines = "\n  ".join([*list(faults)[:LISTED], *more])
-            raise UserError(f"{self.source}, problems: {len(faults)} ({OWN_DATA}):\n  {lines}")
-        if not len(self):
-            raise UserError(f"{self.source} holds no photo with a sentence")
-        return self
-
-    def _find(self, name: str, below: str, id: str) -> Path:
-        """Where a file is: beside the source or in the folder `below`. Raises SampleError where it is not."""
-        folder = self.source.parent
-        try:
-            for parent in folder, folder / below:
-                path = inside(parent, name, allow_outside=self.allow_outside)
-                if path.is_file():
-                    return path
-        except UserError as error:
-            raise SampleError(id, str(error)) from error
-        raise SampleError(id, f"{name} is neither in {folder} nor in {folder / below}")
-
     def image_keys(self) -> np.ndarray:
         """`image_key` of each photo: COCO's number, or one of the file's path, since own names mean little."""
         folder = os.path.realpath(self.source.parent)
-        return image_keys(f"{folder}/{self.file_name(item)}" for item in range(len(self)))
+        return image_keys(f"{folder}/{name}" for name, *_ in self._photos)
 
-    def file_name(self, item: int) -> str:
-        return self._record(item)[0]
+    def file_name(self, index: int) -> str:
+        return self._photos[index][0]
 
-    def expressions(self, item: int) -> list[Expression]:
-        """Sentences that are asked in the same words are one. Which of them mean nothing only their masks know."""
+    def photo(self, index: int) -> Path:
+        name, _, targets = self._photos[index]
+        return self._find(name, "images", f"{targets[0][2]}: image")
+
+    def expressions(self, index: int) -> list[Expression]:
+        """Sentences that are asked in the same words are one."""
         found: dict[str, tuple[str, list]] = {}
-        for number, (sentences, _, location) in enumerate(self._record(item)[2]):
+        for sentences, number, location in self._photos[index][2]:
             for text in sentences:
                 asked = text if looks_like_sentence(text) else text.lower()
                 found.setdefault(asked, (text, []))[1].append((number, location))
         return [
-            Expression(text, targets, str(k), looks_like_sentence(text))
+            Expression(text, targets, f"/{k}", looks_like_sentence(text))
             for k, (text, targets) in enumerate(found.values())
         ]
 
-    def photo(self, item: int, id: str) -> Path:
-        return self._find(self.file_name(item), "images", f"{self._record(item)[2][0][2]}: image")
+    def where(self, target: tuple[int, str]) -> str:
+        return target[1]
 
-    def load(self, item: int, wanted: Sequence[list[Any]]) -> tuple[Image.Image, np.ndarray]:
-        image, masks = super().load(item, wanted)
-        if image.width != image.height and self._record(item)[1] == [image.width, image.height]:
-            place = self._record(item)[2][0][2]
-            self._doubt(place, "the size is that of the photo before EXIF turns it, so its masks are turned, too")
+    def mask(self, index: int, target: tuple[int, str], image: Image.Image) -> np.ndarray:
+        (number, location), size = target, self._photos[index][1]
+        mask = self._masks[number]
+        if size is not None:
+            return decode_segmentation(mask, size[0], size[1], location)
+        file, value = mask["file"], mask["value"]
+        labels = load_label_map(self._find(file, "masks", f"{location}: mask"))
+        if value is None:
+            return (labels > 0).astype(np.uint8)
+        found = labels == value
+        if not found.any():
+            self._doubt(location, f"no pixel of {file} has the value {value}")
+        return found.astype(np.uint8)
+
+    def load(self, index: int, wanted: Sequence[list[Any]]) -> tuple[Image.Image, np.ndarray]:
+        image, masks = super().load(index, wanted)
+        _, size, targets = self._photos[index]
+        if image.width != image.height and size == [image.width, image.height]:
+            what = "the size is that of the photo before EXIF turns it, so its masks are turned, too"
+            self._doubt(targets[0][2], what)
         return image, masks
 
     def _doubt(self, location: str, what: str) -> None:
         if not self.doubts:  # said once
             log.warning("%s: %s: %s", self.name, location, what)
         self.doubts[location] = what
-
-    def where(self, target: tuple[int, str]) -> str:
-        return target[1]
-
-    def mask(self, item: int, target: tuple[int, str], id: str) -> np.ndarray:
-        _, size, targets = self._record(item)
-        _, mask, location = targets[target[0]]
-        if size is not None:
-            try:
-                return decode_segmentation(mask["segmentation"], *size)
-            except ValueError as error:
-                raise SampleError(id, f"{location}: malformed segmentation ({error})") from error
-        labels = load_label_map(self._find(mask["file"], "masks", f"{location}: mask"), id)
-        if mask["value"] is None:
-            return (labels > 0).astype(np.uint8)
-        found = labels == mask["value"]
-        if not found.any():
-            self._doubt(location, f"no pixel of {mask['file']} has the value {mask['value']}")
-        return found.astype(np.uint8)
-
-
-class CustomSet(ExpressionSet):
-    """Training photos of one source; a conversation is one sentence. `name` holds no folder, which may change."""
-
-    name = NAME
-
-    def __init__(
-        self,
-        dataset_dir: Path,
-        data_dir: Path,
-        *,
-        conversations: int,
-        allow_outside: bool = False,
-        source: str | Path,
-    ):
-        super().__init__(CustomData(source, allow_outside=allow_outside).check(), conversations=conversations)
-        self.name = self.data.name
-
-    @classmethod
-    def paths(cls, dataset_dir: Path, data_dir: Path, source: str | Path = "") -> list[Path]:
-        return [find_source(source)]
-
-
-class CustomSplit(ExpressionSplit):
-    """One source for evaluation; `name` is "custom|<path>", a unit is one sentence."""
-
-    def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
-        super().__init__(name, CustomData(name.removeprefix(f"{NAME}|"), allow_outside=allow_outside).check())
-
-    @staticmethod
-    def paths(name: str, dataset_dir: Path) -> list[Path]:
-        return [find_source(name.removeprefix(f"{NAME}|"))]

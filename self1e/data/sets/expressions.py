@@ -1,30 +1,23 @@
 """Photos with expressions, each of which means some of the photo's annotations.
 
-`referring` and `custom` say where expressions, photos and masks are; what training and evaluation make of them stands
-here.
+`referring`, `reasoning`, `custom` and `parquet` say where expressions, photos and masks are; what training and
+evaluation make of them stands here.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from self1e.data.masks import orient
-from self1e.data.samples import (
-    EvalImage,
-    EvalSplit,
-    PhotoFolder,
-    Sample,
-    SampleError,
-    TrainingSet,
-    draw,
-    load_oriented,
-)
+from self1e.data.samples import EvalImage, EvalSplit, Sample, TrainingSet, draw, naming
+from self1e.errors import UserError
 from self1e.model import prompts
+from self1e.model.photos import read_picture
 
 
 class Expression(NamedTuple):
@@ -32,75 +25,58 @@ class Expression(NamedTuple):
 
     text: str  # as read
     targets: list[Any]  # keys of the annotations that it means, at least one; its mask is their union
-    place: str  # its name among the expressions of the photo
+    place: str  # what its unit's id adds to the photo's name
     is_sentence: bool = False  # asked as it is, and not as a phrase
     no_target: bool = False  # the annotations say that nothing in the photo is meant
 
 
-class ExpressionData(ABC):
-    """The photos of one split or source; `photos` is where they are, `problems` is what is wrong with its files."""
+class ExpressionSet(TrainingSet, EvalSplit):
+    """Photos for training and evaluation; a conversation, or a unit, is one expression."""
 
-    name: str
-    photos: PhotoFolder
-    problems: Sequence[str] = ()
+    asked: int | None = None  # expressions of a photo that are evaluated; None: all
+    lower = True  # phrases are lower-cased in evaluation
     sized = True  # masks must have the size of their photo
+    stored = True  # masks are those of the photo before its EXIF orientation is applied
 
     @abstractmethod
-    def __len__(self) -> int:
-        """Number of photos."""
+    def file_name(self, index: int) -> str:
+        """Name of a photo in the annotations."""
 
     @abstractmethod
-    def image_keys(self) -> np.ndarray:
-        """`image_key` of each photo, int64 (len,)."""
+    def photo(self, index: int) -> Path | BinaryIO:
+        """Where the photo is. Raises UserError."""
 
     @abstractmethod
-    def expressions(self, item: int) -> list[Expression]:
-        """Every expression of a photo."""
+    def expressions(self, index: int) -> list[Expression]:
+        """Every expression of a photo. Raises UserError."""
 
     @abstractmethod
-    def file_name(self, item: int) -> str:
-        """Name of the photo in the annotations."""
-
-    @abstractmethod
-    def mask(self, item: int, target: Any, id: str) -> np.ndarray:
-        """The mask of an annotation in the stored frame, uint8 {0, 1} (H, W). Raises SampleError under `id`."""
-
-    def photo(self, item: int, id: str) -> Path:
-        """Where the photo is. Raises SampleError under `id`."""
-        return self.photos.path(self.file_name(item), id)
+    def mask(self, index: int, target: Any, image: Image.Image) -> np.ndarray:
+        """The mask of an annotation, uint8 {0, 1} and 255 = ignored, (H, W); image: the upright photo."""
 
     def where(self, target: Any) -> str:
         """How messages call an annotation."""
         return f"annotation {target}"
 
-    def load(self, item: int, wanted: Sequence[list[Any]]) -> tuple[Image.Image, np.ndarray]:
+    def id(self, index: int) -> str:
+        return f"{self.name}/{self.file_name(index)}"
+
+    def load(self, index: int, wanted: Sequence[list[Any]]) -> tuple[Image.Image, np.ndarray]:
         """Photo, and for each list of annotations the union of their masks, uint8 (n, H, W). Raises SampleError."""
-        id = f"{self.name}/{self.file_name(item)}"
-        image, orientation = load_oriented(self.photo(item, id), id)
-        masks = {}
-        for target in sorted({target for targets in wanted for target in targets}):
-            masks[target] = mask = orient(self.mask(item, target, id), image, orientation)
-            if self.sized and mask.shape != (image.height, image.width):
-                sizes = f"{mask.shape[1]} x {mask.shape[0]}, the photo {image.width} x {image.height}"
-                raise SampleError(id, f"{self.where(target)}: the mask's size is {sizes} pixels")
+        with naming(self.id(index)):
+            image, orientation = read_picture(self.photo(index))
+            masks = {}
+            for target in dict.fromkeys(target for targets in wanted for target in targets):
+                mask = self.mask(index, target, image)
+                masks[target] = mask = orient(mask, image, orientation) if self.stored else mask
+                if self.sized and mask.shape != (image.height, image.width):
+                    sizes = f"{mask.shape[1]} x {mask.shape[0]}, the photo {image.width} x {image.height}"
+                    raise UserError(f"{self.where(target)}: the mask's size is {sizes} pixels")
         unions = [np.bitwise_or.reduce([masks[target] for target in targets]) for targets in wanted]
         return image, np.stack(unions) if unions else np.zeros((0, image.height, image.width), np.uint8)
 
-
-class ExpressionSet(TrainingSet):
-    """Training photos of `data`; a conversation is one of its expressions."""
-
-    def __init__(self, data: ExpressionData, *, conversations: int):
-        self.data, self.conversations, self.problems = data, conversations, data.problems
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def image_keys(self) -> np.ndarray:
-        return self.data.image_keys()
-
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
-        expressions = self.data.expressions(index)
+        expressions = self.expressions(index)
         if not expressions:
             return None
         chosen = draw(expressions, self.conversations, rng)
@@ -108,35 +84,20 @@ class ExpressionSet(TrainingSet):
             [prompts.question(each.text.strip(), rng, is_sentence=each.is_sentence), prompts.answer(rng)]
             for each in chosen
         ]
-        image, masks = self.data.load(index, [each.targets for each in chosen])
-        return Sample(f"{self.name}/{self.data.file_name(index)}", image, conversations, list(masks[:, None]))
+        image, masks = self.load(index, [each.targets for each in chosen])
+        return Sample(self.id(index), image, conversations, list((masks[:, None] == 1).astype(np.uint8)))
 
-
-class ExpressionSplit(EvalSplit):
-    """Photos of `data` for evaluation; a unit is one expression."""
-
-    def __init__(self, name: str, data: ExpressionData):
-        self.name, self.data, self.problems = name, data, data.problems
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def image_keys(self) -> np.ndarray:
-        return self.data.image_keys()
-
-    def read(self, item: int) -> EvalImage:
-        expressions, file_name = self.data.expressions(item), self.data.file_name(item)
+    def unit(self, index: int) -> EvalImage:
+        expressions, file_name = self.expressions(index)[: self.asked], self.file_name(index)
+        if not expressions:
+            raise UserError("it has no sentence")
+        ids = [file_name + each.place for each in expressions]
         return EvalImage(
             image_id=file_name,
             sentences=[each.text for each in expressions],
             is_sentence=[each.is_sentence for each in expressions],
-            unit_ids=unique([f"{file_name}/{each.place}" for each in expressions]),
+            unit_ids=[f"{id}#{ids[:k].count(id)}" if id in ids[:k] else id for k, id in enumerate(ids)],
             no_target=[each.no_target for each in expressions],
-            lower=True,
-            load=partial(self.data.load, item, [each.targets for each in expressions]),
+            lower=self.lower,
+            load=partial(self.load, index, [each.targets for each in expressions]),
         )
-
-
-def unique(ids: list[str]) -> list[str]:
-    """The ids; a repeated one gets its number appended."""
-    return [f"{id}#{ids[:k].count(id)}" if id in ids[:k] else id for k, id in enumerate(ids)]

@@ -13,17 +13,16 @@ pip install "self1e[parquet]"
 import io
 import logging
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from self1e.data.masks import load_label_map, orient
+from self1e.data.masks import load_label_map
 from self1e.data.paths import inside
-from self1e.data.samples import EvalImage, EvalSplit, SampleError, image_keys, load_oriented
-from self1e.data.sets.expressions import unique
+from self1e.data.samples import image_keys
+from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.errors import UserError, check_known
 from self1e.model.prompts import looks_like_sentence
 
@@ -68,24 +67,28 @@ def open_rows(source: str, split: str) -> "datasets.Dataset":
     return rows
 
 
-class ParquetSplit(EvalSplit):
-    """One split of a Parquet set; rows about one photo make one `EvalImage`."""
+class ParquetSplit(ExpressionSet):
+    """The photos of one split of a Parquet set; a target is a row."""
 
-    def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
-        source, split = _parts(name)
+    lower = False
+
+    @staticmethod
+    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        """A path that is given must exist; what the hub holds is found when the split is read."""
+        parts = name.split("|")
+        if len(parts) != 3 or not all(parts):
+            raise UserError(f"{name!r} is no Parquet split; expected parquet|SOURCE|SPLIT, such as parquet|own/x|val")
+        return [Path(parts[1])] if parts[1].endswith(".parquet") or parts[1].count("/") > 1 else []
+
+    def open(self, *paths: Path) -> None:
+        _, source, split = self.name.split("|")
         self.note = NOTE if source in READY else ""
-        self.name, self.allow_outside, self.source = name, allow_outside, READY.get(source, source)
+        self.source = READY.get(source, source)
         self.rows = open_rows(self.source, split)
         groups: dict[str, list[int]] = {}
         for row, photo in enumerate(self._column("image_id")):
             groups.setdefault(str(photo), []).append(row)
         self.photos = list(groups.items())
-
-    @staticmethod
-    def paths(name: str, dataset_dir: Path) -> list[Path]:
-        """A path that is given must exist; what the hub holds is found when the split is read."""
-        source, _ = _parts(name)
-        return [Path(source)] if source.endswith(".parquet") or source.count("/") > 1 else []
 
     def _column(self, name: str) -> Any:
         """A column or, where there is none, the numbers of the rows."""
@@ -97,64 +100,38 @@ class ParquetSplit(EvalSplit):
     def image_keys(self) -> np.ndarray:
         return image_keys(photo for photo, _ in self.photos)
 
-    def read(self, item: int) -> EvalImage:
-        photo, rows = self.photos[item]
-        cells = {row: self.rows["text"][row] for row in rows}
-        texts = {row: [cell] if isinstance(cell, str) else cell for row, cell in cells.items()}
-        sentences = [text for row in rows for text in texts[row]]
-        return EvalImage(
-            image_id=photo,
-            sentences=sentences,
-            is_sentence=[looks_like_sentence(text) for text in sentences],
-            unit_ids=unique([f"{photo}/{self._column('ann_id')[row]}" for row in rows for _ in texts[row]]),
-            no_target=[False] * len(sentences),
-            lower=False,
-            load=partial(self._load, photo, {row: len(texts[row]) for row in rows}),
-        )
+    def file_name(self, index: int) -> str:
+        return self.photos[index][0]
 
-    def _load(self, photo: str, rows: dict[int, int]) -> tuple[Image.Image, np.ndarray]:
-        """The photo and the masks (n, H, W) of its rows, each as often as the row has texts."""
-        id = f"{self.name}/{photo}"
-        cells = [self.rows[row] for row in rows]
-        image, orientation = load_oriented(self._file(cells[0]["image"], id), id)
-        masks = []
-        for cell, (row, count) in zip(cells, rows.items()):
-            mask = orient(self._mask(cell["mask"], f"{id}, row {row}"), image, orientation)
-            if mask.shape != (image.height, image.width):
-                sizes = f"{mask.shape[1]} x {mask.shape[0]}, the photo {image.width} x {image.height}"
-                raise SampleError(id, f"row {row}: the mask's size is {sizes} pixels")
-            masks += [mask] * count
-        return image, np.stack(masks)
+    def where(self, target: int) -> str:
+        return f"row {target}"
 
-    def _mask(self, cell: Any, id: str) -> np.ndarray:
-        """A mask's cell: an array of rows, or a PNG as `_file` takes it -> uint8 {0, 1} (H, W)."""
-        if isinstance(cell, list):
-            try:
-                labels = np.array(cell)
-            except ValueError as error:  # rows of different lengths
-                raise SampleError(id, f"malformed mask ({error})") from error
-        else:
-            labels = load_label_map(self._file(cell, id), id)
-        return (labels > 0).astype(np.uint8)
+    def expressions(self, index: int) -> list[Expression]:
+        texts = {row: self.rows["text"][row] for row in self.photos[index][1]}
+        return [
+            Expression(text, [row], f"/{self._column('ann_id')[row]}", looks_like_sentence(text))
+            for row, cell in texts.items()
+            for text in ([cell] if isinstance(cell, str) else cell)
+        ]
 
-    def _file(self, cell: Any, id: str) -> Path | io.BytesIO:
+    def photo(self, index: int) -> Path | io.BytesIO:
+        return self._file(self.rows[self.photos[index][1][0]]["image"])
+
+    def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
+        """A mask's cell: an array of rows, or a PNG."""
+        cell = self.rows[target]["mask"]
+        if not isinstance(cell, list):
+            return (load_label_map(self._file(cell)) > 0).astype(np.uint8)
+        try:
+            return (np.array(cell) > 0).astype(np.uint8)
+        except ValueError as error:  # rows of different lengths
+            raise UserError(f"row {target}: malformed mask ({error})") from error
+
+    def _file(self, cell: Any) -> Path | io.BytesIO:
         """A picture's cell: bytes, the hub's {bytes, path}, or a path beside the Parquet files."""
         if isinstance(cell, dict):
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, bytes):
             return io.BytesIO(cell)
         place = Path(self.source)
-        try:
-            return inside(place if place.is_dir() else place.parent, str(cell), allow_outside=self.allow_outside)
-        except UserError as error:
-            raise SampleError(id, str(error)) from error
-
-
-def _parts(name: str) -> tuple[str, str]:
-    """Source and split of "parquet|<source>|<split>". Raises UserError for another form."""
-    parts = name.split("|")
-    if len(parts) != 3 or not all(parts):
-        raise UserError(
-            f"{name!r} is no Parquet split; expected parquet|SOURCE|SPLIT, such as parquet|mine/shards|val"
-        )
-    return parts[1], parts[2]
+        return inside(place if place.is_dir() else place.parent, str(cell), allow_outside=self.allow_outside)

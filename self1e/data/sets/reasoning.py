@@ -5,8 +5,8 @@ reason_seg/ReasonSeg/explanatory/train.json
 """
 
 import json
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,8 @@ from PIL import Image
 from self1e.data.masks import paint_shapes
 from self1e.data.paths import list_names
 from self1e.data.readers import fields
-from self1e.data.samples import EvalImage, EvalSplit, Sample, SampleError, TrainingSet, draw, image_keys, load_image
+from self1e.data.samples import Sample, draw, image_keys
+from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.errors import UserError, check_known
 from self1e.files import read_json
 from self1e.model import prompts
@@ -22,28 +23,55 @@ from self1e.model import prompts
 SPLITS = ("train", "val", "test")
 
 
-class ReasonPhotos:
-    """The photos of one or several splits with their records."""
+class ReasonSeg(ExpressionSet):
+    """The photos of one or several splits, such as "ReasonSeg|val" or "ReasonSeg|train_val", each with one mask.
 
-    def __init__(self, dataset_dir: Path, splits: list[str]):
-        folders = [_root(dataset_dir) / split for split in splits]
+    explanatory: -1 = off. Else, for a photo with an explanation, the share of samples that are text alone; the rest is
+                 half [SEG] alone, half [SEG] followed by the explanation.
+    """
+
+    redrawn = True
+    lower = stored = False
+    asked = 1
+
+    @staticmethod
+    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        """The folders of the splits. Raises UserError for an unknown one."""
+        splits = (name.partition("|")[2] or "train").split("_")
+        check_known("unknown ReasonSeg split", splits, SPLITS)
+        return [dataset_dir / "reason_seg" / "ReasonSeg" / split for split in splits]
+
+    def open(self, *folders: Path, explanatory: float = -1) -> None:
+        self.name = "ReasonSeg"
         self.photos = [folder / name for folder in folders for name in list_names(folder, ".jpg")]
-
-    @property
-    def problems(self) -> list[str]:
-        """The JSON files beside the photos that belong to none of them, for example because a photo ends with .JPG."""
         known = {photo.with_suffix(".json") for photo in self.photos}
-        folders = sorted({photo.parent for photo in self.photos})
         files = [folder / name for folder in folders for name in list_names(folder, ".json")]
-        return [f"{path} is not read: no {path.stem}.jpg is beside it" for path in files if path not in known]
+        # For example because a photo ends with .JPG.
+        self.problems = [f"{path} is not read: no {path.stem}.jpg is beside it" for path in files if path not in known]
+        self.explanatory = explanatory
+        self.explanations: dict[str, str] = {}
+        if explanatory != -1:
+            if not 0 <= explanatory <= 1:
+                raise UserError(f"--explanatory is {explanatory}; expected -1 (off) or a share from 0 to 1")
+            path = folders[0].parent / "explanatory" / "train.json"
+            records = read_json(path, list)
+            self.explanations = dict(fields(record, str(path), image=str, outputs=str) for record in records)
+
+    def __len__(self) -> int:
+        return len(self.photos)
 
     def image_keys(self) -> np.ndarray:
         return image_keys(photo.name for photo in self.photos)
 
-    def record(self, item: int) -> tuple[list[str], bool, list[dict]]:
-        """Texts, whether they are sentences, and shapes of the JSON beside a photo. Raises SampleError."""
-        path = self.photos[item].with_suffix(".json")
-        id = f"ReasonSeg/{self.photos[item].name}"
+    def file_name(self, index: int) -> str:
+        return self.photos[index].name
+
+    def photo(self, index: int) -> Path:
+        return self.photos[index]
+
+    def _record(self, index: int) -> list[Any]:
+        """Texts, whether they are sentences, and shapes of the JSON beside a photo. Raises UserError."""
+        path = self.photos[index].with_suffix(".json")
         try:
             raw = path.read_bytes()
             try:
@@ -51,133 +79,32 @@ class ReasonPhotos:
             except UnicodeDecodeError:
                 text = raw.decode("cp1252")
             record = json.loads(text)
-            texts, is_sentence, shapes = fields(record, str(path), text=list, is_sentence=(bool, int), shapes=list)
-        except UserError as error:
-            raise SampleError(id, str(error)) from error
         except (OSError, ValueError) as error:
-            raise SampleError(id, f"cannot read {path}: {error}") from error
-        return texts, bool(is_sentence), shapes
+            raise UserError(f"cannot read {path}: {error}") from error
+        return fields(record, str(path), text=list, is_sentence=(bool, int), shapes=list)
 
-    def load(self, item: int, shapes: list[dict]) -> tuple[Image.Image, np.ndarray]:
-        """Photo and uint8 (1, H, W) mask, 255 = ignored, drawn in the oriented photo's frame. Raises SampleError."""
-        photo = self.photos[item]
-        id = f"ReasonSeg/{photo.name}"
-        image = load_image(photo, id)
-        try:
-            return image, paint_shapes(shapes, image.height, image.width)[None]
-        except ValueError as error:
-            raise SampleError(id, f"{photo.with_suffix('.json')}: {error}") from error
+    def expressions(self, index: int) -> list[Expression]:
+        texts, is_sentence, _ = self._record(index)
+        return [Expression(text, [0], "", bool(is_sentence)) for text in texts]
 
-
-class ReasonSeg(TrainingSet):
-    """Training photos of one or several splits.
-
-    splits:      names joined by "_", such as "train_val"
-    explanatory: -1 = off. Else, for a photo with an explanation, the share of samples that are text alone; the rest is
-                 half [SEG] alone, half [SEG] followed by the explanation.
-    """
-
-    name = "ReasonSeg"
-    redrawn = True
-
-    def __init__(
-        self,
-        dataset_dir: Path,
-        data_dir: Path,
-        *,
-        conversations: int,
-        allow_outside: bool = False,
-        splits: str = "train",
-        explanatory: float = -1,
-    ):
-        self.data = ReasonPhotos(dataset_dir, split_names(splits))
-        self.problems = self.data.problems
-        self.conversations, self.explanatory = conversations, explanatory
-        self.explanations: dict[str, str] = {}
-        if explanatory != -1:
-            path = _explanation_file(dataset_dir)
-            records = read_json(path, list)
-            self.explanations = dict(fields(record, str(path), image=str, outputs=str) for record in records)
-
-    @classmethod
-    def paths(cls, dataset_dir: Path, data_dir: Path, splits: str = "train", explanatory: float = -1) -> list[Path]:
-        explained = [_explanation_file(dataset_dir)] if explanatory != -1 else []
-        return [_root(dataset_dir) / split for split in split_names(splits)] + explained
-
-    def __len__(self) -> int:
-        return len(self.data.photos)
-
-    def image_keys(self) -> np.ndarray:
-        return self.data.image_keys()
+    def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
+        return paint_shapes(self._record(index)[2], image.height, image.width)
 
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
-        texts, is_sentence, shapes = self.data.record(index)
-        if not texts:
-            return None
-        photo = self.data.photos[index].name
-        image, mask = self.data.load(index, shapes)
-        target = (mask == 1).astype(np.uint8)
-        explanation = self.explanations.get(photo, "")
-        kind = "mask"
-        if photo in self.explanations:
-            kind = "text" if rng.random() < self.explanatory else ("mask", "both")[rng.integers(2)]
-        chosen = draw(texts, self.conversations, rng)
-        conversations = [_turns(text, is_sentence, kind, explanation, rng) for text in chosen]
-        return Sample(f"{self.name}/{photo}", image, conversations, [target[: kind != "text"]] * len(chosen))
-
-
-def _turns(text: str, is_sentence: bool, kind: str, explanation: str, rng: np.random.Generator) -> list[str]:
-    if kind == "text":
-        return [f"{prompts.IMAGE_TAG}\n{text}", explanation]
-    if kind == "both":
-        return [prompts.explanatory_question(text, rng), f"{prompts.answer(rng)} {explanation}"]
-    return [prompts.question(text, rng, is_sentence=is_sentence), prompts.answer(rng)]
-
-
-def _root(dataset_dir: Path) -> Path:
-    return Path(dataset_dir) / "reason_seg" / "ReasonSeg"
-
-
-def _explanation_file(dataset_dir: Path) -> Path:
-    return _root(dataset_dir) / "explanatory" / "train.json"
-
-
-def split_names(splits: str) -> list[str]:
-    """ "train_val" -> ["train", "val"]. Raises UserError for an unknown one."""
-    names = splits.split("_")
-    check_known("unknown ReasonSeg split", names, SPLITS)
-    return names
-
-
-class ReasoningSplit(EvalSplit):
-    """An evaluation split with one unit per photo, the first text; `name` is "ReasonSeg|<split>"."""
-
-    def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
-        self.name = name
-        self.data = ReasonPhotos(dataset_dir, split_names(name.split("|")[1]))
-        self.problems = self.data.problems
-
-    @staticmethod
-    def paths(name: str, dataset_dir: Path) -> list[Path]:
-        return [_root(dataset_dir) / split for split in split_names(name.split("|")[1])]
-
-    def __len__(self) -> int:
-        return len(self.data.photos)
-
-    def image_keys(self) -> np.ndarray:
-        return self.data.image_keys()
-
-    def read(self, item: int) -> EvalImage:
-        photo = self.data.photos[item].name
-        texts, is_sentence, shapes = self.data.record(item)
-        if not texts:
-            raise SampleError(f"ReasonSeg/{photo}", "its JSON holds no text")
-        return EvalImage(
-            image_id=photo,
-            sentences=texts[:1],
-            is_sentence=[is_sentence],
-            unit_ids=[photo],
-            no_target=[False],
-            lower=False,
-            load=partial(self.data.load, item, shapes),
-        )
+        expressions, explanation = self.expressions(index), self.explanations.get(self.file_name(index))
+        if explanation is None or not expressions:
+            return super().read(index, rng)
+        alone = rng.random() < self.explanatory
+        if not alone and not rng.integers(2):
+            return super().read(index, rng)
+        chosen = draw(expressions, self.conversations, rng)
+        image, masks = self.load(index, [each.targets for each in chosen])
+        if alone:
+            conversations = [[f"{prompts.IMAGE_TAG}\n{each.text}", explanation] for each in chosen]
+        else:
+            conversations = [
+                [prompts.explanatory_question(each.text, rng), f"{prompts.answer(rng)} {explanation}"]
+                for each in chosen
+            ]
+        targets = (masks == 1).astype(np.uint8)[:, None]
+        return Sample(self.id(index), image, conversations, list(targets[:, : not alone]))

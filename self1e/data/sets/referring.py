@@ -11,148 +11,96 @@ mscoco/images/trainval2014), where a sentence may mean nothing, as in gRefCOCO.
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from self1e.data.coco import CocoIndex
+from self1e.data.masks import decode_segmentation
+from self1e.data.paths import inside
 from self1e.data.readers import read_refs
-from self1e.data.samples import PhotoFolder, SampleError
-from self1e.data.sets.expressions import Expression, ExpressionData, ExpressionSet, ExpressionSplit
+from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import open_tables
-from self1e.errors import UserError
 
 PHOTOS = {"refclef": "saiapr_tc-12", "refzom": "mscoco/images/trainval2014"}  # below refer_seg/images
 
 
-class ReferringData(ExpressionData):
-    """The images of one split of one set, sorted by image id. A target is an annotation id; -1 means nothing.
+class Referring(ExpressionSet):
+    """The images of one split, sorted by image id; "refcoco" is "refcoco|unc|train", "refcocog" "refcocog|umd|train".
 
-    dataset_dir: holds `refer_seg`
-    name:        refclef, refcoco, refcoco+, refcocog, grefcoco, refzom, or one of R-RefCOCO
-    partition:   "unc", "umd", or "final" of Ref-ZOM
-    split:       train and val by equality; testA, testB, testC are the splits whose name holds that letter, test those
-                 whose name holds "test" (the REFER toolbox's rule); all by equality in grefcoco
+    train and val are found by equality; testA, testB, testC are the splits whose name holds that letter, test those
+    whose name holds "test" (the REFER toolbox's rule); all by equality in grefcoco. A target is an annotation id; -1
+    means nothing.
     """
 
     sized = False  # instances.json states sizes of its own
 
-    def __init__(self, dataset_dir: Path, name: str, partition: str, split: str, *, allow_outside: bool = False):
-        self.name = name
-        self.refs, instances, photos = self.paths(dataset_dir, name, partition)
-        self.photos = PhotoFolder(photos, allow_outside)
-        tables = open_tables(self.refs, read_refs)
-        self.coco = CocoIndex(instances)
+    @staticmethod
+    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        """Expressions, instances, photos."""
+        name, partition, _ = _parts(name)
+        root = dataset_dir / "refer_seg"
+        refs = f"grefs({partition}).json" if name == "grefcoco" else f"refs({partition}).p"
+        photos = root / "images" / PHOTOS.get(name, "mscoco/images/train2014")
+        return [root / name / refs, root / name / "instances.json", photos]
+
+    def open(self, refs: Path, instances: Path, photos: Path) -> None:
+        self.name, _, split = _parts(self.name)
+        self.photos, self.coco = photos, CocoIndex(instances)
         self.problems = self.coco.problems
+        tables = open_tables(refs, read_refs)
         self._groups = tables.records("groups")
-        parts = [np.arange(a, b) for known, a, b in tables.meta["splits"] if _in_split(known, split, name)]
+        parts = [np.arange(a, b) for known, a, b in tables.meta["splits"] if _in_split(known, split, self.name)]
         groups = np.concatenate([np.zeros(0, np.int64), *parts])
         # An image can belong to several raw splits (testA and testB make up test): one entry, its groups together.
         images = tables.array("group_images")[groups]
         order = np.argsort(images, kind="stable")
         self._order = groups[order]
-        self.image_ids, self._starts = np.unique(images[order], return_index=True)
-
-    @staticmethod
-    def paths(dataset_dir: Path, name: str, partition: str) -> tuple[Path, Path, Path]:
-        """(expressions, instances, photos)."""
-        root = Path(dataset_dir) / "refer_seg"
-        refs = f"grefs({partition}).json" if name == "grefcoco" else f"refs({partition}).p"
-        photos = PHOTOS.get(name, "mscoco/images/train2014")
-        return root / name / refs, root / name / "instances.json", root / "images" / photos
+        image_ids, self._starts = np.unique(images[order], return_index=True)
+        self._images = self.coco.image_numbers(image_ids)
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self._starts)
 
     def image_keys(self) -> np.ndarray:
-        return self.coco.image_keys[self.coco.image_numbers(self.image_ids)]
+        return self.coco.image_keys[self._images]
 
-    def references(self, item: int) -> list[tuple[int, list[int], list[tuple[int, str]]]]:
+    def references(self, index: int) -> list[tuple[int, list[int], list[tuple[int, str]]]]:
         """(ref id, annotation ids, [(sentence id, sentence), ...]) of each reference of an image."""
-        stop = self._starts[item + 1] if item + 1 < len(self) else len(self._order)
-        return [ref for group in self._order[self._starts[item] : stop] for ref in self._groups[int(group)][1]]
+        stop = self._starts[index + 1] if index + 1 < len(self) else len(self._order)
+        return [ref for group in self._order[self._starts[index] : stop] for ref in self._groups[int(group)][1]]
 
-    def expressions(self, item: int) -> list[Expression]:
-        """The sentences as read; the place of one is "<ref id>/<sentence id>"."""
+    def expressions(self, index: int) -> list[Expression]:
         return [
-            Expression(sentence, ids or [-1], f"{ref_id}/{sent_id}", no_target=set(ids) <= {-1})
-            for ref_id, ids, sentences in self.references(item)
+            Expression(sentence, ids or [-1], f"/{ref_id}/{sent_id}", no_target=set(ids) <= {-1})
+            for ref_id, ids, sentences in self.references(index)
             for sent_id, sentence in sentences
         ]
 
     def counts(self) -> dict[str, int]:
         """Images, references and sentences, to compare with the known totals."""
-        sentences = [len(texts) for item in range(len(self)) for _, _, texts in self.references(item)]
+        sentences = [len(texts) for index in range(len(self)) for _, _, texts in self.references(index)]
         return {"images": len(self), "refs": len(sentences), "sentences": sum(sentences)}
 
-    def file_name(self, item: int) -> str:
-        """Name of the photo below its folder. Raises SampleError when instances.json lacks the image."""
-        return self._image(item)[0]
+    def file_name(self, index: int) -> str:
+        return self.coco.image(self._images[index])[0]
 
-    def _image(self, item: int) -> tuple[str, int, int]:
-        try:
-            return self.coco.image(int(self.coco.image_numbers(self.image_ids[item : item + 1])[0]))
-        except UserError as error:
-            raise SampleError(f"{self.name}/{self.image_ids[item]}", str(error)) from error
+    def photo(self, index: int) -> Path:
+        return inside(self.photos, self.file_name(index), allow_outside=self.allow_outside)
 
-    def mask(self, item: int, target: int, id: str) -> np.ndarray:
-        _, height, width = self._image(item)
-        if target == -1:
-            return np.zeros((height, width), np.uint8)
-        try:
-            annotation = self.coco.annotation(target)
-        except UserError as error:
-            raise SampleError(id, str(error)) from error
-        return self.coco.mask(annotation, height, width, id)
+    def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
+        _, height, width = self.coco.image(self._images[index])
+        segmentation = self.coco.annotation(target)["segmentation"] if target != -1 else []
+        return decode_segmentation(segmentation, height, width, self.where(target))
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """Set, partition and split."""
+    if "|" not in name:
+        return name, "umd" if name == "refcocog" else "unc", "train"
+    name, partition, split = name.split("|")
+    return name, partition, split
 
 
 def _in_split(known: str, split: str, name: str) -> bool:
     if name == "grefcoco" or split in ("train", "val"):
         return known == split
-    if split == "test":
-        return "test" in known
-    return split.removeprefix("test") in known
-
-
-class ReferringTrain(ExpressionSet):
-    """Training images of one set; sub-classes name it."""
-
-    data: ReferringData
-    partition = "unc"
-
-    def __init__(self, dataset_dir: Path, data_dir: Path, *, conversations: int, allow_outside: bool = False):
-        data = ReferringData(dataset_dir, self.name, self.partition, "train", allow_outside=allow_outside)
-        super().__init__(data, conversations=conversations)
-
-    @classmethod
-    def paths(cls, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        return list(ReferringData.paths(dataset_dir, cls.name, cls.partition))
-
-
-class RefCLEF(ReferringTrain):
-    name = "refclef"
-
-
-class RefCOCO(ReferringTrain):
-    name = "refcoco"
-
-
-class RefCOCOPlus(ReferringTrain):
-    name = "refcoco+"
-
-
-class RefCOCOg(ReferringTrain):
-    name = "refcocog"
-    partition = "umd"
-
-
-class GRefCOCO(ReferringTrain):
-    name = "grefcoco"
-
-
-class ReferringSplit(ExpressionSplit):
-    """An evaluation split; `name` is "<set>|<partition>|<split>"."""
-
-    def __init__(self, name: str, dataset_dir: Path, *, allow_outside: bool = False):
-        super().__init__(name, ReferringData(dataset_dir, *name.split("|"), allow_outside=allow_outside))
-
-    @staticmethod
-    def paths(name: str, dataset_dir: Path) -> list[Path]:
-        return list(ReferringData.paths(dataset_dir, *name.split("|")[:2]))
+    return (split if split == "test" else split.removeprefix("test")) in known
