@@ -120,7 +120,7 @@ def test_faults_of_a_tree(tmp_path, run):
         "pascal_part/gone.jpg: cannot read", "unknown category 8",
         "shapes[0] is a rectangle", "ReasonSeg/two.jpg: it has no sentence",
         "vqav2/2: a phrase is empty", "vqav2/2: an answer is empty", "vqav2/3: cannot read",
-        "okvqa_train.jsonl, line 1: it has no question",
+        "okvqa_train.jsonl: line 1: it has no question",
     ):  # fmt: skip
         assert fault in found, (fault, found)
     assert code == 1 and rows["ade20k"][:6] == ["3", "3", "3", "3", "0", "2"]
