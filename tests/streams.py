@@ -17,15 +17,14 @@ class Numbers(TrainingSet):
         self.name, self.size, self.broken, self.cap, self.empty = name, size, set(broken), cap, set(empty)
         self.segmentation, self.redrawn = segmentation, redrawn
 
-    @staticmethod
-    def paths(name, dataset_dir, data_dir):
-        return []
-
     def open(self):
         pass
 
     def __len__(self):
         return self.size
+
+    def file_name(self, index):
+        return str(index)
 
     def image_keys(self):
         return np.arange(self.size)

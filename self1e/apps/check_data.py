@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from self1e import Self1EProcessor
-from self1e.data.families import FAMILIES, Choice, DataConfig
+from self1e.data.families import FAMILIES, Choice
 from self1e.data.paths import missing
 from self1e.data.samples import EvalSplit, PhotoSet, SampleError, TrainingSet, check_texts
 from self1e.data.sets.custom import Custom, find_source
@@ -121,16 +121,16 @@ def read_own(data: Custom, number: int) -> Record:
     return record
 
 
-def open_training_set(choice: Choice, config: DataConfig) -> Source:
+def open_training_set(choice: Choice) -> Source:
     """Raises MissingFile where its first path is not there, nor, for a file of a set with masks, its folder."""
-    paths = choice.training_set.paths(choice.name, config.dataset_dir, config.data_dir)
+    paths = choice.paths()
     absent = [path for path in paths if not path.exists()]
     begun = paths[0].suffix and choice.training_set.segmentation and paths[0].parent.is_dir()
     if paths[0] in absent and not begun:
         raise MissingFile(choice.name)
     if absent:
         return Source(choice.name, problems=[f"{path} is missing" for path in absent])
-    return set_source(choice.name, config.open(choice), read_sample)
+    return set_source(choice.name, choice.open(), read_sample)
 
 
 def open_split(name: str, dataset_dir: Path, allow_outside: bool) -> Source:
@@ -168,24 +168,21 @@ def open_own(path: Path, allow_outside: bool) -> Source:
 
 def tree_sources(dataset_dir: Path, data_dir: Path, allow_outside: bool) -> Iterator[tuple[str, Callable[[], Source]]]:
     """(name, function that opens it) of training sets, evaluation splits and VQA benchmarks."""
-    config = DataConfig(dataset_dir, data_dir, conversations=ALL, allow_outside=allow_outside)
-    for name, training_set in training_sets():
-        yield name, partial(open_training_set, Choice(name, training_set), config)
+    options = {"dataset_dir": dataset_dir, "data_dir": data_dir, "allow_outside": allow_outside, "conversations": ALL}
+    for family in FAMILIES.values():
+        for name, training_set in family.sets.items():
+            yield name, partial(open_training_set, Choice(name, training_set, options))
     for name in SPLITS:
         yield name, partial(open_split, name, dataset_dir, allow_outside)
     for name, benchmark in VQA_BENCHMARKS.items():
         yield name, partial(open_benchmark, name, benchmark, data_dir)
 
 
-def training_sets() -> list[tuple[str, type[TrainingSet]]]:
-    return [entry for family in FAMILIES.values() for entry in family.sets.items()]
-
-
 def is_tree(path: Path) -> bool:
     """Whether a folder holds one of the folders of the sets; those of question sets are another folder's."""
-    elsewhere = Path(os.devnull)
-    own = (training_set.paths(name, path, elsewhere)[0] for name, training_set in training_sets())
-    return any((path / each.relative_to(path).parts[0]).is_dir() for each in own if each.is_relative_to(path))
+    kinds = {kind for family in FAMILIES.values() for kind in family.sets.values()}
+    folders = {file.split("/")[0] for kind in kinds for file in kind.files[:1]} | {"refer_seg", "reason_seg"}
+    return any((path / folder).is_dir() for folder in folders)
 
 
 @dataclass
@@ -319,7 +316,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("path", metavar="PATH", type=Path, help="the tree's dataset folder, or own data (file or folder)")
     add("--data_dir", type=Path, help="VQA sets of the tree; unset: the folder data beside PATH")
-    add("--kind", choices=("auto", "tree", "custom"), default="auto", help="auto: a tree holds folders like refer_seg")
     add("--output", type=Path, default=SHEET, help="the contact sheet")
     add("--samples", type=int, help="pictures per set on it, 0 for no sheet; unset: 2, and 12 of own data")
     add("--limit", type=int, help="records read of each set at most, evenly spread; unset: all")
@@ -335,12 +331,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--output {args.output}: expected a picture's name, such as {args.output / 'contact_sheet.png'}")
     if min(args.samples or 0, args.workers) < 0 or (args.limit is not None and args.limit < 1):
         parser.error("--samples and --workers are at least 0, --limit is at least 1")
-    if args.kind == "auto":
-        args.kind = "tree" if is_tree(args.path) else "custom"
-    if args.split is not None and args.kind == "tree":
+    args.tree = is_tree(args.path)
+    if args.split is not None and args.tree:
         parser.error("--split divides own data; the sets of the tree have their splits")
     if args.samples is None:
-        args.samples = 2 if args.kind == "tree" else 12
+        args.samples = 2 if args.tree else 12
     args.data_dir = args.data_dir or args.path.resolve().parent / "data"
     return args
 
@@ -350,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.samples:
         check_writable_file(args.output)
     openers = tree_sources(args.path, args.data_dir, args.allow_outside)
-    if args.kind == "custom":
+    if not args.tree:
         openers = iter([(str(args.path), partial(open_own, args.path, args.allow_outside))])
     tokenizer = Self1EProcessor.from_pretrained(args.version).tokenizer if args.version else None
     sources, absent = [], []
@@ -372,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{name}:", *source.problems[:LISTED], *[f"and {more:,} more"] * (more > 0), sep="\n  ")
     if not any(source.checked for source in sources):
         near = next((path for path in (args.path / "dataset", args.path.absolute().parent) if is_tree(path)), None)
-        hint = f"; did you mean {near}?" if near is not None and args.kind == "custom" else ""
+        hint = f"; did you mean {near}?" if near is not None and not args.tree else ""
         print(f"nothing to check in {args.path}{hint}", file=sys.stderr)
         return 1
     print(f"\n{table(sources)}")

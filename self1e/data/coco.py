@@ -10,9 +10,9 @@ from self1e.errors import UserError
 
 
 class CocoIndex:
-    """Images and annotations of a COCO-style file, memory-mapped (see `read_coco`); numbers are places in the file.
+    """Images and annotations of a COCO-style file (see `read_coco`); numbers are places in the file.
 
-    image_keys: `image_key` of each image, int64 (images,). problems: what contradicts itself in the file
+    problems: what contradicts itself in the file
     """
 
     def __init__(self, path: Path):
@@ -21,8 +21,8 @@ class CocoIndex:
         self._images, self._annotations = tables.records("images"), tables.records("annotations")
         self.categories: dict[int, str] = dict(map(tuple, tables.meta["categories"]))
         self.problems = [f"{path.name}: {problem}" for problem in tables.meta["problems"]]
-        self.image_keys, self.image_ids = tables.array("image_keys"), tables.array("image_ids")
-        self._ids, self._owners = tables.array("annotation_ids"), tables.array("owner_ids")
+        names = "image_ids", "annotation_ids", "owner_ids"
+        self.image_ids, self._ids, self._owners = map(tables.array, names)
         self._image_order, self._order, self._owner_order = (
             np.argsort(ids, kind="stable") for ids in (self.image_ids, self._ids, self._owners)
         )

@@ -9,7 +9,7 @@ add a family, add one entry to FAMILIES; its flag is `--<family>_data`.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,9 +53,7 @@ FAMILIES: dict[str, Family] = {
         "semantic and part segmentation sets, joined by ||",
     ),
     "refer_seg": Family(
-        dict.fromkeys(REFERRING, Referring),
-        SEPARATOR.join(REFERRING[:4]),
-        "referring sets, joined by ||",
+        dict.fromkeys(REFERRING, Referring), SEPARATOR.join(REFERRING[:4]), "referring sets, joined by ||"
     ),
     "reason_seg": Family(
         {"ReasonSeg": ReasonSeg}, "ReasonSeg|train", "the reasoning set and its splits", ("explanatory",)
@@ -72,35 +70,39 @@ DEFAULT_FAMILIES = "sem_seg||refer_seg||reason_seg||vqa"
 
 @dataclass(frozen=True)
 class Choice:
-    """A selected set: its name, its class with further arguments, and the rate of its family.
+    """A selected set: its name and class, what its constructor takes, and the rate of its family.
 
     A rate multiplies the samples of an epoch; of a fraction a share is taken.
     """
 
     name: str
     training_set: type[TrainingSet]
+    options: Mapping[str, Any]
     rate: float = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def paths(self) -> list[Path]:
+        """Files and folders that must exist before it is opened; the first is its own."""
+        return self.training_set.paths(self.name, self.options["dataset_dir"], self.options["data_dir"])
+
+    def open(self) -> TrainingSet:
+        """The set. Raises UserError for files of another schema, and for a set without samples."""
+        data = self.training_set(self.name, **self.options)
+        if not len(data):
+            raise UserError(f"{data.name}: no training samples in {self.paths()[0]}")
+        return data
 
 
-@dataclass(frozen=True)
-class DataConfig:
+class DataConfig(NamedTuple):
     """The data of a run, parsed and checked; nothing of it has been opened yet.
 
-    dataset_dir:   folder of the segmentation sets and LLaVA
-    data_dir:      folder of the question sets
-    families:      the selected sets of each family, in the order of `--dataset`
-    conversations: of a sample, at most (`--num_classes_per_sample`)
-    exclude_val:   drop every training photo that an evaluation split on disk uses, under whatever name
-    allow_outside: photos may lie outside the folders of their set (see `paths.inside`)
+    dataset_dir: folder of the segmentation sets and LLaVA
+    families:    the selected sets of each family, in the order of `--dataset`
+    exclude_val: drop every training photo that an evaluation split on disk uses, under whatever name
     """
 
     dataset_dir: Path
-    data_dir: Path
-    families: tuple[list[Choice], ...] = ()
-    conversations: int = 3
-    exclude_val: bool = False
-    allow_outside: bool = False
+    families: list[list[Choice]]
+    exclude_val: bool
 
     @classmethod
     def parse(
@@ -120,48 +122,29 @@ class DataConfig:
         sample_rates: one per family of `dataset`, in its order; None: 1 each
         Raises UserError that names the flag.
         """
-        names = _names(dataset, FAMILIES, "--dataset")
         if num_classes_per_sample < 1:
             raise UserError(f"--num_classes_per_sample is {num_classes_per_sample}; expected at least 1")
+        common = {"dataset_dir": Path(dataset_dir), "data_dir": Path(data_dir), "allow_outside": allow_outside}
+        common["conversations"] = num_classes_per_sample
         families = []
+        names = _names(dataset, FAMILIES, "--dataset")
         for name, rate in zip(names, _rates(sample_rates, names)):
-            family, value = FAMILIES[name], flags.get(f"{name}_data", FAMILIES[name].default)
-            options = {option: flags[option] for option in family.options if option in flags}
+            family, value = FAMILIES[name], flags.get(f"{name}_data", FAMILIES[name].default) or ""
+            options = common | {option: flags[option] for option in family.options if option in flags}
             if name == "custom":
                 if not value:
                     raise UserError("--dataset custom needs --custom_data: one path or several, joined by ||")
-                chosen = [Choice(f"custom|{path.strip()}", Custom, rate) for path in value.split(SEPARATOR)]
+                chosen = [Choice(f"custom|{path.strip()}", Custom, options, rate) for path in value.split(SEPARATOR)]
             else:
-                selected = _names(value or "", family.sets, f"--{name}_data")
-                chosen = [Choice(each, family.sets[each.split("|")[0]], rate, options) for each in selected]
+                own = _names(value, family.sets, f"--{name}_data")
+                chosen = [Choice(each, family.sets[each.split("|")[0]], options, rate) for each in own]
             families.append(chosen)
-        return cls(
-            Path(dataset_dir), Path(data_dir), tuple(families), num_classes_per_sample, exclude_val, allow_outside
-        )
+        return cls(Path(dataset_dir), families, exclude_val)
 
     def paths(self) -> list[tuple[str, Path]]:
         """(set, path) of every file and folder that the selected sets need."""
-        return [
-            (choice.name.split("|")[0], path)
-            for choices in self.families
-            for choice in choices
-            for path in choice.training_set.paths(choice.name, self.dataset_dir, self.data_dir)
-        ]
-
-    def open(self, choice: Choice) -> TrainingSet:
-        """A selected set. Raises UserError for files of another schema, and for a set without samples."""
-        data = choice.training_set(
-            choice.name,
-            self.dataset_dir,
-            self.data_dir,
-            conversations=self.conversations,
-            allow_outside=self.allow_outside,
-            **choice.options,
-        )
-        if not len(data):
-            path = choice.training_set.paths(choice.name, self.dataset_dir, self.data_dir)[0]
-            raise UserError(f"{data.name}: no training samples in {path}")
-        return data
+        choices = [choice for family in self.families for choice in family]
+        return [(choice.name.split("|")[0], path) for choice in choices for path in choice.paths()]
 
 
 def _names(value: str, known: Iterable[str], flag: str) -> list[str]:

@@ -1,11 +1,4 @@
-"""From the flags of a run to its batches.
-
-mixture = build_mixture(config, batch_size=5, seed=0)
-encode = Encode(processor, max_length=1024, max_tiles=1)
-for epoch in range(epochs):
-    for batch in make_loader(mixture, encode, epoch=epoch, rank=rank, world_size=world_size):
-        model(**batch)  # after taking `ids` and `replaced` out of it
-"""
+"""From the flags of a run to its batches, `make_loader(build_mixture(config, ...), Encode(processor, ...), ...)`."""
 
 import logging
 from dataclasses import dataclass
@@ -36,7 +29,7 @@ def build_mixture(config: DataConfig, *, batch_size: int, seed: int, mode: str =
     excluded = evaluation_keys(config.dataset_dir) if config.exclude_val else None
     groups = []
     for choices in config.families:
-        sets = [config.open(choice) for choice in choices]
+        sets = [choice.open() for choice in choices]
         for problem in dict.fromkeys(problem for data in sets for problem in data.problems):
             log.warning("%s", problem)
         traits = [(data.rated, data.segmentation, data.redrawn) for data in sets]

@@ -44,18 +44,21 @@ def _decompress(counts: bytes) -> np.ndarray:
     A number is a series of characters from 48 on: 5 bits each, lowest first; bit 32 says that another one follows, bit
     16 of the last is the sign. From the fourth number on, the number before the previous one is added.
     """
-    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    last = (digits & 32) == 0
-    stops = np.flatnonzero(last) + 1
-    lengths = np.diff(stops, prepend=0)
-    if not len(stops) or digits.min() < 0 or digits.max() > 63 or not last[-1] or lengths.max() > 6:  # 30 bits do
-        raise ValueError("its counts are cut or no compressed RLE")
-    starts = stops - lengths
-    numbers = np.add.reduceat((digits & 31) << 5 * (np.arange(len(digits)) - np.repeat(starts, lengths)), starts)
-    numbers -= ((digits[stops - 1] & 16) > 0).astype(np.int64) << 5 * lengths
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
-    return numbers
+    runs: list[int] = []
+    number = shift = 0
+    for digit in counts:
+        digit -= 48
+        if not 0 <= digit < 64 or shift > 25:  # 30 bits hold every picture
+            raise ValueError("its counts are no compressed RLE")
+        number |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            number -= (digit >> 4 & 1) << shift
+            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+            number = shift = 0
+    if shift or not runs:
+        raise ValueError("its counts are cut")
+    return np.array(runs)
 
 
 def _parts(segmentation: list | dict) -> list:

@@ -19,7 +19,6 @@ import numpy as np
 
 from self1e.data.masks import contradiction
 from self1e.data.paths import DATASETS
-from self1e.data.samples import image_key
 from self1e.data.tables import Writer
 from self1e.errors import UserError
 
@@ -77,18 +76,17 @@ def counted(problems: dict[str, list]) -> list[str]:
 def read_coco(path: Path, out: Writer) -> None:
     """COCO-style annotations (instances.json, PACO, PASCAL-Part).
 
-    Tables `images` [file_name, height, width] and `annotations` {id, category_id, segmentation}; arrays `image_ids`
-    and `image_keys`, `annotation_ids` and `owner_ids` (image of each annotation); meta `categories` [[id, name], ...]
-    and `problems`, what contradicts itself in the file.
+    Tables `images` [file_name, height, width] and `annotations` {id, category_id, segmentation}; arrays `image_ids`,
+    `annotation_ids` and `owner_ids` (image of each annotation); meta `categories` [[id, name], ...] and `problems`,
+    what contradicts itself in the file.
     """
-    image_ids, keys, annotation_ids, owners = (array("q") for _ in range(4))
+    image_ids, annotation_ids, owners = array("q"), array("q"), array("q")
     sizes, categories = {}, []
     problems: dict[str, list] = defaultdict(list)
     for location, image in stream_json(path, "images"):
         id, *entry = fields(image, location, id=int, file_name=str, height=int, width=int)
         out.add("images", entry)
         image_ids.append(id)
-        keys.append(image_key(entry[0]))
         sizes[id] = entry[1:]
     for location, annotation in stream_json(path, "annotations"):
         id, owner, category = fields(annotation, location, id=int, image_id=int, category_id=int)
@@ -108,7 +106,6 @@ def read_coco(path: Path, out: Writer) -> None:
         found, times = np.unique(ids, return_counts=True)
         problems[f"{what} id that occurs twice"] += found[times > 1].tolist()
         out.array(f"{what}_ids", ids)
-    out.array("image_keys", keys)
     out.array("owner_ids", owners)
     out.meta["categories"], out.meta["problems"] = categories, counted(problems)
 
@@ -179,24 +176,17 @@ def read_refs(path: Path, out: Writer) -> None:
 
 
 def read_instructions(path: Path, out: Writer) -> None:
-    """LLaVA conversations: table `items` [id, image, [[from, value], ...]], array `image_keys`."""
-    keys = array("q")
+    """LLaVA conversations: table `items` [image, [[from, value], ...], id]."""
     for location, value in stream_json(path):
         id, image, turns = fields(value, location, id=(str, int), image=str, conversations=list)
-        out.add("items", [id, image, [fields(turn, location, **{"from": str, "value": str}) for turn in turns]])
-        keys.append(image_key(image))
-    if not keys:
-        raise UserError(f"it holds no list of conversations; is this the right file? See {DATASETS}")
-    out.array("image_keys", keys)
+        turns = [fields(turn, location, **{"from": str, "value": str}) for turn in turns]
+        out.add("items", [image, turns, id])
 
 
 def read_questions(path: Path, out: Writer) -> None:
-    """Question lines (.jsonl): table `items` [image, question, answer or null], array `image_keys`."""
-    keys = array("q")
+    """Question lines (.jsonl): table `items` [image, question, answer or null]."""
     for location, value in json_lines(path):
         image, question = fields(value, location, image=str, question=str)
         if isinstance(answer := value.get("answer"), (list, dict)):
             raise UserError(f"{location}: answer is {reprlib.repr(answer)}")
         out.add("items", [image, question, None if answer is None else str(answer)])
-        keys.append(image_key(image))
-    out.array("image_keys", keys)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import Image
 
+from self1e.data.paths import inside
 from self1e.errors import UserError
 from self1e.model.photos import read_picture
 from self1e.model.prompts import IMAGE_TAG, SEG, evaluation_prompt, reserved_in
@@ -76,15 +77,9 @@ def image_key(name: str) -> int:
     COCO photos go by different names in different sets (`COCO_train2014_000000000009.jpg`, `000000000009.png`); all
     others have the same name wherever they appear.
     """
-    coco = COCO_NAME.fullmatch(name.rsplit("/", 1)[-1])
-    if coco:
+    if coco := COCO_NAME.fullmatch(name.rsplit("/", 1)[-1]):
         return int(coco[1])
     return -1 - int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=7).digest(), "big")
-
-
-def image_keys(names: Iterable[str]) -> np.ndarray:
-    """`image_key` of each name, int64 (n,)."""
-    return np.fromiter(map(image_key, names), np.int64)
 
 
 def check_texts(id: str, texts: Iterable[str]) -> None:
@@ -104,13 +99,16 @@ def draw(items: Sequence[T], count: int, rng: np.random.Generator) -> list[T]:
 class PhotoSet(ABC):
     """What training sets and evaluation splits share: numbered records about photos.
 
-    name:          as it is selected: "ade20k", "ReasonSeg|train_val", "refcoco|unc|val", "custom|own/t.csv"; `open`
-                   may give a shorter one for logs
-    conversations: of a training sample, at most
-    allow_outside: photos may lie outside the folders of the set (see `paths.inside`)
-    problems:      what is wrong with its files as a whole; said when training starts, and by check-data
+    files:    what must exist below dataset_dir before the set is opened; the first is the set's own
+    name:     as it is selected: "ade20k", "refcoco|unc|val", "custom|own/t.csv"; `open` may shorten it for logs
+    folder:   photos are named relative to it
+    problems: what is wrong with its files as a whole; said when training starts, and by check-data
+
+    conversations: of a training sample, at most. allow_outside: photos may lie elsewhere (see `paths.inside`)
     """
 
+    files: tuple[str, ...] = ()
+    folder: Path
     problems: Sequence[str] = ()
 
     def __init__(
@@ -126,10 +124,10 @@ class PhotoSet(ABC):
         self.name, self.conversations, self.allow_outside = name, conversations, allow_outside
         self.open(*self.paths(name, Path(dataset_dir), Path(data_dir)), **options)
 
-    @staticmethod
-    @abstractmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        """Files and folders that must exist before the set is opened; the first is the set's own."""
+    @classmethod
+    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+        """Files and folders that must exist before the set is opened."""
+        return [dataset_dir / file for file in cls.files]
 
     @abstractmethod
     def open(self, *paths: Any, **options: Any) -> None:
@@ -140,12 +138,20 @@ class PhotoSet(ABC):
         """Number of records on disk."""
 
     @abstractmethod
-    def image_keys(self) -> np.ndarray:
-        """`image_key` of every record's photo, int64 (len,)."""
+    def file_name(self, index: int) -> str:
+        """Name of a record's photo in the annotations."""
 
     def id(self, index: int) -> str:
         """How messages call a record."""
-        return f"{self.name}/{index}"
+        return f"{self.name}/{self.file_name(index)}"
+
+    def photo(self, index: int) -> Path | BinaryIO:
+        """Where the photo of a record is. Raises UserError."""
+        return inside(self.folder, self.file_name(index), allow_outside=self.allow_outside)
+
+    def image_keys(self) -> np.ndarray:
+        """`image_key` of every record's photo, int64 (len,)."""
+        return np.fromiter((image_key(self.file_name(index)) for index in range(len(self))), np.int64)
 
 
 class TrainingSet(PhotoSet):

@@ -23,7 +23,7 @@ from self1e.errors import UserError
 from self1e.files import check_fetched, replacing_folder
 
 log = logging.getLogger(__name__)
-VERSION = 5  # of what the readers write
+VERSION = 6  # of what the readers write
 
 
 class Records(Sequence[Any]):

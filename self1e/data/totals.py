@@ -1,8 +1,7 @@
 """The known totals of the public sets, and how a user's files compare with them.
 
 `totals.json` holds images, expressions (refs), sentences, questions and conversations per training set and evaluation
-split, as the sets' own documentation and the loaders of other projects state them. A set without a confirmed total has
-no entry.
+split, as the sets' own documentation and the loaders of other projects state them.
 """
 
 import json
@@ -29,9 +28,8 @@ def completeness(name: str, data: PhotoSet) -> str:
     counts = {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
     if isinstance(data, Referring):
         counts = data.counts()
-    differing = {what: total for what, total in known.items() if counts[what] != total}
+    differing = sorted((counts[what] <= total, what) for what, total in known.items() if counts[what] != total)
     if not differing:
         return "complete"
-    more = [what for what in differing if counts[what] > differing[what]]
-    what = (more or list(differing))[0]
-    return f"{'another version' if more else 'partly'}: {counts[what]:,} of {differing[what]:,} {what}"
+    fewer, what = differing[0]
+    return f"{'partly' if fewer else 'another version'}: {counts[what]:,} of {known[what]:,} {what}"

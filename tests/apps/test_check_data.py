@@ -159,7 +159,7 @@ def test_own_data(tmp_path, run, monkeypatch):
     with Image.open(tmp_path / "deep/sheet.jpg") as sheet:
         assert sheet.width > 2 * 560
     monkeypatch.setattr("self1e.apps.check_data.IN_WORKERS", 1)
-    assert run(tmp_path, "--kind", "custom", "--samples", 0)[1][str(tmp_path)] == ["2", "2", "3", "3", "1", "0"]
+    assert run(tmp_path, "--samples", 0)[1][str(tmp_path)] == ["2", "2", "3", "3", "1", "0"]
     assert not (tmp_path / SHEET).exists()
 
 

@@ -153,7 +153,7 @@ def test_a_record_of_another_schema_is_refused_with_file_and_key(tmp_path, reade
 
 @pytest.mark.parametrize("value", [[1, 2], {"a": 1}, "text"])
 def test_another_structure_names_the_file(tmp_path, cache, value):
-    for reader in SOUND:
+    for reader in SOUND.keys() - {read_instructions}:
         with pytest.raises(UserError, match="x.json"):
             open_tables(write_json(tmp_path / "x.json", value), reader)
     assert not [path for path in cache.iterdir() if path.is_dir()]

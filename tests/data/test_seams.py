@@ -14,11 +14,9 @@ from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.training.args import parse
 
 MODULE = '''
-from pathlib import Path
-
 import numpy as np
 
-from self1e.data.samples import EvalImage, EvalSplit, Sample, TrainingSet, image_keys, load_image
+from self1e.data.samples import EvalImage, EvalSplit, Sample, TrainingSet, load_image
 from self1e.data.sets.semantic import LabelMapSet
 from self1e.model import prompts
 
@@ -26,9 +24,7 @@ from self1e.model import prompts
 class Toys(LabelMapSet):
     """A semantic set: two folders and two names."""
 
-    @staticmethod
-    def paths(name, dataset_dir, data_dir):
-        return [dataset_dir / "toys/labels", dataset_dir / "toys/photos"]
+    files = "toys/labels", "toys/photos"
 
     def read_names(self):
         return ["Bear", "Ball"]
@@ -37,23 +33,20 @@ class Toys(LabelMapSet):
 class Frames(TrainingSet, EvalSplit):
     """A set of another kind, also evaluated: its questions name no class, its masks are the left half."""
 
+    files = ("frames",)
     redrawn = True
 
-    @staticmethod
-    def paths(name, dataset_dir, data_dir):
-        return [dataset_dir / "frames"]
-
     def open(self, folder):
-        self.photos = sorted(folder.glob("*.jpg"))
+        self.folder, self.names = folder, sorted(path.name for path in folder.glob("*.jpg"))
 
     def __len__(self):
-        return len(self.photos)
+        return len(self.names)
 
-    def image_keys(self):
-        return image_keys(photo.name for photo in self.photos)
+    def file_name(self, index):
+        return self.names[index]
 
     def load(self, index):
-        image = load_image(self.photos[index])
+        image = load_image(self.photo(index))
         mask = np.zeros((1, image.height, image.width), np.uint8)
         mask[:, :, : image.width // 2] = 1
         return image, mask
@@ -64,7 +57,7 @@ class Frames(TrainingSet, EvalSplit):
         return Sample(self.id(index), image, [[question, prompts.answer(rng)]], [mask])
 
     def unit(self, index):
-        name = self.photos[index].name
+        name = self.names[index]
         return EvalImage(name, ["left half"], [False], [name], [False], True, lambda: self.load(index))
 '''
 
@@ -120,7 +113,7 @@ def test_a_new_split_is_evaluated(extension, root, tmp_path, load_tiny, tiny_pro
 
 
 def test_check_data_knows_the_new_ones(extension, root, tmp_path, capsys):
-    assert check_data.main([str(root), "--kind", "tree", "--output", str(tmp_path / "sheet.png")]) == 0
+    assert check_data.main([str(root), "--output", str(tmp_path / "sheet.png")]) == 0
     rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line[:2] == "| "}
     for name in "toys", "frames", "frames val":
         assert rows[name].split("|")[2].strip() == "3", rows

@@ -7,7 +7,7 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import H, W, photo, questions, write_json
 
-from self1e.data.families import FAMILIES, Choice, DataConfig
+from self1e.data.families import FAMILIES, Choice
 from self1e.data.sets.vqa import QUESTIONS, QuestionSet, instruction_turns
 from self1e.errors import UserError
 
@@ -57,7 +57,7 @@ def test_a_broken_line_and_an_empty_file_name_the_source(tmp_path):
         make(tmp_path, "gqa")
     (tmp_path / QUESTIONS["gqa"]).write_text("")
     with pytest.raises(UserError, match="gqa: no training samples"):
-        DataConfig(tmp_path, tmp_path).open(Choice("gqa", QuestionSet))
+        Choice("gqa", QuestionSet, {"dataset_dir": tmp_path, "data_dir": tmp_path}).open()
 
 
 @needs_shared
@@ -68,7 +68,7 @@ def test_counts_equal_the_published_loaders():
     rows = [data.sample(i, np.random.default_rng(0)).conversations[0] for i in range(len(data))]
     assert len(data) == counts["items"]
     assert sum(len(row) // 2 for row in rows) == counts["assistant_turns"]
-    raw = [turns for _, _, turns in data.records]
+    raw = [turns for _, turns, _ in data.records]
     assert sum(any("!" in text for _, text in turns) for turns in raw) == counts["with_exclamation"]
     assert sum(turns[0][0] == "gpt" for turns in raw) == counts["gpt_first"]
     assert all(row[0].startswith("<image>\n") and "<image>" not in "".join(row)[1:] for row in rows)

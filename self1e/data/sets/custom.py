@@ -31,7 +31,7 @@ from tqdm import tqdm
 from self1e.data.masks import contradiction, decode_segmentation, load_label_map
 from self1e.data.paths import OWN_DATA, inside, list_names
 from self1e.data.readers import counted, fields, json_lines, stream_json
-from self1e.data.samples import image_keys
+from self1e.data.samples import image_key
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import Writer, open_tables
 from self1e.errors import UserError
@@ -183,8 +183,8 @@ class Custom(ExpressionSet):
     doubts: the same of masks read so far that may not be what their record means
     """
 
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+    @classmethod
+    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
         return [find_source(name.partition("|")[2])]
 
     def open(self, source: Path, *, strict: bool = True) -> None:
@@ -231,9 +231,9 @@ class Custom(ExpressionSet):
         return len(self._photos)
 
     def image_keys(self) -> np.ndarray:
-        """`image_key` of each photo: COCO's number, or one of the file's path, since own names mean little."""
+        """COCO's number, or a key of the file's path, since own names mean little."""
         folder = os.path.realpath(self.source.parent)
-        return image_keys(f"{folder}/{name}" for name, *_ in self._photos)
+        return np.array([image_key(f"{folder}/{name}") for name, *_ in self._photos], np.int64)
 
     def file_name(self, index: int) -> str:
         return self._photos[index][0]

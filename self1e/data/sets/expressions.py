@@ -7,8 +7,7 @@ evaluation make of them stands here.
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -39,14 +38,6 @@ class ExpressionSet(TrainingSet, EvalSplit):
     stored = True  # masks are those of the photo before its EXIF orientation is applied
 
     @abstractmethod
-    def file_name(self, index: int) -> str:
-        """Name of a photo in the annotations."""
-
-    @abstractmethod
-    def photo(self, index: int) -> Path | BinaryIO:
-        """Where the photo is. Raises UserError."""
-
-    @abstractmethod
     def expressions(self, index: int) -> list[Expression]:
         """Every expression of a photo. Raises UserError."""
 
@@ -57,9 +48,6 @@ class ExpressionSet(TrainingSet, EvalSplit):
     def where(self, target: Any) -> str:
         """How messages call an annotation."""
         return f"annotation {target}"
-
-    def id(self, index: int) -> str:
-        return f"{self.name}/{self.file_name(index)}"
 
     def load(self, index: int, wanted: Sequence[list[Any]]) -> tuple[Image.Image, np.ndarray]:
         """Photo, and for each list of annotations the union of their masks, uint8 (n, H, W). Raises SampleError."""

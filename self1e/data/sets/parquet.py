@@ -21,7 +21,6 @@ from PIL import Image
 
 from self1e.data.masks import load_label_map
 from self1e.data.paths import inside
-from self1e.data.samples import image_keys
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.errors import UserError, check_known
 from self1e.model.prompts import looks_like_sentence
@@ -72,8 +71,8 @@ class ParquetSplit(ExpressionSet):
 
     lower = False
 
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+    @classmethod
+    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
         """A path that is given must exist; what the hub holds is found when the split is read."""
         parts = name.split("|")
         if len(parts) != 3 or not all(parts):
@@ -96,9 +95,6 @@ class ParquetSplit(ExpressionSet):
 
     def __len__(self) -> int:
         return len(self.photos)
-
-    def image_keys(self) -> np.ndarray:
-        return image_keys(photo for photo, _ in self.photos)
 
     def file_name(self, index: int) -> str:
         return self.photos[index][0]

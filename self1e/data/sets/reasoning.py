@@ -14,7 +14,7 @@ from PIL import Image
 from self1e.data.masks import paint_shapes
 from self1e.data.paths import list_names
 from self1e.data.readers import fields
-from self1e.data.samples import Sample, draw, image_keys
+from self1e.data.samples import Sample, draw
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.errors import UserError, check_known
 from self1e.files import read_json
@@ -34,8 +34,8 @@ class ReasonSeg(ExpressionSet):
     lower = stored = False
     asked = 1
 
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+    @classmethod
+    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
         """The folders of the splits. Raises UserError for an unknown one."""
         splits = (name.partition("|")[2] or "train").split("_")
         check_known("unknown ReasonSeg split", splits, SPLITS)
@@ -59,9 +59,6 @@ class ReasonSeg(ExpressionSet):
 
     def __len__(self) -> int:
         return len(self.photos)
-
-    def image_keys(self) -> np.ndarray:
-        return image_keys(photo.name for photo in self.photos)
 
     def file_name(self, index: int) -> str:
         return self.photos[index].name

@@ -15,7 +15,6 @@ from PIL import Image
 
 from self1e.data.coco import CocoIndex
 from self1e.data.masks import decode_segmentation
-from self1e.data.paths import inside
 from self1e.data.readers import read_refs
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import open_tables
@@ -33,8 +32,8 @@ class Referring(ExpressionSet):
 
     sized = False  # instances.json states sizes of its own
 
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+    @classmethod
+    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
         """Expressions, instances, photos."""
         name, partition, _ = _parts(name)
         root = dataset_dir / "refer_seg"
@@ -44,7 +43,7 @@ class Referring(ExpressionSet):
 
     def open(self, refs: Path, instances: Path, photos: Path) -> None:
         self.name, _, split = _parts(self.name)
-        self.photos, self.coco = photos, CocoIndex(instances)
+        self.folder, self.coco = photos, CocoIndex(instances)
         self.problems = self.coco.problems
         tables = open_tables(refs, read_refs)
         self._groups = tables.records("groups")
@@ -59,9 +58,6 @@ class Referring(ExpressionSet):
 
     def __len__(self) -> int:
         return len(self._starts)
-
-    def image_keys(self) -> np.ndarray:
-        return self.coco.image_keys[self._images]
 
     def references(self, index: int) -> list[tuple[int, list[int], list[tuple[int, str]]]]:
         """(ref id, annotation ids, [(sentence id, sentence), ...]) of each reference of an image."""
@@ -83,9 +79,6 @@ class Referring(ExpressionSet):
     def file_name(self, index: int) -> str:
         return self.coco.image(self._images[index])[0]
 
-    def photo(self, index: int) -> Path:
-        return inside(self.photos, self.file_name(index), allow_outside=self.allow_outside)
-
     def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
         _, height, width = self.coco.image(self._images[index])
         segmentation = self.coco.annotation(target)["segmentation"] if target != -1 else []
@@ -94,9 +87,8 @@ class Referring(ExpressionSet):
 
 def _parts(name: str) -> tuple[str, str, str]:
     """Set, partition and split."""
-    if "|" not in name:
-        return name, "umd" if name == "refcocog" else "unc", "train"
-    name, partition, split = name.split("|")
+    name, *rest = name.split("|")
+    partition, split = rest or ("umd" if name == "refcocog" else "unc", "train")
     return name, partition, split
 
 

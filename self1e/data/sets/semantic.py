@@ -5,15 +5,14 @@ dataset/README.md shows the folders. A conversation asks for one class, or for o
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from self1e.data.coco import CocoIndex
 from self1e.data.masks import IGNORED, decode_segmentation, load_label_map, orient
-from self1e.data.paths import inside, list_names
+from self1e.data.paths import list_names
 from self1e.data.readers import fields
-from self1e.data.samples import Sample, TrainingSet, draw, image_keys
+from self1e.data.samples import Sample, TrainingSet, draw
 from self1e.errors import UserError
 from self1e.files import read_json
 from self1e.model import prompts
@@ -28,7 +27,7 @@ def class_names(name: str) -> list[str]:
 class LabelMapSet(TrainingSet):
     """Photos (.jpg) with a label map (.png) of the same name each.
 
-    Sub-classes give `paths`, first the folder of label maps, then that of photos, and change what the members below
+    Sub-classes give `files`, first the folder of label maps, then that of photos, and change what the members below
     say where it differs.
 
     listed: "photos" or "labels", whichever folder's files are the samples
@@ -38,15 +37,11 @@ class LabelMapSet(TrainingSet):
     first_label = 0  # label of the first class; smaller ones are ignored
 
     def read_names(self, *others: Path) -> list[str]:
-        """Class names in label order; others: what `paths` names besides the two folders."""
+        """Class names in label order, "" for those that nobody asks for; others: what `files` names besides."""
         return class_names(self.name)
 
-    def usable(self, label: int) -> bool:
-        """Whether a class may be asked for."""
-        return True
-
     def open(self, labels: Path, photos: Path, *others: Path) -> None:
-        self.labels, self.photos = labels, photos
+        self.labels, self.folder = labels, photos
         self.names = [name.strip().lower() for name in self.read_names(*others)]
         folder, suffix = (photos, ".jpg") if self.listed == "photos" else (labels, ".png")
         # An array, of which forked workers copy nothing.
@@ -55,22 +50,18 @@ class LabelMapSet(TrainingSet):
     def __len__(self) -> int:
         return len(self.stems)
 
-    def image_keys(self) -> np.ndarray:
-        return image_keys(f"{stem}.jpg" for stem in self.stems)
-
-    def id(self, index: int) -> str:
-        return f"{self.name}/{self.stems[index]}.jpg"
+    def file_name(self, index: int) -> str:
+        return f"{self.stems[index]}.jpg"
 
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
-        stem = self.stems[index]
-        labels = load_label_map(self.labels / f"{stem}.png")
+        labels = load_label_map(self.labels / f"{self.stems[index]}.png")
         present = [v for v in np.unique(labels).tolist() if self.first_label <= v != IGNORED]
         if present and present[-1] - self.first_label >= len(self.names):
             raise UserError(f"its label map holds {present[-1]}, which is no class of {self.name}")
-        present = [v for v in present if self.usable(v - self.first_label)]
+        present = [v for v in present if self.names[v - self.first_label]]
         if not present:
             return None
-        image, orientation = read_picture(self.photos / f"{stem}.jpg")
+        image, orientation = read_picture(self.folder / self.file_name(index))
         labels = orient(labels, image, orientation)
         conversations, masks = [], []
         for value in draw(present, self.conversations, rng):
@@ -81,30 +72,21 @@ class LabelMapSet(TrainingSet):
 
 
 class ADE20K(LabelMapSet):
+    files = "ade20k/annotations/training", "ade20k/images/training"
     listed = "photos"
     first_label = 1  # 0 = other
 
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        return [dataset_dir / "ade20k" / part / "training" for part in ("annotations", "images")]
-
 
 class COCOStuff(LabelMapSet):
+    files = "cocostuff/train2017", "coco/train2017"
     cap = 30_000
 
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        return [dataset_dir / part / "train2017" for part in ("cocostuff", "coco")]
-
-    def usable(self, label: int) -> bool:
-        return "-" not in self.names[label]
+    def read_names(self, *others: Path) -> list[str]:
+        return ["" if "-" in name else name for name in class_names(self.name)]
 
 
 class Mapillary(LabelMapSet):
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        root = dataset_dir / "mapillary"
-        return [root / "training" / "v2.0" / "labels", root / "training" / "images", root / "config_v2.0.json"]
+    files = "mapillary/training/v2.0/labels", "mapillary/training/images", "mapillary/config_v2.0.json"
 
     def read_names(self, *others: Path) -> list[str]:
         (path,) = others
@@ -113,33 +95,33 @@ class Mapillary(LabelMapSet):
 
 
 class PartSet(TrainingSet):
-    """Photos with COCO-style part annotations; a conversation is about one annotation with its own mask."""
+    """Photos with COCO-style part annotations; a conversation is about one annotation with its own mask.
+
+    Sub-classes give `files`, first the annotations, then the folder of photos.
+    """
 
     @staticmethod
     def split_name(name: str) -> tuple[str, ...]:
         """(object,) or (object, part), lower case."""
         return tuple(piece.strip().lower() for piece in name.split(":", 1))
 
-    def open(self, annotations: Path, photos: Path, *_: Any) -> None:
-        self.photos, self.coco = photos, CocoIndex(annotations)
+    def open(self, annotations: Path, photos: Path, *_: Path) -> None:
+        self.folder, self.coco = photos, CocoIndex(annotations)
         self.problems = self.coco.problems
         self.names = {id: self.split_name(name) for id, name in self.coco.categories.items()}
 
     def __len__(self) -> int:
         return len(self.coco.image_ids)
 
-    def image_keys(self) -> np.ndarray:
-        return self.coco.image_keys
-
-    def id(self, index: int) -> str:
-        return f"{self.name}/{self.coco.image(index)[0]}"
+    def file_name(self, index: int) -> str:
+        return self.coco.image(index)[0]
 
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
         usable = [each for each in self.coco.annotations_of(self.coco.image_ids[index]) if each["segmentation"]]
         if not usable:
             return None
-        file_name, height, width = self.coco.image(index)
-        image, orientation = read_picture(inside(self.photos, file_name, allow_outside=self.allow_outside))
+        _, height, width = self.coco.image(index)
+        image, orientation = read_picture(self.photo(index))
         conversations, masks = [], []
         for annotation in draw(usable, self.conversations, rng):
             where = f"annotation {annotation['id']}"
@@ -155,13 +137,8 @@ class PartSet(TrainingSet):
 
 
 class PACO(PartSet):
+    files = "vlpart/paco/annotations/paco_lvis_v1_train.json", "coco", "coco/train2017"  # names begin with train2017/
     cap = 30_000
-
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        annotations = dataset_dir / "vlpart" / "paco" / "annotations" / "paco_lvis_v1_train.json"
-        photos = dataset_dir / "coco"  # file names start with train2017/
-        return [annotations, photos, photos / "train2017"]
 
     @staticmethod
     def split_name(name: str) -> tuple[str, ...]:
@@ -170,7 +147,4 @@ class PACO(PartSet):
 
 
 class PascalPart(PartSet):
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        root = dataset_dir / "vlpart" / "pascal_part"
-        return [root / "train.json", root / "VOCdevkit" / "VOC2010" / "JPEGImages"]
+    files = "vlpart/pascal_part/train.json", "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages"

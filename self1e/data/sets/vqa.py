@@ -2,14 +2,15 @@
 
 import json
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from self1e.data.paths import inside
 from self1e.data.readers import read_instructions, read_questions
 from self1e.data.samples import Sample, TrainingSet
-from self1e.data.tables import Tables, open_tables
+from self1e.data.tables import open_tables
 from self1e.errors import UserError
 from self1e.model import prompts
 from self1e.model.photos import read_picture
@@ -25,50 +26,41 @@ QUESTIONS = {  # question set -> its file
 
 
 class TextSet(TrainingSet):
-    """Records of a file, each a conversation about a photo below `photos`, without masks."""
+    """Records of a file, each a conversation about a photo, without masks."""
 
     segmentation = False
-    tables: Tables
-    photos: Path
+    records: Sequence[Any]  # the photo's name, and what is said about it
 
     @abstractmethod
-    def entry(self, index: int) -> tuple[str, list[str]]:
-        """Photo and turns of a record; the turns are user, assistant, user, ... Raises UserError."""
+    def turns(self, index: int) -> list[str]:
+        """User, assistant, user, ... Raises UserError."""
 
     def __len__(self) -> int:
-        return len(self.tables.records("items"))
+        return len(self.records)
 
-    def image_keys(self) -> np.ndarray:
-        return self.tables.array("image_keys")
+    def file_name(self, index: int) -> str:
+        return self.records[index][0].removeprefix("data/")
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
-        photo, turns = self.entry(index)
-        image, _ = read_picture(inside(self.photos, photo, allow_outside=self.allow_outside))
+        turns = self.turns(index)
+        image, _ = read_picture(self.photo(index))
         return Sample(self.id(index), image, [turns], [np.zeros((0, image.height, image.width), np.uint8)])
 
 
 class LLaVAInstruct(TextSet):
-    """Conversations of `llava_dataset/llava_instruct_150k.json` about `coco/train2017`, each of several turns.
+    """Conversations of several turns. Other files of the folder, of which this one was merged, are not read."""
 
-    Other files of the folder, such as the parts that this one was merged from, are not read.
-    """
-
+    files = "llava_dataset/llava_instruct_150k.json", "coco/train2017"
     redrawn = True
 
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        return [dataset_dir / "llava_dataset" / "llava_instruct_150k.json", dataset_dir / "coco" / "train2017"]
-
     def open(self, source: Path, photos: Path) -> None:
-        self.tables, self.photos = open_tables(source, read_instructions), photos
-        self.records = self.tables.records("items")
+        self.records, self.folder = open_tables(source, read_instructions).records("items"), photos
 
     def id(self, index: int) -> str:
-        return f"{self.name}/{self.records[index][0]}"
+        return f"{self.name}/{self.records[index][2]}"
 
-    def entry(self, index: int) -> tuple[str, list[str]]:
-        _, photo, turns = self.records[index]
-        return photo, instruction_turns(turns)
+    def turns(self, index: int) -> list[str]:
+        return instruction_turns(self.records[index][1])
 
 
 def instruction_turns(turns: list[list[str]]) -> list[str]:
@@ -91,8 +83,8 @@ class QuestionSet(TextSet):
     cap = 100_000
     rated = False
 
-    @staticmethod
-    def paths(name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+    @classmethod
+    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
         """The questions and, if they are there, the folder that the first one's photo is in."""
         path = data_dir / QUESTIONS[name]
         try:
@@ -103,11 +95,12 @@ class QuestionSet(TextSet):
             return [path]  # missing or another schema: the reader says so, with the line
 
     def open(self, source: Path, *_: Path) -> None:
-        self.tables, self.photos = open_tables(source, read_questions), source.parents[1]
-        self.records = self.tables.records("items")
-        self.instruction = prompts.VIZWIZ_INSTRUCTION if self.name == "vizwiz" else prompts.VQA_INSTRUCTION
+        self.records, self.folder = open_tables(source, read_questions).records("items"), source.parents[1]
 
-    def entry(self, index: int) -> tuple[str, list[str]]:
-        image, question, answer = self.records[index]
-        turns = [f"{prompts.IMAGE_TAG}\n{question}{self.instruction}"] + ([] if answer is None else [answer])
-        return image.removeprefix("data/"), turns
+    def id(self, index: int) -> str:
+        return f"{self.name}/{index}"
+
+    def turns(self, index: int) -> list[str]:
+        _, question, answer = self.records[index]
+        instruction = prompts.VIZWIZ_INSTRUCTION if self.name == "vizwiz" else prompts.VQA_INSTRUCTION
+        return [f"{prompts.IMAGE_TAG}\n{question}{instruction}"] + ([] if answer is None else [answer])
