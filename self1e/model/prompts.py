@@ -42,7 +42,7 @@ ANSWERS = (
     "Sure, the segmentation result is [SEG].",
     "[SEG].",
 )
-SENTENCE_ENDS = tuple(".?!…。？！｡؟۔।;\u037e՞։")  # the semicolon is the Greek question mark
+SENTENCE_ENDS = tuple(".?!。؟۔।॥;՞։‽⸮።፧။។")  # in their normal form; the semicolon is the Greek question mark
 CLOSING = {"Pe", "Pf", "Pi", "Cf", "Cc", "Zs", "Zl", "Zp"}  # Unicode's brackets, quotes, invisible characters, blanks
 VQA_INSTRUCTION = " Answer the question using a single word or phrase."
 VIZWIZ_INSTRUCTION = " When the provided information is insufficient, respond with 'Unanswerable'." + VQA_INSTRUCTION
@@ -69,6 +69,7 @@ def answer(rng: np.random.Generator) -> str:
 
 def looks_like_sentence(text: str) -> bool:
     """Whether a text ends as sentences do: asked as it is ("Which one rolls?"), not as a phrase ("the ball")."""
+    text = unicodedata.normalize("NFKC", text)
     while text and (text[-1] in "\"'" or unicodedata.category(text[-1]) in CLOSING):
         text = text[:-1]
     return text.endswith(SENTENCE_ENDS)

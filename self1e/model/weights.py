@@ -130,18 +130,21 @@ def check_files(source: str, hub: dict[str, Any]) -> None:
         # The library would load it over the weights.
         raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
     folder = Path(source, hub.get("subfolder") or "")
-    for index in folder.glob("*.index.json"):
+    local = folder.is_dir()
+    if not local:  # on the hub: what the cache holds of it
+        folder = Path(str(cached_file(source, "config.json", **hub))).parent
+    for index in folder.glob("*.index.json") if local else ():
         for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
             if Path(name).name != name:
                 raise UserError(f"{index} names a file outside its folder: {name}")
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name} is missing: fetch all files of the checkpoint")
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    if folder.is_dir() and not files:
+    if local and not files:
         raise UserError(f"{folder} holds no weights: fetch all files of the checkpoint")
     size = sum(path.stat().st_size for path in files)
     if size > LARGE and distributed.is_main():
-        print(f"loading {folder} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
+        print(f"loading {source} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
 
 
 def check_fit(model: PreTrainedModel, report: dict, source: str, *, trained: bool) -> bool:

@@ -46,7 +46,7 @@ def test_evaluation_prompts_are_the_published_ones(tmp_path, monkeypatch):
         assert ours == sorted(f"<image>\n {unit['text']}" for unit in scores[split]["units"])
 
 
-ENDS = ["?", "!!", "…", "؟", "।", ";", "՞", "？", "?\u200f", "?”", "。」", "?)"]
+ENDS = ["?", "!!", "…", "؟", "।", ";", "՞", "？", "﹖", "⁉", "။", "?\u200f", "?”", "。」", "?)"]
 EMPTY = ["", " \n", "\u200b", "\ufeff", "\u202e\u202c", "\0"]
 CAPITALS = ["<IMG>", "the </Img>", "<IMAGE>", "<|IM_END|>"]
 
