@@ -111,11 +111,12 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Write the layout `self1e`, with native tensor names; `save_checkpoint` also writes `published`.
 
-        Weight files of an earlier save there are removed: the library would read those first.
+        Weight files of an earlier save there are removed, and an adapter's: the library would read those first.
         """
         kwargs.setdefault("save_original_format", False)
         self.config.weights_id = uuid.uuid4().hex
-        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        for name in (*weights, "adapter_config.json", "adapter_model.safetensors"):
             Path(save_directory, name).unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
 
