@@ -176,7 +176,7 @@ def native_config(values: dict, source: str) -> dict:
     vision, dtype = values.get("vision_config") or {}, values.get("torch_dtype") or values.get("dtype")
     if text.get("model_type") not in ("qwen2", "qwen3"):
         raise UserError(f"{source}: the LLM is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
-    if any("quantization_config" in part for part in (values, text, vision)):
+    if any(part.get("quantization_config") for part in (values, text, vision)):
         raise UserError(f"{source}: config.json speaks of quantised weights; expected a checkpoint in full precision")
     if values.get("select_layer", -1) != -1:
         raise UserError(f"{source}: select_layer={values['select_layer']}; only the ViT's last (-1) is supported")
