@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("self1e.training.train", "training, as by train_hf_ivl_seq.py"),
     "eval": ("self1e.cli:evaluate", "eval segmentation RUN, eval vqa RUN: what eval_all.sh and eval_vqas.sh start"),
     "convert": ("self1e.apps.convert", "checkpoints from one layout to another, verified"),
+    "export": ("self1e.apps.export", "a model as ONNX graphs, for programs without PyTorch"),
     "card": ("self1e.training.card", "the model card of a checkpoint, with its scores"),
     "check-data": ("self1e.apps.check_data", "counts and faults of the data trees or of own data"),
     "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),

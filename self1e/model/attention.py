@@ -11,7 +11,6 @@ weights.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -68,7 +67,7 @@ def perception_mask(
     rule, with_seg = make_rule(is_image, is_seg), is_seg.any(1)
 
     def seen(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return torch.where(with_seg[b], rule(b, head, q, k), k <= q)
+        return with_seg[b] & rule(b, head, q, k) | ~with_seg[b] & (k <= q)  # onnxruntime has no `where` of booleans
 
     # The library's bidirectional mask forbids nothing but padding: the rule alone decides about the rest.
     return create_bidirectional_mask(config, embeds, padding_mask, and_mask_function=seen)
