@@ -3,14 +3,14 @@
 Text follows the published chat format to the token; the system sentence's grammar is part of the trained weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import functional as TF
 from transformers import BatchFeature, ProcessorMixin, Qwen2Tokenizer
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
@@ -51,10 +51,9 @@ class ConversationTooLong(UserError):
 def cut_tiles(
     image: Image.Image, size: int, *, max_tiles: int = 1, thumbnail: bool = False
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Resize (stretch) an image to a grid of square tiles and normalise them.
+    """Resize (stretch) an image of any mode to a grid of square tiles and normalise them.
 
     Args:
-        image: any mode; its EXIF orientation is applied.
         size: pixels per side of a tile.
         max_tiles: the grid nearest the image's aspect ratio with at most this many tiles wins (InternVL's rule).
         thumbnail: append the whole image as one more tile when there are several (VQA evaluation).
@@ -75,12 +74,9 @@ def cut_tiles(
 
 
 class Self1EProcessor(ProcessorMixin):
-    """Tokenizer plus tiling; see `__call__`.
+    """A Qwen2 tokenizer with InternVL's image tokens and ours, plus tiling; see `__call__`.
 
-    Args:
-        tokenizer: a Qwen2 tokenizer with InternVL's image tokens; `[SEG]` then `[SEGT]` are added where missing.
-        image_size: pixels per side of a tile.
-        tile_tokens: image tokens per tile.
+    image_size: pixels per side of a tile. tile_tokens: image tokens per tile.
     """
 
     def __init__(self, tokenizer=None, image_size: int = 448, tile_tokens: int = 256, chat_template=None, **kwargs):
@@ -121,9 +117,7 @@ class Self1EProcessor(ProcessorMixin):
         mask_targets: Sequence | None = None,
         *,
         padding_side: str = "right",
-        max_tiles: int = 1,
-        thumbnail: bool = False,
-        max_length: int | None = None,
+        **limits,
     ) -> BatchFeature:
         """Make a batch.
 
@@ -134,8 +128,8 @@ class Self1EProcessor(ProcessorMixin):
             mask_targets: per image None, uint8 (conversations, H, W), or a list with uint8 (n_seg, H, W) or None for
                 each conversation.
             padding_side: "right" (training, masks) or "left" (generation).
-            max_tiles, thumbnail: see `cut_tiles`.
-            max_length: longer conversations are cut at their end.
+            limits: `max_tiles` and `thumbnail` of `cut_tiles`; `max_length`: longer conversations are cut at their
+                end.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` (conversations, N), `pixel_values` (tiles, 3, size, size),
@@ -148,11 +142,8 @@ class Self1EProcessor(ProcessorMixin):
             ValueError: masks that do not match the `[SEG]` tokens.
         """
         targets = [None] * len(images) if mask_targets is None else mask_targets
-        if not len(images) == len(conversations) == len(targets):
-            raise ValueError("images, conversations and mask_targets must have one entry per image")
-        options: dict[str, Any] = {"max_tiles": max_tiles, "thumbnail": thumbnail, "max_length": max_length}
-        encoded = [self.encode(*entry, **options) for entry in zip(images, conversations, targets)]
-        batch = self.collate(encoded, padding_side=padding_side)
+        entries = zip(images, conversations, targets, strict=True)
+        batch = self.collate([self.encode(*entry, **limits) for entry in entries], padding_side=padding_side)
         del batch["packed"]  # ids may be changed by hand now; the model reads the batch itself
         return batch
 
@@ -170,9 +161,7 @@ class Self1EProcessor(ProcessorMixin):
         tiles, grid = cut_tiles(image, self.image_size, max_tiles=max_tiles, thumbnail=thumbnail)
         texts = [self.encode_conversation(turns, len(tiles), max_length) for turns in conversations]
         targets = [None] * len(texts) if masks is None else [as_masks(target) for target in masks]
-        if len(targets) != len(texts):
-            raise ValueError(f"masks for {len(targets)} of {len(texts)} conversations; the first: {conversations[0]}")
-        for turns, (ids, _), target in zip(conversations, texts, targets):
+        for turns, (ids, _), target in zip(conversations, texts, targets, strict=True):
             n_seg = ids.count(self.seg_token_id)
             if target is not None and len(target) != n_seg:
                 raise ValueError(f"{n_seg} [SEG] but {len(target)} masks in the conversation {turns}")
@@ -185,39 +174,26 @@ class Self1EProcessor(ProcessorMixin):
         if not turns or IMAGE_TAG not in turns[0]:
             raise UserError(f"the first turn of a conversation must hold {IMAGE_TAG}: {list(turns)}")
         picture = IMG_START + IMG_CONTEXT * (self.tile_tokens * n_tiles) + IMG_END
-        texts = [turns[0].replace(IMAGE_TAG, picture, 1), *turns[1:]]
-        ids, labels = self.encode_message("system", SYSTEM)
-        for index, text in enumerate(texts):
-            more_ids, more_labels = self.encode_message("assistant" if index % 2 else "user", text)
-            ids, labels = ids + more_ids, labels + more_labels
-        if len(turns) % 2:
-            opening = self.tokenizer.encode(f"{START_OF_TURN}assistant\n", add_special_tokens=False)
-            ids, labels = ids + opening, labels + [IGNORE_INDEX] * len(opening)
+        text, answers = f"{START_OF_TURN}system\n{SYSTEM}{END_OF_TURN}\n", []  # characters that are supervised
+        for index, turn in enumerate([turns[0].replace(IMAGE_TAG, picture, 1), *turns[1:]]):
+            text += f"{START_OF_TURN}{'assistant' if index % 2 else 'user'}\n"
+            answers += [range(len(text), len(text) + len(turn + END_OF_TURN))] if index % 2 else []
+            text += f"{turn}{END_OF_TURN}\n"
+        text += f"{START_OF_TURN}assistant\n" if len(turns) % 2 else ""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        labels = [x if any(start in own for own in answers) else IGNORE_INDEX for x, (start, _) in zip(ids, offsets)]
         if ids.count(self.image_token_id) != self.tile_tokens * n_tiles:
-            culprit = next(text for text in turns if IMG_CONTEXT in text)
+            culprit = next(turn for turn in turns if IMG_CONTEXT in turn)
             raise UserError(f"the text itself holds the reserved token {IMG_CONTEXT}: {culprit!r}")
-        if max_length is not None and len(ids) > max_length:
-            precious = {IMG_CONTEXT: self.image_token_id, SEG: self.seg_token_id}
-            lost = [name for name, token in precious.items() if token in ids[max_length:]]
-            if lost:
-                raise ConversationTooLong(
-                    f"a conversation of {len(ids)} tokens does not fit --model_max_length {max_length}: "
-                    f"{lost[0]} would be cut"
-                )
-            ids, labels = ids[:max_length], labels[:max_length]
-        return ids, labels
-
-    def encode_message(self, role: str, text: str) -> tuple[list[int], list[int]]:
-        """Ids and labels of one message, with its role header and closing newline."""
-        header = f"{START_OF_TURN}{role}\n"
-        encoded = self.tokenizer(
-            f"{header}{text}{END_OF_TURN}\n", add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids, labels = encoded["input_ids"], [IGNORE_INDEX] * len(encoded["input_ids"])
-        if role == "assistant":
-            first = next(i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= len(header))
-            labels[first:-1] = ids[first:-1]  # the last token is the newline after <|im_end|>
-        return ids, labels
+        if max_length is not None:
+            for name, token in ((IMG_CONTEXT, self.image_token_id), (SEG, self.seg_token_id)):
+                if token in ids[max_length:]:
+                    raise ConversationTooLong(
+                        f"a conversation of {len(ids)} tokens does not fit --model_max_length {max_length}: "
+                        f"{name} would be cut"
+                    )
+        return ids[:max_length], labels[:max_length]
 
     def collate(self, encoded: Sequence[dict], *, padding_side: str = "right", groups: int = 2) -> BatchFeature:
         """Pad the conversations of several `encode` results to one batch; see `__call__`.
@@ -226,48 +202,37 @@ class Self1EProcessor(ProcessorMixin):
 
         groups: of similar length, in which conversations go through the LLM: 1 under ZeRO-3, else up to 2.
         """
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side={padding_side!r}; expected left or right")
-        texts = [text for entry in encoded for text in entry["texts"]]
-        length = max(len(ids) for ids, _ in texts)
 
-        def pad(values, value):
-            filler = [[value] * (length - len(one)) for one in values]
-            pairs = zip(values, filler) if padding_side == "right" else zip(filler, values)
-            return torch.tensor([[*first, *second] for first, second in pairs])
+        def pad(values: Iterable[list[int]], filler: int) -> Tensor:
+            tensors = [torch.tensor(one) for one in values]
+            return pad_sequence(tensors, batch_first=True, padding_value=filler, padding_side=padding_side)
 
-        grids = [entry["tile_grid"] for entry in encoded]
-        row_image = [i for i, entry in enumerate(encoded) for _ in entry["texts"]]
+        ids, labels = zip(*(text for entry in encoded for text in entry["texts"]))
         text = {
-            "input_ids": pad([ids for ids, _ in texts], self.tokenizer.pad_token_id),
-            "attention_mask": pad([[1] * len(ids) for ids, _ in texts], 0),
-            "labels": pad([labels for _, labels in texts], IGNORE_INDEX),
+            "input_ids": pad(ids, self.tokenizer.pad_token_id),
+            "attention_mask": pad(([1] * len(one) for one in ids), 0),
+            "labels": pad(labels, IGNORE_INDEX),
         }
-        packed = pack(
-            **text,
-            grids=grids,
-            row_image=row_image,
-            tokens=self,
-            groups=groups,
-        )
+        grids = torch.tensor([entry["tile_grid"] for entry in encoded])
+        row_image = torch.tensor([number for number, entry in enumerate(encoded) for _ in entry["texts"]])
         targets = [target for entry in encoded for target in entry["mask_targets"]]
-        return BatchFeature(
+        batch = BatchFeature(
             {
                 **text,
                 "pixel_values": torch.cat([entry["pixel_values"] for entry in encoded]),
-                "tile_grids": torch.tensor(grids),
-                "row_image": torch.tensor(row_image),
-                "packed": packed,
-                **({"mask_targets": targets} if any(target is not None for target in targets) else {}),
+                "tile_grids": grids,
+                "row_image": row_image,
+                "packed": pack(**text, grids=grids, row_image=row_image, tokens=self, groups=groups),
             }
         )
+        if any(target is not None for target in targets):
+            batch["mask_targets"] = targets
+        return batch
 
 
 def as_masks(target) -> Tensor | None:
-    """Integers or booleans (H, W) or (n_seg, H, W), array or tensor -> uint8 tensor (n_seg, H, W)."""
+    """(H, W) or (n_seg, H, W) of 0 and 1, array or tensor -> uint8 tensor (n_seg, H, W)."""
     if target is None:
         return None
-    target = torch.as_tensor(np.ascontiguousarray(target) if isinstance(target, np.ndarray) else target)
-    if target.is_floating_point():
-        raise ValueError(f"masks are {target.dtype}; expected uint8 of 0 and 1")
-    return (target[None] if target.ndim == 2 else target).to(torch.uint8)
+    masks = torch.as_tensor(np.ascontiguousarray(target)).to(torch.uint8)
+    return masks[None] if masks.ndim == 2 else masks
