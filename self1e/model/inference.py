@@ -102,9 +102,7 @@ def masks_of(
 
     Raises FloatingPointError where mask logits are not finite, and UserError for a threshold outside 0..1.
     """
-    if not 0 < threshold < 1:
-        raise UserError(f"threshold (--threshold) is {threshold}; expected a probability above 0 and below 1")
-    cut = math.log(threshold / (1 - threshold))
+    cut = logit_of(threshold)
     if image_features is None:
         pixels = batch["pixel_values"].to(model.device, non_blocking=True)
         image_features = model.encode_images(pixels, batch["tile_grids"])
@@ -119,6 +117,12 @@ def masks_of(
     check_finite(model, logits)
     wanted = [sizes[image] for image in batch["row_image"].tolist()]
     return [Masks(resized(x, size) > cut, x) for x, size in zip(logits, wanted, strict=True)]
+
+
+def logit_of(threshold: float) -> float:
+    if not 0 < threshold < 1:
+        raise UserError(f"threshold (--threshold) is {threshold}; expected a probability above 0 and below 1")
+    return math.log(threshold / (1 - threshold))
 
 
 def check_finite(model, logits: Sequence[Tensor]) -> None:
@@ -177,14 +181,8 @@ class InferenceMixin:
             raise UserError(
                 f"{len(asked)} lists of prompts for {len(given)} images: give one for each, or one for all"
             )
-
-        def conversation(prompt: str) -> list[str]:
-            check_prompt(prompt)
-            sentence = looks_like_sentence(prompt) if is_sentence is None else is_sentence
-            return [evaluation_prompt(prompt, sentence, lower=True), ANSWER]
-
         photos = [photo_of(image) for image in given]
-        conversations = [[conversation(prompt) for prompt in texts] for texts in asked]
+        conversations = [[[question(prompt, is_sentence), ANSWER] for prompt in texts] for texts in asked]
         limits: dict[str, Any] = {"max_tiles": max_tiles, "limit": conversations_per_forward}
         with evaluating(self):
             replies = iter(self._replies(processor, photos, conversations, threshold=threshold, **limits))
@@ -325,6 +323,12 @@ def evaluating(model) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def question(prompt: str, is_sentence: bool | None) -> str:
+    """The fixed question of evaluation about a prompt."""
+    check_prompt(prompt)
+    return evaluation_prompt(prompt, looks_like_sentence(prompt) if is_sentence is None else is_sentence, lower=True)
 
 
 def conversation_turns(conversation: Conversation) -> list[str]:

@@ -91,10 +91,9 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, weights=None, config=None, **kwargs):
-        """Load a checkpoint of any of the four layouts (`self1e.model.weights`), in evaluation mode.
+        """Load a checkpoint, a folder or hub id of any layout (`self1e.model.weights`), in evaluation mode.
 
         Args:
-            pretrained_model_name_or_path: folder or hub id: original InternVL, `-hf`, or a Self1E folder.
             weights: folder whose weights replace those of the first argument: published SELF1E or our own.
             config: a ready `Self1EConfig`; default: the checkpoint's.
             kwargs: the library's (`dtype`, default float32, `device_map`, `attn_implementation`, ...) and any of
@@ -121,10 +120,9 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_zero3_leaf(self) -> None:
-        """Tell DeepSpeed's ZeRO-3, before its engine is made, to gather the head's weights as one.
+        """Have DeepSpeed's ZeRO-3, before its engine is made, gather the head's weights as one.
 
-        Ranks hold different numbers of masks, so they run the head's layers unequally often, and would wait for each
-        other for ever if each layer were gathered by itself.
+        Ranks run the head's layers unequally often, and would wait for each other for ever otherwise.
         """
         from deepspeed.utils import set_z3_leaf_modules  # an optional package
 
@@ -158,10 +156,8 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
             labels: (R, N), -100 where unsupervised; asks for the CE loss.
             pixel_values, tile_grids: as for `encode_images`; or give `image_features`.
             row_image: (R,), the image of each conversation.
-            mask_targets: per conversation uint8 (n_seg, H, W) of any size, or None; asks for the mask losses, in
-                evaluation mode too. They are 0 where no conversation has a mask.
-            packed: the batch as `pack` reads it, which the processor's `collate` did on the host. Without it, the
-                tensors above are read here; on a GPU that waits for the device.
+            mask_targets: per conversation uint8 (n_seg, H, W) of any size, or None; asks for the mask losses.
+            packed: the batch as the processor's `collate` read it. Without it, it is read here, waiting for a GPU.
             past_key_values, logits_to_keep, kwargs: of `generate`; the pass is plain causal and without masks then.
 
         Raises ValueError where image tokens and tiles, or masks and `[SEG]`s of a conversation do not match.
@@ -205,10 +201,8 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
     ) -> ImageFeatures:
         """Encode images once; pass the result to `forward(image_features=...)` for any number of conversations.
 
-        Args:
-            pixel_values: (T, 3, size, size), the tiles of all images in order.
-            tile_grids: (I, 2), rows and columns of each image's tiles.
-            for_masks: also compute the self-replicated features.
+        pixel_values: (T, 3, size, size), the tiles of all images in order. tile_grids: (I, 2), rows and columns of
+        each image's tiles. for_masks: also compute the self-replicated features.
         """
         project, ratio = self.model.multi_modal_projector, self.config.ratio
         patches = self.model.vision_tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state[:, 1:]  # no CLS
@@ -301,9 +295,8 @@ def without_dynamic_rope(rotary, length: int) -> Iterator[None]:
 def selective_checkpointing_kwargs() -> dict[str, Any]:
     """For `gradient_checkpointing_enable`: keep what is costly and compute the rest again in the backward pass.
 
-    Products of matrices and attention are nearly all of the work, and a part of the memory that activations take;
-    results are the same to the last bit. As in Korthikanti et al., 2022, "Reducing Activation Recomputation in Large
-    Transformer Models".
+    Products of matrices and attention are nearly all of the work, and a part of the memory that activations take. As
+    in Korthikanti et al., 2022, "Reducing Activation Recomputation in Large Transformer Models".
     """
     # Autocast casts a weight once per forward pass, though a layer runs for each group of conversations, and casts it
     # anew in each part of the backward pass: such casts are no part of what is compared.

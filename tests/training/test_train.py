@@ -17,6 +17,7 @@ from PIL import Image
 from runs import command, events, history, train
 
 from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.apps.convert import convert
 from self1e.model.config import LOSS_WEIGHTS
 from self1e.training import loop
 from self1e.training import train as program
@@ -192,6 +193,7 @@ def test_added_tokens_alone_train_and_continue(tied, tiny_version, make_tiny, sh
         elif "language_model." in name:
             assert torch.equal(first[name], before), name
     assert not torch.equal(first["segmentation_head.f_out.0.weight"], base.segmentation_head.f_out[0].weight)
+    convert(str(tmp_path / "run" / "ckpt_model"), tmp_path / "published", "published")
 
     shutil.rmtree(tmp_path / "run" / "ckpt_model")
     train(version, shapes, tmp_path, "run", *flags, "--auto_resume")  # all steps are done: it loads and saves
