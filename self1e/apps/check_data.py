@@ -73,20 +73,16 @@ class Record:
 
 @dataclass
 class Source:
-    """A set, split or benchmark, and what was found in it; `read(number)` gives one of its `records`, None where it
-    has no label, or raises SampleError.
-
-    totals: how it compares with the known totals. counts: sentences, masks, empty masks
-    """
+    """A set, split or benchmark, and what was found in it."""
 
     name: str
     records: int = 0
     photos: int = 0
-    read: Callable[[int], Record | None] = lambda number: None
+    read: Callable[[int], Record | None] = lambda number: None  # a record, None without a label; raises SampleError
     problems: list[str] = field(default_factory=list)
-    totals: str = "-"
+    totals: str = "-"  # how it compares with the known totals
     checked: int = 0
-    counts: list[int] = field(default_factory=lambda: [0, 0, 0])
+    counts: list[int] = field(default_factory=lambda: [0, 0, 0])  # sentences, masks, empty masks
     pictures: list[Image.Image] = field(default_factory=list)
 
 
@@ -233,14 +229,13 @@ class Checks(Dataset):
         return len(self.tokenizer(text, verbose=False).input_ids)
 
 
-def check(source: Source, *, limit: int | None, samples: int, workers: int, **options: Any) -> None:
+def check(source: Source, args: argparse.Namespace, tokenizer: Any) -> None:
     """Read `limit` records of a set, evenly spread, or all, and draw `samples` of them."""
-    source.checked = count = min(source.records, limit or source.records)
+    source.checked = count = min(source.records, args.limit or source.records)
     numbers = np.linspace(0, source.records - 1, count).astype(int).tolist()
-    drawn = set(np.random.default_rng(0).permutation(count)[:samples].tolist())
-    loader = DataLoader(
-        Checks(source, numbers, drawn, **options), batch_size=None, num_workers=workers if count >= IN_WORKERS else 0
-    )
+    drawn = set(np.random.default_rng(0).permutation(count)[: args.samples].tolist())
+    checks = Checks(source, numbers, drawn, args.model_max_length, tokenizer)
+    loader = DataLoader(checks, batch_size=None, num_workers=args.workers if count >= IN_WORKERS else 0)
     for counts, problems, pictures in tqdm(loader, source.name, unit=" records", delay=1, leave=False):
         source.counts = [sum(pair) for pair in zip(source.counts, counts)]
         source.problems += problems
@@ -275,13 +270,11 @@ def table(sources: list[Source]) -> str:
 def write_parts(source: Path, share: float) -> None:
     """Divide own data by photo into files of its format beside it, `_train` and `_val`, and print their names.
 
-    share: of the photos that go to `_val`, chosen at random, the same ones each time.
-    Raises UserError where a file is there already, or a part would be empty.
+    share: of the photos that go to `_val`, chosen at random, the same ones each time. Raises UserError.
     """
     paths = [source.with_name(f"{source.stem}_{part}{source.suffix}") for part in ("train", "val")]
-    for path in paths:
-        if path.exists():
-            raise UserError(f"{path} exists; remove it before a new split")
+    if there := [str(path) for path in paths if path.exists()]:
+        raise UserError(f"{there[0]} exists; remove it before a new split")
     suffix = source.suffix.lower()
     if suffix == ".json":
         content = read_json(source, dict)
@@ -357,10 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         except UserError as error:
             source = Source(name, problems=[str(error)])
-        check(
-            source, limit=args.limit, samples=args.samples, workers=args.workers, max_length=args.model_max_length,
-            tokenizer=tokenizer,
-        )  # fmt: skip
+        check(source, args, tokenizer)
         sources.append(source)
         if source.problems:
             more = len(source.problems) - LISTED

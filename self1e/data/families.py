@@ -25,18 +25,12 @@ SEPARATOR = "||"
 
 
 class Family(NamedTuple):
-    """Data sets that share a flag and a rate.
+    """Data sets that share a flag and a rate."""
 
-    sets:    name -> class of every known set; a name of the flag may go on, as in "ReasonSeg|train_val"
-    default: the flag's value when it is not given, names joined by "||"; None: it must be given
-    help:    the flag's line in `--help`
-    options: further flags that its sets take
-    """
-
-    sets: Mapping[str, type[TrainingSet]]
-    default: str | None
-    help: str
-    options: tuple[str, ...] = ()
+    sets: Mapping[str, type[TrainingSet]]  # by name, which may go on in the flag, as in "ReasonSeg|train_val"
+    default: str | None  # the flag's value when it is not given, names joined by "||"; None: it must be given
+    help: str  # the flag's line in `--help`
+    options: tuple[str, ...] = ()  # further flags that its sets take
 
 
 REFERRING = ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco")
@@ -70,15 +64,12 @@ DEFAULT_FAMILIES = "sem_seg||refer_seg||reason_seg||vqa"
 
 @dataclass(frozen=True)
 class Choice:
-    """A selected set: its name and class, what its constructor takes, and the rate of its family.
-
-    A rate multiplies the samples of an epoch; of a fraction a share is taken.
-    """
+    """A selected set."""
 
     name: str
     training_set: type[TrainingSet]
-    options: Mapping[str, Any]
-    rate: float = 1
+    options: Mapping[str, Any]  # of its constructor
+    rate: float = 1  # of its family: multiplies the samples of an epoch, of a fraction a share is taken
 
     def paths(self) -> list[Path]:
         """Files and folders that must exist before it is opened; the first is its own."""
@@ -93,16 +84,11 @@ class Choice:
 
 
 class DataConfig(NamedTuple):
-    """The data of a run, parsed and checked; nothing of it has been opened yet.
-
-    dataset_dir: folder of the segmentation sets and LLaVA
-    families:    the selected sets of each family, in the order of `--dataset`
-    exclude_val: drop every training photo that an evaluation split on disk uses, under whatever name
-    """
+    """The data of a run, parsed and checked; nothing of it has been opened yet."""
 
     dataset_dir: Path
-    families: list[list[Choice]]
-    exclude_val: bool
+    families: list[list[Choice]]  # the selected sets of each family, in the order of `--dataset`
+    exclude_val: bool  # drop every training photo that an evaluation split on disk uses, under whatever name
 
     @classmethod
     def parse(
@@ -117,11 +103,7 @@ class DataConfig(NamedTuple):
         allow_outside: bool = False,
         **flags: Any,
     ) -> "DataConfig":
-        """Build it from the flags of these names; flags: those of families, and any others.
-
-        sample_rates: one per family of `dataset`, in its order; None: 1 each
-        Raises UserError that names the flag.
-        """
+        """Build it from the flags of these names; flags: those of families, and any others. Raises UserError."""
         if num_classes_per_sample < 1:
             raise UserError(f"--num_classes_per_sample is {num_classes_per_sample}; expected at least 1")
         common = {"dataset_dir": Path(dataset_dir), "data_dir": Path(data_dir), "allow_outside": allow_outside}

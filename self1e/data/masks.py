@@ -62,8 +62,7 @@ def _decompress(counts: bytes) -> np.ndarray:
 
 
 def _parts(segmentation: list | dict) -> list:
-    """The parts of a COCO segmentation, polygons or RLE, without those that are no area: fewer than three points, or
-    half a point too many.
+    """Polygons and RLEs of a COCO segmentation, without parts of fewer than three points or half a point too many.
 
     A flat list of numbers is one polygon. Raises ValueError where there are parts and none is an area.
     """
@@ -113,12 +112,23 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
     """
     box, area = annotation.get("bbox") or [], annotation.get("area") or 0
     box = box if len(box) == 4 and min(box[2:]) > 0 else []
+    corners, covered = [], 0.0
     try:
-        left, top, right, bottom, covered = _extent(annotation["segmentation"], height, width)
+        for part in _parts(annotation["segmentation"]):
+            if isinstance(part, dict):
+                rle = _rle(part, height, width)
+                x, y, w, h = coco.toBbox(rle)
+                corners.append(np.array([[x, y], [x + w, y + h]]))
+                covered += float(coco.area(rle))
+            else:
+                corners.append(np.array(part, np.float32).reshape(-1, 2))
+                covered += cv2.contourArea(corners[-1])
     except (ValueError, TypeError):
         return None
     if not covered:
         return "empty segmentation beside a bbox or an area" if box or area > 0 else None
+    points = np.concatenate(corners)
+    (left, top), (right, bottom) = points.min(0), points.max(0)
     slack = max(2, 0.01 * max(height, width))
     if right <= 1 and bottom <= 1 and max(height, width) > 2:
         return "segmentation with coordinates from 0 to 1; they must be pixels"
@@ -132,23 +142,6 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
     if area > 0 and max(area, covered) > 4 * min(area, covered) + 16:
         return "segmentation of another area than it states"
     return None
-
-
-def _extent(segmentation: list | dict, height: int, width: int) -> tuple[float, float, float, float, float]:
-    """(left, top, right, bottom, area) of a segmentation in pixels, overlaps counted twice."""
-    boxes, area = [], 0.0
-    for part in _parts(segmentation):
-        if isinstance(part, dict):
-            rle = _rle(part, height, width)
-            x, y, w, h = coco.toBbox(rle).tolist()
-            boxes.append((x, y, x + w, y + h))
-            area += float(coco.area(rle))
-        else:
-            xs, ys = part[::2], part[1::2]
-            boxes.append((min(xs), min(ys), max(xs), max(ys)))
-            area += abs(sum(x * (below - above) for x, below, above in zip(xs, ys[1:] + ys[:1], ys[-1:] + ys))) / 2
-    lefts, tops, rights, bottoms = zip(*boxes or [(0.0, 0.0, 0.0, 0.0)])
-    return min(lefts), min(tops), max(rights), max(bottoms), area
 
 
 def encode_mask(mask: np.ndarray) -> dict:

@@ -1,11 +1,8 @@
 """The training stream: which sample stands at which slot of which micro-batch, on any number of ranks and workers.
 
 A plan is integers only. A slot is an integer that packs (epoch, set, item, draw); the sample behind it is a pure
-function of (seed, slot), so workers, ranks and resuming cannot change it.
-
-A capped set (COCO-Stuff, PACO, the question sets) takes part with `cap` of its samples each time that the rate passes
-over it. Every pass draws its own from (seed, epoch, pass), so that several passes see more of the set; the plan holds
-the drawn samples themselves, and no worker keeps a subset.
+function of (seed, slot), so workers, ranks and resuming cannot change it. Of a capped set every pass of an epoch draws
+`cap` samples of its own from (seed, epoch, pass), so that several passes see more of the set.
 """
 
 import dataclasses
@@ -76,14 +73,10 @@ class Mixture:
 
     groups: sets of one kind (with masks or not, redrawn or not), and the times that each sample stands in an epoch; of
             a fraction, a random share of the samples of all sets
-
-    mode "published": an epoch is a shuffle of all slots; the last slot of every micro-batch goes to a random
-                      segmentation sample instead, drawn from the epoch's own segmentation slots. The items of redrawn
-                      sets are drawn with replacement
-    mode "exact":     each slot of the epoch once, arranged so that as many micro-batches as possible hold a
-                      segmentation sample
-    Neither constrains anything at batch size 1 or without segmentation sets.
-
+    mode:   "published": an epoch is a shuffle of all slots, but the last one of every micro-batch is a random
+            segmentation slot of the epoch, and the items of redrawn sets are drawn with replacement; "exact": each
+            slot once, arranged so that as many micro-batches as possible hold a segmentation sample. Neither
+            constrains batches of size 1, or without segmentation sets
     excluded: `image_key`s of photos whose samples do not take part
     """
 
@@ -154,9 +147,8 @@ class Mixture:
     def micro_batches(self, epoch: int, *, rank: int, world_size: int) -> list[np.ndarray]:
         """The rank's micro-batches of an epoch, each an int64 array of 1 to `batch_size` slots for `build`.
 
-        Every rank gets ceil(n / (batch_size * world_size)) of them; the n slots are split evenly, and micro-batch j
-        of all goes to rank j % world_size. With batch size 1 and n no multiple of world_size, the first slots of the
-        epoch stand again at its end. Raises UserError when there are fewer samples than ranks.
+        Every rank gets ceil(n / (batch_size * world_size)) of them; the n slots are split evenly, and micro-batch j of
+        all goes to rank j % world_size. With batch size 1 the first slots may stand again at the end of the epoch.
         """
         assert 0 <= epoch < 1 << EPOCH_BITS
         n = self.epoch_size

@@ -118,27 +118,20 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """A pickle of plain values, without running code; `str` of Python 2 comes back as bytes. Raises UserError."""
+    """A pickle of plain values, without running code; `str` of Python 2 comes back as Latin-1. Raises UserError."""
     try:
         with open(path, "rb") as file:
-            return PlainUnpickler(file, encoding="bytes").load()
+            return PlainUnpickler(file, encoding="latin-1").load()
     except Exception as error:  # a corrupt pickle may raise almost anything, says the module's documentation
         raise UserError(f"no pickle of plain values ({error}); download it again") from error
 
 
-def _text(value: str | bytes) -> str:
-    """Python 2 wrote byte strings: UTF-8 where they are, Latin-1 elsewhere."""
-    if isinstance(value, str):
-        return value
+def _text(value: str) -> str:
+    """Python 2 wrote byte strings, which came back as Latin-1: UTF-8 where they are."""
     try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
-
-
-def _texts(record: Any) -> Any:
-    """A record with keys that are str."""
-    return {_text(key): value for key, value in record.items()} if isinstance(record, dict) else record
+        return value.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return value
 
 
 def read_refs(path: Path, out: Writer) -> None:
@@ -153,14 +146,14 @@ def read_refs(path: Path, out: Writer) -> None:
         records = ((f"record {number} counted from 0", ref) for number, ref in enumerate(load_plain_pickle(path)))
     groups: dict[tuple[str, int], list] = defaultdict(list)
     for location, ref in records:
-        ref_id, image_id, split = fields(ref := _texts(ref), location, ref_id=int, image_id=int, split=(str, bytes))
+        ref_id, image_id, split = fields(ref, location, ref_id=int, image_id=int, split=str)
         ids, found = fields(ref, location, ann_id=(int, list, tuple), sentences=(list, tuple))
         sentences: dict[bool, list] = {True: [], False: []}  # by whether something in the photo is meant
-        for k, sentence in enumerate(map(_texts, found)):
+        for k, sentence in enumerate(found):
             sentence = {"sent": sentence.get("raw"), "sent_id": k, "exist": True} | sentence
-            sent_id, text, meant = fields(sentence, location, sent_id=int, sent=(str, bytes), exist=bool)
+            sent_id, text, meant = fields(sentence, location, sent_id=int, sent=str, exist=bool)
             sentences[meant].append([sent_id, _text(text)])
-        group = groups[_text(split), image_id]
+        group = groups[split, image_id]
         if sentences[True] or not sentences[False]:
             group.append([ref_id, [ids] if isinstance(ids, int) else list(ids), sentences[True]])
         if sentences[False]:

@@ -72,11 +72,7 @@ def load_image(source: Path | str | BinaryIO, id: str | None = None) -> Image.Im
 
 
 def image_key(name: str) -> int:
-    """A 64-bit key under which one photo is found in several sets: COCO's number, else a (negative) hash of the name.
-
-    COCO photos go by different names in different sets (`COCO_train2014_000000000009.jpg`, `000000000009.png`); all
-    others have the same name wherever they appear.
-    """
+    """A 64-bit key of a photo in several sets: COCO's number, which names spell differently, else a hash below 0."""
     if coco := COCO_NAME.fullmatch(name.rsplit("/", 1)[-1]):
         return int(coco[1])
     return -1 - int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=7).digest(), "big")
@@ -99,17 +95,13 @@ def draw(items: Sequence[T], count: int, rng: np.random.Generator) -> list[T]:
 class PhotoSet(ABC):
     """What training sets and evaluation splits share: numbered records about photos.
 
-    files:    what must exist below dataset_dir before the set is opened; the first is the set's own
-    name:     as it is selected: "ade20k", "refcoco|unc|val", "custom|own/t.csv"; `open` may shorten it for logs
-    folder:   photos are named relative to it
-    problems: what is wrong with its files as a whole; said when training starts, and by check-data
-
+    name: as it is selected: "ade20k", "refcoco|unc|val", "custom|own/t.csv"; `open` may shorten it for logs
     conversations: of a training sample, at most. allow_outside: photos may lie elsewhere (see `paths.inside`)
     """
 
-    files: tuple[str, ...] = ()
-    folder: Path
-    problems: Sequence[str] = ()
+    files: tuple[str, ...] = ()  # what must exist below dataset_dir before the set is opened; the first is its own
+    folder: Path  # photos are named relative to it
+    problems: Sequence[str] = ()  # what is wrong with its files as a whole; said by training and by check-data
 
     def __init__(
         self,
@@ -155,17 +147,12 @@ class PhotoSet(ABC):
 
 
 class TrainingSet(PhotoSet):
-    """Numbered training samples; a sub-class and its entry in `families.FAMILIES` are all that a new set takes.
+    """Numbered training samples; a sub-class and its entry in `families.FAMILIES` are all that a new set takes."""
 
-    cap:          samples that one pass over the set takes at most; each pass draws its own (see `mixture`)
-    segmentation: its samples carry masks
-    rated:        the rate of its family multiplies it; otherwise it counts once
-    redrawn:      the mixture "published" draws its samples with replacement
-    """
-
-    cap: int | None = None
-    segmentation = rated = True
-    redrawn = False
+    cap: int | None = None  # samples that one pass over the set takes at most; each pass draws its own
+    segmentation = True  # its samples carry masks
+    rated = True  # the rate of its family multiplies it; otherwise it counts once
+    redrawn = False  # the mixture "published" draws its samples with replacement
 
     @abstractmethod
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
@@ -213,12 +200,9 @@ class EvalImage:
 
 
 class EvalSplit(PhotoSet, Sequence[EvalImage]):
-    """The photos of an evaluation split in a fixed order; a sub-class is the `reader` of an entry of `splits.SPLITS`.
+    """The photos of an evaluation split in a fixed order; a sub-class is the reader of an entry of `splits.SPLITS`."""
 
-    note: what a reader of its figures must know besides the protocol
-    """
-
-    note = ""
+    note = ""  # what a reader of its figures must know besides the protocol
 
     @abstractmethod
     def unit(self, index: int) -> EvalImage:

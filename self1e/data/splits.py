@@ -2,8 +2,8 @@
 
     for image in load_split("refcoco|unc|val", "dataset"): photo, masks = image.load()
 
-To add a split, add one entry to SPLITS. Own data needs none: PREFIXES holds the kinds of splits whose name goes on
-with a path, such as "custom|own/val.csv" or "parquet|own/shards|val".
+To add a split, add one entry to SPLITS. PREFIXES holds the kinds of splits whose name goes on with a path, such as
+"custom|own/val.csv" or "parquet|own/shards|val".
 
 Published figures are percentages of the SELF1E paper (arXiv 2603.19026): `2B` and `8B` were trained on the base
 mixture, `SEG-2B` and `SEG-8B` on the segmentation mixture. They are cIoU except where an entry says otherwise.
@@ -28,20 +28,13 @@ MODELS = ("2B", "SEG-2B", "8B", "SEG-8B")
 
 @dataclass(frozen=True, kw_only=True)
 class SplitEntry:
-    """One split, or one kind of splits.
-
-    reader:    the class whose `reader(name, dataset_dir)` is the split, and whose `paths` says what it needs
-    protocol:  how it is scored, a key of `metrics.PROTOCOLS`
-    headline:  the figures that the paper reports, keys of the result
-    published: model -> one percentage for each headline figure
-    default:   whether it is one of the splits that an evaluation of all splits covers
-    """
+    """One split, or one kind of splits."""
 
     reader: type[EvalSplit]
-    protocol: str = "lisa"
-    headline: tuple[str, ...] = ("ciou",)
-    published: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    default: bool = True
+    protocol: str = "lisa"  # how it is scored, a key of `metrics.PROTOCOLS`
+    headline: tuple[str, ...] = ("ciou",)  # the figures that the paper reports, keys of the result
+    published: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # model -> a percentage for each headline
+    default: bool = True  # covered by an evaluation of all splits
 
 
 def _referring(*ciou: float, protocol: str = "lisa", default: bool = True) -> SplitEntry:
@@ -77,8 +70,8 @@ SPLITS: dict[str, SplitEntry] = {
 }
 
 PREFIXES: dict[str, SplitEntry] = {
-    "custom|": SplitEntry(reader=Custom, default=False),
-    "parquet|": SplitEntry(reader=ParquetSplit, default=False),
+    "custom": SplitEntry(reader=Custom, default=False),
+    "parquet": SplitEntry(reader=ParquetSplit, default=False),
 }
 
 DEFAULT_SPLITS: tuple[str, ...] = tuple(name for name, entry in SPLITS.items() if entry.default)
@@ -86,10 +79,10 @@ DEFAULT_SPLITS: tuple[str, ...] = tuple(name for name, entry in SPLITS.items() i
 
 def get_splits(names: Iterable[str]) -> dict[str, SplitEntry]:
     """The entries of `names`, in that order. Raises UserError listing every unknown name and the known ones."""
-    kinds = {name: next(filter(name.startswith, PREFIXES), None) for name in names}
-    known = [*SPLITS, *(f"{prefix}<path>" for prefix in PREFIXES)]
-    check_known("unknown evaluation split", [name for name, kind in kinds.items() if kind is None], known)
-    return {name: SPLITS[name] if kind is None else PREFIXES[kind] for name, kind in kinds.items()}
+    kinds = {name: name.partition("|")[0] for name in names}
+    known = [*SPLITS, *(f"{kind}|<path>" for kind in PREFIXES)]
+    check_known("unknown evaluation split", [name for name, kind in kinds.items() if kind not in PREFIXES], known)
+    return {name: PREFIXES.get(kind) or SPLITS[name] for name, kind in kinds.items()}
 
 
 def split_paths(names: Iterable[str], dataset_dir: str | Path) -> list[tuple[str, Path]]:
@@ -102,10 +95,7 @@ def split_paths(names: Iterable[str], dataset_dir: str | Path) -> list[tuple[str
 
 
 def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = False) -> EvalSplit:
-    """The photos of an evaluation split, sorted; allow_outside: they may lie outside its folders (see `paths.inside`).
-
-    Raises UserError for an unknown name, for faulty own data, and one that names every missing path.
-    """
+    """The photos of an evaluation split, sorted; allow_outside: see `paths.inside`. Raises UserError."""
     entry = get_splits([name])[name]
     require_paths(split_paths([name], dataset_dir))
     return entry.reader(name, dataset_dir, allow_outside=allow_outside)

@@ -88,9 +88,14 @@ def reserved_in(text: str) -> list[str]:
     return list(dict.fromkeys(CONTROL.findall(text) + CONTROL.findall(text.lower())))
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text holds controls, invisible letters and blanks alone."""
+    return all(unicodedata.category(letter)[0] in "CZ" for letter in text)
+
+
 def check_prompt(text: str) -> None:
     """Raise UserError for a prompt that is empty or holds a control token."""
-    if all(unicodedata.category(letter)[0] in "CZ" for letter in text):  # controls, invisible ones, blanks
+    if is_blank(text):
         raise UserError("a prompt is empty")
     if found := reserved_in(text):
         raise UserError(f"the prompt {text!r} holds the reserved token {found[0]}: leave it out")

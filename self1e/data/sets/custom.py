@@ -1,17 +1,10 @@
-"""Own data: photos, masks and sentences outside of the README's tree.
+"""Own data: photos, masks and sentences outside of the README's tree; docs/data.md shows the files.
 
-A source is one of
-
-    train.json    COCO style: `images`, `annotations`, `categories`; an annotation's `captions` or `phrases` (a string
-                  or a list) are its sentences, without them the name of its category is
-    train.csv     columns `image,mask,prompt`, optionally `value`; a line is one sentence, a photo may have several
-    train.jsonl   the same, each line an object with these keys
-    a folder      that holds one such CSV
-
-Files are named relative to the folder of the source, or to `images/` (photos) and `masks/` in it; they must lie in
-there (see `paths.inside`). A mask is a one-channel PNG: foreground is where it is `value`, or, without one, above 0.
-One sentence on several annotations of a photo means all of them: its mask is their union. What ends like a sentence is
-asked as it is; all else is a phrase, lower-cased ("the red car").
+A source is a COCO-style JSON, whose annotations carry `captions` or `phrases` (without them the name of the category
+is asked for), a CSV or JSONL with `image,mask,prompt` and perhaps `value`, or a folder that holds one CSV. Files are
+named relative to its folder, or to `images/` (photos) and `masks/` in it. A mask is a one-channel PNG: foreground is
+where it is `value`, or, without one, above 0. One sentence on several annotations of a photo means all of them. What
+ends like a sentence is asked as it is; all else is a phrase, lower-cased.
 """
 
 import csv
@@ -35,7 +28,7 @@ from self1e.data.samples import image_key
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import Writer, open_tables
 from self1e.errors import UserError
-from self1e.model.prompts import looks_like_sentence
+from self1e.model.prompts import is_blank, looks_like_sentence
 
 log = logging.getLogger(__name__)
 COLUMNS = ("image", "mask", "prompt")
@@ -49,8 +42,6 @@ def read_source(path: Path, out: Writer) -> None:
     """Table `photos`: [name, [height, width] or null, [[sentences, number of the mask, location], ...]] of each photo
     that has a sentence, in file order; table `masks`: a segmentation, or {file, value}; meta `faulty`, "<location>:
     <what>" of each record that is left out, and `problems`, what contradicts itself.
-
-    Raises UserError where the file as a whole is of another form.
     """
     faulty: list[str] = []
     problems: dict[str, list] = defaultdict(list)
@@ -69,7 +60,7 @@ def read_source(path: Path, out: Writer) -> None:
 
 @contextmanager
 def _noting(faulty: list[str]) -> Iterator[None]:
-    """Notes what is wrong with a record instead of raising it, so that all faults of a file are named at once."""
+    """Notes what is wrong with a record, so that all faults of a file are named at once."""
     try:
         yield
     except UserError as error:
@@ -83,7 +74,7 @@ def _rows(path: Path, faulty: list[str]) -> Iterator[Target]:
             if not isinstance(row, dict) or None in row:
                 raise UserError(f"{location}: not one value for each column; quote a prompt that holds a comma")
             cells = {name: "" if row.get(name) is None else str(row[name]).strip() for name in (*COLUMNS, "value")}
-            empty = [f"{name} is empty" for name in COLUMNS if not cells[name]]
+            empty = [f"{name} is empty" for name in COLUMNS if is_blank(cells[name])]
             if empty:
                 raise UserError(f"{location}: {', '.join(empty)}")
             image, mask, prompt, value = cells.values()
@@ -143,24 +134,20 @@ def _annotations(path: Path, faulty: list[str]) -> Iterator[Target]:
 
 def _sentences(annotation: dict, categories: dict[int | str, str], location: str) -> list[str]:
     """The captions and phrases of an annotation or, where it has none, the name of its category."""
-    found: list[str] = []
+    found: list[Any] = []
     for field in SENTENCES:
         value = annotation.get(field) or []
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError(f"{location}: {field} is {reprlib.repr(value)}, neither a sentence nor several")
-        found += [text.strip() for text in texts]
+        found += value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) and not is_blank(text) for text in found):
+        raise UserError(f"{location}: a sentence is empty or no text: {reprlib.repr(found)}")
     category: Any = annotation.get("category_id")
     if not found and not categories.get(category):
         raise UserError(f"{location}: neither captions nor phrases, and category {reprlib.repr(category)} has no name")
-    return found or [categories[category]]
+    return [text.strip() for text in found] or [categories[category]]
 
 
 def find_source(path: str | Path) -> Path:
-    """The file that `path` is or, a folder, holds; a path that does not exist comes back as it is.
-
-    Raises UserError when it is of another kind, or a folder that holds no CSV or several of them.
-    """
+    """The file that `path` is or, a folder, holds; one that does not exist comes back as it is. Raises UserError."""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in list_names(path, ".csv")]
@@ -209,9 +196,9 @@ class Custom(ExpressionSet):
                     with _noting(faults):
                         self._find(name, below, where)
         if faults:
-            more = [f"and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
-            lines = "\n  ".join([*faults[:LISTED], *more])
-            raise UserError(f"{self.source}, problems: {len(faults)} ({OWN_DATA}):\n  {lines}")
+            listed = faults[:LISTED] + [f"and {len(faults) - LISTED} more"] * (len(faults) > LISTED)
+            lines = "\n  ".join([f"{self.source}, problems: {len(faults)} ({OWN_DATA}):", *listed])
+            raise UserError(lines)
         if not len(self):
             raise UserError(f"{self.source} holds no photo with a sentence")
 
