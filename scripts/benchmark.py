@@ -169,7 +169,7 @@ class Recipe:
         with torch.device(DEVICE):
             model = Self1EForSegmentation._from_config(self.config, dtype=torch.bfloat16, attn_implementation="sdpa")
             if training:
-                adapt(model, llm_lora=True, vision_lora=True, optimize_vision=True, r=8 if self.tiny else 128)
+                adapt(model, use_llm_lora=True, use_vision_lora=True, optimize_vision=True, lora_r=8 if self.tiny else 128)
         model.trained_head = True
         return model.to(torch.bfloat16).train(training)
 

@@ -33,12 +33,11 @@ DEVELOPERS = {
 
 
 def usage() -> str:
-    tables = {"commands": COMMANDS, "for developers": DEVELOPERS}
-    lines = (
-        f"\n{title}:\n" + "".join(f"  {name:<12}{text}\n" for name, (_, text) in table.items())
-        for title, table in tables.items()
+    listed = ["".join(f"  {name:<12}{text}\n" for name, (_, text) in x.items()) for x in (COMMANDS, DEVELOPERS)]
+    return (
+        f"usage: self1e COMMAND ...\n\ncommands:\n{listed[0]}\nfor developers:\n{listed[1]}\n"
+        "self1e COMMAND --help tells more.\n"
     )
-    return "usage: self1e COMMAND ...\n" + "".join(lines) + "\nself1e COMMAND --help tells more.\n"
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -65,16 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter ends no run
             stream.reconfigure(errors="backslashreplace")
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
-    known = COMMANDS | DEVELOPERS
-    if name not in known:
-        asked = name in ("-h", "--help")
-        print(
-            ("" if asked or not name else f"self1e: there is no command {name!r}\n\n") + usage(),
-            end="",
-            file=sys.stdout if asked else sys.stderr,
-        )
-        return 0 if asked else 2
-    module, _, function = known[name][0].partition(":")
+    if name in ("-h", "--help"):
+        print(usage(), end="")
+        return 0
+    if name not in COMMANDS | DEVELOPERS:
+        print((f"self1e: there is no command {name!r}\n\n" if name else "") + usage(), end="", file=sys.stderr)
+        return 2
+    module, _, function = (COMMANDS | DEVELOPERS)[name][0].partition(":")
     try:
         return run_program(lambda: getattr(importlib.import_module(module), function or "main")(rest))
     except BrokenPipeError:  # whoever read our output has enough of it

@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from self1e.errors import UserError
 
@@ -33,9 +35,7 @@ def launched() -> bool:
 
 def rank() -> int:
     """Number of this process, from 0, on all nodes together."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ["RANK"]) if launched() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]) if launched() else 0
 
 
 def local_rank() -> int:
@@ -59,6 +59,18 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def progress(items: Iterable | None, total: int, **options: Any) -> tqdm:
+    """tqdm's bar on the first process alone; in a log file, where nothing can move a cursor, a line per tenth."""
+    if not sys.stderr.isatty():
+        lines = SimpleNamespace(
+            write=lambda x: x.strip() and print(x.strip(), file=sys.stderr), flush=sys.stderr.flush
+        )
+        form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {remaining} left{postfix}"
+        options |= {"file": lines, "bar_format": form, "delay": 1e-9}  # a delay: no line at 0
+        options |= {"miniters": -(-total // 10), "mininterval": 0, "maxinterval": float("inf")}
+    return tqdm(items, total=total, disable=not is_main(), **options)
+
+
 def device(name: str = "auto") -> torch.device:
     """`auto`, `cpu`, `cuda` (or `gpu`) or `mps` -> this rank's device; `auto` takes a GPU where there is one.
 
@@ -68,10 +80,13 @@ def device(name: str = "auto") -> torch.device:
     name = "cuda" if name == "gpu" else next(kind for kind in present if present[kind]) if name == "auto" else name
     if not present.get(name):
         raise UserError(f"--device {name}: torch finds none here; use --device auto")
-    if name == "cuda" and launched():
+    if name != "cuda":
+        return torch.device(name)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its attention plans anew, for about a second, at each new length
+    torch.backends.cudnn.allow_tf32 = False  # the patch embedding's convolution: fp32 is to be fp32
+    if launched():
         torch.cuda.set_device(local_rank())
-        return torch.device("cuda", local_rank())
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def start(backend: str | None = None, timeout: timedelta | None = None) -> None:
@@ -85,14 +100,12 @@ def start(backend: str | None = None, timeout: timedelta | None = None) -> None:
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend == "nccl":
         torch.cuda.set_device(local_rank())  # collectives of objects use the current device
-    size = int(os.environ["WORLD_SIZE"])
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=MEETING)))
     except dist.DistError as error:
         names = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
-        raise UserError(
-            f"{names}, but not all {size} processes met ({error}); without a launcher, unset RANK"
-        ) from error
+        raise UserError(f"{names}, but not all processes met ({error}); without a launcher, unset RANK") from error
+    size = int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=timeout)
 
 
@@ -113,14 +126,8 @@ def share_cores(workers: int | None = None) -> int:
     return workers
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def gather(value: T) -> list[T]:
-    """Every rank's value (any picklable object), on every rank, in rank order."""
+    """Every rank's value (any picklable object), on every rank, in rank order, when all have come here."""
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -168,31 +175,22 @@ def run_program(program: Callable[[], int]) -> int:
         if is_main():
             sys.stderr.write(f"\n{stop if stop.args else 'interrupted'}\n")
         code = INTERRUPTED
-    except UserError as error:
-        if not is_main():
-            time.sleep(PATIENCE)
-        print(f"\nerror: {error}", file=sys.stderr)
-        code = 1
-    except (SystemExit, BrokenPipeError):
-        raise
-    except BaseException:
-        if not launched():
+    except Exception as error:
+        told = isinstance(error, UserError)
+        if not told and not launched():
             raise
-        time.sleep(PATIENCE)
-        traceback.print_exc()
+        if launched() and not (told and is_main()):
+            time.sleep(PATIENCE)
+        print(f"\nerror: {error}" if told else traceback.format_exc(), file=sys.stderr)
         code = 1
     finally:
-        end_workers()
+        # Data workers that a traceback still holds: Python would send them a SIGTERM, which they ignore.
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise at the end of each
+        for worker in multiprocessing.active_children():
+            worker.kill()
     if launched():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def end_workers() -> None:
-    """End the data workers that a traceback still holds: Python would send them a SIGTERM, which they ignore."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise at the end of each
-    for worker in multiprocessing.active_children():
-        worker.kill()

@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends without an error.
+    """A temporary file beside `path` that takes its place when the block ends without an error, else is removed.
 
-    Missing folders are made. Whatever stood at `path` stays when the block raises.
+    Missing folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -29,6 +29,43 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """As `replacing`, an empty folder; what stood at `path` also stays when the last rename fails."""
+    partial, previous = (path.with_name(f".{path.name}.{word}") for word in ("partial", "previous"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        sync_folder(partial)
+        if path.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            path.rename(previous)
+        partial.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        if not path.exists() and previous.exists():
+            previous.rename(path)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder and everything in it on the disk, so that a rename that follows cannot outrun the contents."""
+    for place in [*folder.rglob("*"), folder]:
+        _sync(place)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,16 +86,14 @@ def to_jsonl(records: Iterable[dict]) -> str:
 
 def read_json(path: Path, kind: type[T], *, remedy: str = "") -> T:
     """The value of a small JSON file. Raises UserError with the remedy when it cannot be read or is no `kind`."""
-    advice = remedy and f"; {remedy}"
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}{advice}") from error
-    except (ValueError, RecursionError) as error:
-        check_fetched(path)
-        raise UserError(f"{path} is no JSON ({error}){advice}") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}{advice}")
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a {type(value).__name__}; expected a {kind.__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        if path.is_file():
+            check_fetched(path)
+        raise UserError(f"{path} cannot be read ({error}){remedy and f'; {remedy}'}") from error
     return value
 
 
@@ -73,18 +108,14 @@ def check_writable(folder: Path) -> None:
     """Try whether a folder can be made and written in, before the work whose results go there.
 
     The folder itself is not touched, since other processes may be making it at this moment: what is missing of it is
-    made in a temporary folder within its nearest parent that exists.
-
-    Raises UserError naming the folder.
+    made in a temporary folder within its nearest parent that exists. Raises UserError naming the folder.
     """
     existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:
         with tempfile.TemporaryDirectory(prefix=".writable.", dir=existing) as probe:
             Path(probe, folder.relative_to(existing), "made").mkdir(parents=True)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written to ({error.strerror or error}); choose another folder"
-        ) from error
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from error
 
 
 def check_writable_file(path: Path) -> None:
@@ -92,46 +123,3 @@ def check_writable_file(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file, such as {path / 'result'}")
     check_writable(path.parent)
-
-
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` that takes its place when the block ends without an error.
-
-    Whatever stood at `path` stays when the block raises, or when the last rename fails.
-    """
-    partial, previous = (path.with_name(f".{path.name}.{word}") for word in ("partial", "previous"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        sync_folder(partial)
-        if path.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            path.rename(previous)
-        partial.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(previous, ignore_errors=True)
-    except OSError:
-        if not path.exists() and previous.exists():
-            previous.rename(path)
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put a folder and everything in it on the disk, so that a rename that follows cannot outrun the contents."""
-    for place in [*folder.rglob("*"), folder]:
-        _sync(place)
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or, where the system can open one, a folder."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,17 +10,18 @@ REQUEUE = 75  # exit code of a run that was asked to stop and can be continued (
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
-class StopRequest:
-    """`with StopRequest() as stop:` listens to `SIGNALS`; `stop.signal` is the name of the one that came, or None.
+def launchers() -> list[psutil.Process]:
+    """The two processes of the deepspeed launcher; the outer one passes SIGTERM to nobody, so that we look for it."""
+    return psutil.Process().parents()[:2] if "CROSS_RANK" in os.environ else []  # deepspeed sets it
 
-    The deepspeed launcher is two processes, of which the outer one passes SIGTERM to nobody: that it is gone counts
-    as a request, too.
-    """
+
+class StopRequest:
+    """`with StopRequest() as stop:` listens to `SIGNALS`; `stop.signal` is the name of the one that came, or None."""
 
     heard: str | None = None
 
     def __enter__(self) -> "StopRequest":
-        self.launchers = self._launchers()
+        self.launchers = launchers()
         self.before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
 
@@ -31,15 +32,9 @@ class StopRequest:
     def _hear(self, number: int, frame) -> None:
         self.heard = signal.Signals(number).name
 
-    @staticmethod
-    def _launchers() -> list[psutil.Process]:
-        return psutil.Process().parents()[:2] if "CROSS_RANK" in os.environ else []  # deepspeed sets it
-
     @property
     def signal(self) -> str | None:
-        if self.heard is None and self._launchers() != self.launchers:
-            self.heard = "the end of the launcher"
-        return self.heard
+        return self.heard or (None if launchers() == self.launchers else "the end of the launcher")
 
 
 def mark_requeue(folder: Path, wanted: bool = True) -> None:

@@ -104,7 +104,7 @@ def training_cost(
     """
     model, batch = build(size, images=images, each=conversations, tiles=tiles)
     with torch.device("meta"):
-        adapt(model, llm_lora=True, vision_lora=True, optimize_vision=True)
+        adapt(model, use_llm_lora=True, use_vision_lora=True, optimize_vision=True)
     model.to(torch.bfloat16).train()  # type: ignore[arg-type]
     if (kwargs := CHECKPOINTING[checkpointing]) is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

@@ -1,10 +1,9 @@
 """What is trained, frozen and adapted (paper, section 4.1): LoRA on LLM and ViT, the rest whole or not at all."""
 
-from argparse import Namespace
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
@@ -12,12 +11,11 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from self1e.errors import UserError
+from self1e.errors import UserError, check_known
 from self1e.model.weights import HEAD
-from self1e.training.args import LLM_LINEARS
 
+LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that take adapters
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2")
-
 LLM, VISION, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
 PARTS = {
     "LLM embeddings": LLM + "embed_tokens.",
@@ -28,113 +26,76 @@ PARTS = {
     "segmentation head": HEAD,
 }
 ADDED = "added_tokens"  # parameter of embedding and lm_head, (added tokens, C), where only these train
-HOOK = "added_tokens_hook"
 
 
 def adapt(
     model: PreTrainedModel,
     *,
-    llm_lora: bool,
-    vision_lora: bool,
+    use_llm_lora: bool,
+    use_vision_lora: bool,
     optimize_vision: bool,
     freeze_llm: bool = False,
-    r: int = 128,
-    alpha: int | None = None,
-    dropout: float = 0.05,
-    llm_targets: Sequence[str] = LLM_LINEARS,
-    from_layer: int = 0,
+    lora_r: int = 128,
+    lora_alpha: int | None = None,
+    lora_dropout: float = 0.05,
+    lora_target_modules: str | None = None,
+    lora_from_layer: int = 0,
 ) -> LoraModel | None:
-    """Put LoRA into `model` in place and set which parameters train.
+    """Put LoRA into `model` in place and set which parameters train; the arguments are flags of training.
 
-    Args:
-        llm_lora: adapters on the LLM's linears from layer `from_layer` on; its layers are frozen otherwise, embeddings
-            and `lm_head` train whole. Without: the whole LLM trains, unless `freeze_llm`.
-        vision_lora: adapters on the ViT; needs `optimize_vision`. Without: the whole ViT trains if `optimize_vision`.
-        optimize_vision: train ViT (or its adapters) and projector; both are frozen otherwise.
-        freeze_llm: freeze the LLM's layers and final norm, without adapters; embeddings and `lm_head` train whole.
-        r, alpha, dropout: of the adapters; `alpha` defaults to 2 r.
-        llm_targets: linears of the LLM that get an adapter, of `LLM_LINEARS`.
-
-    Returns:
-        The tuner, whose `merge_and_unload()` gives the plain model back; None without adapters.
+    Head, token embeddings and `lm_head` train whole in any case. Returns the tuner, whose `merge_and_unload()` gives
+    the plain model back; None without adapters.
     """
-    unknown = set(llm_targets) - set(LLM_LINEARS)
-    if unknown:
-        raise UserError(f"--lora_target_modules: unknown {sorted(unknown)}; the LLM's linears are {LLM_LINEARS}")
+    llm_targets = lora_target_modules.split(",") if lora_target_modules else LLM_LINEARS
+    check_known("--lora_target_modules: unknown", llm_targets, LLM_LINEARS)
     layers = model.config.text_config.num_hidden_layers
-    if not 0 <= from_layer < layers:
-        raise UserError(f"--lora_from_layer {from_layer}: the LLM's layers are 0 to {layers - 1}")
-    targets = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        leaf = name.rpartition(".")[2]
-        if llm_lora and name.startswith(LLM + "layers.") and leaf in llm_targets:
-            if int(name.removeprefix(LLM + "layers.").split(".")[0]) >= from_layer:
-                targets.append(name)
-        elif vision_lora and name.startswith(VISION) and leaf in VISION_LINEARS:
-            targets.append(name)
+    if not 0 <= lora_from_layer < layers:
+        raise UserError(f"--lora_from_layer {lora_from_layer}: the LLM's layers are 0 to {layers - 1}")
+    adapted = [f"{LLM}layers.{n}." for n in range(lora_from_layer, layers)] if use_llm_lora else []
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = [name for name in linears if name.startswith(tuple(adapted)) and name.endswith(tuple(llm_targets))]
+    if use_vision_lora:
+        targets += [name for name in linears if name.startswith(VISION) and name.endswith(VISION_LINEARS)]
     tuner = None
     if targets:
-        config = LoraConfig(r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules=targets)
+        alpha = lora_alpha or 2 * lora_r
+        config = LoraConfig(r=lora_r, lora_alpha=alpha, lora_dropout=lora_dropout, target_modules=targets)
         tuner = LoraModel(model, config, "default")
-    frozen = [LLM + "layers.", LLM + "norm."] if llm_lora or freeze_llm else []
+    frozen = [LLM + "layers.", LLM + "norm."] if use_llm_lora or freeze_llm else []
     frozen += [] if optimize_vision else [VISION, PROJECTOR]
-    frozen += [VISION] if vision_lora else []
+    frozen += [VISION] if use_vision_lora else []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or not name.startswith(tuple(frozen)))
     return tuner
-
-
-def adapt_as_asked(args: Namespace, model: PreTrainedModel) -> LoraModel | None:
-    """`adapt` the model as the flags of training say."""
-    return adapt(
-        model,
-        llm_lora=args.use_llm_lora,
-        vision_lora=args.use_vision_lora,
-        optimize_vision=args.optimize_vision,
-        freeze_llm=args.freeze_llm,
-        r=args.lora_r,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        llm_targets=args.lora_target_modules.split(",") if args.lora_target_modules else LLM_LINEARS,
-        from_layer=args.lora_from_layer,
-    )
 
 
 def train_added_tokens(model: PreTrainedModel, first: int) -> None:
     """Freeze embedding and `lm_head` in place, but for the vectors of the tokens from id `first` on.
 
     These become a parameter of their own, so that the optimizer has states for them alone; `merge_added_tokens` writes
-    them back. Tied matrices share them, too. Raises UserError when the vocabulary ends before `first`.
+    them back. Tied matrices share them, too.
     """
-    embedding, lm_head = _matrices(model)
-    size = embedding.weight.shape[0]
-    if not first < size:
-        raise UserError(f"--trainable_embeddings new: the vocabulary of {size} tokens holds none from {first} on")
     added: dict[int, nn.Parameter] = {}  # by matrix
-    for module, hook in ((embedding, _embed), (lm_head, _score)):
+    for module, hook in zip(_matrices(model), (_embed, _score), strict=True):
         matrix = module.weight.requires_grad_(False)
         own = added.setdefault(id(matrix), nn.Parameter(matrix.detach()[first:].clone()))
         module.register_parameter(ADDED, own)
-        setattr(module, HOOK, module.register_forward_hook(partial(hook, first)))
+        module.added_tokens_hook = module.register_forward_hook(partial(hook, first))
 
 
 def merge_added_tokens(model: PreTrainedModel) -> None:
     """Write the trained vectors into their matrices and leave plain modules; without such it changes nothing."""
     for module in _matrices(model):
-        if ADDED not in module._parameters:
-            continue
-        added = getattr(module, ADDED)
-        with torch.no_grad():
-            module.weight[-len(added) :] = added
-        getattr(module, HOOK).remove()
-        delattr(module, HOOK)
-        delattr(module, ADDED)
+        if ADDED in module._parameters:
+            added = getattr(module, ADDED)
+            with torch.no_grad():
+                module.weight[-len(added) :] = added
+            module.added_tokens_hook.remove()
+            del module.added_tokens_hook, module.added_tokens
 
 
-def _matrices(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
-    return cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
+def _matrices(model: PreTrainedModel) -> tuple[Any, Any]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def _embed(first: int, module: nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor:
@@ -150,29 +111,29 @@ def _score(first: int, module: nn.Module, inputs: tuple[Tensor], logits: Tensor)
     return torch.cat([logits[..., :first], F.linear(states, getattr(module, ADDED))], dim=-1)
 
 
+def keep_frozen_in(dtype: torch.dtype, model: nn.Module) -> None:
+    """Convert the weights of frozen linears, which autocast would otherwise convert at each use."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
+
+
 def optimizer_groups(model: nn.Module, *, lr: float, vision_lr: float) -> list[dict[str, Any]]:
     """Parameter groups: the LLM with its embeddings and `lm_head` at `lr`, everything else at `vision_lr`."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    llm = [name for name in trained if name.startswith((LLM, "lm_head."))]
-    rest = [name for name in trained if name not in set(llm)]
-    groups: list[dict[str, Any]] = [
-        {"name": name, "params": [trained[key] for key in keys], "lr": rate}
-        for name, keys, rate in (("llm", llm, lr), ("vision_and_head", rest, vision_lr))
-        if keys
-    ]
-    covered = [id(parameter) for group in groups for parameter in group["params"]]
-    assert len(covered) == len(set(covered)) and set(covered) == {id(parameter) for parameter in trained.values()}
-    return groups
+    llm = [parameter for name, parameter in trained.items() if name.startswith((LLM, "lm_head."))]
+    rest = [parameter for name, parameter in trained.items() if not name.startswith((LLM, "lm_head."))]
+    groups = [{"name": "llm", "params": llm, "lr": lr}, {"name": "vision_and_head", "params": rest, "lr": vision_lr}]
+    return [group for group in groups if group["params"]]
 
 
 def training_table(model: nn.Module) -> str:
     """Parameters of each part of the model, in thousands: trained whole, as adapters, frozen."""
-    counts = {part: {"trained": 0, "adapters": 0, "frozen": 0} for part in PARTS}
+    counts = {part: dict.fromkeys(("trained", "adapters", "frozen"), 0.0) for part in PARTS}
     for name, parameter in model.named_parameters():
         part = next(part for part, prefix in PARTS.items() if name.startswith(prefix))
         kind = "frozen" if not parameter.requires_grad else "adapters" if ".lora_" in name else "trained"
-        counts[part][kind] += parameter.numel()
-    counts["total"] = {kind: sum(row[kind] for row in counts.values()) for kind in ("trained", "adapters", "frozen")}
-    lines = [f"{'parameters, thousands':<24}{'trained':>14}{'adapters':>14}{'frozen':>14}"]
-    lines += [f"{part:<24}" + "".join(f"{n / 1e3:>14,.1f}" for n in row.values()) for part, row in counts.items()]
-    return "\n".join(lines)
+        counts[part][kind] += parameter.numel() / 1e3
+    table = pd.DataFrame(counts).T.rename_axis("parameters, thousands", axis="columns")
+    table.loc["total"] = table.sum()
+    return table.to_string(float_format="{:,.1f}".format)

@@ -1,18 +1,13 @@
 """The flags of training, each declared once; their defaults are the recipe of the paper.
 
-A field of a dataclass below is a flag of its name: its type and default are the flag's, its help and choices stand in
-the field's metadata. The switches of the method and the weights of the losses are declared in the model's
-configuration. A YAML file of `--config` is a command line that comes before the typed one.
+The switches of the method and the weights of the losses are declared in the model's configuration. A YAML file of
+`--config` is a command line that comes before the typed one.
 """
 
 import argparse
-import contextlib
 import importlib.util
-import io
 import shlex
 import sys
-import typing
-from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,122 +23,13 @@ from self1e.model.weights import checkpoint_folder
 from self1e.training.deepspeed_config import read_deepspeed, zero_stage
 
 ROOT = Path(__file__).resolve().parents[2]
-LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that take adapters
-KEPT = ("full", "selective")
 METAVARS = {int: "N", float: "X", Path: "PATH"}
 YES, NO, UNSET = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")  # words of YAML
-
-
-def flag(default: Any, help: str, **options: Any) -> Any:
-    """A field that is a flag. options: further arguments of `add_argument`."""
-    return field(default=default, metadata={"help": help, **options})
-
-
-# fmt: off
-# A flag is a few lines.
-@dataclass
-class Model:
-    version: str | None = flag(None, "checkpoint: its folder, its run's folder or a hub id (InternVL3, -hf, or "
-        "Self1E); an evaluation of a run that holds its model needs none", type=checkpoint_folder, metavar="PATH")
-    model_weights: str | None = flag(None, "folder whose weights replace those of --version", type=checkpoint_folder,
-        metavar="PATH")
-    precision: str | None = flag(None, "precision of the computation; unset: bf16, but fp32 when evaluating on a CPU",
-        choices=("fp32", "bf16", "fp16"))
-    model_max_length: int = flag(512, "the most tokens of a conversation")
-    high_res: bool = flag(False, "cut a photo into up to 4 tiles")
-    attn_implementation: str = flag("sdpa", "attention kernel of LLM and ViT", choices=("sdpa", "eager"))
-
-
-@dataclass
-class Trained:
-    use_llm_lora: bool = flag(False, "train adapters in the LLM; without it the whole LLM trains, unless --freeze_llm")
-    freeze_llm: bool = flag(False, "freeze the LLM's layers, without adapters; its token embeddings and lm_head train "
-        "as --trainable_embeddings says")
-    optimize_vision: bool = flag(False, "train ViT and projector; without it, both are frozen")
-    use_vision_lora: bool = flag(False, "train adapters in the ViT; without it, the whole ViT trains")
-    lora_r: int = flag(128, "rank of the adapters")
-    lora_alpha: int | None = flag(None, "scale of the adapters; unset: twice --lora_r")
-    lora_dropout: float = flag(0.05, "share of its inputs that an adapter drops")
-    lora_target_modules: str | None = flag(None, "linears of the LLM with adapters, joined by commas; unset: "
-        + ", ".join(LLM_LINEARS), metavar="NAMES")
-    trainable_embeddings: str = flag("all", "rows of the token embeddings and of lm_head that train: all, or those of "
-        "the added tokens only", choices=("all", "new"))
-    lora_from_layer: int = flag(0, "the first LLM layer with adapters")
-
-
-@dataclass
-class Data:
-    dataset_dir: Path = flag(Path("dataset"), "folder of the segmentation sets and LLaVA-Instruct")
-    data_dir: Path = flag(Path("data"), "folder of the VQA sets")
-    dataset: str = flag(DEFAULT_FAMILIES, "families of training sets, joined by ||; the family custom is own data",
-        metavar="FAMILIES")
-    sample_rates: str | None = flag(None, "one rate per family, joined by commas; unset: 1 for each", metavar="RATES")
-    explanatory: float = flag(-1.0, "share of the explained samples that are text only; -1 turns explanations off")
-    num_classes_per_sample: int = flag(3, "the most conversations per photo")
-    exclude_val: bool = flag(False, "leave out training photos that an evaluation split uses")
-    allow_outside: bool = flag(False, "take photos that annotations name outside their folder")
-    mixture: str = flag("published", "published draws some samples anew; exact reads each sample once per epoch",
-        choices=MODES)
-    workers: int | None = flag(None, "data-loading processes per rank; unset: up to 4, as the cores allow")
-    seed: int = flag(42, "seed of the stream of samples, of a fresh head and of dropout")
-
-
-@dataclass
-class Optimisation:
-    epochs: int = flag(1, "passes over the mixture")
-    start_epoch: int = flag(0, "epochs of the stream that are passed over")
-    steps_per_epoch: int | None = flag(None, "optimizer steps per epoch; unset: the whole epoch")
-    max_steps: int | None = flag(None, "optimizer steps in all; unset: as many as --epochs has")
-    batch_size: int = flag(5, "photos per device in a micro-batch")
-    grad_accumulation_steps: int = flag(8, "micro-batches per optimizer step")
-    grad_accumulation_reduction: str = flag("sum", "how the gradients of a step's micro-batches are joined before "
-        "clipping", choices=("sum", "mean"))
-    lr: float = flag(1e-4, "peak rate of the LLM, its embeddings and lm_head")
-    vision_lr: float = flag(1e-4, "peak rate of ViT, projector and head")
-    beta1: float = flag(0.9, "first beta of AdamW")
-    beta2: float = flag(0.95, "second beta of AdamW")
-    warmup_steps: int = flag(100, "steps in which the rate rises; it falls to 0 after them")
-    gradient_checkpointing: str | None = flag(None, "recompute activations to save memory: all of them (full, also "
-        "without a value), or all but products of matrices (selective)", nargs="?", const="full", choices=KEPT)
-    deepspeed: Path | None = flag(None, "DeepSpeed JSON, or none; unset: configs/zero2.json under a launcher")
-
-
-@dataclass
-class Logging:
-    exp_name: str = flag(MISSING, "name of the run: its files go to LOG_BASE_DIR/EXP_NAME")
-    log_base_dir: Path = flag(Path("runs"), "folder of all runs")
-    report_to: str = flag("tensorboard", "where the curves go", choices=("tensorboard", "wandb", "none"))
-    print_freq: int = flag(10, "steps between log lines")
-    save_steps: int = flag(200, "steps between checkpoints")
-    save_total_limit: int = flag(1, "how many of the latest checkpoints are kept")
-    keep_best: str | None = flag(None, "also keep the best checkpoint by this split's headline figure",
-        metavar="SPLIT")
-    resume: Path | None = flag(None, "the checkpoint-N folder to continue from")
-    auto_resume: bool = flag(False, "continue from the last checkpoint, if any")
-    resume_anyway: bool = flag(False, "continue although settings of the run differ")
-    overwrite: bool = flag(False, "remove an earlier run of this name and train anew")
-    save_published_layout: bool = flag(False, "also write ckpt_model_published")
-    timeout: float = flag(1800.0, "seconds that a rank waits for its data or for the other ranks")
-
-
-@dataclass
-class Evaluation:
-    val_dataset: str = flag("ReasonSeg|val", "splits to validate on while training, joined by ||; custom|PATH is own "
-        "data", metavar="SPLITS")
-    eval_steps: int = flag(200, "steps between validations")
-    no_eval: bool = flag(False, "do not validate while training, nor evaluate after it")
-    eval_only: bool = flag(False, "evaluate --val_dataset without training")
-    eval_all_datasets: bool = flag(False, f"all {len(DEFAULT_SPLITS)} splits, whatever --val_dataset says")
-    eval_all_only: bool = flag(False, "short for --eval_only --eval_all_datasets")
-    eval_visualize: bool = flag(False, "write pictures of the predictions, the worst first")
-    overwrite_eval: bool = flag(False, "evaluate anew what the results folder already holds")
-
-
-GROUPS = {"model": Model, "what is trained": Trained, "data": Data, "optimisation": Optimisation,
-          "logging and checkpoints": Logging, "evaluation": Evaluation}
-
-
-# fmt: on
+# Flags that `adapt` takes, by their names.
+ADAPTERS = (
+    "use_llm_lora freeze_llm optimize_vision use_vision_lora lora_r lora_alpha lora_dropout lora_target_modules "
+    "lora_from_layer"
+).split()
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -156,52 +42,123 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+# fmt: off
 def make_parser() -> argparse.ArgumentParser:
     """All flags, in groups."""
     here = Path(sys.argv[0]).name
-    parser = argparse.ArgumentParser(
-        prog=here if here.startswith("train") else "self1e train",
-        usage="%(prog)s --version PATH --exp_name NAME [flags]",
-        description="Fine-tune InternVL3 to segment by itself, then evaluate it.",
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="YAML files of flags; a later file overrides an earlier one, the command line overrides all",
-    )
-    for title, group in GROUPS.items():
-        add = parser.add_argument_group(title).add_argument
-        kinds = typing.get_type_hints(group)
-        for each in fields(group):
-            kind = (typing.get_args(kinds[each.name]) or [kinds[each.name]])[0]  # of `int | None`, int
-            action = "store_true" if each.name == "no_eval" else argparse.BooleanOptionalAction
-            value = {"type": kind, "metavar": METAVARS.get(kind)}
-            options: dict[str, Any] = {"action": action} if kind is bool else value
-            options |= {"required": True} if each.default is MISSING else {"default": each.default}
-            add(f"--{each.name}", **options | each.metadata)
-        if group is Model:
-            for name, switch in SWITCHES.items():
-                add(f"--{name}", **switch.flag())
-            for name, loss in LOSS_FLAGS.items():
-                unset = f"unset: the checkpoint's, or {LOSS_WEIGHTS[loss]}"
-                add(f"--{name}", type=float, metavar="X", help=f"weight of the loss {loss}; {unset}")
-        if group is Data:
-            for name, family in FAMILIES.items():
-                add(f"--{name}_data", metavar="SETS", default=family.default, help=family.help)
-        if group is Optimisation:
-            add(
-                "--no-gradient_checkpointing",
-                dest="gradient_checkpointing",
-                action="store_const",
-                const=None,
-                help=argparse.SUPPRESS,
-            )
+    parser = argparse.ArgumentParser(prog=here if here.startswith("train") else "self1e train", allow_abbrev=False,
+        usage="%(prog)s --version PATH --exp_name NAME [flags]", formatter_class=Help,
+        description="Fine-tune InternVL3 to segment by itself, then evaluate it.")
+    parser.add_argument("--config", type=Path, nargs="+", default=[],
+        help="YAML files of flags; a later file overrides an earlier one, the command line overrides all")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+
+    def group(title: str):
+        return parser.add_argument_group(title).add_argument
+
+    def flag(name: str, default: Any, help: str, **options: Any) -> None:
+        """Of the default's type; a bool makes `--NAME` and `--no-NAME`."""
+        kind = options.pop("type", str if default is None else type(default))
+        value: dict[str, Any] = {"type": kind, "metavar": METAVARS.get(kind)}
+        value = {"action": argparse.BooleanOptionalAction} if kind is bool else value
+        add(f"--{name}", help=help, default=default, **value | options)
+
+    add = group("model")
+    flag("version", None, "checkpoint: its folder, its run's folder or a hub id (InternVL3, -hf, or Self1E); an "
+        "evaluation of a run that holds its model needs none", type=checkpoint_folder, metavar="PATH")
+    flag("model_weights", None, "folder whose weights replace those of --version", type=checkpoint_folder,
+        metavar="PATH")
+    flag("precision", None, "precision of the computation; unset: bf16, but fp32 when evaluating on a CPU",
+        choices=("fp32", "bf16", "fp16"))
+    flag("model_max_length", 512, "the most tokens of a conversation")
+    flag("high_res", False, "cut a photo into up to 4 tiles")
+    flag("attn_implementation", "sdpa", "attention kernel of LLM and ViT", choices=("sdpa", "eager"))
+    for name, switch in SWITCHES.items():
+        add(f"--{name}", **switch.flag())
+    for name, loss in LOSS_FLAGS.items():
+        unset = f"unset: the checkpoint's, or {LOSS_WEIGHTS[loss]}"
+        flag(name, None, f"weight of the loss {loss}; {unset}", type=float)
+
+    add = group("what is trained")
+    flag("use_llm_lora", False, "train adapters in the LLM; without it the whole LLM trains, unless --freeze_llm")
+    flag("freeze_llm", False, "freeze the LLM's layers, without adapters; its token embeddings and lm_head train as "
+        "--trainable_embeddings says")
+    flag("optimize_vision", False, "train ViT and projector; without it, both are frozen")
+    flag("use_vision_lora", False, "train adapters in the ViT; without it, the whole ViT trains")
+    flag("lora_r", 128, "rank of the adapters")
+    flag("lora_alpha", None, "scale of the adapters; unset: twice --lora_r", type=int)
+    flag("lora_dropout", 0.05, "share of its inputs that an adapter drops")
+    flag("lora_target_modules", None, "linears of the LLM with adapters, joined by commas; unset: all",
+        metavar="NAMES")
+    flag("lora_from_layer", 0, "the first LLM layer with adapters")
+    flag("trainable_embeddings", "all", "rows of the token embeddings and of lm_head that train: all, or those of the "
+        "added tokens only", choices=("all", "new"))
+
+    add = group("data")
+    flag("dataset_dir", Path("dataset"), "folder of the segmentation sets and LLaVA-Instruct", type=Path)
+    flag("data_dir", Path("data"), "folder of the VQA sets", type=Path)
+    flag("dataset", DEFAULT_FAMILIES, "families of training sets, joined by ||; the family custom is own data",
+        metavar="FAMILIES")
+    for name, family in FAMILIES.items():
+        flag(f"{name}_data", family.default, family.help, metavar="SETS")
+    flag("sample_rates", None, "one rate per family, joined by commas; unset: 1 for each", metavar="RATES")
+    flag("explanatory", -1.0, "share of the explained samples that are text only; -1 turns explanations off")
+    flag("num_classes_per_sample", 3, "the most conversations per photo")
+    flag("exclude_val", False, "leave out training photos that an evaluation split uses")
+    flag("allow_outside", False, "take photos that annotations name outside their folder")
+    flag("mixture", "published", "published draws some samples anew; exact reads each sample once per epoch",
+        choices=MODES)
+    flag("workers", None, "data-loading processes per rank; unset: up to 4, as the cores allow", type=int)
+    flag("seed", 42, "seed of the stream of samples, of a fresh head and of dropout")
+
+    add = group("optimisation")
+    flag("epochs", 1, "passes over the mixture")
+    flag("start_epoch", 0, "epochs of the stream that are passed over")
+    flag("steps_per_epoch", None, "optimizer steps per epoch; unset: the whole epoch", type=int)
+    flag("max_steps", None, "optimizer steps in all; unset: as many as --epochs has", type=int)
+    flag("batch_size", 5, "photos per device in a micro-batch")
+    flag("grad_accumulation_steps", 8, "micro-batches per optimizer step")
+    flag("grad_accumulation_reduction", "sum", "how gradients of a step's micro-batches are joined before clipping",
+        choices=("sum", "mean"))
+    flag("lr", 1e-4, "peak rate of the LLM, its embeddings and lm_head")
+    flag("vision_lr", 1e-4, "peak rate of ViT, projector and head")
+    flag("beta1", 0.9, "first beta of AdamW")
+    flag("beta2", 0.95, "second beta of AdamW")
+    flag("warmup_steps", 100, "steps in which the rate rises; it falls to 0 after them")
+    flag("gradient_checkpointing", None, "recompute activations to save memory: all of them (full, also without a "
+        "value), or all but products of matrices (selective)", nargs="?", const="full", choices=("full", "selective"))
+    add("--no-gradient_checkpointing", dest="gradient_checkpointing", action="store_const", const=None,
+        help=argparse.SUPPRESS)
+    flag("compile", False, "compile each layer of ViT and LLM, which takes minutes in the first steps")
+    flag("deepspeed", None, "DeepSpeed JSON, or none; unset: configs/zero2.json under a launcher", type=Path)
+
+    add = group("logging and checkpoints")
+    add("--exp_name", required=True, help="name of the run: its files go to LOG_BASE_DIR/EXP_NAME")
+    flag("log_base_dir", Path("runs"), "folder of all runs", type=Path)
+    flag("report_to", "tensorboard", "where the curves go", choices=("tensorboard", "wandb", "none"))
+    flag("print_freq", 10, "steps between log lines")
+    flag("save_steps", 200, "steps between checkpoints")
+    flag("save_total_limit", 1, "how many of the latest checkpoints are kept")
+    flag("keep_best", None, "also keep the best checkpoint by this split's headline figure", metavar="SPLIT")
+    flag("resume", None, "the checkpoint-N folder to continue from", type=Path)
+    flag("auto_resume", False, "continue from the last checkpoint, if any")
+    flag("resume_anyway", False, "continue although settings of the run differ")
+    flag("overwrite", False, "remove an earlier run of this name and train anew")
+    flag("save_published_layout", False, "also write ckpt_model_published")
+    flag("timeout", 1800.0, "seconds that a rank waits for its data or for the other ranks")
+
+    add = group("evaluation")
+    flag("val_dataset", "ReasonSeg|val", "splits to validate on while training, joined by ||; custom|PATH is own data",
+        metavar="SPLITS")
+    flag("eval_steps", 200, "steps between validations")
+    add("--no_eval", action="store_true", help="do not validate while training, nor evaluate after it")
+    flag("eval_only", False, "evaluate --val_dataset without training")
+    flag("eval_all_datasets", False, f"all {len(DEFAULT_SPLITS)} splits, whatever --val_dataset says")
+    flag("eval_all_only", False, "short for --eval_only --eval_all_datasets")
+    flag("eval_visualize", False, "write pictures of the predictions, the worst first")
+    flag("overwrite_eval", False, "evaluate anew what the results folder already holds")
     return parser
+# fmt: on
 
 
 def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
@@ -229,18 +186,14 @@ def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse and check a command line; a wrong one is exit code 2 and a message of the first rank."""
-    with contextlib.nullcontext() if distributed.is_main() else contextlib.redirect_stderr(io.StringIO()):
-        return _parse(argv)
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser()
+    if not distributed.is_main():
+        parser._print_message = lambda *_: None  # type: ignore[method-assign]
     config = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     config.add_argument("--config", type=Path, nargs="+", default=[])
     configured = [flag for file in config.parse_known_args(argv)[0].config for flag in yaml_flags(file, parser)]
     args = parser.parse_args(configured + argv)
-    typed = {word.split("=")[0].removeprefix("--") for word in argv}
-    given = typed | {word.split("=")[0].removeprefix("--") for word in configured}
+    typed, given = ({word.split("=")[0].removeprefix("--") for word in words} for words in (argv, configured + argv))
 
     args.run_dir = args.log_base_dir / args.exp_name
     if args.eval_all_only:
@@ -248,6 +201,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args.splits = list(DEFAULT_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")
     if args.version is None and args.eval_only and (args.run_dir / "ckpt_model" / "config.json").is_file():
         args.version = str(args.run_dir / "ckpt_model")
+    if str(args.deepspeed) == "none":
+        args.deepspeed = None
+    elif distributed.launched() and args.deepspeed is None:
+        args.deepspeed = ROOT / "configs" / "zero2.json"
     for wrong, message in contradictions(args, typed, given):
         if wrong:
             parser.error(message)
@@ -256,10 +213,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     families = {*args.dataset.split("||")}
     own = "custom" in families and families <= {"custom", "vqa"}  # what is in the tree is none of its business
     args.final_splits = args.splits if own else list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits]))
-    if distributed.launched() and args.deepspeed is None:
-        args.deepspeed = ROOT / "configs" / "zero2.json"
-    if str(args.deepspeed) == "none":
-        args.deepspeed = None
     args.zero_stage = zero_stage(read_deepspeed(args.deepspeed)) if args.deepspeed else 0
     args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     args.precision = args.precision or "bf16"
@@ -272,16 +225,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def contradictions(args: argparse.Namespace, typed: set[str], given: set[str]) -> list[tuple[Any, str]]:
     """What flags cannot say together: whether they do, and the message. given: typed, or in a YAML file."""
-    resumed = args.resume or args.auto_resume
-    adapted = args.use_llm_lora or args.use_vision_lora
-    llm_only, lora_only = {"lora_target_modules", "lora_from_layer"}, {"lora_r", "lora_alpha", "lora_dropout"}
+    lora = {name for name in ADAPTERS if name.startswith("lora_")}
     return [
         (args.version is None, "--version is needed: a checkpoint's folder or hub id"),
-        (args.eval_only and args.no_eval, "--eval_only and --no_eval leave nothing to do"),
-        (args.eval_visualize and args.no_eval, "--eval_visualize draws what --no_eval does not evaluate"),
-        (args.overwrite and resumed, "--overwrite starts anew, --resume and --auto_resume continue: give one of them"),
-        (args.resume and args.auto_resume, "--resume names a checkpoint, --auto_resume looks for one"),
-        (args.start_epoch and resumed, "--start_epoch: a resumed run knows its epoch"),
+        (args.overwrite and (args.resume or args.auto_resume),
+         "--overwrite starts anew, --resume and --auto_resume continue: give one of them"),
         (not 0 <= args.start_epoch < args.epochs,
          f"--start_epoch {args.start_epoch}: epochs are 0 to {args.epochs - 1}"),
         (args.keep_best and (args.no_eval or args.keep_best not in args.splits),
@@ -290,12 +238,10 @@ def contradictions(args: argparse.Namespace, typed: set[str], given: set[str]) -
          "--use_vision_lora adapts a ViT that stays frozen without --optimize_vision: add it"),
         (args.freeze_llm and args.use_llm_lora,
          "--freeze_llm keeps the LLM's layers as they are, --use_llm_lora adapts them: give one of them"),
-        (typed & llm_only and not args.use_llm_lora,
-         "--lora_target_modules and --lora_from_layer are about the LLM's adapters: add --use_llm_lora"),
-        (typed & lora_only and not adapted,
-         "--lora_r, --lora_alpha, --lora_dropout: add --use_llm_lora, or --optimize_vision --use_vision_lora"),
-        (args.precision == "fp16" and not args.eval_only and not torch.cuda.is_available(),
-         "--precision fp16 trains on a GPU only, and torch finds none"),
+        (typed & lora and not (args.use_llm_lora or args.use_vision_lora),
+         f"--{', --'.join(sorted(typed & lora))}: add --use_llm_lora, or --optimize_vision --use_vision_lora"),
+        (args.compile and args.gradient_checkpointing == "selective",
+         "--compile: compiled layers keep what they like; take --gradient_checkpointing full, or none"),
         (args.report_to == "wandb" and importlib.util.find_spec("wandb") is None,
          "--report_to wandb: the package is not installed; pip install wandb"),
         (args.custom_data and "custom" not in args.dataset.split("||"),
@@ -303,6 +249,6 @@ def contradictions(args: argparse.Namespace, typed: set[str], given: set[str]) -
         (args.dataset == "custom" and not args.no_eval and "val_dataset" not in given,
          '--dataset custom: say with --val_dataset "custom|PATH" what to validate on, or --no_eval; the default, '
          "ReasonSeg, is part of the data tree"),
-        (args.deepspeed and str(args.deepspeed) != "none" and not distributed.launched(),
+        (args.deepspeed and not distributed.launched(),
          "--deepspeed needs a launcher: start with deepspeed or torchrun instead of python"),
     ]  # fmt: skip

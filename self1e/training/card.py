@@ -48,33 +48,27 @@ EVALUATION = "\n## Evaluation\n"
 def write_card(
     folder: str | Path,
     *,
-    title: str | None = None,
     command: str | None = None,
     results: str | Path | None = None,
+    title: str | None = None,
     **header: str | list[str] | None,
 ) -> Path:
-    """Write or renew `<folder>/README.md` and return its path.
+    """Write or renew `README.md` in the folder of a checkpoint, layout `self1e`; returns its path.
 
-    Args:
-        folder: of a checkpoint, layout `self1e`.
-        title: of a new card; default: the folder's name, or the run's around a `ckpt_model`.
-        command: that trained it, for a new card.
-        results: folder that holds `eval` and `eval_vqa`; default: the one around the checkpoint.
-        header: fields of the hub, `base_model`, `license`, `datasets`; those that are None stay as they are.
+    command: that trained it, for a new card. results: folder with `eval` and `eval_vqa`; default: the one around the
+    checkpoint. title: of a new card; default: the folder's name, or the run's around a `ckpt_model`. header: fields of
+    the hub, `base_model`, `license`, `datasets`; those that are None stay as they are.
     """
-    folder = Path(folder)
-    path, named, config = folder / "README.md", folder.resolve(), Self1EConfig.from_pretrained(folder)
-    title = title or (named.parent.name if named.name == "ckpt_model" else named.name)
+    folder = Path(folder).resolve()
+    path, config = folder / "README.md", Self1EConfig.from_pretrained(folder)
+    title = title or (folder.parent.name if folder.name == "ckpt_model" else folder.name)
     if path.is_file():
         card = ModelCard.load(path)
     else:
         training = f"```bash\n{command}\n```" if command else "The command is not known."
-        data = ModelCardData(
-            library_name="transformers",
-            pipeline_tag="image-segmentation",
-            tags=["self1e", "referring-segmentation", "reasoning-segmentation"],
-        )
         text = TEXT.format(title=title, config=config, training=training)
+        tags = ["self1e", "referring-segmentation", "reasoning-segmentation"]
+        data = ModelCardData(library_name="transformers", pipeline_tag="image-segmentation", tags=tags)
         card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
     for name, value in header.items():
         if value:
@@ -93,12 +87,14 @@ def evaluation(folder: Path, results: Path) -> tuple[str, list[EvalResult]]:
     """The section's text, and the figures in the hub's form, of the results that the checkpoint's own weights made."""
     mine = weights_identity(folder)["weights"]
     found = {
-        name: results / place
-        for name, place in {"Segmentation": "eval", "Visual question answering": "eval_vqa"}.items()
-        if (results / place / "summary.md").is_file() and (results / place / "settings.json").is_file()
-        if read_json(results / place / "settings.json", dict).get("weights") == mine
+        title: place
+        for title, place in {
+            "Segmentation": results / "eval",
+            "Visual question answering": results / "eval_vqa",
+        }.items()
+        if (place / "summary.md").is_file() and read_json(place / "settings.json", dict).get("weights") == mine
     }
-    tables = [f"### {name}\n\n{(place / 'summary.md').read_text(encoding='utf-8')}" for name, place in found.items()]
+    tables = [f"### {title}\n\n{(place / 'summary.md').read_text(encoding='utf-8')}" for title, place in found.items()]
     splits = read_json(found["Segmentation"] / "summary.json", dict) if "Segmentation" in found else {}
     scores = [
         EvalResult(
@@ -117,11 +113,9 @@ def evaluation(folder: Path, results: Path) -> tuple[str, list[EvalResult]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="self1e card",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="self1e card", description=__doc__, formatter_class=style, allow_abbrev=False
     )
     add = parser.add_argument
     add("folder", type=checkpoint_folder, help="folder of a run, or of its checkpoint")

@@ -14,7 +14,7 @@ import subprocess
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,12 @@ from self1e import distributed
 from self1e.errors import UserError
 from self1e.files import read_json, sync_folder, write_json
 from self1e.model.config import LOSS_FLAGS, SWITCHES
+from self1e.training.args import ADAPTERS
 
 ARGS, STATE, ENGINE, BEST, PARTIAL = "args.yaml", "state.pt", "engine", "best.json", "partial"
 WRITTEN = ("checkpoints", "ckpt_model", "ckpt_model_published", "tensorboard", "validation", "eval")  # by a run
 # Flags of the model and its adapters: with others the checkpoint is another run's.
-MODEL_FLAGS = (
-    "use_llm_lora freeze_llm optimize_vision use_vision_lora lora_r lora_alpha lora_dropout lora_target_modules "
-    "lora_from_layer trainable_embeddings precision"
-).split() + [*SWITCHES, *LOSS_FLAGS]
+MODEL_FLAGS = [*ADAPTERS, "trainable_embeddings", "precision", *SWITCHES, *LOSS_FLAGS]
 # The classes that DeepSpeed's own files hold besides tensors and plain values.
 DEEPSPEED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum deepspeed.utils.tensor_fragment.fragment_address "
@@ -56,21 +54,18 @@ def step_of(checkpoint: Path) -> int:
 
 
 def settings_of(args: Namespace, *, sets: Mapping[str, int], ranks: int) -> dict[str, Any]:
-    """What a checkpoint's `args.yaml` holds.
+    """What a checkpoint's `args.yaml` holds. sets: samples of each training set. ranks: processes of the run.
 
-    sets: samples of each training set, by its name. ranks: processes of the run. The entry `run` is what a continued
-    run must have in common with the one that wrote the checkpoint; no path is part of it.
+    The entry `run` is what a continued run must have in common with the one that wrote the checkpoint: no paths.
     """
-    plain = {
-        name: value if isinstance(value, int | float | str | None) else str(value)
-        for name, value in vars(args).items()
-    }
+    plain = {name: x if isinstance(x, int | float | str | None) else str(x) for name, x in vars(args).items()}
     return {
         "run": {
             "sets": [f"{name}: {size}" for name, size in sets.items()],
             "dataset": args.dataset,
             "sample_rates": args.sample_rates,
             "seed": args.seed,
+            "start_epoch": args.start_epoch,
             "model": {name: plain[name] for name in MODEL_FLAGS},
             "batch_size": args.batch_size,
             "accumulation x ranks": args.grad_accumulation_steps * ranks,
@@ -78,7 +73,7 @@ def settings_of(args: Namespace, *, sets: Mapping[str, int], ranks: int) -> dict
         "engine": {"deepspeed": bool(args.deepspeed), "zero_stage": args.zero_stage, "ranks": ranks},
         "flags": dict(sorted(plain.items())),
         "code": code(),
-        "packages": {name: package_version(name) for name in PACKAGES},
+        "packages": {x.name: x.version for x in distributions() if x.name in PACKAGES},
     }
 
 
@@ -88,22 +83,12 @@ def code() -> dict[str, Any]:
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return {"commit": None, "dirty": None}
-    commit = subprocess.run(git, capture_output=True, text=True, timeout=60).stdout.strip()
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {"commit": commit.removesuffix("-dirty") or None, "dirty": commit.endswith("-dirty")}
 
 
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def find(args: Namespace) -> Path | None:
-    """The checkpoint that `--resume` names or `--auto_resume` finds, or None to start anew.
-
-    Raises UserError when there is none where one was named.
-    """
+    """The checkpoint that `--resume` names or `--auto_resume` finds, or None to start anew."""
     if args.resume:
         if not (args.resume / ARGS).is_file() or args.resume not in checkpoints_in(args.resume.parent):
             raise UserError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
@@ -112,34 +97,26 @@ def find(args: Namespace) -> Path | None:
     return found[-1] if found else None
 
 
-def check_resumable(checkpoint: Path, settings: dict[str, Any], *, max_steps: int | None, anyway: bool) -> None:
+def check_resumable(checkpoint: Path, now: dict[str, Any], *, max_steps: int | None, anyway: bool) -> None:
     """Refuse to continue from a checkpoint of another run, and print every setting that differs.
 
-    anyway: continue although another run wrote it (`--resume_anyway`). Raises UserError that names the differences.
+    now: `settings_of` this run. anyway: continue although another run wrote it (`--resume_anyway`). Raises UserError
+    that names the differences.
     """
-    try:
-        then = yaml.safe_load((checkpoint / ARGS).read_text(encoding="utf-8"))
-        engine, run = then["engine"], then["run"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint / ARGS} is not what a run of this program writes ({error!r})") from error
+    then = yaml.safe_load((checkpoint / ARGS).read_text(encoding="utf-8"))
     if max_steps is not None and step_of(checkpoint) > max_steps:
-        raise UserError(
-            f"{checkpoint} is beyond --max_steps {max_steps}: raise --max_steps, or start anew with --overwrite"
-        )
-    now = settings["engine"]
-    if engine["deepspeed"] != now["deepspeed"] or now["deepspeed"] and engine != now:
-        lines = "\n".join(differences(engine, now))
+        raise UserError(f"{checkpoint} is beyond --max_steps {max_steps}: raise it, or start anew with --overwrite")
+    engines = then["engine"], now["engine"]
+    if engines[0] != engines[1] and any(engine["deepspeed"] for engine in engines):
+        lines = "\n".join(differences(*engines))
         raise UserError(f"{checkpoint}: DeepSpeed continues on as many ranks and with the stage that it had:\n{lines}")
-    other = differences(run, settings["run"])
+    other = differences(then["run"], now["run"])
     if other and not anyway:
         raise UserError(
             f"{checkpoint} was written by another run; give the same settings or another --exp_name, or "
             "--resume_anyway to continue as another run:\n" + "\n".join(other)
         )
-    kinds = ("run", "flags", "code", "packages")
-    before, after = ({kind: one.get(kind) for kind in kinds} for one in (then, settings))
-    changed = differences(before, after)
-    if changed:
+    if changed := differences(then, now):
         distributed.say("\n".join([f"settings that differ from those of {checkpoint}:", *changed]))
 
 
@@ -175,7 +152,7 @@ def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Acce
     if distributed.is_main():
         (partial / ARGS).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     sync_folder(partial)
-    distributed.barrier()
+    distributed.gather(None)
 
     def publish() -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -231,8 +208,7 @@ def prune(folder: Path, limit: int) -> None:
 def alone_in(run_dir: Path, *, patience: float = 10) -> Iterator[None]:
     """Keep a second training out of the folder, where each would delete what the other writes. For the first rank.
 
-    patience: seconds in which the data workers of a killed run end, and with them its hold on the folder. Raises
-    UserError where another training is at work.
+    patience: seconds in which the data workers of a killed run end, and with them its hold on the folder.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
@@ -254,10 +230,7 @@ def alone_in(run_dir: Path, *, patience: float = 10) -> Iterator[None]:
 
 
 def check_unused(run_dir: Path, *, overwrite: bool, starts_from: list[str | None]) -> None:
-    """Refuse to train anew over an earlier run, or over what the new one starts from.
-
-    starts_from: `--version` and `--model_weights`. Raises UserError that names both ways out.
-    """
+    """Refuse to train anew over an earlier run, or over `starts_from`, which are `--version` and `--model_weights`."""
     checkpoints = checkpoints_in(run_dir / "checkpoints")
     left = [*checkpoints, *run_dir.glob("ckpt_model*"), *run_dir.glob("eval/*.json")]
     if left and not overwrite:

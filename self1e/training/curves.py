@@ -4,11 +4,11 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -16,10 +16,12 @@ from self1e.data.samples import EvalImage
 from self1e.distributed import is_main
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.segmentation.report import examples
-from self1e.files import replacing, to_jsonl, write_json, write_text
+from self1e.files import replacing, to_jsonl, write_text
 
-Log = Sequence[Mapping[str, Any]]  # lines with `step` and some figures
-OTHER = "step epoch grad_norm samples_per_second waiting_for_data peak_memory broken_samples".split()
+# Figures of a log line that are no loss.
+OTHER = (
+    "step epoch grad_norm samples_per_second waiting_for_data tflops utilisation peak_memory broken_samples"
+).split()
 
 
 class Record:
@@ -62,13 +64,10 @@ class Record:
                 writer.add_image(f"{split}/{title}", np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write `curves.json` and `curves.png`. For the first rank."""
+        """Draw `curves.png`. For the first rank."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        log = read_log(self.path)
-        curves = {name: {"steps": steps, "values": values} for name, (steps, values) in series(log).items()}
-        write_json(self.args.run_dir / "curves.json", curves, indent=None)
-        if log:
+        if log := read_log(self.path):
             draw_curves(log, self.args.run_dir / "curves.png")
 
 
@@ -78,23 +77,26 @@ def log_line(figures: Mapping[str, Any]) -> str:
     scores = {name.removeprefix("eval_"): value for name, value in figures.items() if name.startswith("eval_")}
     if scores:
         splits = dict.fromkeys(name.rpartition("_")[0] for name in scores)
-        parts = [
-            f"{x.replace('|', ' ')} gIoU {scores[f'{x}_giou']:.1%}, cIoU {scores[f'{x}_ciou']:.1%}" for x in splits
-        ]
-        return f"{start}validation:  " + "  ".join(parts)
-    terms = ", ".join(
-        f"{name.removeprefix('mask_')} {figures[name]:.4f}" for name in terms_of(figures) if name != "loss"
-    )
-    rates = ", ".join(f"{name[3:]} {value:.2e}" for name, value in figures.items() if name.startswith("lr_"))
-    parts = [f"loss {figures['loss']:.4f} ({terms})"]
+        shown = [f"{x} gIoU {scores[f'{x}_giou']:.1%}, cIoU {scores[f'{x}_ciou']:.1%}" for x in splits]
+        return f"{start}validation:  " + "  ".join(shown).replace("|", " ")
+    losses = [f"{name.removeprefix('mask_')} {figures[name]:.4f}" for name in losses_of(figures) if name != "loss"]
+    rates = [f"{name[3:]} {value:.2e}" for name, value in figures.items() if name.startswith("lr_")]
+    parts = [f"loss {figures['loss']:.4f} ({', '.join(losses)})"]
     parts += [f"grad norm {figures['grad_norm']:.3f}"] if "grad_norm" in figures else []  # absent after fp16 overflow
-    parts += [f"lr {rates}", f"{figures['samples_per_second']:.1f} samples/s"]
-    parts += [f"waiting {figures['waiting_for_data']:.0%}", f"peak {figures['peak_memory'] / 1e9:.1f} GB"]
+    parts += [f"lr {', '.join(rates)}", speed(figures)]
     parts += [f"broken samples {figures['broken_samples']}"] if figures["broken_samples"] else []
     return start + "  ".join(parts)
 
 
-def terms_of(names: Iterable[str]) -> list[str]:
+def speed(figures: Mapping[str, float]) -> str:
+    """What `loop.figures_of` found, for the terminal."""
+    rates = (
+        "{samples_per_second:.1f} samples/s  waiting {waiting_for_data:.0%}  {tflops:.3g} TFLOP/s ({utilisation:.0%})"
+    )
+    return f"{rates.format(**figures)}  peak {figures['peak_memory'] / 1e9:.1f} GB"
+
+
+def losses_of(names: Iterable[str]) -> list[str]:
     """The loss and its terms among the names of figures: all that is neither a rate, a validation nor of `OTHER`."""
     return [name for name in names if name not in OTHER and not name.startswith(("lr_", "eval_"))]
 
@@ -105,39 +107,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def series(log: Log) -> dict[str, tuple[list[int], list[float]]]:
-    """Name -> (steps, values) of every figure that a log holds, in the order in which they appear."""
-    names = dict.fromkeys(name for line in log for name in line if name not in ("step", "epoch"))
-    lines = {name: {line["step"]: line[name] for line in log if name in line} for name in names}
-    return {name: (list(found), list(found.values())) for name, found in lines.items()}
-
-
-def draw_curves(log: Log, path: Path) -> None:
+def draw_curves(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw a log to a PNG: one panel each for losses, learning rates and, where there are some, validation figures."""
     from matplotlib.figure import Figure  # half a second that no other command should wait for
-    from matplotlib.ticker import MaxNLocator, NullFormatter
 
-    found = series(log)
-    panels = {
-        "loss": terms_of(found),
-        "learning rate": [name for name in found if name.startswith("lr_")],
-        "validation": [name for name in found if name.startswith("eval_")],
-    }
-    drawn = {title: names for title, names in panels.items() if names}
-    figure = Figure(figsize=(5 * len(drawn), 3.6), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items()):
-        for name, style in zip(names, cycle(["-", "--"])):  # dashes show what they cover
-            steps, values = found[name]
-            label = name.removeprefix("lr_").removeprefix("eval_").replace("_", " ")
-            axes.plot(steps, values, style, label=label, marker="." if len(steps) < 30 else None)
-        if title == "loss" and all(value > 0 for name in names for value in found[name][1]):
-            axes.set_yscale("log")  # terms differ tenfold, and so do the first and the last loss
-            axes.yaxis.set_major_formatter("{x:g}")  # 0.1 and not a power of ten
-            lowest, highest = axes.get_ylim()
-            axes.yaxis.set_minor_formatter("{x:g}" if highest < 20 * lowest else NullFormatter())
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_title(title)
-        axes.set_xlabel("optimizer step")
+    table = pd.DataFrame(log).set_index("step")
+    starts = {"learning rate": "lr_", "validation": "eval_"}
+    names = [str(name) for name in table]
+    panels = {"loss": losses_of(names)} | {x: [y for y in names if y.startswith(z)] for x, z in starts.items()}
+    panels = {title: names for title, names in panels.items() if names}
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for name, style in zip(names, ["-", "--"] * len(names)):  # dashes show what they cover
+            table[name].dropna().plot(ax=axes, style=style, label=name.removeprefix(starts.get(title, "")))
+        axes.set(title=title, xlabel="optimizer step", yscale="log" if title == "loss" else "linear")
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     with replacing(path) as file:

@@ -7,33 +7,18 @@ from typing import Any
 from self1e.errors import UserError
 from self1e.files import read_json
 
-# Section -> the flags that decide what it would decide.
-DECIDED_BY_FLAGS = {
-    "optimizer": "--lr, --vision_lr, --beta1 and --beta2",
-    "scheduler": "--warmup_steps and the number of steps",
-}
-
 
 def read_deepspeed(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed configuration.
-
-    Raises UserError that names the file and the fix when it is no configuration, cannot be read, or would train
-    something else than the flags say.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such DeepSpeed configuration")
+    """Read a configuration. Raises UserError when it cannot be read or would train something else than the flags."""
     values = read_json(path, dict)
-    if not isinstance(values.get("zero_optimization", {}), dict):
-        raise UserError(f"{path} is no DeepSpeed configuration: zero_optimization is not an object")
-    for section, flags in DECIDED_BY_FLAGS.items():
-        if section in values:
-            raise UserError(f"{path}: remove the section {section!r}; it is set by {flags}")
-    for section in ("offload_optimizer", "offload_param"):
+    for section in values.keys() & {"optimizer", "scheduler"}:
+        raise UserError(f"{path}: remove the section {section!r}; flags decide, such as --lr and --warmup_steps")
+    if (
+        any(offloads(values, section) for section in ("offload_optimizer", "offload_param"))
+        and zero_stage(values) != 3
+    ):
         # Only there the CPU optimizer was seen to follow both groups' rates, their betas and their schedule.
-        if offloads(values, section) and zero_stage(values) != 3:
-            raise UserError(f"{path}: {section} is for stage 3 here; start from configs/zero3_offload.json")
-    if offloads(values, "offload_optimizer") and not values.get("zero_force_ds_cpu_optimizer", True):
-        raise UserError(f"{path}: remove zero_force_ds_cpu_optimizer; the offloaded optimizer is DeepSpeed's CPU Adam")
+        raise UserError(f"{path}: offloading is for stage 3 here; start from configs/zero3_offload.json")
     return values
 
 
@@ -56,10 +41,9 @@ def fill(values: dict[str, Any], args: Namespace, *, ranks: int, clip: float) ->
         "train_batch_size": batch * accumulation * ranks,
         "gradient_clipping": clip,
     }
-    for name, value in known.items():
-        if values.get(name, "auto") not in ("auto", value):
-            raise UserError(f'{args.deepspeed}: {name} is {values[name]}, the flags say {value}; write "auto"')
-    for kind in ("bf16", "fp16"):
-        if values.get(kind, {}).get("enabled", "auto") not in ("auto", args.precision == kind):
-            raise UserError(f'{args.deepspeed}: {kind} contradicts --precision {args.precision}; write "auto"')
+    said = {name: values.get(name, "auto") for name in known}
+    said |= {kind: values.get(kind, {}).get("enabled", "auto") for kind in ("bf16", "fp16")}
+    for name, value in (known | {kind: args.precision == kind for kind in ("bf16", "fp16")}).items():
+        if said[name] not in ("auto", value):
+            raise UserError(f'{args.deepspeed}: {name} is {said[name]}, the flags say {value}; write "auto"')
     return values | known | {"zero_optimization": {"stage": 0, **values.get("zero_optimization", {})}}

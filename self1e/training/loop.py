@@ -10,11 +10,13 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
@@ -27,16 +29,19 @@ from self1e.data.mixture import Mixture
 from self1e.errors import UserError
 from self1e.stop import StopRequest
 from self1e.training.adapters import optimizer_groups
+from self1e.training.curves import speed
 from self1e.training.deepspeed_config import fill, offloads, read_deepspeed
+from self1e.training.speed import Work, peak_flops, peak_memory, spare_memory
 
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on
 CLIP = 1.0
+ADVICE_AT = 10  # the step at which memory has been in use as it will be
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
     """The accelerator of a run: its precision, DeepSpeed if the flags ask for it, and where its curves go."""
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process had other settings
-    gpu = torch.cuda.is_available()
+    gpu = distributed.device().type == "cuda"
     plugin = None
     if args.deepspeed:
         import deepspeed  # absent where nobody asks for it
@@ -64,10 +69,11 @@ def make_optimizer(model, args: Namespace) -> torch.optim.Optimizer:
     groups = optimizer_groups(model, lr=args.lr, vision_lr=args.vision_lr)
     options: dict[str, Any] = {"lr": args.lr, "betas": (args.beta1, args.beta2), "weight_decay": 0.0}
     if args.deepspeed and offloads(read_deepspeed(args.deepspeed), "offload_optimizer"):
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at its first use
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        distributed.say("DeepSpeed compiles its CPU Adam, at the first start on a machine")
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=torch.cuda.is_available())
 
 
 def rate_at(step: int, *, warmup: int, steps: int) -> float:
@@ -75,131 +81,109 @@ def rate_at(step: int, *, warmup: int, steps: int) -> float:
     return step / max(1, warmup) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
 
 
-@dataclass
-class Meter:
-    """What happened since the last log line, on this rank; `line` joins all ranks."""
-
-    sums: dict[str, Any] = field(default_factory=dict)  # loss and its terms, on the device
-    micro_batches: int = 0
-    samples: int = 0
-    waited: float = 0.0  # seconds in which the next micro-batch was not there yet
-    since: float = field(default_factory=time.perf_counter)
-
-    def next(self, batches: Iterator[dict]) -> dict:
-        """The next micro-batch."""
-        start = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - start
-        return batch
-
-    def add(self, terms: dict[str, torch.Tensor], samples: int) -> None:
-        """Count a micro-batch; nothing waits for the device."""
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.double()
-        self.micro_batches, self.samples = self.micro_batches + 1, self.samples + samples
-
-    def line(self) -> dict[str, float]:
-        """Means over ranks and micro-batches, samples per second, share of time waited, peak memory in bytes."""
-        own = {name: float(value) for name, value in self.sums.items()}
-        ranks = distributed.gather((own, self.micro_batches, self.samples, self.waited, peak_memory()))
-        elapsed = time.perf_counter() - self.since
-        count = sum(rank[1] for rank in ranks)
-        names = dict.fromkeys(name for rank in ranks for name in rank[0])
-        figures = {name: sum(rank[0].get(name, 0.0) for rank in ranks) / count for name in names}
-        figures["samples_per_second"] = sum(rank[2] for rank in ranks) / elapsed
-        figures["waiting_for_data"] = sum(rank[3] for rank in ranks) / len(ranks) / elapsed
-        figures["peak_memory"] = max(rank[4] for rank in ranks)
-        return figures
+def micro_batches(
+    mixture: Mixture, encode: Encode, args: Namespace, *, step: int, per_epoch: int
+) -> Iterator[tuple[dict, int, bool]]:
+    """This rank's micro-batches from `step` on, each with their number in its step and whether it is the last one."""
+    accumulation = args.grad_accumulation_steps
+    for epoch in count(step // per_epoch):
+        loader = make_loader(
+            mixture,
+            encode,
+            epoch=args.start_epoch + epoch,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            first=max(0, step - epoch * per_epoch) * accumulation,
+            stop=per_epoch * accumulation,
+            workers=args.workers,
+            timeout=args.timeout,
+            groups=1 if args.zero_stage == 3 else 2,
+        )
+        for index, batch in enumerate(loader):
+            members = min(accumulation, len(loader) - index // accumulation * accumulation)  # fewer at an epoch's end
+            yield batch, members, (index + 1) % accumulation == 0 or index + 1 == len(loader)
 
 
-def peak_memory() -> float:
-    """The most bytes that this rank's tensors had on its GPU, or without one its process in memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource  # absent on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class CurrentSamples:
-    """The samples of this rank's micro-batch: in a line of a file, for when nobody can speak, and in its own error."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file, self.text = open(folder / f"rank_{distributed.rank()}.txt", "w", encoding="utf-8"), "none yet"
-
-    def __enter__(self) -> "CurrentSamples":
-        return self
-
-    def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        self.file.close()
-        if error is not None:
-            error.add_note(f"rank {distributed.rank()}, last micro-batch read: {self.text}")
-
-    def note(self, ids: list[str]) -> None:
-        self.text = ", ".join(ids)
-        self.file.seek(0)
-        self.file.write(self.text + "\n")
-        self.file.truncate()
-        self.file.flush()
+@contextmanager
+def naming_samples(folder: Path) -> Iterator[Callable[[list[str]], None]]:
+    """Yields what notes the ids of a micro-batch: in this rank's error, and in a file, for when nobody can speak."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank_{distributed.rank()}.txt"
+    path.write_text("none yet")
+    try:
+        yield partial(note, path)
+    except BaseException as error:
+        error.add_note(f"rank {distributed.rank()}, last micro-batch read: {path.read_text(encoding='utf-8').strip()}")
+        raise
 
 
-class Agreement:
-    """The one exchange of all ranks per step: may it be taken, and is it the last one?"""
+def note(path: Path, ids: list[str]) -> None:
+    path.write_text(", ".join(ids) + "\n", encoding="utf-8")
 
-    def __init__(self, stop: StopRequest, device: torch.device):
-        self.stop, self.device = stop, device
-        self.seen = 0  # samples read
-        self.broken: list[tuple[str, str]] = []  # (id, cause) of those that could not be
 
-    def stops(self, step: list[tuple[list[str], dict[str, torch.Tensor]]]) -> bool:
-        """Whether a rank was asked to stop. step: ids and loss terms of each of this rank's micro-batches.
+def agree(
+    step: list[tuple[list[str], dict]], seen: int, broken: list, stop: StopRequest, device: torch.device
+) -> bool:
+    """The one exchange of all ranks per step, before it is taken: whether any of them was asked to stop.
 
-        Raises UserError on all ranks when a loss is not finite or too many samples are broken.
-        """
-        infinite = torch.stack([~terms["loss"].isfinite() for _, terms in step]).sum()
-        self.seen += sum(len(ids) for ids, _ in step)
-        own = [self.seen, len(self.broken), self.stop.signal is not None, 0]
-        together = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
-        together[3] = infinite
-        seen, broken, stops, infinite = distributed.total(together).tolist()
-        if infinite:
-            causes = [
-                f"  {', '.join(f'{name} {value.item():.4g}' for name, value in terms.items())} in {', '.join(ids)}"
-                for ids, terms in step
-                if not terms["loss"].isfinite()
-            ]
-            lines = "\n".join(line for part in distributed.gather(causes) for line in part)
-            raise UserError(f"the loss is not finite; the samples of the micro-batch:\n{lines}")
-        if broken > BROKEN_SHARE * max(seen, BROKEN_AFTER):
-            share = f"{broken:.0f} broken samples met in reading {seen:.0f}, more than {BROKEN_SHARE:.0%}"
-            raise UserError(f"{share}:\n{broken_list(self.all_broken())}")
-        return stops > 0
-
-    def all_broken(self) -> list[tuple[str, str]]:
-        """(id, cause) of the broken samples of all ranks."""
-        return [pair for part in distributed.gather(self.broken) for pair in part]
+    step: ids and loss terms of each of this rank's micro-batches. seen, broken: samples that it read, and (id, cause)
+    of those that could not be. Raises UserError on all ranks when a loss is not finite or too many are broken.
+    """
+    finite = torch.stack([terms["loss"].isfinite() for _, terms in step])
+    own = torch.tensor([seen, len(broken), stop.signal is not None, 0], dtype=torch.float64)
+    together = own.to(device, non_blocking=True)
+    together[3] = (~finite).sum()
+    all_seen, all_broken, stops, infinite = distributed.total(together).tolist()
+    if infinite:
+        causes = [
+            f"  {', '.join(f'{name} {value.item():.4g}' for name, value in terms.items())} in {', '.join(ids)}"
+            for ids, terms in step
+            if not terms["loss"].isfinite()
+        ]
+        lines = "\n".join(line for part in distributed.gather(causes) for line in part)
+        raise UserError(f"the loss is not finite; the samples of the micro-batch:\n{lines}")
+    if all_broken > BROKEN_SHARE * max(all_seen, BROKEN_AFTER):
+        share = f"{all_broken:.0f} broken samples met in reading {all_seen:.0f}, more than {BROKEN_SHARE:.0%}"
+        raise UserError(f"{share}:\n{broken_list(broken)}")
+    return stops > 0
 
 
 def broken_list(broken: list[tuple[str, str]], *, lines: int = 30) -> str:
-    """One line per broken sample, those drawn most often first: how often, id, cause. At most `lines` of them."""
-    counts = Counter(broken).most_common()
+    """One line per broken sample of all ranks, those drawn most often first: how often, id, cause."""
+    counts = Counter(pair for part in distributed.gather(broken) for pair in part).most_common()
     rest = [f"  and {len(counts) - lines:,} more"] if len(counts) > lines else []
     return "\n".join([f"  {times} x {id}: {cause}" for (id, cause), times in counts[:lines]] + rest)
+
+
+def means_of(losses: Counter) -> dict[str, float]:
+    """The mean of each loss over the micro-batches of all ranks, from each rank's sums and number of micro-batches."""
+    total = pd.DataFrame(distributed.gather({name: float(value) for name, value in losses.items()})).sum()
+    return (total / total.pop("micro_batches")).to_dict()
+
+
+def speed_of(use: Counter, peak: float) -> dict[str, float]:
+    """How fast the run is, from the seconds, samples and operations of each rank; peak: of a device, per second."""
+    ranks = pd.DataFrame(distributed.gather({**use, "memory": peak_memory()}))
+    total, seconds = ranks.sum(), ranks["seconds"].mean()
+    rate = total["flops"] / total["seconds"]  # of a device
+    figures = {
+        "samples_per_second": total["samples"] / seconds,
+        "waiting_for_data": total["waited"] / total["seconds"],
+    }
+    figures |= {"tflops": rate / 1e12, "utilisation": rate / peak, "peak_memory": ranks["memory"].max()}
+    return {name: float(value) for name, value in figures.items()}
 
 
 def fit(
     accelerator: Accelerator,
     model,
     optimizer,
-    mixture: Mixture,
-    encode: Encode,
+    batches: Iterator[tuple[dict, int, bool]],
     args: Namespace,
     *,
-    peaks: dict[str, float],
     step: int,
     steps: int,
-    per_epoch: int,
+    work: Work,
     stop: StopRequest,
     log: Callable[[dict[str, float]], None],
     save: Callable[[int], None],
@@ -208,80 +192,72 @@ def fit(
     """Train from `step` to `steps`; returns whether it got there, or was asked to stop and saved.
 
     Args:
-        model, optimizer: what `accelerator.prepare` returned. encode: turns a sample into what batches are made of.
-        peaks: the highest rate of each of the optimizer's groups, in their order. per_epoch: steps of an epoch.
+        model, optimizer: what `accelerator.prepare` returned. batches: of `micro_batches`. work: of the model.
         log: takes the figures of a log line, among them `step`; called on all ranks.
         save, validate: take the step; called on all ranks. `validate` returns whether it was asked to stop.
     """
-    deepspeed, device = args.deepspeed is not None, accelerator.device
-    agreement, meter, started, stopped = Agreement(stop, device), Meter(), time.perf_counter(), False
+    deepspeed, device, stopped = args.deepspeed is not None, accelerator.device, False
+    peak, highest = peak_flops(device, args.precision), {"llm": args.lr, "vision_and_head": args.vision_lr}
+    seen = 0  # samples
+    broken: list[tuple[str, str]] = []  # (id, cause) of those that could not be read
+    losses: Any = Counter()  # sums since the last log line
+    use: Any = Counter()  # seconds, samples and operations since then
+    whole: Any = Counter()  # and in all
     bar = tqdm(total=steps, initial=step, unit="step", disable=not distributed.is_main() or not sys.stderr.isatty())
     model.train()
-    with bar, CurrentSamples(args.run_dir / "ranks") as current:
+    clock = time.perf_counter()
+    with bar, naming_samples(args.run_dir / "ranks") as note_ids:
         while step < steps and not stopped:
-            epoch, done = divmod(step, per_epoch)
-            loader = make_loader(
-                mixture,
-                encode,
-                epoch=args.start_epoch + epoch,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-                first=done * args.grad_accumulation_steps,
-                stop=per_epoch * args.grad_accumulation_steps,
-                workers=args.workers,
-                timeout=args.timeout,
-                groups=1 if args.zero_stage == 3 else 2,
-            )
-            batches = iter(loader)
-            for start in range(0, len(loader), args.grad_accumulation_steps):
-                count = min(args.grad_accumulation_steps, len(loader) - start)  # fewer at the end of an epoch
-                micro_batches: list[tuple[list[str], dict[str, torch.Tensor]]] = []
-                for group, peak in zip(optimizer.param_groups, peaks.values(), strict=True):
-                    group["lr"] = peak * rate_at(step, warmup=args.warmup_steps, steps=steps)
-                for last in [False] * (count - 1) + [True]:
-                    batch = meter.next(batches)
-                    ids = batch.pop("ids")
-                    agreement.broken += batch.pop("replaced")
-                    current.note(ids)
-                    accelerator.sync_gradients = last  # tells DeepSpeed's `backward` to reduce and to take the step
-                    quiet: AbstractContextManager = nullcontext() if last or deepspeed else accelerator.no_sync(model)
-                    with quiet:
-                        output = model(**send_to_device(batch, device, non_blocking=True))
-                        terms = {"loss": output.loss, **output.losses}
-                        terms = {name: value.detach() for name, value in terms.items()}
-                        micro_batches.append((ids, terms))
-                        meter.add(terms, len(ids))
-                        if last:
-                            stopped = agreement.stops(micro_batches)
-                        loss = output.loss / (count if args.grad_accumulation_reduction == "mean" else 1)
-                        accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-                norm = accelerator.clip_grad_norm_(model.parameters(), CLIP)
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                bar.update()
-                if step == 1 or step % args.print_freq == 0 or step == steps:
-                    figures = {"step": step, **meter.line()}
-                    figures |= {"grad_norm": float(norm)} if norm is not None else {}
-                    share = rate_at(step, warmup=args.warmup_steps, steps=steps)
-                    figures |= {f"lr_{name}": peak * share for name, peak in peaks.items()}
-                    log(figures | {"broken_samples": len(agreement.all_broken())})
-                    meter = Meter()
-                began = time.perf_counter()
-                if stopped or step % args.save_steps == 0 or step == steps:
+            share = rate_at(step, warmup=args.warmup_steps, steps=steps)
+            for group in optimizer.param_groups:
+                group["lr"] = highest[group["name"]] * share
+            done, last = [], False
+            while not last:
+                asked = time.perf_counter()
+                batch, members, last = next(batches)
+                use["waited"] += time.perf_counter() - asked
+                ids = batch.pop("ids")
+                broken += batch.pop("replaced")
+                note_ids(ids)
+                accelerator.sync_gradients = last  # tells DeepSpeed's `backward` to reduce and to take the step
+                with nullcontext() if last or deepspeed else accelerator.no_sync(model):
+                    output = model(**send_to_device(batch, device, non_blocking=True))
+                    terms = {name: value.detach() for name, value in {"loss": output.loss, **output.losses}.items()}
+                    done.append((ids, terms))
+                    seen += len(ids)
+                    losses.update({name: value.double() for name, value in terms.items()} | {"micro_batches": 1})
+                    use.update(samples=len(ids), flops=work.take())
+                    if last:
+                        stopped = agree(done, seen, broken, stop, device)
+                    loss = output.loss / (members if args.grad_accumulation_reduction == "mean" else 1)
+                    accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+            norm = accelerator.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            due = step == 1 or step % args.print_freq == 0 or step == steps
+            means = means_of(losses) if due else {}  # waits for the device
+            use["seconds"] += time.perf_counter() - clock
+            if due:
+                share = rate_at(step, warmup=args.warmup_steps, steps=steps)
+                figures = {"step": step, **means} | ({} if norm is None else {"grad_norm": float(norm)})
+                figures |= {f"lr_{group['name']}": highest[group["name"]] * share for group in optimizer.param_groups}
+                log(figures | speed_of(use, peak) | {"broken_samples": sum(distributed.gather(len(broken)))})
+                whole.update(use)
+                losses, use = Counter(), Counter()
+            if step == ADVICE_AT and device.type == "cuda":
+                distributed.say(work.advice(args.gradient_checkpointing, spare_memory()))
+            if stopped or step % args.save_steps == 0 or step == steps:
+                save(step)
+            if validate and not stopped and (step % args.eval_steps == 0 or step == steps):
+                stopped = validate(step)
+                if stopped:
                     save(step)
-                if validate and not stopped and (step % args.eval_steps == 0 or step == steps):
-                    stopped = validate(step)
-                    if stopped:
-                        save(step)
-                meter.since += time.perf_counter() - began  # is no time of training
-                if stopped or step == steps:
-                    break
-    broken, seconds = agreement.all_broken(), time.perf_counter() - started
-    samples = sum(distributed.gather(agreement.seen))
-    if step:
-        rate = f"{samples / seconds:.1f} samples/s"
-        distributed.say(f"trained for {seconds:,.0f} s, checkpoints and validations included, at {rate}")
-    if broken:
-        distributed.say(f"broken samples replaced: {len(broken)}\n{broken_list(broken)}")
+            clock = time.perf_counter()  # checkpoints and validations are no time of training
+    whole.update(use)
+    if whole:
+        distributed.say(f"trained for {whole['seconds']:,.0f} s: {speed(speed_of(whole, peak))}")
+    if listed := broken_list(broken):
+        distributed.say(f"broken samples replaced:\n{listed}")
     return not stopped

@@ -8,6 +8,7 @@ import warnings
 from argparse import Namespace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,11 +33,12 @@ from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.weights import save_checkpoint, weights_identity
 from self1e.stop import REQUEUE, StopRequest, mark_requeue
 from self1e.training import checkpoints
-from self1e.training.adapters import adapt_as_asked, merge_added_tokens, train_added_tokens, training_table
-from self1e.training.args import parse
+from self1e.training.adapters import adapt, keep_frozen_in, merge_added_tokens, train_added_tokens, training_table
+from self1e.training.args import ADAPTERS, parse
 from self1e.training.card import write_card
 from self1e.training.curves import Record
-from self1e.training.loop import fit, make_accelerator, make_optimizer
+from self1e.training.loop import fit, make_accelerator, make_optimizer, micro_batches
+from self1e.training.speed import Work, compile_layers
 
 CHAT_TOKENS = 30  # system text, role headers and a few words: the least a conversation needs beside its image
 
@@ -44,18 +46,17 @@ CHAT_TOKENS = 30  # system text, role headers and a few words: the least a conve
 def main(argv: list[str]) -> int:
     """Run the program and return its exit code; docs/training.md lists them."""
     args = parse(argv)
-    quiet_libraries()
+    prepare_libraries()
     return distributed.run_program(lambda: run(args))
 
 
 def run(args: Namespace) -> int:
     """Train and evaluate, or evaluate alone; returns the exit code."""
-    if distributed.is_main():
+    main, trains = distributed.is_main(), not args.eval_only
+    if main:
         check_writable(args.run_dir)
-    trains = not args.eval_only
-    alone = checkpoints.alone_in(args.run_dir) if trains and distributed.is_main() else contextlib.nullcontext()
-    with StopRequest() as stop, alone:
-        if distributed.is_main():
+    with StopRequest() as stop, checkpoints.alone_in(args.run_dir) if trains and main else contextlib.nullcontext():
+        if main:
             mark_requeue(args.run_dir, False)
         finished = not trains or train(args, stop)
         gc.collect()  # the trained model goes before the evaluation loads its own
@@ -66,16 +67,15 @@ def run(args: Namespace) -> int:
         if finished and not args.no_eval and (present or not trains):  # a training without any split's data is done
             finished = evaluate(args, stop, skip_missing=trains or args.eval_all_datasets)
         if not finished:
-            if distributed.is_main():
+            if main:
                 mark_requeue(args.run_dir)
             how = "continue with --auto_resume" if trains else "the same command continues"
             distributed.say(f"stopped by {stop.signal or 'a request to another rank'}; {how}")
-            return REQUEUE
-    return 0
+    return 0 if finished else REQUEUE
 
 
-def quiet_libraries() -> None:
-    """Leave one rank's voice, and drop warnings that a user can do nothing about."""
+def prepare_libraries() -> None:
+    """Leave one rank's voice, drop warnings that a user can do nothing about, and let batches differ in size."""
     first = distributed.is_main()
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
     logging.getLogger("self1e").setLevel(logging.INFO if first else logging.WARNING)  # broken samples of any rank
@@ -85,9 +85,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)  # it is set, they say
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # --workers suits a larger machine
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)  # of 5.23 on
+    disable_progress_bar()  # of loading and writing shards, amid our own
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it out, and warn about it
-    disable_progress_bar()  # of loading and writing shards, amid our own
+    elif "PYTORCH_ALLOC_CONF" not in os.environ:  # read at the first use of the GPU; without it, memory fragments
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def train(args: Namespace, stop: StopRequest) -> bool:
@@ -96,12 +98,10 @@ def train(args: Namespace, stop: StopRequest) -> bool:
     distributed.start(timeout=timedelta(seconds=args.timeout))
     checkpoint = distributed.on_main(lambda: checkpoints.find(args))  # on a shared disk nodes may see different ones
     if checkpoint is None and distributed.is_main():
-        checkpoints.check_unused(
-            args.run_dir, overwrite=args.overwrite, starts_from=[args.version, args.model_weights]
-        )
+        sources = [args.version, args.model_weights]
+        checkpoints.check_unused(args.run_dir, overwrite=args.overwrite, starts_from=sources)
     encode, mixture, splits = open_data(args)
-    processor = encode.processor
-    ranks = distributed.world_size()
+    processor, ranks = encode.processor, distributed.world_size()
     per_epoch = -(-mixture.epoch_size // (args.batch_size * ranks * args.grad_accumulation_steps))
     if args.steps_per_epoch and args.steps_per_epoch > per_epoch:
         raise UserError(f"--steps_per_epoch {args.steps_per_epoch}: an epoch has {per_epoch} steps; lower or unset it")
@@ -112,28 +112,24 @@ def train(args: Namespace, stop: StopRequest) -> bool:
         checkpoints.check_resumable(checkpoint, settings, max_steps=args.max_steps, anyway=args.resume_anyway)
 
     set_seed(args.seed)  # the fresh head is the same on every rank
-    model = load_model(args, training=True)
-    tuner = adapt_as_asked(args, model)
-    if args.trainable_embeddings == "new":
-        train_added_tokens(model, processor.seg_token_id)
-    if args.gradient_checkpointing:
-        selective = args.gradient_checkpointing == "selective"
-        kwargs = selective_checkpointing_kwargs() if selective else {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-    if args.zero_stage == 3:
-        model.set_zero3_leaf()
+    model = load_model(args, torch.float32 if not args.deepspeed else DTYPES[args.precision])
+    tuner = prepare_model(args, model, processor)
+    work = Work(model, DTYPES[args.precision])
     distributed.say(
-        f"{training_table(model)}\n\n{short_run(args, steps)}"
+        f"{training_table(model)}\n"
         f"samples on disk: {', '.join(f'{name} {size:,}' for name, size in mixture.sizes.items())}\n"
         f"an epoch: {mixture.epoch_size:,} samples, {per_epoch:,} steps of "
         f"{args.batch_size} x {args.grad_accumulation_steps} x {ranks} photos (batch x micro-batches x ranks)\n"
         f"{'starting anew' if checkpoint is None else f'continuing from {checkpoint}'}"
     )
-
+    if steps < args.warmup_steps:
+        distributed.say(
+            f"warning: the run has {steps} steps, fewer than --warmup_steps {args.warmup_steps}: the learning rate "
+            "never reaches its peak. For little data see configs/small.yaml: more --epochs, a smaller "
+            "--grad_accumulation_steps, a shorter warm-up"
+        )
     accelerator = make_accelerator(args)
-    optimizer = make_optimizer(model, args)
-    peaks = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    engine, optimizer = accelerator.prepare(model, optimizer)
+    engine, optimizer = accelerator.prepare(model, make_optimizer(model, args))
     tensors = {"accelerator": accelerator, "model": engine, "optimizer": optimizer}
     set_seed(args.seed)
     step, folder = 0, args.run_dir / "checkpoints"
@@ -144,27 +140,24 @@ def train(args: Namespace, stop: StopRequest) -> bool:
         step = checkpoints.step_of(checkpoint)
     record = Record(args, accelerator, per_epoch)
     distributed.on_main(lambda: record.open(checkpoint, settings))
+
     saved = {step}
 
     def save(step: int) -> None:
         if step not in saved:
+            saved.add(step)
             checkpoints.save(folder, step, settings, **tensors)
             distributed.on_main(lambda: checkpoints.prune(folder, args.save_total_limit))
-            saved.add(step)
 
     def validate(step: int) -> bool:
+        # Under ZeRO-3 no rank can leave alone; the step after the validation meets the request.
+        asked = None if args.zero_stage == 3 else lambda: stop.signal is not None
+        place, show = args.run_dir / "validation" / f"step_{step}", partial(record.show, step)
         try:
-            results = evaluate_splits(
-                model,
-                processor,
-                splits,
-                output_dir=args.run_dir / "validation" / f"step_{step}",
-                show=partial(record.show, step),
-                # Under ZeRO-3 no rank can leave alone; the step after the validation meets the request.
-                asked_to_stop=None if args.zero_stage == 3 else lambda: stop.signal is not None,
-                print_table=False,
-                **evaluation_options(args),
-            )
+            with accelerator.autocast():
+                results = score(
+                    args, model, processor, splits, place, show=show, asked_to_stop=asked, print_table=False
+                )
         except Stopped:
             return True
         figures = {f"eval_{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
@@ -179,13 +172,11 @@ def train(args: Namespace, stop: StopRequest) -> bool:
         accelerator,
         engine,
         optimizer,
-        mixture,
-        encode,
+        micro_batches(mixture, encode, args, step=step, per_epoch=per_epoch),
         args,
-        peaks=peaks,
         step=step,
         steps=steps,
-        per_epoch=per_epoch,
+        work=work,
         stop=stop,
         log=record.log,
         save=save,
@@ -204,8 +195,7 @@ def open_data(args: Namespace) -> tuple[Encode, Mixture, list[str]]:
     splits = [] if args.no_eval else args.splits
     data = DataConfig.parse(**vars(args))
     require_paths(data.paths() + split_paths(splits, args.dataset_dir))
-    processor = Self1EProcessor.from_pretrained(args.version)
-    check_length(args, processor.tile_tokens)
+    processor = load_processor(args)
     encode = Encode(processor, max_length=args.model_max_length, max_tiles=HIGH_RES_TILES if args.high_res else 1)
 
     def read() -> Mixture:
@@ -215,52 +205,56 @@ def open_data(args: Namespace) -> tuple[Encode, Mixture, list[str]]:
 
     if distributed.local_rank() == 0:  # it builds the index of the data on its node, the others find it
         mixture = read()
-    distributed.barrier()
+    distributed.gather(None)
     return encode, mixture if distributed.local_rank() == 0 else read(), splits
 
 
-def check_length(args: Namespace, tile_tokens: int) -> None:
-    """Refuse a length limit that no conversation can keep."""
+def load_processor(args: Namespace) -> Self1EProcessor:
+    """The processor of `--version`. Raises UserError for a length limit that no conversation can keep."""
+    processor = Self1EProcessor.from_pretrained(args.version)
     tiles = HIGH_RES_TILES if args.high_res else 1
-    least = tiles * tile_tokens + CHAT_TOKENS
+    least = tiles * processor.tile_tokens + CHAT_TOKENS
     if args.model_max_length < least:
         raise UserError(
-            f"--model_max_length {args.model_max_length} cannot hold {tiles} tiles of {tile_tokens} image "
+            f"--model_max_length {args.model_max_length} cannot hold {tiles} tiles of {processor.tile_tokens} image "
             f"tokens and a question; give at least {least}"
         )
+    return processor
 
 
-def short_run(args: Namespace, steps: int) -> str:
-    """A warning for a run that ends before its learning rate has risen, else nothing."""
-    if steps >= args.warmup_steps:
-        return ""
-    return (
-        f"warning: the run has {steps} steps, fewer than --warmup_steps {args.warmup_steps}: the learning "
-        "rate never reaches its peak. For little data see configs/small.yaml: more --epochs, a smaller "
-        "--grad_accumulation_steps, a shorter warm-up\n\n"
-    )
-
-
-def load_model(args: Namespace, *, training: bool) -> Self1EForSegmentation:
-    """The model of `--version` and `--model_weights`, with the ablation switches.
-
-    Under DeepSpeed weights are kept in the training precision, the optimizer has its own fp32 copy; without, they stay
-    fp32 and autocast computes in lower precision.
-    """
+def load_model(args: Namespace, dtype: torch.dtype) -> Self1EForSegmentation:
+    """The model of `--version` and `--model_weights`, with the ablation switches."""
     # Under ZeRO-3 the library would partition weights while it loads them, before vocabulary and adapters are there:
     # the engine does it afterwards, from a whole model on every rank's CPU; the final evaluation has no engine.
     unset_hf_deepspeed_config()
-    values = {name: getattr(args, name) for name in SWITCHES}
-    loss_weights = {loss: getattr(args, flag) for flag, loss in LOSS_FLAGS.items() if getattr(args, flag) is not None}
-    dtype = DTYPES[args.precision if training else args.eval_precision]
+    given = {name: value for name, value in vars(args).items() if value is not None}
     return Self1EForSegmentation.from_pretrained(
         args.version,
         weights=args.model_weights,
-        dtype=torch.float32 if training and not args.deepspeed else dtype,
+        dtype=dtype,
         attn_implementation=args.attn_implementation,
-        loss_weights=loss_weights,
-        **{name: value for name, value in values.items() if value is not None},
+        loss_weights={loss: given[flag] for flag, loss in LOSS_FLAGS.items() if flag in given},
+        **{name: given[name] for name in SWITCHES if name in given},
     )
+
+
+def prepare_model(args: Namespace, model: Self1EForSegmentation, processor: Self1EProcessor) -> LoraModel | None:
+    """Adapters, what trains, and how, in place; returns what merges the adapters."""
+    tuner = adapt(model, **{name: getattr(args, name) for name in ADAPTERS})
+    if args.trainable_embeddings == "new":
+        train_added_tokens(model, processor.seg_token_id)
+    if not args.deepspeed and args.precision == "bf16":  # DeepSpeed keeps fp32 copies of what trains by itself
+        keep_frozen_in(torch.bfloat16, model)
+    if args.gradient_checkpointing:
+        selective = args.gradient_checkpointing == "selective"
+        kwargs = selective_checkpointing_kwargs() if selective else {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if args.compile:
+        compile_layers(model)
+        distributed.say("the first training steps compile the layers, which takes minutes")
+    if args.zero_stage == 3:
+        model.set_zero3_leaf()
+    return tuner
 
 
 def merge_and_save(args: Namespace, engine, model, tuner: LoraModel | None, processor: Self1EProcessor) -> None:
@@ -279,15 +273,17 @@ def merge_and_save(args: Namespace, engine, model, tuner: LoraModel | None, proc
             save_checkpoint(merged, processor, args.run_dir / "ckpt_model_published", published=True)
 
     with gathered:
+        keep_frozen_in(model.dtype, model)  # so that the sum with the adapters is not rounded
         merged: Any = tuner.merge_and_unload() if tuner else model
         merge_added_tokens(merged)
         distributed.on_main(write)
 
 
-def evaluation_options(args: Namespace) -> dict[str, Any]:
-    """The flags that `evaluate_splits` takes under their own names."""
+def score(args: Namespace, model, processor: Self1EProcessor, splits: list[str], place: Path, **options) -> dict:
+    """`evaluate_splits` with the flags that it takes under their own names."""
     names = ("dataset_dir", "allow_outside", "workers", "timeout", "model_max_length", "high_res")
-    return {name: getattr(args, name) for name in names}
+    flags = {name: getattr(args, name) for name in names}
+    return evaluate_splits(model, processor, splits, output_dir=place, **flags, **options)
 
 
 def evaluate(args: Namespace, stop: StopRequest, *, skip_missing: bool) -> bool:
@@ -300,13 +296,12 @@ def evaluate(args: Namespace, stop: StopRequest, *, skip_missing: bool) -> bool:
         args.version = str(trained)
     if not skip_missing:
         require_paths(split_paths(args.splits, args.dataset_dir))  # before a model is loaded
-    processor = Self1EProcessor.from_pretrained(args.version)
-    check_length(args, processor.tile_tokens)
+    processor = load_processor(args)
     device = distributed.device()
     if device.type == "cpu":
         torch.set_num_threads(1)  # figures to the pixel on any number of processes; those are what uses more cores
     distributed.start(timeout=timedelta(seconds=args.timeout))
-    model = load_model(args, training=False).to(device)  # type: ignore[arg-type]  # transformers annotates `self` of `to`
+    model = load_model(args, DTYPES[args.eval_precision]).to(device)  # type: ignore[arg-type]  # transformers annotates `self` of `to`
     if not model.trained_head:
         raise UserError(
             f"{args.version} is a base model without a segmentation head, and {trained} does not exist: train first, "
@@ -314,17 +309,17 @@ def evaluate(args: Namespace, stop: StopRequest, *, skip_missing: bool) -> bool:
         )
     distributed.say(f"evaluating {args.model_weights or args.version} on {', '.join(args.splits)}")
     try:
-        evaluate_splits(
+        score(
+            args,
             model,
             processor,
             args.splits,
-            output_dir=args.run_dir / "eval",
+            args.run_dir / "eval",
             visualize=args.eval_visualize,
             skip_missing=skip_missing,
             weights=weights_identity(args.version, args.model_weights),
             overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
             asked_to_stop=lambda: stop.signal is not None,
-            **evaluation_options(args),
         )
     except Stopped:
         return False

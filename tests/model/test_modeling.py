@@ -224,7 +224,7 @@ def test_checkpointing_changes_no_bit(tiny_processor, load_tiny, kind, autocast)
     for kwargs in (None, CHECKPOINTING[kind]):
         model = load_tiny().train()
         torch.manual_seed(0)
-        adapt(model, llm_lora=True, vision_lora=True, optimize_vision=True, r=4, dropout=0.3)
+        adapt(model, use_llm_lora=True, use_vision_lora=True, optimize_vision=True, lora_r=4, lora_dropout=0.3)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)

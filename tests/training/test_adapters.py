@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from self1e.model.weights import save_checkpoint
 from self1e.training.adapters import (
     HEAD,
     LLM,
+    LLM_LINEARS,
     PROJECTOR,
     VISION,
     VISION_LINEARS,
@@ -22,10 +24,9 @@ from self1e.training.adapters import (
     train_added_tokens,
     training_table,
 )
-from self1e.training.args import LLM_LINEARS
 
 COMBINATIONS = [
-    dict(zip(("llm_lora", "optimize_vision", "vision_lora", "freeze_llm"), values))
+    dict(zip(("use_llm_lora", "optimize_vision", "use_vision_lora", "freeze_llm"), values))
     for values in itertools.product((False, True), repeat=4)
     if (values[1] or not values[2]) and not (values[0] and values[3])
 ]
@@ -40,14 +41,14 @@ def batch_of(version):
     )
 
 
-def expected_kind(name: str, *, llm_lora: bool, optimize_vision: bool, vision_lora: bool, freeze_llm: bool) -> str:
+def expected_kind(name: str, *, use_llm_lora, optimize_vision, use_vision_lora, freeze_llm) -> str:
     """The words of the documentation, by the parameter's name."""
     if ".lora_" in name:
         return "adapters"
     if name.startswith((VISION, PROJECTOR)):
-        if not optimize_vision or (vision_lora and name.startswith(VISION)):
+        if not optimize_vision or (use_vision_lora and name.startswith(VISION)):
             return "frozen"
-    elif (llm_lora or freeze_llm) and name.startswith((LLM + "layers.", LLM + "norm.")):
+    elif (use_llm_lora or freeze_llm) and name.startswith((LLM + "layers.", LLM + "norm.")):
         return "frozen"
     return "trained"
 
@@ -58,14 +59,14 @@ def test_what_trains_moves_and_the_rest_does_not(flags, tiny_version, make_tiny)
     version = make_tiny(tie_word_embeddings=True) if tied else tiny_version
     torch.manual_seed(0)
     model = Self1EForSegmentation.from_pretrained(version)
-    adapt(model, **flags, r=2, dropout=0.0)
+    adapt(model, **flags, lora_r=2, lora_dropout=0.0)
     model.train()
     kinds = {name: expected_kind(name, **flags) for name, _ in model.named_parameters()}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, kind in kinds.items() if kind != "frozen"
     }
-    assert any(LLM in name for name in kinds if ".lora_" in name) == flags["llm_lora"]
-    assert any(VISION in name for name in kinds if ".lora_" in name) == flags["vision_lora"]
+    assert any(LLM in name for name in kinds if ".lora_" in name) == flags["use_llm_lora"]
+    assert any(VISION in name for name in kinds if ".lora_" in name) == flags["use_vision_lora"]
 
     groups = {group["name"]: group for group in optimizer_groups(model, lr=1e-2, vision_lr=2e-2)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -91,11 +92,11 @@ def test_what_trains_moves_and_the_rest_does_not(flags, tiny_version, make_tiny)
     }
 
 
-@pytest.mark.parametrize("flags", [f for f in COMBINATIONS if f["llm_lora"] or f["vision_lora"]], ids=str)
+@pytest.mark.parametrize("flags", [f for f in COMBINATIONS if f["use_llm_lora"] or f["use_vision_lora"]], ids=str)
 def test_merged_weights_give_the_adapted_output(flags, tiny_version, load_tiny):
     model = load_tiny()
     plain = set(model.state_dict())
-    tuner = adapt(model, **flags, r=4)
+    tuner = adapt(model, **flags, lora_r=4)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -151,7 +152,7 @@ def adapted_modules(model) -> set[str]:
 
 def test_every_linear_of_llm_and_vit_gets_an_adapter(load_tiny):
     model = load_tiny()
-    adapt(model, llm_lora=True, vision_lora=True, optimize_vision=True, r=2)
+    adapt(model, use_llm_lora=True, use_vision_lora=True, optimize_vision=True, lora_r=2)
     found = adapted_modules(model)
     layers = model.config.text_config.num_hidden_layers
     assert len([name for name in found if name.startswith(LLM)]) == layers * len(LLM_LINEARS)
@@ -166,13 +167,13 @@ def test_layers_and_targets_can_be_chosen(load_tiny):
     model = load_tiny()
     adapt(
         model,
-        llm_lora=True,
-        vision_lora=False,
+        use_llm_lora=True,
+        use_vision_lora=False,
         optimize_vision=False,
-        r=2,
-        alpha=2,
-        llm_targets=["q_proj"],
-        from_layer=1,
+        lora_r=2,
+        lora_alpha=2,
+        lora_target_modules="q_proj",
+        lora_from_layer=1,
     )
     assert adapted_modules(model) == {LLM + "layers.1.self_attn.q_proj"}
     assert model.model.language_model.layers[1].self_attn.q_proj.scaling["default"] == 1.0
@@ -181,19 +182,19 @@ def test_layers_and_targets_can_be_chosen(load_tiny):
 
 
 def test_nonsense_is_refused(load_tiny):
-    flags = {"llm_lora": True, "vision_lora": False, "optimize_vision": False}
-    with pytest.raises(UserError, match=r"--lora_target_modules: unknown \['wq'\]"):
-        adapt(load_tiny(), **flags, llm_targets=["wq"])
+    flags = {"use_llm_lora": True, "use_vision_lora": False, "optimize_vision": False}
+    with pytest.raises(UserError, match="--lora_target_modules: unknown 'wq'"):
+        adapt(load_tiny(), **flags, lora_target_modules="wq")
     with pytest.raises(UserError, match="--lora_from_layer 2: the LLM's layers are 0 to 1"):
-        adapt(load_tiny(), **flags, from_layer=2)
+        adapt(load_tiny(), **flags, lora_from_layer=2)
 
 
 def test_the_table_counts_every_parameter_once(load_tiny):
     model = load_tiny()
     whole = sum(p.numel() for p in model.parameters())
-    adapt(model, llm_lora=True, vision_lora=False, optimize_vision=True, r=2)
-    rows = {line[:24].strip(): [float(x.replace(",", "")) for x in line[24:].split()] for line in
-            training_table(model).splitlines()[1:]}  # fmt: skip
+    adapt(model, use_llm_lora=True, use_vision_lora=False, optimize_vision=True, lora_r=2)
+    lines = (re.split("  +", line) for line in training_table(model).splitlines()[1:])
+    rows = {name: [float(x.replace(",", "")) for x in numbers] for name, *numbers in lines}
     total = rows.pop("total")
     assert set(rows) == {"LLM embeddings", "LLM layers", "lm_head", "ViT", "projector", "segmentation head"}
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from self1e.training.curves import draw_curves, log_line, read_log, series
+from self1e.training.curves import draw_curves, log_line, read_log
 
 LOSSES = {"loss": 3.5, "ce": 1.0, "a_new_term": 1.0, "lr_llm": 1e-4, "lr_vision_and_head": 2e-4}
 LOG = [
@@ -11,12 +11,6 @@ LOG = [
     {"step": 2, **{name: value / 2 for name, value in LOSSES.items()}},
     {"step": 2, "eval_ReasonSeg|val_giou": 0.5, "eval_ReasonSeg|val_ciou": 0.4},
 ]
-
-
-def test_series_hold_the_steps_at_which_a_figure_was_logged():
-    found = series(LOG)
-    assert found["loss"] == ([1, 2], [3.5, 1.75]) and found["a_new_term"] == ([1, 2], [1.0, 0.5])
-    assert found["eval_ReasonSeg|val_giou"] == ([2], [0.5])
 
 
 def test_a_run_with_validation_has_a_panel_more(tmp_path):
@@ -37,9 +31,10 @@ def test_a_line_that_a_killed_run_left_half_is_none(tmp_path):
 def test_log_lines_fit_a_terminal():
     figures = {"step": 1, "epoch": 0.074, "loss": 9.2455, "ce": 6.0751, "mask_dice": 1.4887, "grad_norm": 3.276}
     figures |= {"lr_llm": 1e-6, "samples_per_second": 8.1, "waiting_for_data": 0.031, "peak_memory": 12.34e9}
+    figures |= {"tflops": 412.345, "utilisation": 0.417}
     assert log_line(figures | {"broken_samples": 2}) == (
         "step 1  epoch 0.074  loss 9.2455 (ce 6.0751, dice 1.4887)  grad norm 3.276  lr llm 1.00e-06  8.1 samples/s  "
-        "waiting 3%  peak 12.3 GB  broken samples 2"
+        "waiting 3%  412 TFLOP/s (42%)  peak 12.3 GB  broken samples 2"
     )
     scores = {"step": 2, "epoch": 1.0, "eval_ReasonSeg|val_giou": 0.5, "eval_ReasonSeg|val_ciou": 0.25}
     assert log_line(scores) == "step 2  epoch 1.000  validation:  ReasonSeg val gIoU 50.0%, cIoU 25.0%"

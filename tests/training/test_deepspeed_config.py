@@ -26,11 +26,9 @@ def test_our_own_files_are_read(name, stage, offloaded):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"optimizer": {"type": "SGD"}}, "remove the section 'optimizer'; it is set by --lr"),
-        ({"scheduler": {"type": "WarmupLR"}}, "remove the section 'scheduler'; it is set by --warmup_steps"),
-        ({"zero_optimization": {"stage": 2, **OFFLOAD}}, "offload_optimizer is for stage 3 here"),
-        ({"zero_optimization": {"stage": 3, **OFFLOAD}, "zero_force_ds_cpu_optimizer": False}, "remove zero_force"),
-        ({"zero_optimization": 3}, "no DeepSpeed configuration"),
+        ({"optimizer": {"type": "SGD"}}, "remove the section 'optimizer'"),
+        ({"scheduler": {"type": "WarmupLR"}}, "remove the section 'scheduler'"),
+        ({"zero_optimization": {"stage": 2, **OFFLOAD}}, "offloading is for stage 3 here"),
     ],
 )
 def test_what_would_be_honoured_by_half_is_refused(tmp_path: Path, changes, says):
@@ -39,14 +37,6 @@ def test_what_would_be_honoured_by_half_is_refused(tmp_path: Path, changes, says
     with pytest.raises(UserError, match=says) as refusal:
         read_deepspeed(path)
     assert str(path) in str(refusal.value)
-
-
-def test_what_is_no_configuration_is_named(tmp_path: Path):
-    path = tmp_path / "own.json"
-    for text in ("[]", "{"):
-        path.write_text(text)
-        with pytest.raises(UserError, match="own.json"):
-            read_deepspeed(path)
 
 
 def test_automatic_entries_are_filled_from_the_flags_and_contradictions_are_refused(tmp_path: Path):

@@ -34,7 +34,7 @@ def test_a_run_logs_every_curve(reference):
     assert all(len(values) == 4 and np.isfinite(values).all() and (values > 0).all() for values in terms.values())
     total = sum(LOSS_WEIGHTS[name] * values for name, values in terms.items())
     np.testing.assert_allclose(logged["train/loss"], total, rtol=1e-4)
-    for name in ("grad_norm", "samples_per_second", "waiting_for_data", "peak_memory"):
+    for name in ("grad_norm", "samples_per_second", "waiting_for_data", "peak_memory", "tflops", "utilisation"):
         assert len(logged[f"train/{name}"]) == 4 and min(logged[f"train/{name}"]) > 0
     # after each step: two steps of warm-up to 1e-4, then linearly to 0 at the fourth
     for group in ("llm", "vision_and_head"):
@@ -42,9 +42,7 @@ def test_a_run_logs_every_curve(reference):
     assert len(logged["eval/ReasonSeg|val_giou"]) == len(logged["eval/ReasonSeg|val_ciou"]) == 2
     assert pictures.keys() == {f"ReasonSeg|val/{kind}" for kind in ("worst", "median", "best")}
     assert all([step for step, _ in found] == [2, 4] for found in pictures.values())
-    curves = read_json(folder / "curves.json")
-    assert curves["mask_dice"]["steps"] == [1, 2, 3, 4] and curves["eval_ReasonSeg|val_ciou"]["steps"] == [2, 4]
-    assert [line["loss"] for line in history(folder)] == curves["loss"]["values"]
+    assert [line["step"] for line in history(folder)] == [1, 2, 3, 4]
     assert "step 4  epoch " in printed and "waiting " in printed and "\x1b" not in printed and "\r" not in printed
 
 
@@ -107,7 +105,7 @@ def test_flags_reach_model_and_optimizer(reference, tiny_version, shapes, runs):
 
 def test_epochs_and_their_limits_choose_the_stream(tiny_version, shapes, runs, monkeypatch):
     read: list[list[str]] = []
-    monkeypatch.setattr(loop.CurrentSamples, "note", lambda self, ids: read.append(ids))
+    monkeypatch.setattr(loop, "note", lambda path, ids: read.append(ids))
     short = ("--epochs", "2", "--steps_per_epoch", "1", "--no_eval")
     train(tiny_version, shapes, runs, "two_epochs", *short, "--workers", "2")
     both, read[:] = list(read), []
@@ -138,7 +136,7 @@ def test_broken_photos_are_replaced_and_counted(tiny_version, damaged, runs, cap
     truncate(damaged / PHOTOS, 4)
     train(tiny_version, damaged, runs, "broken", *ALONE, "--max_steps", "2")
     printed = capsys.readouterr().out
-    assert re.search(r"broken samples replaced: \d+", printed) and "x refcoco/COCO_train2014_" in printed
+    assert "broken samples replaced:" in printed and "x refcoco/COCO_train2014_" in printed
     assert any("broken sample refcoco/COCO_train2014_" in message for message in caplog.messages)
     assert history(runs / "broken")[-1]["broken_samples"] >= 1
 
@@ -163,8 +161,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_samples(tiny_version, shapes, 
 def test_the_trained_model_is_gone_before_the_evaluation_loads_its_own(tiny_version, shapes, runs, monkeypatch):
     load, weights, alive = program.load_model, [], []
 
-    def watched(args, *, training):
-        loaded = load(args, training=training)
+    def watched(*args):
+        loaded = load(*args)
         weights.extend(ref(parameter.untyped_storage()) for parameter in loaded.parameters())
         return loaded
 

@@ -38,7 +38,7 @@ FLAGS += (
     "--deepspeed",
     str(ROOT / "configs/zero2.json"),
 )
-STEP = "self1e.training.loop:Agreement.stops"  # is called once in each step
+STEP = "self1e.training.loop:agree"  # is called once in each step
 
 
 @pytest.fixture(scope="module")
