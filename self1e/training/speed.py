@@ -30,7 +30,10 @@ class Work:
     def __init__(self, model: Self1EForSegmentation, dtype: torch.dtype):
         self.flops, self.repeated, self.kept, self.largest = 0, 0, 0, (0, 0, 0)
         self.itemsize = dtype.itemsize
-        stacks = {model.model.language_model: model.config.llm, model.model.vision_tower: model.config.vit}
+        stacks = {
+            model.model.language_model: model.config.text_config,
+            model.model.vision_tower: model.config.vision_config,
+        }
         inside = {module for stack in stacks for module in stack.modules()}
         for stack, config in stacks.items():  # not at its layers, which may be compiled, or run again
             stack.register_forward_hook(partial(self._count_stack, config))
