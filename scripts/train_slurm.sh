@@ -29,7 +29,6 @@ export NCCL_SOCKET_IFNAME=^lo,docker   # <-- your network
 if [ $# -eq 0 ]; then                  # <-- your training
     set -- train --config configs/self1e_2b.yaml --version PATH/InternVL3-2B --grad_accumulation_steps 4 --auto_resume
 fi
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True   # batches differ in size; without it memory fragments
 # Each node builds the data's index once and shares it among its ranks and workers.
 export SELF1E_CACHE=${SELF1E_CACHE:-$HOME/.cache/self1e}
 
