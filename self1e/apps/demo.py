@@ -88,7 +88,7 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
                     output.add(path, image, prompt, reply)
                 output.write_coco()
                 made = [*output.folder.glob("*.json"), *sorted(output.folder.glob("*.png"))]
-                masks: Any = [mask for reply in replies for mask in reply.masks]
+                masks = [mask for reply in replies for mask in reply.masks]
                 words, colors = marked(prompts, replies)
                 done = len(replies)
                 yield (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.dataclasses import strict
-from transformers import InternVLConfig
+from transformers import InternVLConfig, InternVLVisionConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from self1e.errors import UserError, check_known
@@ -42,38 +42,29 @@ class Switch:
 
 # The one declaration of the switches: fields of the configuration, flags, and keywords of `from_pretrained`. A switch
 # that nobody sets follows the checkpoint. The choices are the registries themselves.
+ROPE_HELP = "precision of the LLM's rotary frequencies; the published engine rounded them to bf16"
 SWITCHES = {
     "mask_features": Switch("rfa", "features that the mask is read from", HEADS),
     "replication": Switch("tile", "how patch tokens are replicated for the mask's image side", REPLICATIONS),
     "attention_pathway": Switch("image+seg", "what image tokens see besides the causal past", PATHWAYS),
     "auxiliary_loss": Switch(True, "train the LLM's own image features with the mask losses, too"),
     "auxiliary_projection": Switch(False, "send the auxiliary image side through f_out, too"),
-    "rope_precision": Switch(
-        "fp32",
-        "precision of the LLM's rotary frequencies; the published engine rounded them to bf16",
-        ("fp32", "bf16"),
-    ),
+    "rope_precision": Switch("fp32", ROPE_HELP, ("fp32", "bf16")),
 }
 # The total loss is the sum of these times the losses of `losses.py`.
 LOSS_WEIGHTS = {"ce": 1.0, "mask_bce": 2.0, "mask_dice": 0.5}
-# Flag -> loss: ce_loss_weight, bce_loss_weight, dice_loss_weight. They follow the checkpoint like the switches.
+# Flag -> loss: ce_loss_weight, bce_loss_weight, dice_loss_weight. They follow the checkpoint like the switches, and
+# earlier checkpoints of our own have them as fields.
 LOSS_FLAGS = {f"{name.removeprefix('mask_')}_loss_weight": name for name in LOSS_WEIGHTS}
 
 
 @strict
 class Self1EConfig(InternVLConfig):
-    r"""
-    Args:
-        seg_token_id (`int`, *optional*): id of `[SEG]`; None in a base model that never learned to segment.
-        mask_features, ..., rope_precision: see `SWITCHES`.
-        loss_weights (`dict`): weight of each loss by name; those left out have their default.
-        drop_path_rate (`float`): stochastic depth of the ViT, rising linearly from 0 over its layers, training only.
-        weights_id (`str`, *optional*): random, written with every save; tells the weights of two saves apart.
-    """
+    """Fields besides InternVL's: `SWITCHES`, `loss_weights` by name (those left out have their default), and these."""
 
     model_type = "self1e"
 
-    seg_token_id: int | None = None
+    seg_token_id: int | None = None  # None in a base model that never learned to segment
     mask_features: str = SWITCHES["mask_features"].default
     replication: str = SWITCHES["replication"].default
     attention_pathway: str = SWITCHES["attention_pathway"].default
@@ -81,8 +72,8 @@ class Self1EConfig(InternVLConfig):
     auxiliary_projection: bool = SWITCHES["auxiliary_projection"].default
     rope_precision: str = SWITCHES["rope_precision"].default
     loss_weights: dict[str, float | int] = field(default_factory=dict)
-    drop_path_rate: float | int = 0.0
-    weights_id: str | None = None
+    drop_path_rate: float | int = 0.0  # stochastic depth of the ViT, rising linearly from 0 over its layers
+    weights_id: str | None = None  # random, written with every save; tells the weights of two saves apart
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -130,7 +121,7 @@ class Self1EConfig(InternVLConfig):
             values, kwargs = super().get_config_dict(source, **kwargs)
         except OSError as error:
             raise UserError(f"{source}: {why_not_served(source, error)}") from error
-        return native_config(without_requests(values, source), source), kwargs
+        return native_config(values, source), kwargs
 
 
 def check_source(source: str, subfolder: str | None = None) -> None:
@@ -157,28 +148,6 @@ def why_not_served(source: str, error: OSError) -> str:
     return f"several checkpoints, {', '.join(found)}; hf download {source} --include '{found[0]}/*' --local-dir FOLDER"
 
 
-# What a `config.json` may ask of the library besides values of the model: to run code beside it or on the hub, such as
-# attention kernels, or to read other weights. Loading says itself what it wants.
-REQUESTS = frozenset(
-    "auto_map attn_implementation _attn_implementation _attn_implementation_internal experts_implementation "
-    "_experts_implementation _experts_implementation_internal use_kernels kernel_config transformers_weights".split()
-)
-
-
-def without_requests(values: dict, source: str) -> dict:
-    """A configuration and those within it without `REQUESTS`. Raises UserError for quantised weights."""
-    if values.get("quantization_config"):
-        raise UserError(f"{source}: config.json speaks of quantised weights; expected a checkpoint in full precision")
-    return {
-        name: without_requests(value, source) if name.endswith("_config") and isinstance(value, dict) else value
-        for name, value in values.items()
-        if name not in REQUESTS
-    }
-
-
-# Fields of our own earlier checkpoints: old name -> (field, key in it).
-RENAMED = {flag: ("loss_weights", name) for flag, name in LOSS_FLAGS.items()}
-
 # Original InternVL vision keys -> transformers' names.
 SAME_KEYS = (
     "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act attention_dropout "
@@ -187,39 +156,47 @@ SAME_KEYS = (
 VISION_KEYS = dict(zip(SAME_KEYS, SAME_KEYS)) | {
     "qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm", "dropout": "hidden_dropout_prob"
 }  # fmt: skip
+OLD_KEYS = {"rope_theta", "rope_scaling"}  # which the library's configurations still read
+
+
+def of_model(values: dict, config: type[PreTrainedConfig]) -> dict:
+    """Those values of a `config.json` that describe the model; others could ask to run code or read other weights."""
+    return {name: value for name, value in values.items() if name in config().to_dict().keys() | OLD_KEYS}
 
 
 def native_config(values: dict, source: str) -> dict:
     """Translate a `config.json` of any layout to `Self1EConfig`'s keys; UserError for another architecture."""
     kind = values.get("model_type")
-    if kind in ("internvl", "self1e"):
-        text = values.get("text_config") or {}
-        tied = text.get("tie_word_embeddings", values.get("tie_word_embeddings", False))
-        values = {**values, "model_type": "self1e", "tie_word_embeddings": tied}
-        for old in RENAMED.keys() & values.keys():
-            name, key = RENAMED[old]
-            values[name] = {**values.get(name, {}), key: values.pop(old)}
-        return values
-    if kind != "internvl_chat":
+    if kind not in ("internvl_chat", "internvl", "self1e"):
         raise UserError(
             f"{source}: config.json says model_type={kind!r}; expected an InternVL3 checkpoint: internvl_chat "
             "(original), internvl (-hf) or self1e"
         )
-    text, vision = values["llm_config"], values["vision_config"]
+    text = values.get("llm_config") or values.get("text_config") or {"model_type": "qwen2"}
+    vision, dtype = values.get("vision_config") or {}, values.get("torch_dtype") or values.get("dtype")
     if text.get("model_type") not in ("qwen2", "qwen3"):
-        raise UserError(f"{source}: llm_config is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
+        raise UserError(f"{source}: the LLM is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
+    if any(part.get("quantization_config") for part in (values, text, vision)):
+        raise UserError(f"{source}: config.json speaks of quantised weights; expected a checkpoint in full precision")
     if values.get("select_layer", -1) != -1:
         raise UserError(f"{source}: select_layer={values['select_layer']}; only the ViT's last (-1) is supported")
-    known = CONFIG_MAPPING[text["model_type"]]().to_dict().keys() | {"rope_theta", "rope_scaling"}
-    return {
+    if kind == "internvl_chat":
+        values = {
+            "vision_config": {new: vision[old] for old, new in VISION_KEYS.items() if old in vision}
+            | {"image_size": values.get("force_image_size") or vision["image_size"]},
+            "downsample_ratio": values.get("downsample_ratio", 0.5),
+            "drop_path_rate": vision.get("drop_path_rate", 0.0),
+        }
+        text = {name: value for name, value in text.items() if name != "dtype"}
+    else:
+        weights = {name: values[flag] for flag, name in LOSS_FLAGS.items() if flag in values}
+        values = of_model(values, Self1EConfig) | {"vision_config": of_model(vision, InternVLVisionConfig)}
+        values["loss_weights"] = weights | values.get("loss_weights", {})
+    return values | {
         "model_type": "self1e",
-        "text_config": {key: value for key, value in text.items() if key in known and key != "dtype"},
-        "vision_config": {new: vision[old] for old, new in VISION_KEYS.items() if old in vision}
-        | {"model_type": "internvl_vision", "image_size": values.get("force_image_size") or vision["image_size"]},
-        "downsample_ratio": values.get("downsample_ratio", 0.5),
-        "drop_path_rate": vision.get("drop_path_rate", 0.0),
-        "tie_word_embeddings": text.get("tie_word_embeddings", False),
-        "dtype": values.get("torch_dtype") or values.get("dtype"),
+        "dtype": dtype,
+        "text_config": of_model(text, CONFIG_MAPPING[text["model_type"]]),
+        "tie_word_embeddings": text.get("tie_word_embeddings", values.get("tie_word_embeddings", False)),
     }
 
 

@@ -11,22 +11,21 @@ import contextlib
 import copy
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import cached_file, logging
+from transformers.utils.loading_report import update_key_name
 
 from self1e import distributed
 from self1e.errors import UserError, check_known
-from self1e.files import replacing_folder
+from self1e.files import replacing_folder, write_json
 from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, check_source, original_config
 from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
@@ -57,21 +56,17 @@ RENAMINGS = (
     (r"^combine_decode_proj", HEAD + "f_out"),
 )
 # The first -hf repositories were written without the leading `model.`.
-_HF_PREFIXES = (("^vision_tower", "model.vision_tower"), ("^multi_modal_projector", "model.multi_modal_projector"))
+HF_PREFIXES = (("^vision_tower", "model.vision_tower"), ("^multi_modal_projector", "model.multi_modal_projector"))
 
 
 def published_names() -> list[WeightRenaming | WeightConverter]:
     """`internvl` and `published` -> native names, reversible; the ViT's fused qkv holds rows of q, k, v in turn."""
-    renamings = [WeightRenaming(old, new) for old, new in RENAMINGS]
     split = WeightConverter(r"\.attn\.qkv", [f".attention.{x}_proj" for x in "qkv"], operations=[Chunk(dim=0)])
-    return [*renamings, split]
+    return [*(WeightRenaming(old, new) for old, new in RENAMINGS), split]
 
 
-register_checkpoint_conversion_mapping(
-    "Self1EForSegmentation",
-    published_names() + [WeightRenaming(old, new) for old, new in _HF_PREFIXES],
-    overwrite=True,
-)
+READ = [*published_names(), *(WeightRenaming(old, new) for old, new in HF_PREFIXES)]
+register_checkpoint_conversion_mapping("Self1EForSegmentation", READ, overwrite=True)
 
 
 def load_checkpoint(
@@ -92,16 +87,16 @@ def load_checkpoint(
     switches = {name: kwargs.pop(name) for name in SWITCHES if name in kwargs}
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     base = Self1EConfig.from_pretrained(version, **hub) if config is None else copy.deepcopy(config)
-    tokens = None
+    processor: Any = None
     if base.seg_token_id is None or weights is not None:
-        tokens = Self1EProcessor.from_pretrained(version, **hub)
-        base.seg_token_id, base.image_token_id = tokens.seg_token_id, tokens.image_token_id
+        processor = Self1EProcessor.from_pretrained(version, **hub)
+        base.seg_token_id, base.image_token_id = processor.seg_token_id, processor.image_token_id
     if weights is not None:
         trained = Self1EConfig.from_pretrained(weights, **hub)
         base.dtype = trained.dtype  # what dtype="auto" means
         if trained.seg_token_id is not None:  # ours: it knows how its head was built
             base.update({name: getattr(trained, name) for name in (*SWITCHES, "loss_weights")})
-        base.text_config.vocab_size = len(cast(Any, tokens).tokenizer)
+        base.text_config.vocab_size = len(processor.tokenizer)
     base.update(switches | {"loss_weights": base.loss_weights | (loss_weights or {})})
     base.check_switches()
     source = str(version if weights is None else weights)
@@ -112,12 +107,13 @@ def load_checkpoint(
         )
     model.round_rope()  # loading has computed the frequencies anew
     model.trained_head = check_fit(model, report, source, trained=weights is not None)
-    if tokens is not None:
+    if processor is not None:
+        tokenizer = processor.tokenizer
         if not model.trained_head:
-            resize_vocabulary(model, len(tokens.tokenizer), new=[tokens.seg_token_id, tokens.segt_token_id])
+            resize_vocabulary(model, len(tokenizer), new=[processor.seg_token_id, processor.segt_token_id])
         # InternVL's own files name no token that ends an answer.
-        end, pad = tokens.tokenizer.convert_tokens_to_ids(END_OF_TURN), tokens.tokenizer.pad_token_id
-        model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+        end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     return model
 
 
@@ -133,15 +129,15 @@ def check_files(source: str, hub: dict[str, Any]) -> None:
     local = folder.is_dir()
     if not local:  # on the hub: what the cache holds of it
         folder = Path(str(cached_file(source, "config.json", **hub))).parent
+    files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
     for index in folder.glob("*.index.json") if local else ():
         for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
             if Path(name).name != name:
                 raise UserError(f"{index} names a file outside its folder: {name}")
-            if not (folder / name).is_file():
-                raise UserError(f"{folder / name} is missing: fetch all files of the checkpoint")
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    if local and not files:
-        raise UserError(f"{folder} holds no weights: fetch all files of the checkpoint")
+            files.add(folder / name)
+    absent = [path for path in files if not path.is_file()]
+    if absent or local and not files:
+        raise UserError(f"{absent[0] if absent else 'the weights'} missing in {folder}: fetch the whole checkpoint")
     size = sum(path.stat().st_size for path in files)
     if size > LARGE and distributed.is_main():
         print(f"loading {source} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
@@ -152,8 +148,8 @@ def check_fit(model: PreTrainedModel, report: dict, source: str, *, trained: boo
     missing = set(report["missing_keys"])
     head = {name for name in model.state_dict() if name.startswith(HEAD)}
     fresh = not trained and bool(head) and head <= missing
-    problems = [f"missing     {key}" for key in sorted(missing - head if fresh else missing)]
-    problems += [f"unexpected  {key}" for key in sorted(report["unexpected_keys"])]
+    wrong: dict[str, Any] = {"missing": missing - head if fresh else missing, "unexpected": report["unexpected_keys"]}
+    problems = [f"{kind:<12}{line}" for kind, keys in wrong.items() for line in update_key_name(sorted(keys))]
     problems += [
         f"shape       {key}: checkpoint {tuple(found)}, model {tuple(expected)}"
         for key, found, expected in sorted(report["mismatched_keys"])
@@ -161,34 +157,22 @@ def check_fit(model: PreTrainedModel, report: dict, source: str, *, trained: boo
     problems += [f"error       {message}" for message in report["error_msgs"]]
     if problems:
         raise UserError(
-            f"{source}: {len(problems)} weights do not fit the model that its config.json (or --version) describes; "
-            "nothing was loaded:\n  " + "\n  ".join(join_layers(problems))
+            f"{source}: weights do not fit the model that its config.json (or --version) describes; "
+            "nothing was loaded:\n  " + "\n  ".join(problems)
         )
     return not fresh and (bool(head) or trained or Self1EConfig.from_pretrained(source).seg_token_id is not None)
 
 
-def join_layers(lines: list[str]) -> list[str]:
-    """Lines that differ in the layer's number alone, as one: `layers.{0,1,2}.mlp.up_proj.weight`."""
-    layers: dict[str, list[str]] = {}
-    for line in lines:
-        number = (re.findall(r"(?<=\.)\d+(?=\.)", line) or [""])[0]
-        layers.setdefault(line.replace(f".{number}.", ".#.", 1) if number else line, []).append(number)
-    return [
-        key.replace("#", numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}")
-        for key, numbers in layers.items()
-    ]
-
-
 def resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> None:
     """Give embedding and `lm_head` exactly `size` rows; rows added and `new` start at the mean of the others."""
-    before = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    before = len(model.get_input_embeddings().weight)
     model.resize_token_embeddings(size, mean_resizing=False)
-    both = [cast(Tensor, x.weight) for x in (model.get_input_embeddings(), model.get_output_embeddings())]
+    old = torch.arange(size) < before
+    old[new] = False
     with torch.no_grad():
-        for weight in {id(weight): weight for weight in both}.values():  # once where they are tied
-            old = torch.arange(size, device=weight.device) < before
-            old[new] = False
-            weight[~old] = weight[old].float().mean(0).to(weight.dtype)
+        for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            weight, own = module.weight, old.to(module.weight.device)
+            weight[~own] = weight[own].float().mean(0).to(weight.dtype)  # the same again where they are tied
 
 
 @contextlib.contextmanager
@@ -209,28 +193,19 @@ def save_checkpoint(model: PreTrainedModel, processor, folder: str | Path, *, pu
 
     What stood there before stays where saving fails. Raises UserError where `published` cannot hold the model's head.
     """
-    if published and cast(Self1EConfig, model.config).mask_features != "rfa":
-        raise UserError("the layout published holds the full method only, mask_features rfa")
-    with replacing_folder(Path(folder)) as partial:
-        with quiet():
-            if published:
-                write_published(model, partial)
-            else:
-                model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-
-
-def write_published(model: PreTrainedModel, folder: Path) -> None:
-    """Layout `published`, as the published code saves and reads it: original tensor names and `config.json`."""
     library: Any = model
+    if published and library.config.mask_features != "rfa":
+        raise UserError("the layout published holds the full method only, mask_features rfa")
     loaded_with = getattr(model, "_weight_conversions", None)
-    library._weight_conversions = published_names()
-    try:
-        model.save_pretrained(folder, save_original_format=True)
-    finally:
-        library._weight_conversions = loaded_with
-    values = original_config(cast(Self1EConfig, model.config))
-    (folder / "config.json").write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+    with replacing_folder(Path(folder)) as partial, quiet():
+        library._weight_conversions = published_names() if published else loaded_with
+        try:
+            model.save_pretrained(partial, save_original_format=published)
+        finally:
+            library._weight_conversions = loaded_with
+        if published:  # tensors have the original names, and so has this
+            write_json(partial / "config.json", original_config(library.config), indent=2)
+        processor.save_pretrained(partial)
 
 
 def checkpoint_folder(text: str) -> str:
@@ -245,27 +220,23 @@ def weights_identity(version: str | Path, weights: str | Path | None = None) -> 
 
     A checkpoint of ours is known by the random `weights_id` of its save, one of the hub by its commit, any other by
     the names, sizes and sampled bytes of its files. `base` is None where `version` itself holds the weights.
+
+    Raises UserError where there is no checkpoint.
     """
-    if weights is None:
-        return {"weights": identity(version), "base": None}
-    return {"weights": identity(weights), "base": identity(version)}
-
-
-def identity(checkpoint: str | Path) -> str:
-    """See `weights_identity`. Raises UserError where there is no checkpoint."""
-    check_source(str(checkpoint))
-    folder = Path(checkpoint)
+    if weights is not None:
+        return weights_identity(weights) | {"base": weights_identity(version)["weights"]}
+    check_source(str(version))
+    folder = Path(version)
     if not folder.is_dir():
-        return f"{checkpoint}@{Path(str(cached_file(checkpoint, 'config.json'))).parent.name}"  # the hub's commit
+        commit = Path(str(cached_file(version, "config.json"))).parent.name
+        return {"weights": f"{version}@{commit}", "base": None}
     own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("weights_id")
-    if own:
-        return own
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".bin"}):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".bin"} and not own):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:
             for start in range(0, size, max(4096, size // 64)):
                 file.seek(start)
                 digest.update(file.read(4096))
-    return digest.hexdigest()[:32]
+    return {"weights": own or digest.hexdigest()[:32], "base": None}

@@ -237,16 +237,16 @@ def test_every_misfit_is_in_one_error(tiny_version, tmp_path, kinds):
     with pytest.raises(UserError, match="nothing was loaded") as error:
         load(folder)
     lines = [line.strip() for line in str(error.value).splitlines()]
-    assert lines[0].startswith(f"{folder}: {2 * len(kinds)} weights do not fit")
+    assert lines[0].startswith(f"{folder}: weights do not fit")
     assert sorted(lines[1:]) == sorted(line for kind in kinds for line in MISFITS[kind][1])
 
 
 def test_heads_in_pieces_or_of_another_kind_are_refused(trained, tmp_path, tiny_version):
     dropped = f"{HEAD}f_vit.0.bias"
     folder = rewritten(trained, tmp_path / "e", lambda w: {k: x for k, x in w.items() if k != dropped})
-    with pytest.raises(UserError, match=f"1 weights do not fit(.|\n)*missing     {dropped}"):
+    with pytest.raises(UserError, match=f"weights do not fit(.|\n)*missing     {dropped}"):
         load(folder)
-    with pytest.raises(UserError, match=rf"unexpected  {HEAD}f_llm.\{{0,2\}}.bias"):
+    with pytest.raises(UserError, match=rf"unexpected  {HEAD}f_llm.\{{0, 2\}}.bias"):
         load(trained, mask_features="rfr")
     with pytest.raises(UserError, match="weights do not fit"):
         load(tiny_version, weights=tiny_version)  # a base is no trained model
@@ -262,7 +262,7 @@ def test_absent_files_are_named(make_tiny, tiny_version, tmp_path):
         load(shards)
     for path in shards.glob("model*"):
         path.unlink()
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="fetch the whole checkpoint"):
         load(shards)
 
 
