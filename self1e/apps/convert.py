@@ -176,10 +176,8 @@ def stock_processor(folder: Path, config: Self1EConfig) -> InternVLProcessor:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="self1e convert", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(prog="self1e convert", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("source", metavar="SRC", type=checkpoint_folder, help="folder or hub id, any layout")
     add("target", metavar="DST", type=Path, help="folder that does not exist yet")

@@ -132,10 +132,8 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Load the model and serve until Ctrl-C or SIGTERM; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="self1e demo", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(prog="self1e demo", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves every machine that can reach this one")
     parser.add_argument("--port", type=int, default=7860)
