@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Purpose: gIoU and cIoU of a trained model on all 13 segmentation splits, beside the published figures.
+# Purpose: gIoU and cIoU of a trained model on all 13 segmentation splits, beside the published figures where the data is whole.
 # Command: bash eval_all.sh runs/my_run
 #          bash eval_all.sh --version PATH/InternVL3-2B --model_weights PATH/published --exp_name my_run --eval_visualize
 #          bash eval_all.sh runs/my_run --val_dataset "ReasonSeg|val||refcoco|unc|val" --num_processes 2

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Purpose: answer and score the VQA benchmarks: does the model still answer questions after learning to segment?
 # Command: bash eval_vqas.sh runs/my_run --dynamic
-#          bash eval_vqas.sh --version BASE --model_weights none runs/my_run/ckpt_model --exp_name my_run --dynamic
-#          (base and fine-tuned side by side); all flags: --help. Bare: the variables below.
+#          bash eval_vqas.sh --version BASE --exp_name base --dynamic, to compare with by `self1e score runs/base runs/my_run`
+#          All flags: --help. Bare: the variables below.
 # Data:    ./data in InternVL's layout (data/README.md).
 # Result:  <log_base_dir>/<exp_name>/eval_vqa/summary.md and .json; exit code 1 when a benchmark failed, 2 for wrong usage.
 

@@ -8,14 +8,20 @@ of `self1e segment`; an answer without `[SEG]` has a record without masks.
 
 from collections.abc import Sequence
 
-from self1e.apps.segment import flags, run
+from self1e.apps.segment import Job, flags, run
+from self1e.data.samples import load_image
 from self1e.model.processor import HIGH_RES_TILES
+
+
+def prepare(processor, with_image: bool, job: Job) -> dict:
+    return {"image": load_image(job.path), "lengths": [1]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `self1e chat` with command line `argv`; returns the exit code."""
     parser = flags("chat", __doc__)
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit of an answer")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit of an answer (default 256)")
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts of a photo answered together (default 8)")
     args = parser.parse_args(argv)
     options = {
         "max_new_tokens": args.max_new_tokens,
@@ -24,13 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "conversations_per_forward": args.batch_size,
     }
 
-    def ask(model, processor, images, prompts):
-        photos = [image for image, asked in zip(images, prompts) for _ in asked]
-        questions = [prompt for asked in prompts for prompt in asked]
-        replies = model.chat(processor, photos, questions, **options) if photos else []
-        for question, reply in zip(questions, replies):
-            print(f"{question}: {reply.text}")
-        remaining = iter(replies)
-        return [[next(remaining) for _ in asked] for asked in prompts]
+    def ask(model, processor, photos):
+        ((job, made),) = photos
+        replies = model.chat(processor, [made["image"]] * len(job.prompts), job.prompts, **options)
+        for prompt, reply in zip(job.prompts, replies):
+            print(f"{prompt}: {reply.text}")
+        return [lambda: replies]
 
-    return run(parser, args, ask, {"max_new_tokens": args.max_new_tokens})
+    return run(args, prepare, ask, {"max_new_tokens": args.max_new_tokens})

@@ -1,12 +1,16 @@
-"""Masks for your own photos, from the command line.
+"""Masks for your own photos, from the command line, on one process or on one for each GPU.
 
     self1e segment --version V --image a.jpg photos/ --prompt "the red car" "Which one flies?" --output out/
+    self1e segment --version V --image asked.csv --output out/                  # columns image and prompt
+    torchrun --nproc_per_node 8 -m self1e segment --version V --image photos/ --prompt "the red car" --output out/
 
-Cost: one forward pass for `--batch_size` prompts; the 2B model's weights take 4 GB in bf16 (GPU), 8 GB in fp32 (CPU).
+Cost: one forward pass for `--batch_tokens` tokens, of which a photo of one tile with a prompt has about 310; the 2B
+model's weights take 4 GB in bf16 (GPU), 8 GB in fp32 (CPU).
 
-Written to the output folder, for each photo and prompt: NAME.png (the mask, 0 or 255, at the size of the upright
-photo), NAME_overlay.jpg, a line in records.jsonl; and once coco.json, a COCO data set with an image per photo, a
-category per prompt and an annotation per mask (RLE) that is not empty, which CVAT and other tools import.
+Written to the output folder: a line in records.jsonl for each photo and prompt, and at the end coco.json, a COCO data
+set with an image per photo, a category per prompt and an annotation per mask (RLE) that is not empty, which CVAT and
+other tools import. For each photo and prompt also NAME.png (the mask, 0 or 255, at the size of the upright photo) and
+NAME_overlay.jpg: of up to 100 photos, of more only with --masks and --overlays.
 
 A second run into the same folder adds to it: what its records hold already is not done again, so the same command
 continues a run that was stopped. Another model or other settings are refused. A photo that cannot be read is one line
@@ -14,33 +18,54 @@ on the screen and the run goes on; the exit code is then 1.
 """
 
 import argparse
+import hashlib
+import heapq
 import json
 import os
 import re
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from pycocotools import mask as coco
+from tqdm import tqdm
 
-from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.apps.loading import add_model_flags, load
 from self1e.data.masks import encode_mask
 from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
-from self1e.files import check_writable, write_json
-from self1e.model.inference import Reply, image_groups
+from self1e.evaluation.loop import WAIT, prepared
+from self1e.evaluation.results import Stopped, claim_folder
+from self1e.files import check_writable, replacing, to_jsonl
+from self1e.model.inference import Masks, Reply, masks_of
 from self1e.model.processor import HIGH_RES_TILES
-from self1e.model.prompts import check_prompt
+from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt, looks_like_sentence
 from self1e.model.weights import weights_identity
+from self1e.stop import REQUEUE, StopRequest
 from self1e.visualize import overlay
 
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".ppm", ".pgm", ".heic", ".heif"}
-Ask = Callable[[Self1EForSegmentation, Self1EProcessor, list[Image.Image], list[list[str]]], list[list[Reply]]]
+AS_JSON: Any = {"encoding": "utf-8", "errors": "backslashreplace"}  # "\udcff" of a file name is JSON's own way
+LISTS = (".txt", ".csv", ".jsonl")
+FEW = 100  # photos that get masks and overlays unless the flags say otherwise
+TOGETHER = 16  # photos in one forward pass, at most
+WRITERS, WAITING = 2, 16  # threads that write, and photos that may wait for them
+
+
+class Job(NamedTuple):
+    path: Path
+    prompts: list[str]
 
 
 def prompt_text(argument: str) -> str:
@@ -57,245 +82,342 @@ def flags(command: str, description: str | None) -> argparse.ArgumentParser:
     add_model_flags(parser)
     # fmt: off
     add = parser.add_argument
-    add("--image", nargs="+", required=True, metavar="PATH", help="photos, or folders of them")
+    add("--image", nargs="+", required=True, metavar="PATH", help="photos, folders, .txt with a path per line, or "
+        ".csv and .jsonl with `image` and, where photos have their own prompts, `prompt`; paths relative to the file")
     add("--prompt", nargs="+", default=[], type=prompt_text, metavar="TEXT", help="asked of every photo, one by one")
-    add("--prompts_file", type=Path, metavar="FILE", help="more prompts, one per line")
+    add("--prompts_file", type=Path, metavar="FILE", help="more prompts for every photo, one per line")
     add("--output", type=Path, required=True, metavar="FOLDER")
     add("--overwrite", action="store_true", help="remove what an earlier run wrote there, and begin anew")
     add("--threshold", type=float, default=0.5, help="foreground probability above which a pixel belongs to the mask")
-    add("--batch_size", type=int, default=8, help="prompts in one forward pass")
-    add("--masks", action=argparse.BooleanOptionalAction, default=True, help="NAME.png")
-    add("--overlays", action=argparse.BooleanOptionalAction, default=True, help="NAME_overlay.jpg")
-    add("--save_logits", action="store_true", help="NAME.npy: float32 logits before the resize")
+    add("--masks", action=argparse.BooleanOptionalAction, help=f"NAME.png; unset: for up to {FEW} photos")
+    add("--overlays", action=argparse.BooleanOptionalAction, help=f"NAME_overlay.jpg; unset: for up to {FEW} photos")
+    add("--workers", type=int, help="processes that decode and tile photos; unset: 4 for each GPU, 1 on a CPU")
     # fmt: on
     return parser
 
 
-def find_photos(arguments: Iterable[str], output: Path) -> list[Path]:
-    """Files as given, and every photo in folders and their subfolders, sorted; each once, as absolute paths.
-
-    Hidden files and what lies in `output` are left out. Raises UserError for a URL, a folder without photos, files
-    that do not exist, and where `output` is one of the folders.
-    """
-    found: dict[Path, None] = {}
-    for text in arguments:
-        path = Path(os.path.abspath(text))
-        if re.match(r"[a-z][a-z0-9+.-]+://", text, re.IGNORECASE):
-            raise UserError(f"--image {text}: URLs are not fetched; download the photo and give its path")
-        if not path.is_dir():
-            found[path] = None
-            continue
-        if path.resolve() == output.resolve():
-            raise UserError(f"--output {output} holds the photos; choose another folder, or one inside it")
-        inside = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.suffix.lower() in PHOTOS
-            and output.resolve() not in file.resolve().parents
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-        if not inside:
-            raise UserError(f"--image {text}: no photos in this folder ({', '.join(sorted(PHOTOS))})")
-        found |= dict.fromkeys(inside)
-    if absent := [str(path) for path in found if not path.exists()]:
-        raise UserError(f"--image: no such file: {', '.join(absent)}")
-    return list(found)
+def listed(path: Path) -> Iterator[tuple[Path, str | None]]:
+    """The photos of a .txt, .csv or .jsonl, with the prompts that they have there."""
+    try:
+        if path.suffix.lower() == ".txt":
+            table = pd.DataFrame(
+                {"image": [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]}
+            )
+        elif path.suffix.lower() == ".csv":
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        else:
+            table = pd.read_json(path, lines=True, dtype=False)
+        for name, own in zip(table["image"], table["prompt"] if "prompt" in table else [None] * len(table)):
+            yield Path(os.path.normpath(path.parent / name)), own
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--image {path}: no list of photos with a column `image` ({error})") from error
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of the command line and of the file, each once. Raises UserError for none, or one that is none."""
-    lines: list[str] = []
+def found_in(folder: Path, output: Path) -> Iterator[tuple[Path, None]]:
+    """The photos of a folder and its subfolders, without hidden files and what lies in `output`."""
+    if folder.resolve() == output.resolve():
+        raise UserError(f"--output {output} holds the photos; choose another folder, or one inside it")
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in PHOTOS and not hidden and output.resolve() not in file.resolve().parents:
+            yield file, None
+
+
+def find_jobs(args: argparse.Namespace) -> list[Job]:
+    """The photos, as absolute paths, sorted, each once, with all that is asked of it. Raises UserError for neither."""
+    if not 0 < args.threshold < 1:
+        raise UserError(f"--threshold {args.threshold}: expected a probability above 0 and below 1")
+    common = args.prompt
     if args.prompts_file:
         try:
             lines = args.prompts_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file {args.prompts_file}: {error}") from error
-    prompts = list(dict.fromkeys([*args.prompt, *(line.strip() for line in lines if line.strip())]))
-    if not prompts:
-        raise UserError("no prompt: give --prompt, or --prompts_file with one per line")
-    for prompt in prompts:
+        common = [*common, *(line.strip() for line in lines if line.strip())]
+    jobs: dict[Path, dict[str, None]] = {}
+    for text in args.image:
+        path = Path(os.path.abspath(text))
+        if re.match(r"[a-z][a-z0-9+.-]+://", text, re.IGNORECASE):
+            raise UserError(f"--image {text}: URLs are not fetched; download the photo and give its path")
+        photos: list[tuple[Path, str | None]] = [(path, None)]
+        if path.is_dir() or path.suffix.lower() in LISTS:
+            photos = [*(found_in(path, args.output) if path.is_dir() else listed(path))]
+        if not photos:
+            raise UserError(f"--image {text}: no photos in it ({', '.join(sorted(PHOTOS))})")
+        for photo, own in photos:
+            jobs.setdefault(photo, dict.fromkeys(common)).update({own: None} if own else {})
+    if absent := [str(path) for path in jobs if not path.exists()]:
+        raise UserError(f"--image: no such file: {', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}")
+    if not all(jobs.values()):
+        raise UserError("no prompt: give --prompt, --prompts_file with one per line, or a column `prompt` in --image")
+    for prompt in {prompt for asked in jobs.values() for prompt in asked}:
         check_prompt(prompt)
-    return prompts
+    check_writable(args.output)
+    return [Job(path, [*jobs[path]]) for path in sorted(jobs)]
+
+
+def groups(photos: Iterable[tuple[Job, dict]], budget: int) -> Iterator[list[tuple[Job, dict]]]:
+    """Neighbouring photos whose conversations, padded to the longest, have at most `budget` tokens; at least one."""
+    group: list[tuple[Job, dict]] = []
+    lengths: list[int] = []
+    for job, made in photos:
+        lengths += made["lengths"]
+        if group and (len(lengths) * max(lengths) > budget or len(group) == TOGETHER):
+            yield group
+            group, lengths = [], [*made["lengths"]]
+        group.append((job, made))
+    if group:
+        yield group
 
 
 class Output:
     """A folder of masks, overlays and their records. A record is written after the files it names.
 
-    records.jsonl opens with the settings; then comes one line per photo and prompt: image, width, height, prompt,
-    text, overlay and masks; a mask has COCO's segmentation, bbox (x, y, width, height in pixels), area and score (the
-    mean foreground probability, 0 for an empty mask), and the names of its files. `done` holds (image, prompt) of all.
+    records.jsonl has one line per photo and prompt: image, width, height, prompt, text, overlay and masks; a mask has
+    COCO's segmentation, bbox (x, y, width, height in pixels), area and score (the mean foreground probability, 0 for
+    an empty mask), and the names of its files. Until `write_coco` each process has a file of its own.
+
+    photos: of this run, by which names are told apart. done: (image, prompt) of the records from before.
 
     Raises UserError for a folder with the records of other settings, unless `overwrite` removes them.
     """
 
     def __init__(
-        self, folder: Path, settings: dict, *, overwrite: bool = False, masks: bool = True, overlays: bool = True,
-        save_logits: bool = False,
+        self, folder: Path, settings: dict, *, photos: Iterable[str | Path] = (), overwrite: bool = False,
+        masks: bool = True, overlays: bool = True,
     ):  # fmt: skip
-        self.folder, self.masks, self.overlays, self.save_logits = folder, masks, overlays, save_logits
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.masks, self.overlays = folder, masks, overlays
         self.path = folder / "records.jsonl"
-        if overwrite and self.path.exists():
-            for name in (name for record in self.read() for name in files_of(record)):
-                (folder / name).unlink(missing_ok=True)
-            self.path.unlink()
-        if self.path.exists():
-            text = self.path.read_bytes()
-            os.truncate(self.path, text.rfind(b"\n") + 1)  # a line that was being written when its run ended
-        if not self.path.exists() or not self.path.stat().st_size:
-            self._append({"settings": settings})
-        with open(self.path, encoding="utf-8") as file:
-            before = json.loads(next(file)).get("settings", {})
-        different = [f"{key} {before.get(key)}, not {new}" for key, new in settings.items() if before.get(key) != new]
-        if different:
-            raise UserError(f"{folder} holds masks of {'; '.join(different)}: choose another folder, or --overwrite")
-        self.taken = {Path(name).stem.casefold() for record in self.read() for name in files_of(record)}
-        self.done = {(record["image"], record["prompt"]) for record in self.read()}
+        self.done = distributed.on_main(partial(self._begin, settings, overwrite))
+        images = {*map(str, photos), *(image for image, _ in self.done)}
+        stems = Counter(slug(Path(image).stem).casefold() for image in images)
+        self.shared = {stem for stem, number in stems.items() if number > 1}
 
-    def read(self) -> Iterator[dict]:
-        """The records in the folder."""
-        with open(self.path, encoding="utf-8") as file:
-            next(file)
-            yield from map(json.loads, file)
+    def _begin(self, settings: dict, overwrite: bool) -> set[tuple[str, str]]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("records*.jsonl") if overwrite else ():
+            for record in self.read(path):
+                files = [record.get("overlay"), *(mask.get("mask") for mask in record["masks"])]
+                for name in filter(None, files):
+                    (self.folder / name).unlink(missing_ok=True)
+            path.unlink()
+        claim_folder(self.folder, settings, overwrite=False, remedy="Choose another folder, or --overwrite")
+        return self._merge()
 
-    def _append(self, record: dict) -> None:
-        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:  # "\udcff" is JSON's own way
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    @staticmethod
+    def read(path: Path) -> Iterator[dict]:
+        """The records in a file, without a last line that was being written when its run ended."""
+        if path.exists():
+            with open(path, encoding="utf-8") as file:
+                yield from (json.loads(line) for line in file if line.endswith("\n"))
 
-    def claim(self, *parts: str) -> str:
-        """Parts joined by `_` as a file name that is not taken, also where the file system ignores case."""
-        text = "_".join(word for part in parts if (word := re.sub(r"[^\w.-]+", "_", part).strip("._")))
-        text = text.encode(sys.getfilesystemencoding(), "ignore")[:180].decode(errors="ignore") or "photo"
-        name, number = text, 2
-        while name.casefold() in self.taken:
-            name, number = f"{text}-{number}", number + 1
-        self.taken.add(name.casefold())
-        return name
+    def _merge(self) -> set[tuple[str, str]]:
+        """Move what the processes have written to records.jsonl, in the order of the photos; returns `done`."""
+        parts, done = sorted(self.folder.glob("records.rank*.jsonl")), set()
+        with replacing(self.path) as new, open(new, "w", **AS_JSON) as file:
+            merged = heapq.merge(*map(self.read, parts), key=lambda record: record["image"])
+            for record in chain(self.read(self.path), merged):
+                if (key := (record["image"], record["prompt"])) not in done:
+                    file.write(to_jsonl([record]))
+                    done.add(key)
+        for part in parts:
+            part.unlink()
+        return done
 
-    def add(self, path: str | Path, image: Image.Image, prompt: str, reply: Reply) -> None:
-        """Write the files of one reply and then its record."""
-        base = (Path(path).stem, prompt[:40])
-        record: dict[str, Any] = {"image": str(path), "width": image.width, "height": image.height, "prompt": prompt}
-        record |= {"text": reply.text, "masks": []}
-        for mask, logits, score in zip(reply.masks, reply.logits, reply.scores):
-            name, rle = self.claim(*base), encode_mask(mask)
+    def save(self, path: str | Path, image: Any, prompt: str, reply: Reply) -> dict:
+        """Write the files of one reply; returns its record. Threads may call it."""
+        stem, what = slug(Path(path).stem), slug(prompt)[:40]
+        name = f"{stem or 'photo'}__{what}"
+        if not stem or stem.casefold() in self.shared or what.replace("_", " ") != prompt.casefold():
+            name += f"-{hashlib.sha256(f'{path}|{prompt}'.encode(errors='surrogateescape')).hexdigest()[:8]}"
+        height, width = reply.masks.shape[1:]
+        record = {"image": str(path), "width": width, "height": height, "prompt": prompt, "text": reply.text}
+        record["masks"] = []
+        for number, (mask, score) in enumerate(zip(reply.masks, reply.scores), 1):
+            own, rle = name if number == 1 else f"{name}__{number}", encode_mask(mask)
             found = {"segmentation": rle, "bbox": coco.toBbox(rle).tolist(), "area": int(mask.sum())}
             found["score"] = score or 0.0
             if self.masks:
-                found["mask"] = f"{name}.png"
+                found["mask"] = f"{own}.png"
                 Image.fromarray(mask.astype(np.uint8) * 255).save(self.folder / found["mask"])
-            if self.save_logits:
-                found["logits"] = f"{name}.npy"
-                np.save(self.folder / found["logits"], logits)
             record["masks"].append(found)
         if self.overlays and record["masks"]:
-            record["overlay"] = f"{self.claim(*base, 'overlay')}.jpg"
-            overlay(image, reply.masks).save(self.folder / record["overlay"], quality=90)
-        self._append(record)
-        self.done.add((record["image"], prompt))
+            record["overlay"] = f"{name}_overlay.jpg"
+            overlay(np.asarray(image), reply.masks).save(self.folder / record["overlay"], quality=90)
+        return record
+
+    def append(self, records: Iterable[dict]) -> None:
+        """Write records whose files are there."""
+        with open(self.folder / f"records.rank{distributed.rank()}.jsonl", "a", **AS_JSON) as file:
+            file.write(to_jsonl(records))
+
+    def add(self, path: str | Path, image: Any, prompt: str, reply: Reply) -> None:
+        """Write the files of one reply and then its record."""
+        self.append([self.save(path, image, prompt, reply)])
 
     def write_coco(self) -> None:
-        """coco.json: all records as a COCO data set, file names relative to the folder that holds all the photos."""
+        """coco.json: all records as a COCO data set, file names relative to the folder that holds all the photos.
+
+        For one process, after all have written. The masks go from file to file, one by one.
+        """
+        self._merge()
         images: dict[str, dict] = {}
         categories: dict[str, int] = {}
-        annotations: list[dict] = []
-        for record in self.read():
+        for record in self.read(self.path):
             size = {name: record[name] for name in ("width", "height")}
-            image = images.setdefault(record["image"], {"id": len(images) + 1, "file_name": record["image"], **size})
-            category = categories.setdefault(record["prompt"], len(categories) + 1)
-            for mask in record["masks"]:
-                if mask["area"]:
-                    ids = {"id": len(annotations) + 1, "image_id": image["id"], "category_id": category, "iscrowd": 0}
-                    annotations.append(ids | mask)
+            images.setdefault(record["image"], {"id": len(images) + 1, "file_name": record["image"], **size})
+            categories.setdefault(record["prompt"], len(categories) + 1)
         root = os.path.commonpath([os.path.dirname(path) for path in images]) if images else ""
         for image in images.values():
             image["file_name"] = Path(os.path.relpath(image["file_name"], root)).as_posix()
-        write_json(self.folder / "coco.json", {
-            "info": {"description": "masks of Self1E"},
-            "images": list(images.values()),
-            "categories": [{"id": number, "name": prompt} for prompt, number in categories.items()],
-            "annotations": annotations,
-        })  # fmt: skip
+        head = {"info": {"description": "masks of Self1E"}, "images": list(images.values())}
+        head["categories"] = [{"id": number, "name": prompt} for prompt, number in categories.items()]
+        with replacing(self.folder / "coco.json") as new, open(new, "w", **AS_JSON) as file:
+            file.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "annotations": [')
+            number = 0
+            for record in self.read(self.path):
+                owner = {"image_id": images[record["image"]]["id"], "category_id": categories[record["prompt"]]}
+                for mask in (mask for mask in record["masks"] if mask["area"]):
+                    number += 1
+                    entry = {"id": number, **owner, "iscrowd": 0, **mask}
+                    file.write(f"{',' if number > 1 else ''}\n{json.dumps(entry, ensure_ascii=False)}")
+            file.write("]}\n")
 
 
-def files_of(record: dict) -> list[str]:
-    """The names of the files of a record."""
-    names = [mask[kind] for mask in record["masks"] for kind in ("mask", "logits") if kind in mask]
-    return [*names, *([record["overlay"]] if "overlay" in record else [])]
+def slug(text: str) -> str:
+    """Part of a file's name: letters, digits, `.` and `-` stay, everything else between them becomes one `_`."""
+    text = re.sub(r"([^\w.-]|_)+", "_", text).strip("._")
+    return text.encode(sys.getfilesystemencoding(), "ignore")[:90].decode(errors="ignore")
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace, ask: Ask, settings: dict) -> int:
+@contextmanager
+def written_aside(append: Callable[[list[dict]], None]) -> Iterator[Callable[..., None]]:
+    """`write(function, *arguments)` calls in threads, and `append` takes the results in order, to the last one."""
+    pending: deque[Future[list[dict]]] = deque()
+
+    def write(*call) -> None:
+        pending.append(pool.submit(*call))
+        while pending and (len(pending) > WAITING or pending[0].done()):
+            append(pending.popleft().result())
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        try:
+            yield write
+        finally:
+            while pending:
+                append(pending.popleft().result())
+
+
+def run(
+    args: argparse.Namespace,
+    prepare: Callable[[Self1EProcessor, bool, Job], dict],
+    ask: Callable[[Self1EForSegmentation, Self1EProcessor, list[tuple[Job, dict]]], list[Callable[[], list[Reply]]]],
+    settings: dict,
+    budget: int = 0,
+) -> int:
     """Ask every prompt of every photo, write what comes, and return the exit code.
 
-    ask: (model, processor, photos, their prompts) -> per photo a reply per prompt.
-    settings: what, beside the flags of both commands, makes other masks.
+    prepare: (processor, whether `image` is wanted, job) -> what workers make of a photo.
+    ask: -> per photo a function that gives its replies; other threads call it.
+    settings: what, beside the flags of both commands, makes other masks. budget: of `groups`.
     """
-    if not 0 < args.threshold < 1:
-        parser.error(f"--threshold {args.threshold}: expected a probability above 0 and below 1")
-    if args.batch_size < 1:
-        parser.error(f"--batch_size {args.batch_size}: expected at least 1")
-    prompts, paths = read_prompts(args), find_photos(args.image, args.output)
-    check_writable(args.output)
+    distributed.start("gloo", timeout=WAIT)
+    jobs = distributed.on_main(partial(find_jobs, args))
     settings = {name: getattr(args, name) for name in ("dtype", "quantize", "high_res", "threshold")} | settings
     settings |= weights_identity(args.version, args.model_weights)
-    output = Output(
-        args.output, settings, overwrite=args.overwrite, masks=args.masks, overlays=args.overlays,
-        save_logits=args.save_logits,
-    )  # fmt: skip
-    work = [(path, [prompt for prompt in prompts if (str(path), prompt) not in output.done]) for path in paths]
-    work = [(path, asked) for path, asked in work if asked]
-    if len(work) < len(paths):
-        print(f"{len(paths) - len(work)} of {len(paths)} photos are done already")
-    if not work:
-        output.write_coco()
-        return 0
-    model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
-    begin, done, broken = time.monotonic(), 0, 0
-    try:
-        for part in image_groups([len(asked) for _, asked in work], args.batch_size):
-            group, loaded = work[part], []
-            for path, asked in group:
-                try:
-                    loaded.append((path, load_image(path), asked))
-                except SampleError as error:
-                    print(f"skipped: {error.cause}", file=sys.stderr)
-                    broken += 1
-            found = ask(model, processor, [image for _, image, _ in loaded], [asked for *_, asked in loaded])
-            for (path, image, asked), replies in zip(loaded, found):
-                for prompt, reply in zip(asked, replies):
-                    output.add(path, image, prompt, reply)
-            before, done = done, done + len(group)
-            if 10 * done // len(work) > 10 * before // len(work):  # one line per tenth
-                print(f"{done} of {len(work)} photos, {done / (time.monotonic() - begin):.2f} per second", flush=True)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"stopped after {done} of {len(work)} photos, which are in {args.output}; the same command continues"
-        ) from None
-    finally:
-        output.write_coco()
-    print(f"the masks of {done - broken} photos are in {args.output}")
-    if broken:
-        print(f"{broken} of {len(work)} photos could not be read, see above", file=sys.stderr)
-    return 1 if broken else 0
+    masks, overlays = (len(jobs) <= FEW if given is None else given for given in (args.masks, args.overlays))
+    kinds = {"overwrite": args.overwrite, "masks": masks, "overlays": overlays}
+    output = Output(args.output, settings, photos=[job.path for job in jobs], **kinds)
+    left = [Job(path, [one for one in asked if (str(path), one) not in output.done]) for path, asked in jobs]
+    left = [job for job in left if job.prompts]
+    if len(left) < len(jobs):
+        distributed.say(f"{len(jobs) - len(left)} of {len(jobs)} photos are done already")
+    broken: list[SampleError] = []
+
+    def skip(error: SampleError) -> None:
+        broken.append(error)
+        tqdm.write(f"skipped: {error.cause}", file=sys.stderr)
+
+    def save(job: Job, made: dict, replies: Callable[[], list[Reply]]) -> list[dict]:
+        pairs = zip(job.prompts, replies(), strict=True)
+        return [output.save(job.path, made["image"], prompt, reply) for prompt, reply in pairs]
+
+    own, waited = left[distributed.rank() :: distributed.world_size()], 0.0
+    if left:
+        options = {"device": args.device, "dtype": args.dtype, "bits": args.quantize}
+        model, processor = load(args.version, args.model_weights, **options)
+        workers = args.workers
+        if workers is None:
+            workers = distributed.share_cores() if model.device.type == "cuda" else 1
+        bar = tqdm(total=len(own), unit="photo", disable=not distributed.is_main())
+        begin = before = time.monotonic()
+        with StopRequest() as stop, written_aside(output.append) as write, bar:
+            photos = prepared(
+                own, partial(prepare, processor, overlays), workers=workers, broken=skip,
+                asked_to_stop=lambda: stop.signal is not None,
+            )  # fmt: skip
+            try:
+                for group in groups(photos, budget):
+                    waited += time.monotonic() - before
+                    for (job, made), replies in zip(group, ask(model, processor, group), strict=True):
+                        write(save, job, made, replies)
+                    bar.update(len(group))
+                    before = time.monotonic()
+                    bar.set_postfix(waiting_for_data=f"{waited / (before - begin):.0%}", refresh=False)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"stopped; {args.output} keeps what is done, the same command continues"
+                ) from None
+            except Stopped:
+                distributed.say("stopped on request; the same command continues")
+                return REQUEUE
+        spent = time.monotonic() - begin
+    bad = sum(distributed.gather(len(broken)))
+    distributed.on_main(output.write_coco)
+    if left:
+        done = len(left) - bad
+        distributed.say(
+            f"the masks of {done} photos are in {args.output}: {spent:.1f} s, {done / spent:.1f} photos per second, "
+            f"{waited / spent:.0%} of the time waiting for data"
+        )
+    if bad and distributed.is_main():
+        print(f"{bad} of {len(left)} photos could not be read, see above", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def prepare_segment(
+    is_sentence: bool | None, max_tiles: int, processor: Self1EProcessor, with_image: bool, job: Job
+) -> dict:
+    image = load_image(job.path)
+    kinds = [looks_like_sentence(prompt) if is_sentence is None else is_sentence for prompt in job.prompts]
+    asked = [evaluation_prompt(prompt, kind, lower=True) for prompt, kind in zip(job.prompts, kinds)]
+    made = processor.encode(image, [[text, ANSWER] for text in asked], max_tiles=max_tiles)
+    lengths, size = [len(ids) for ids, _ in made["texts"]], (image.height, image.width)
+    return made | {"lengths": lengths, "size": size, "image": np.array(image) if with_image else None}
+
+
+def replies_of(found: list[Masks]) -> list[Reply]:
+    return [Reply(ANSWER, x.foreground.cpu().numpy(), x.logits.cpu().numpy(), x.scores) for x in found]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `self1e segment` with command line `argv`; returns the exit code."""
     parser = flags("segment", __doc__)
-    parser.add_argument(
-        "--prompt_kind", choices=("auto", "phrase", "sentence"), default="auto",
-        help="how prompts are asked; auto: what ends like a sentence is one",
-    )  # fmt: skip
+    add = parser.add_argument
+    # fmt: off
+    add("--batch_tokens", type=int, default=8192, help="tokens in one forward pass, padding included (default 8192)")
+    add("--prompt_kind", choices=("auto", "phrase", "sentence"), default="auto",
+        help="how prompts are asked; auto: what ends like a sentence is one")
+    # fmt: on
     args = parser.parse_args(argv)
-    options = {
-        "is_sentence": {"phrase": False, "sentence": True}.get(args.prompt_kind),
-        "threshold": args.threshold,
-        "max_tiles": HIGH_RES_TILES if args.high_res else 1,
-        "conversations_per_forward": args.batch_size,
-    }
 
-    def ask(model, processor, images, prompts):
-        found = model.segment(processor, images, prompts, **options) if images else []
-        return [[each.as_reply() for each in replies] for replies in found]
+    def ask(model, processor, photos):
+        batch = processor.collate([made for _, made in photos])
+        limit = max(1, args.batch_tokens // batch["input_ids"].shape[1])
+        options = {"threshold": args.threshold, "conversations_per_forward": limit}
+        found = iter(masks_of(model, batch, [made["size"] for _, made in photos], **options))
+        return [partial(replies_of, [next(found) for _ in job.prompts]) for job, _ in photos]
 
-    return run(parser, args, ask, {"prompt_kind": args.prompt_kind})
+    kind = {"phrase": False, "sentence": True}.get(args.prompt_kind)
+    prepare = partial(prepare_segment, kind, HIGH_RES_TILES if args.high_res else 1)
+    return run(args, prepare, ask, {"prompt_kind": args.prompt_kind}, args.batch_tokens)

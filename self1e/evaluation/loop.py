@@ -1,6 +1,7 @@
 """The loop of every evaluation, and of `self1e segment`: data workers prepare what this rank then works on."""
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from self1e.data.samples import SampleError
 from self1e.evaluation.results import Stopped
 
 T = TypeVar("T")
+WAIT = timedelta(days=1)  # that a rank may wait for the share of another one
 
 
 class Prepared(Dataset):

@@ -31,8 +31,9 @@ class Question:
 
     def open_image(self) -> Image.Image:
         """The photo, RGB. Raises SampleError naming the question when it cannot be decoded."""
-        source = self.image if isinstance(self.image, Path) else io.BytesIO(self.image)
-        return load_image(source, f"question {self.id}")
+        return load_image(
+            self.image if isinstance(self.image, Path) else io.BytesIO(self.image), f"question {self.id}"
+        )
 
 
 class Answer(NamedTuple):
@@ -74,14 +75,14 @@ class MissingFile(UserError):
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank. Raises MissingFile."""
+    """The lines of a text file that are not blank."""
     if not path.is_file():
         raise MissingFile(f"{path} is missing")
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def read_jsonl(path: Path, *fields: str) -> list[dict]:
-    """Records of a file with one JSON object per line. Raises UserError for a line without one of `fields`."""
+    """Records of a file with one JSON object per line; each must have all `fields`."""
     records = []
     for number, line in enumerate(read_lines(path), 1):
         try:

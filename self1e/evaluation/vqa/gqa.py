@@ -18,9 +18,8 @@ def read_prediction(reply: str) -> str:
 def accuracy(predictions: Mapping[str, str], questions: Mapping[str, Mapping]) -> dict:
     """The GQA evaluator's accuracy in percent over all balanced questions, over open and over binary ones.
 
-    Args:
-        predictions: question id -> `read_prediction` of the reply; ids that `questions` lacks are ignored.
-        questions: question id -> record with `answer`, `isBalanced` and `types.structural` (`query` = open).
+    predictions: question id -> `read_prediction` of the reply; ids that `questions` lacks are ignored.
+    questions: question id -> record with `answer`, `isBalanced` and `types.structural` (`query` = open).
 
     Raises UserError when a balanced question has no prediction.
     """
@@ -62,11 +61,11 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
 
 
 def export(answers: list[Answer], folder: Path, model: str) -> None:
-    rows = [
+    records = [
         {"question": q.prompt, "questionId": q.id, "answer": reply, "annotation": q.record.get("answer")}
         for q, reply in answers
     ]
-    write_json(folder / "gqa_testdev_llava.json", rows)
+    write_json(folder / "gqa_testdev_llava.json", records)
     predictions = [{"questionId": key, "prediction": text} for key, text in _predictions(answers).items()]
     write_json(folder / "testdev_balanced_predictions.json", predictions)
 

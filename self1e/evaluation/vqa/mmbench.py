@@ -18,7 +18,7 @@ from self1e.errors import UserError
 from self1e.evaluation.vqa.base import Answer, MissingFile, Question, Scores, VQABenchmark
 
 OPTIONS = "ABCDE"
-CIRCULAR_STEP = 1_000_000  # a copy with the options rotated by k has the index of its base row plus k times this
+CIRCULAR_STEP = 1_000_000  # a copy with the options rotated by k has the index of its question plus k times this
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -35,9 +35,9 @@ ABILITIES = {
 }
 
 
-def options_of(row: Mapping) -> dict[str, str]:
-    """Letter -> text of the options that are present in a row of an MMBench table."""
-    return {letter: str(row[letter]) for letter in OPTIONS if letter in row and not pd.isna(row[letter])}
+def options_of(record: Mapping) -> dict[str, str]:
+    """Letter -> text of the options that are present in a record of an MMBench table."""
+    return {letter: str(record[letter]) for letter in OPTIONS if letter in record and not pd.isna(record[letter])}
 
 
 def read_prediction(reply: str, options: Mapping[str, str]) -> str:
@@ -86,15 +86,15 @@ def to_xlsx(submission: pd.DataFrame) -> bytes:
 
 
 def read_choices(table: pd.DataFrame) -> list[str | None]:
-    """`read_choice` of every row of a table with `index`, the option columns and `prediction`.
+    """`read_choice` of every record of a table with `index`, the option columns and `prediction`.
 
     The official scorer reads the submission from Excel, where pandas turns some cells into others (`None` becomes nan,
     a column of digits numbers); so does this function. An empty prediction is no choice.
     """
     read = pd.read_excel(io.BytesIO(to_xlsx(table)), engine="openpyxl")
     return [
-        read_choice(str(row["prediction"]), options_of(row)) if given else None
-        for row, given in zip(read.to_dict("records"), table["prediction"])
+        read_choice(str(record["prediction"]), options_of(record)) if given else None
+        for record, given in zip(read.to_dict("records"), table["prediction"])
     ]
 
 
@@ -106,6 +106,13 @@ def accuracy(table: pd.DataFrame) -> dict:
     Returns {`circular`, `plain_all_rows`, `plain_main_rows_only`} -> split -> {`Overall`, ability (CP, FP-S, FP-C, LR,
     RR, AR), category} -> score. Circular: a question is right when all its rotations are. Main rows: index < 1000000.
     """
+
+    def by_group(part: pd.DataFrame) -> dict[str, float]:
+        groups = {"Overall": float(part["hit"].mean())}
+        for column in ("ability", "category"):
+            groups |= {str(name): float(hit) for name, hit in part.groupby(column)["hit"].mean().items()}
+        return groups
+
     choices = read_choices(table[["index", *(c for c in OPTIONS if c in table), "prediction"]])
     hits = table.assign(hit=[choice == answer for choice, answer in zip(choices, table["answer"])])
     hits["ability"] = hits["l2-category"].map(lambda name: ABILITIES.get(name, name))
@@ -113,14 +120,7 @@ def accuracy(table: pd.DataFrame) -> dict:
     all_rotations = hits.groupby(hits["index"] % CIRCULAR_STEP)["hit"].all()
     circular = main.assign(hit=main["index"].map(all_rotations))
     kinds = {"circular": circular, "plain_all_rows": hits, "plain_main_rows_only": main}
-    return {kind: {split: _by_group(rows) for split, rows in part.groupby("split")} for kind, part in kinds.items()}
-
-
-def _by_group(rows: pd.DataFrame) -> dict[str, float]:
-    groups = {"Overall": float(rows["hit"].mean())}
-    for column in ("ability", "category"):
-        groups |= {str(name): float(hit) for name, hit in rows.groupby(column)["hit"].mean().items()}
-    return groups
+    return {kind: {split: by_group(part) for split, part in table.groupby("split")} for kind, table in kinds.items()}
 
 
 _SUBMITTED = ("index", "question", *OPTIONS, "prediction", "answer", "split")
@@ -132,7 +132,7 @@ _LETTER_ONLY = {
 
 
 def read_questions(data_dir: Path, *, key: str, language: str) -> list[Question]:
-    """Rows of a table, circular copies included, read with pandas' defaults (so an option `None` counts as absent)."""
+    """The table, circular copies included, read with pandas' defaults (so an option `None` counts as absent)."""
     path = data_dir / "mmbench" / f"{key}.tsv"
     if not path.is_file():
         raise MissingFile(f"{path} is missing")
@@ -141,38 +141,35 @@ def read_questions(data_dir: Path, *, key: str, language: str) -> list[Question]
     if missing:
         raise UserError(f"{path} is malformed: no column {', '.join(missing)}")
     questions, images = [], {}
-    for row in table.to_dict("records"):
-        code = row.pop("image")
+    for record in table.to_dict("records"):
+        code = record.pop("image")
         if code not in images:  # shared by the circular copies
             images[code] = base64.b64decode(code)
-        hint = "" if pd.isna(row["hint"]) else f"{row['hint']}\n"
-        options = "".join(f"\n{letter}. {text}" for letter, text in options_of(row).items())
-        prompt = f"{hint}{row['question']}{options}\n{_LETTER_ONLY[language]}"
-        questions.append(Question(row["index"], images[code], prompt, row))
+        hint = "" if pd.isna(record["hint"]) else f"{record['hint']}\n"
+        options = "".join(f"\n{letter}. {text}" for letter, text in options_of(record).items())
+        prompt = f"{hint}{record['question']}{options}\n{_LETTER_ONLY[language]}"
+        questions.append(Question(record["index"], images[code], prompt, record))
     return questions
 
 
 def _table(answers: list[Answer]) -> pd.DataFrame:
     """The table with a column `prediction`."""
-    rows = [
-        answer.question.record | {"prediction": read_prediction(answer.reply, options_of(answer.question.record))}
-        for answer in answers
-    ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        [q.record | {"prediction": read_prediction(reply, options_of(q.record))} for q, reply in answers]
+    )
 
 
 def score(answers: list[Answer], data_dir: Path) -> Scores:
     """Circular and plain accuracy by VLMEvalKit's exact matching: local scores, the server may read more replies."""
     details = accuracy(_table(answers))
     names = {"circular": "circular", "plain_all_rows": "plain", "plain_main_rows_only": "plain, unrotated rows only"}
-    several = len(details["plain_all_rows"]) > 1
-    summary = {
-        names[kind] + (f", {split}" if several else "") + ("" if group == "Overall" else f", {group}"): 100 * score
-        for kind, splits in details.items()
-        for split, groups in splits.items()
-        for group, score in groups.items()
-        if group == "Overall" or (kind == "circular" and group in ABILITIES.values())
-    }
+    summary = {}
+    for kind, splits in details.items():
+        for split, groups in splits.items():
+            figure = f"{names[kind]}, {split}" if len(splits) > 1 else names[kind]
+            summary[figure] = 100 * groups["Overall"]
+            if kind == "circular":
+                summary |= {f"{figure}, {g}": 100 * value for g, value in groups.items() if g in ABILITIES.values()}
     return Scores(summary, details)
 
 
@@ -180,8 +177,7 @@ def export(answers: list[Answer], folder: Path, model: str, *, key: str) -> None
     """The Excel file that the MMBench server takes."""
     table = _table(answers)
     folder.mkdir(parents=True, exist_ok=True)
-    submitted = table[[column for column in _SUBMITTED if column in table]]
-    (folder / f"{key}.xlsx").write_bytes(to_xlsx(submitted))
+    (folder / f"{key}.xlsx").write_bytes(to_xlsx(table[[column for column in _SUBMITTED if column in table]]))
 
 
 def _benchmark(key: str, language: str, scored: bool) -> VQABenchmark:

@@ -29,32 +29,24 @@ def read_reply(reply: str) -> str:
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
-def table_scores(rows: Sequence[tuple[str, str]]) -> dict:
+def table_scores(replies: Sequence[tuple[str, str]]) -> dict:
     """Scores of one MME table.
 
-    `rows`: (`clean_reply` of the reply, ground truth), each two consecutive rows about one photo. A reply with a tab
-    makes a line of five fields, which the official scorer skips: not counted for `acc`, never right for `acc_plus`.
+    `replies`: (`clean_reply` of the reply, ground truth), two in a row about each photo. A reply with a tab makes a
+    line of five fields, which the official scorer skips: not counted for `acc`, never right for `acc_plus`.
 
-    Returns `score` = 100 acc + 100 acc+ (0..200), `acc` (right / counted rows), `acc_plus` (photos with both right).
-
-    Raises UserError for an odd number of rows.
+    Returns `score` = 100 acc + 100 acc+ (0..200), `acc` (right / counted), `acc_plus` (photos with both right).
     """
-    if len(rows) % 2:
-        raise UserError(f"an MME table holds two rows per photo, here is an odd number, {len(rows)}")
-    right = [None if "\t" in reply else read_reply(reply) == truth.lower() for reply, truth in rows]
-    counted = [row for row in right if row is not None]
-    both = [first is True and second is True for first, second in zip(right[::2], right[1::2])]
-    acc, acc_plus = mean(counted), mean(both)
-    return {
-        "score": 100 * acc + 100 * acc_plus,
-        "acc": acc,
-        "acc_plus": acc_plus,
-        "rows": len(rows),
-        "rows_skipped": len(rows) - len(counted),
-    }
+    right = [None if "\t" in reply else read_reply(reply) == truth.lower() for reply, truth in replies]
+    counted = [each for each in right if each is not None]
+    acc = mean(counted)
+    acc_plus = mean(first is True and second is True for first, second in zip(right[::2], right[1::2]))
+    skipped = len(right) - len(counted)
+    score = 100 * acc + 100 * acc_plus
+    return {"score": score, "acc": acc, "acc_plus": acc_plus, "rows": len(right), "rows_skipped": skipped}
 
 
-def _rows(table: str, data_dir: Path) -> Iterator[tuple[str, ...]]:
+def _questions(table: str, data_dir: Path) -> Iterator[tuple[str, ...]]:
     """(photo, question, answer) of one table: InternVL's `Your_Results/<table>.txt`, else the release's own files,
     `<photo>.txt` beside the photos (or below, where a release sorts them into subfolders)."""
     path = data_dir / "mme" / "Your_Results" / f"{table}.txt"
@@ -81,38 +73,29 @@ def _cells(line: str, number: int, path: Path) -> tuple[str, ...]:
     return cells
 
 
-def _photo(table: str, photo: str, data_dir: Path) -> Path:
-    release = data_dir / "mme" / "MME_Benchmark_release_version" / table
-    sorted_away = release / "images" / photo
-    return sorted_away if sorted_away.is_file() else release / photo
-
-
 def read_questions(data_dir: Path) -> list[Question]:
-    """The rows of the 14 tables, all of which must be there."""
+    """The questions of the 14 tables, all of which must be there."""
     questions = []
     for table in (table for tables in TABLES.values() for table in tables):
-        rows = list(_rows(table, data_dir))
-        photos = [photo for photo, _, _ in rows]
+        found = list(_questions(table, data_dir))
+        photos = [photo for photo, _, _ in found]
         if photos[::2] != photos[1::2]:
-            raise UserError(f"MME table {table} is malformed: each photo must have two consecutive rows")
-        for number, (photo, text, truth) in enumerate(rows, 1):
+            raise UserError(f"MME table {table} is malformed: each photo must have two consecutive lines")
+        release = data_dir / "mme" / "MME_Benchmark_release_version" / table
+        for number, (photo, text, truth) in enumerate(found, 1):
             record = {"table": table, "photo": photo, "truth": truth.strip()}
-            image = _photo(table, photo, data_dir)
+            image = next(filter(Path.is_file, [release / "images" / photo]), release / photo)
             questions.append(Question(f"{table}/{photo}#{number}", image, f"{text}{VQA_INSTRUCTION}", record))
     return questions
 
 
 def score(answers: list[Answer], data_dir: Path) -> Scores:
     """Perception and cognition (sums over tables) and their sum, and every table with acc and acc+."""
-    tables, totals, summary = {}, {}, {"total (points of 2800)": 0.0}
+    tables, totals, summary = {}, {}, {"total (points of 2800)": 0.0}  # the headline is first
     for part, names in TABLES.items():
         for name in names:
-            rows = [
-                (clean_reply(answer.reply), answer.question.record["truth"])
-                for answer in answers
-                if answer.question.record["table"] == name
-            ]
-            tables[name] = table_scores(rows)
+            own = [(reply, q.record["truth"]) for q, reply in answers if q.record["table"] == name]
+            tables[name] = table_scores([(clean_reply(reply), truth) for reply, truth in own])
         totals[part] = sum(tables[name]["score"] for name in names)
         summary[f"{part.lower()} (points of {200 * len(names)})"] = totals[part]
     summary["total (points of 2800)"] = sum(totals.values())
@@ -124,13 +107,13 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
 
 def export(answers: list[Answer], folder: Path, model: str) -> None:
     """`mme/<table>.txt` with lines photo, question, truth, cleaned reply: what InternVL's `calculation.py` reads."""
-    lines: dict[str, list[str]] = {}
+    tables: dict[str, str] = {}
     for question, reply in answers:
         record = question.record
-        row = (record["photo"], question.prompt, record["truth"], clean_reply(reply))
-        lines.setdefault(record["table"], []).append("\t".join(row))
-    for table, rows in lines.items():
-        write_text(folder / "mme" / f"{table}.txt", "\n".join(rows) + "\n")
+        line = "\t".join((record["photo"], question.prompt, record["truth"], clean_reply(reply)))
+        tables[record["table"]] = tables.get(record["table"], "") + line + "\n"
+    for table, text in tables.items():
+        write_text(folder / "mme" / f"{table}.txt", text)
 
 
 BENCHMARKS = {"mme": VQABenchmark(questions=read_questions, max_new_tokens=20, metric=score, export=export)}

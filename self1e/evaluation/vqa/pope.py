@@ -6,7 +6,6 @@ from pathlib import Path
 from self1e.errors import UserError
 from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark, mean, ratio, read_jsonl
 from self1e.files import write_json
-from self1e.model.prompts import VQA_INSTRUCTION
 
 
 def read_reply(reply: str) -> str:
@@ -40,14 +39,8 @@ CATEGORIES = ("random", "popular", "adversarial")
 def read_questions(data_dir: Path) -> list[Question]:
     """`text` of each line is the prompt as it stands; photos lie in `pope/val2014`."""
     path = data_dir / "pope" / "llava_pope_test.jsonl"
-    records = read_jsonl(path, "question_id", "image", "text", "category")
-    for record in records:
-        where = f"{path}: question_id {record['question_id']!r}"
-        if VQA_INSTRUCTION.strip() not in record["text"]:
-            raise UserError(f"{where} lacks `{VQA_INSTRUCTION.strip()}`")
-        if record["category"] not in CATEGORIES:
-            raise UserError(f"{where} is of category {record['category']!r}; known: {', '.join(CATEGORIES)}")
-    return [Question(r["question_id"], data_dir / "pope" / "val2014" / r["image"], r["text"], r) for r in records]
+    records, photos = read_jsonl(path, "question_id", "image", "text", "category"), data_dir / "pope" / "val2014"
+    return [Question(r["question_id"], photos / r["image"], r["text"], r) for r in records]
 
 
 def score(answers: list[Answer], data_dir: Path) -> Scores:
@@ -65,9 +58,6 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
         labels = read_jsonl(path, "image", "label")
         if len(labels) != len(asked):
             raise UserError(f"{path}: {len(labels)} labels for {len(asked)} {category} questions")
-        unknown = {label["label"] for label in labels} - {"yes", "no"}
-        if unknown:
-            raise UserError(f"{path}: a label is yes or no, not {sorted(unknown)}")
         scores = category_scores([read_reply(answer.reply) for answer in asked], [label["label"] for label in labels])
         strangers = sum(answer.question.record["image"] != label["image"] for answer, label in zip(asked, labels))
         categories[category] = scores
@@ -77,25 +67,20 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
             notes.append(f"{category}: nothing answered yes, precision is given as 0")
         if not scores["TP"] + scores["FN"]:
             notes.append(f"{category}: nothing labelled yes, recall is given as 0")
-    overall = {
-        name: mean(scores[name] for scores in categories.values())
-        for name in ("f1", "accuracy", "precision", "recall", "yes_ratio")
-    }
-    summary = {f"{name} (overall)": 100 * value for name, value in overall.items()}
-    summary |= {
-        f"{name} ({category})": 100 * scores[name] for category, scores in categories.items() for name in overall
-    }
-    details = {"categories": categories, "overall": overall}
-    details["overall_f1_printed_percent"] = round(100 * overall["f1"], 2)
-    return Scores(summary, details, notes)
+    names = ("f1", "accuracy", "precision", "recall", "yes_ratio")
+    overall = {name: mean(scores[name] for scores in categories.values()) for name in names}
+    groups = {"overall": overall, **categories}
+    summary = {f"{name} ({group})": 100 * scores[name] for group, scores in groups.items() for name in names}
+    printed = {"overall_f1_printed_percent": round(100 * overall["f1"], 2)}
+    return Scores(summary, {"categories": categories, "overall": overall, **printed}, notes)
 
 
 def export(answers: list[Answer], folder: Path, model: str) -> None:
-    rows: list[dict] = [
+    records: list[dict] = [
         {"question_id": a.question.id, "text": a.reply, "text_orig": a.reply, "model_id": model, "metadata": {}}
         for a in answers
     ]
-    write_json(folder / "pope.json", rows)
+    write_json(folder / "pope.json", records)
 
 
 BENCHMARKS = {"pope": VQABenchmark(questions=read_questions, max_new_tokens=100, metric=score, export=export)}

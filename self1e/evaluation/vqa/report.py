@@ -1,36 +1,30 @@
-"""The summary of a VQA evaluation: models side by side, all figures in `summary.md`, the headlines on the terminal."""
+"""The summary of a VQA evaluation: all figures in `summary.md`, the headlines on the terminal."""
 
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping
+from pathlib import Path
 
 from self1e.evaluation.tables import markdown_table
+from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
+from self1e.files import read_json, write_json, write_text
 
-Results = Mapping[str, Sequence[dict | None]]  # benchmark -> what `<benchmark>.scores.json` of each model holds
+
+def write_summary(folder: Path, model: dict, faults: Mapping[str, str]) -> None:
+    """`summary.md` and `summary.json` of all benchmarks that the folder holds; prints the headlines."""
+    paths = {name: folder / f"{name}.scores.json" for name in VQA_BENCHMARKS}
+    results = {name: read_json(path, dict) for name, path in paths.items() if path.is_file()}
+    figures = {name: {scores["model"]: scores["summary"]} for name, scores in results.items()}
+    write_json(folder / "summary.json", {"models": [model], "figures": figures, "failures": dict(faults)})
+    write_text(folder / "summary.md", summary_table(model["label"], results))
+    print(f"{summary_table(model['label'], results, headlines=True)}\nall figures are in {folder / 'summary.md'}")
 
 
-def summary_table(labels: Sequence[str], results: Results, *, headlines: bool = False) -> str:
-    """Markdown: a line for each figure, a column for each model, and last minus first where there are several.
-
-    headlines: the first figure of each benchmark only, and no notes.
-    """
-    header = ["benchmark", "figure", *labels, *(["last - first"] if len(labels) > 1 else [])]
+def summary_table(label: str, results: Mapping[str, dict], *, headlines: bool = False) -> str:
+    """Markdown: a line for each figure. headlines: the first figure of each benchmark only, and no notes."""
     lines, notes = [], []
-    for name, per_model in results.items():
-        found = [result for result in per_model if result]
-        figures = list(dict.fromkeys(chain.from_iterable(result["summary"] for result in found))) or ["-"]
-        for figure in figures[:1] if headlines else figures:
-            values = [result["summary"].get(figure) if result else None for result in per_model]
-            line = [name, figure, *(_cell(result, value) for result, value in zip(per_model, values))]
-            if len(labels) > 1:
-                first, last = values[0], values[-1]
-                line.append("" if first is None or last is None else f"{last - first:+.2f}")
-            lines.append(line)
-        notes += [f"- {name}, {result['model']}: {note}\n" for result in found for note in result["notes"]]
-    text = markdown_table(header, lines, text_columns=2) + "\nPercent, unless the figure names points.\n"
+    for name, scores in results.items():
+        figures = [(figure, f"{value:.2f}") for figure, value in scores["summary"].items()] or [("-", "server")]
+        lines += [[name, *figure] for figure in (figures[:1] if headlines else figures)]
+        notes += [f"- {name}, {scores['model']}: {note}\n" for note in scores["notes"]]
+    text = markdown_table(["benchmark", "figure", label], lines, text_columns=2)
+    text += "\nPercent, unless the figure names points.\n"
     return text + ("\n" + "".join(notes) if notes and not headlines else "")
-
-
-def _cell(result: dict | None, value: float | None) -> str:
-    if result is None:
-        return "-"
-    return "server" if value is None else f"{value:.2f}"

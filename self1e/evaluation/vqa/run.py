@@ -9,10 +9,9 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -20,12 +19,13 @@ from self1e import distributed
 from self1e.data.paths import inside
 from self1e.data.samples import check_texts
 from self1e.errors import UserError, check_known
+from self1e.evaluation.loop import WAIT
 from self1e.evaluation.results import Stopped, claim_folder, make_settings
 from self1e.evaluation.vqa.base import Answer, Question
 from self1e.evaluation.vqa.generation import answer_questions, replies_of
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
-from self1e.evaluation.vqa.report import summary_table
-from self1e.files import check_writable, read_json, write_json, write_text
+from self1e.evaluation.vqa.report import write_summary
+from self1e.files import check_writable, write_json
 from self1e.model.config import DTYPES, SWITCHES, check_source
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
@@ -33,52 +33,25 @@ from self1e.model.prompts import IMAGE_TAG
 from self1e.model.weights import checkpoint_folder, weights_identity
 from self1e.stop import REQUEUE, StopRequest, mark_requeue
 
-OWN_WEIGHTS = "none"
-WAIT = timedelta(days=1)  # that a rank may wait for another one's share of the questions
 Questions = Mapping[str, list[Question]]  # of each benchmark
 
 
-class Candidate(NamedTuple):
-    """A model to evaluate. `folder`: where its results go; `label`: its column in the summary."""
+def find_model(version: str | None, weights: str | None, run_dir: Path) -> tuple[str, str | None, str]:
+    """Version, weights over it or None, and the name of what is evaluated.
 
-    label: str
-    version: str
-    weights: str | None
-    folder: Path
-
-
-def list_candidates(versions: Sequence[str], weights: Sequence[str], run_dir: Path) -> list[Candidate]:
-    """Pair `--version` with `--model_weights`; one of either kind serves all of the other.
-
-    Without `--model_weights`, a single version is evaluated with `<run_dir>/ckpt_model` if it is there. Without
-    `--version`, that folder is the version. One model writes to `<run_dir>/eval_vqa`, several to a folder below it
-    each. Raises UserError when the numbers do not fit, or when there is no model.
+    Weights: as given, else `<run_dir>/ckpt_model` if it is there, else the version's own. Without a version, that
+    folder is it. Raises UserError where there is neither.
     """
-    trained, root = run_dir / "ckpt_model", run_dir / "eval_vqa"
-    if not versions:
-        if not (trained / "config.json").is_file():
-            raise UserError(f"{run_dir} holds no trained model (ckpt_model): name one with --version")
-        versions = [str(trained)]
-    if not weights:
-        own = len(versions) > 1 or not trained.is_dir() or Path(versions[0]) == trained
-        weights = [OWN_WEIGHTS if own else str(trained)] * len(versions)
-    if len(versions) not in (1, len(weights)):
-        raise UserError(
-            f"{len(versions)} --version but {len(weights)} --model_weights: give one for each, `{OWN_WEIGHTS}` for a "
-            "version's own weights"
-        )
-    versions = [*versions] * (len(weights) // len(versions))
-    chosen = [None if each == OWN_WEIGHTS else each for each in weights]
-    labels = [_label(own or version) for version, own in zip(versions, chosen)]
-    labels = [label if labels.count(label) == 1 else f"{label}_{i}" for i, label in enumerate(labels, 1)]
-    folders = [root / label if len(labels) > 1 else root for label in labels]
-    return [Candidate(*each) for each in zip(labels, versions, chosen, folders)]
-
-
-def _label(checkpoint: str) -> str:
-    """`runs/e/ckpt_model` -> `e_ckpt_model`, `OpenGVLab/InternVL3-2B` -> `InternVL3-2B`."""
-    parts = Path(checkpoint).resolve().parts if checkpoint.startswith(".") else Path(checkpoint).parts
-    return "_".join(parts[-2:]) if parts[-1].startswith("ckpt_model") and len(parts) > 1 else parts[-1]
+    trained = run_dir / "ckpt_model"
+    if version is None and not (trained / "config.json").is_file():
+        raise UserError(f"{run_dir} holds no trained model (ckpt_model): name one with --version")
+    version = version or str(trained)
+    if weights is None and trained.is_dir() and Path(version) != trained:
+        weights = str(trained)
+    path = Path(weights or version)
+    path = path.resolve() if str(path).startswith(".") else path
+    run = path.parent.name if path.name.startswith("ckpt_model") else ""  # runs/e/ckpt_model is e_ckpt_model
+    return version, weights, f"{run}_{path.name}" if run else path.name
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -87,12 +60,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     # A flag is one line, and where that is too long its help another.
-    add("--version", type=checkpoint_folder, nargs="+", action="extend", default=[], metavar="V",
-        help="model folder, run folder or hub id; two for base and fine-tuned side by side (also as a repeated flag); "
-             "unset: the run's own ckpt_model")
-    add("--model_weights", type=checkpoint_folder, nargs="+", action="extend", default=[], metavar="W",
-        help=f"weights over --version, one for each, or several over one; `{OWN_WEIGHTS}` means the version's own; "
-             "unset: the run's ckpt_model if it is there (with one --version), else the version's own")
+    add("--version", type=checkpoint_folder, metavar="V",
+        help="model folder, run folder or hub id; unset: the run's own ckpt_model")
+    add("--model_weights", type=checkpoint_folder, metavar="W",
+        help="weights over --version; unset: the run's ckpt_model if it is there, else the version's own")
     add("--exp_name", required=True, help="results go to <log_base_dir>/<exp_name>/eval_vqa")
     add("--log_base_dir", type=Path, default=Path("runs"), help="folder of all runs")
     add("--data_dir", type=Path, default=Path("data"), help="InternVL's data folder; `data/` in image paths means it")
@@ -158,27 +129,26 @@ def read_benchmarks(names: Sequence[str], data_dir: Path, **checks: bool) -> tup
     return found, faults
 
 
-def score(name: str, candidate: Candidate, questions: Sequence[Question], data_dir: Path) -> None:
+def score(name: str, folder: Path, model: str, questions: Sequence[Question], data_dir: Path) -> None:
     """Score one benchmark from its replies on disk; writes `<name>.scores.json` and the official result files.
 
     Raises UserError when some questions are unanswered.
     """
-    benchmark, replies = VQA_BENCHMARKS[name], replies_of(candidate.folder, name, questions)
+    benchmark, replies = VQA_BENCHMARKS[name], replies_of(folder, name, questions)
     records = replies.read()
     if len(records) < len(questions):
         counts = f"{len(records)} of {len(questions)} questions"
         raise UserError(f"{replies.path} answers {counts}; run without --score_only")
     answers = [Answer(question, records[index]["answer"]) for index, question in enumerate(questions)]
-    benchmark.export(answers, candidate.folder / "official", candidate.label)
+    benchmark.export(answers, folder / "official", model)
     scores = {"summary": {}, "details": {}, "notes": ["no local score: send the file in official/ to the server"]}
     if benchmark.metric is not None:
         scores = vars(benchmark.metric(answers, data_dir))
-    head = {"benchmark": name, "model": candidate.label, "n": len(answers)}
-    write_json(candidate.folder / f"{name}.scores.json", head | scores)
+    write_json(folder / f"{name}.scores.json", {"benchmark": name, "model": model, "n": len(answers)} | scores)
 
 
-def answer(args: argparse.Namespace, candidate: Candidate, questions: Questions, stop: StopRequest) -> None:
-    """Have one model answer what is unanswered, benchmark by benchmark, and score each."""
+def answer(args: argparse.Namespace, folder: Path, model: str, questions: Questions, stop: StopRequest) -> None:
+    """Have the model answer what is unanswered, benchmark by benchmark, and score each."""
     device, max_tiles = distributed.device(args.device), args.max_num if args.dynamic else 1
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     options = {"attn_implementation": args.attn_implementation}
@@ -187,18 +157,18 @@ def answer(args: argparse.Namespace, candidate: Candidate, questions: Questions,
     @cache
     def load() -> tuple[Any, Self1EProcessor]:
         """At the first call: an evaluation whose questions are all answered needs no model."""
-        processor = Self1EProcessor.from_pretrained(candidate.version)
-        model = Self1EForSegmentation.from_pretrained(
-            candidate.version, weights=candidate.weights, dtype=DTYPES[precision], **options
+        processor = Self1EProcessor.from_pretrained(args.version)
+        loaded = Self1EForSegmentation.from_pretrained(
+            args.version, weights=args.model_weights, dtype=DTYPES[precision], **options
         )
-        model.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
-        return model.to(device).eval(), processor
+        loaded.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
+        return loaded.to(device).eval(), processor
 
-    weights = weights_identity(candidate.version, candidate.weights)
+    weights = weights_identity(args.version, args.model_weights)
     settings = make_settings(weights, precision=precision, max_tiles=max_tiles, **options)
-    distributed.on_main(partial(claim_folder, candidate.folder, settings, overwrite=args.overwrite_eval))
+    distributed.on_main(partial(claim_folder, folder, settings, overwrite=args.overwrite_eval))
     for name, asked in questions.items():
-        results = replies_of(candidate.folder, name, asked)
+        results = replies_of(folder, name, asked)
         results.open(overwrite=args.overwrite_eval)
         if len(results.found) == len(asked):
             results.finish()
@@ -206,39 +176,24 @@ def answer(args: argparse.Namespace, candidate: Candidate, questions: Questions,
             answer_questions(
                 *load(), asked, results, max_new_tokens=VQA_BENCHMARKS[name].max_new_tokens, max_tiles=max_tiles,
                 batch_size=args.batch_size, workers=args.workers, timeout=args.timeout,
-                asked_to_stop=lambda: stop.signal is not None, title=f"{candidate.label} {name}",
+                asked_to_stop=lambda: stop.signal is not None, title=name,
             )  # fmt: skip
         if distributed.is_main():
-            score(name, candidate, asked, args.data_dir)
-
-
-def write_summary(root: Path, candidates: Sequence[Candidate], faults: Mapping[str, str]) -> None:
-    """`summary.md` and `summary.json` of all benchmarks that the candidates' folders hold; prints the headlines."""
-    labels = [candidate.label for candidate in candidates]
-    results = {}
-    for name in VQA_BENCHMARKS:
-        paths = [candidate.folder / f"{name}.scores.json" for candidate in candidates]
-        if any(path.is_file() for path in paths):
-            results[name] = [read_json(path, dict) if path.is_file() else None for path in paths]
-    figures = {name: {each["model"]: each["summary"] for each in found if each} for name, found in results.items()}
-    models = [{"label": c.label, "version": c.version, "weights": c.weights} for c in candidates]
-    write_json(root / "summary.json", {"models": models, "figures": figures, "failures": dict(faults)})
-    write_text(root / "summary.md", summary_table(labels, results))
-    print(f"{summary_table(labels, results, headlines=True)}\nall figures are in {root / 'summary.md'}", flush=True)
+            score(name, folder, model, asked, args.data_dir)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate as the flags say; returns the exit code, 1 when a benchmark's files are at fault."""
-    for version in [] if args.score_only else args.version:
-        check_source(version)  # also one whose weights are replaced
-    candidates = list_candidates(args.version, args.model_weights, args.run_dir)
-    names = " ".join(args.datasets).split()
+    if args.version and not args.score_only:
+        check_source(args.version)  # also one whose weights are replaced
+    args.version, args.model_weights, model = find_model(args.version, args.model_weights, args.run_dir)
+    names, folder = " ".join(args.datasets).split(), args.run_dir / "eval_vqa"
     check_known("unknown VQA benchmark", names, VQA_BENCHMARKS)
     distributed.start("gloo", timeout=WAIT)  # ranks exchange small objects only, on any kind of device
-    for candidate in candidates if distributed.is_main() else ():
-        check_writable(candidate.folder)
-        weights = candidate.weights or "its own weights"
-        print(f"evaluating {candidate.label}: {candidate.version}, {weights} -> {candidate.folder}", flush=True)
+    if distributed.is_main():
+        check_writable(folder)
+    weights = args.model_weights or "its own weights"
+    distributed.say(f"evaluating {model}: {args.version}, {weights} -> {folder}")
     checks = {"photos": not args.score_only, "allow_outside": args.allow_outside}
     questions, faults = read_benchmarks(names, args.data_dir, **checks)
     for name, fault in faults.items() if distributed.is_main() else ():
@@ -248,18 +203,17 @@ def run(args: argparse.Namespace) -> int:
     with StopRequest() as stop:
         mark_requeue(args.run_dir, wanted=False)
         try:
-            for candidate in candidates:
-                if not args.score_only:
-                    answer(args, candidate, questions, stop)
-                elif distributed.is_main():
-                    for name, asked in questions.items():
-                        score(name, candidate, asked, args.data_dir)
+            if not args.score_only:
+                answer(args, folder, model, questions, stop)
+            elif distributed.is_main():
+                for name, asked in questions.items():
+                    score(name, folder, model, asked, args.data_dir)
         except Stopped:
             mark_requeue(args.run_dir)
             distributed.say(f"\nstopped by {stop.signal or 'a request to another rank'}; the same command continues")
             return REQUEUE
     if distributed.is_main():
-        write_summary(args.run_dir / "eval_vqa", candidates, faults)
+        write_summary(folder, {"label": model, "version": args.version, "weights": args.model_weights}, faults)
     return 1 if faults else 0
 
 

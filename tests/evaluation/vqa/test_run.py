@@ -25,10 +25,9 @@ from vqa_trees import (
     write_vqav2,
 )
 
-from self1e.errors import UserError
 from self1e.evaluation.vqa import generation
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
-from self1e.evaluation.vqa.run import list_candidates, main
+from self1e.evaluation.vqa.run import main
 
 
 def test_run_writes_replies_scores_and_official_files(tiny, tmp_path, capsys):
@@ -184,45 +183,21 @@ def test_a_question_cannot_hold_control_tokens(tiny, tmp_path, capsys, token):
     assert "question 70: " in (message := capsys.readouterr().err) and "holds the reserved token" in message
 
 
-def test_base_and_fine_tuned_side_by_side(tiny, tmp_path):
+def test_the_weights_of_the_run_are_taken(tiny, tmp_path):
     write_vqav2(tmp_path / "data")
+    assert run(tmp_path, tiny) == 0
+    path = results(tmp_path) / "vqa-vqav2-val.jsonl"
+    base = path.read_text()
+    assert run(tmp_path, None) == 1  # no model of its own
     model, processor = load_model(tiny)
     with torch.no_grad():
         model.lm_head.weight.neg_()
     tuned = tmp_path / "runs" / "e" / "ckpt_model"
     model.save_pretrained(tuned)
     processor.save_pretrained(tuned)
-    assert run(tmp_path, tiny, "--model_weights", "none", str(tuned)) == 0
-    folder = results(tmp_path)
-    answers = [lines(folder / name / "vqa-vqav2-val.jsonl") for name in (tiny.name, "e_ckpt_model")]
-    assert [reply["answer"] for reply in answers[0]] != [reply["answer"] for reply in answers[1]]
-    table = (folder / "summary.md").read_text()
-    assert "last - first" in table and tiny.name in table and "e_ckpt_model" in table
-    # Alone, the run's own model is taken, and the answers are the same.
-    assert run(tmp_path, None) == 0
-    assert lines(folder / "vqa-vqav2-val.jsonl") == answers[1]
-
-
-def test_pairing_of_versions_and_weights(tmp_path):
-    def pairs(versions, weights):
-        return [(c.version, c.weights) for c in list_candidates(versions, weights, tmp_path)]
-
-    trained = tmp_path / "ckpt_model"
-    assert pairs(["v"], []) == [("v", None)]
-    with pytest.raises(UserError, match="--version"):
-        pairs([], [])
-    trained.mkdir()
-    (trained / "config.json").write_text("{}")
-    assert pairs(["v"], []) == [("v", str(trained))]
-    assert pairs([], []) == pairs([str(trained)], []) == [(str(trained), None)]
-    assert pairs(["v"], ["none"]) == [("v", None)]
-    assert pairs(["v"], ["none", "w"]) == [("v", None), ("v", "w")]
-    assert pairs(["u", "v"], []) == [("u", None), ("v", None)]
-    assert pairs(["u", "v"], ["none", "w"]) == [("u", None), ("v", "w")]
-    with pytest.raises(UserError, match="none"):
-        pairs(["u", "v"], ["w"])
-    same = list_candidates(["a/v", "b/v"], [], tmp_path)
-    assert len({candidate.folder for candidate in same}) == 2
+    assert run(tmp_path, None, "--overwrite_eval") == 0 and path.read_text() != base
+    tuned_answers = path.read_text()
+    assert run(tmp_path, tiny, "--overwrite_eval") == 0 and path.read_text() == tuned_answers
 
 
 @pytest.mark.parametrize("flags", [["--batch_size", "0"], ["--score_only", "--overwrite_eval"], ["--nope"]])
