@@ -48,7 +48,7 @@ def evaluation_keys(dataset_dir: str | Path) -> np.ndarray:
 
 @dataclass
 class Encode:
-    """Turn a sample into what `Self1EProcessor.collate` takes; a sample that does not fit counts as broken."""
+    """Turn samples into what a batch is made of; one that does not fit counts as broken."""
 
     processor: Any
     max_length: int
@@ -60,12 +60,10 @@ class Encode:
             encoded = self.processor.encode(sample.image, sample.conversations, sample.masks, **limits)
         return encoded | {"id": sample.id, "replaced": sample.replaced}
 
-
-def collate(encoded: list[dict], *, processor: Any, groups: int) -> dict:
-    """Join encoded samples to a batch that also names its samples and the broken ones that they replace."""
-    replaced = [pair for entry in encoded for pair in entry["replaced"]]
-    ids = [entry["id"] for entry in encoded]
-    return dict(processor.collate(encoded, groups=groups)) | {"ids": ids, "replaced": replaced}
+    def collate(self, encoded: list[dict], groups: int) -> dict:
+        """Join encoded samples to a batch that also names its samples and the broken ones that they replace."""
+        ids, replaced = [entry["id"] for entry in encoded], [pair for entry in encoded for pair in entry["replaced"]]
+        return dict(self.processor.collate(encoded, groups=groups)) | {"ids": ids, "replaced": replaced}
 
 
 @dataclass
@@ -92,7 +90,7 @@ def make_loader(
     timeout: float = 0,
     groups: int = 2,
 ) -> DataLoader:
-    """This rank's batches of an epoch: what `processor.collate` makes, with `ids` and `replaced` (see `collate`).
+    """This rank's batches of an epoch: what `processor.collate` makes, with `ids` and `replaced`.
 
     first, stop: take these micro-batches of the epoch alone, as after a resume
     workers:     processes that read and encode; 0: this one does
@@ -103,7 +101,7 @@ def make_loader(
     return DataLoader(
         Stream(mixture, encode),
         batch_sampler=[slots.tolist() for slots in plan],
-        collate_fn=partial(collate, processor=encode.processor, groups=groups),
+        collate_fn=partial(encode.collate, groups=groups),
         num_workers=workers,
         timeout=timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),

@@ -18,13 +18,19 @@ IGNORED = 255  # value of a pixel that no class or score counts
 NO_POLYGON = "a polygon is x, y, x, y, ... of at least three finite points, in one list of numbers"
 
 
-def _rle(segmentation: dict, height: int, width: int) -> dict:
-    """Compressed RLE of a compressed or uncompressed one. Raises ValueError unless its runs fill the image exactly.
+def _rle(part: list | dict, height: int, width: int) -> dict:
+    """Compressed RLE of a polygon or an RLE. Raises ValueError unless the runs of an RLE fill the image exactly.
 
     The library decodes without looking: runs that are cut, too long or negative would give pixels that were never
     written, or write outside the mask.
     """
-    size, counts = segmentation.get("size"), segmentation.get("counts", ())
+    if not isinstance(part, dict):
+        points = np.asarray(part)
+        # pycocotools takes four numbers for a box and walks without end along a non-finite edge.
+        if points.dtype.kind not in "iuf" or points.ndim != 1 or len(points) < 6 or not (np.abs(points) < 1e6).all():
+            raise ValueError(NO_POLYGON)
+        return coco.frPyObjects([points.astype(float).tolist()], height, width)[0]
+    size, counts = part.get("size"), part.get("counts", ())
     if size != [height, width] and size != (height, width):
         raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
     counts = counts.encode() if isinstance(counts, str) else counts
@@ -75,16 +81,6 @@ def _parts(segmentation: list | dict) -> list:
     return good
 
 
-def _part_rle(part: list | dict, height: int, width: int) -> dict:
-    if isinstance(part, dict):
-        return _rle(part, height, width)
-    points = np.asarray(part)
-    # pycocotools takes four numbers for a box and walks without end along a non-finite edge.
-    if points.dtype.kind not in "iuf" or points.ndim != 1 or len(points) < 6 or not (np.abs(points) < 1e6).all():
-        raise ValueError(NO_POLYGON)
-    return coco.frPyObjects([points.astype(float).tolist()], height, width)[0]
-
-
 def decode_segmentation(segmentation: list | dict, height: int, width: int, where: str = "annotation") -> np.ndarray:
     """COCO segmentation -> uint8 {0, 1} (height, width), the union of its parts.
 
@@ -97,7 +93,7 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int, wher
         if not isinstance(segmentation, (list, dict)):
             raise ValueError(f"neither polygons nor RLE: {type(segmentation).__name__}")
         for part in _parts(segmentation):
-            mask |= coco.decode(_part_rle(part, height, width))
+            mask |= coco.decode(_rle(part, height, width))
     except ValueError as error:
         raise UserError(f"{where}: malformed segmentation ({error})") from error
     return mask

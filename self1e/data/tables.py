@@ -1,9 +1,8 @@
 """Records of large annotation files, parsed once and memory-mapped by every rank and worker.
 
-PACO's, COCO's and the question files are hundreds of MB of JSON. Each is read once, by one of `readers`, into a folder
-of the cache (env SELF1E_CACHE, else ~/.cache/self1e): per table `<table>.bin` with one JSON text after another and
-`<table>.offsets.npy`, plus integer arrays to look records up, and `meta.json`. The folder's name holds a hash of the
-source's path, size and modification time and of VERSION.
+Each file is read once, by one of `readers`, into a folder of the cache (env SELF1E_CACHE, else ~/.cache/self1e): per
+table `<table>.bin` with one JSON text after another and `<table>.offsets.npy`, plus integer arrays to look records up,
+and `meta.json`. The folder's name holds a hash of the source's path, size and modification time and of VERSION.
 """
 
 import hashlib
@@ -12,7 +11,6 @@ import logging
 import os
 from array import array
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,21 +25,15 @@ VERSION = 6  # of what the readers write
 
 
 class Records(Sequence[Any]):
-    """Read-only list of JSON records; pickles as its path, opens its maps on first use."""
+    """Read-only list of JSON records, memory-mapped; pickles as its path."""
 
     def __init__(self, stem: Path):
         self.stem = stem
+        self._offsets = np.load(f"{stem}.offsets.npy", mmap_mode="r")
+        self._texts = np.memmap(f"{stem}.bin", mode="r")
 
     def __reduce__(self):
         return Records, (self.stem,)
-
-    @cached_property
-    def _offsets(self) -> np.ndarray:
-        return np.load(f"{self.stem}.offsets.npy", mmap_mode="r")
-
-    @cached_property
-    def _texts(self) -> np.ndarray:
-        return np.memmap(f"{self.stem}.bin", mode="r")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -120,8 +112,6 @@ def open_tables(source: Path, read: Callable[[Path, Writer], None]) -> Tables:
         check_fetched(source)
         raise UserError(f"{source}: {error}") from error
     except OSError as error:
-        raise UserError(
-            f"cannot write the tables of {source} to {cache} ({error}); "
-            "set SELF1E_CACHE to a folder with room for about the size of the annotation files"
-        ) from error
+        advice = "set SELF1E_CACHE to a folder with room for about the size of the annotation files"
+        raise UserError(f"cannot write the tables of {source} to {cache} ({error}); {advice}") from error
     return Tables(folder)

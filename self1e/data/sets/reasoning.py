@@ -72,10 +72,9 @@ class ReasonSeg(ExpressionSet):
         try:
             raw = path.read_bytes()
             try:
-                text = raw.decode("utf-8-sig")
+                record = json.loads(raw)  # UTF-8, with or without BOM
             except UnicodeDecodeError:
-                text = raw.decode("cp1252")
-            record = json.loads(text)
+                record = json.loads(raw.decode("cp1252"))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from error
         return fields(record, str(path), text=list, is_sentence=(bool, int), shapes=list)
