@@ -106,7 +106,7 @@ def read_unit(data: EvalSplit, number: int) -> Record:
     problems = ["a phrase is empty" for sentence in unit.sentences if not sentence.strip()]
     problems += [f"unit {id} occurs twice" for id, times in Counter(unit.unit_ids).items() if times > 1]
     image, masks = unit.load()
-    conversations = [([prompt], mask[None]) for prompt, mask in zip(unit.prompts, masks)]
+    conversations = [([text.strip()], mask[None]) for text, mask in zip(unit.sentences, masks)]
     return Record(data.id(number), image, conversations, problems)
 
 
@@ -176,9 +176,9 @@ def tree_sources(dataset_dir: Path, data_dir: Path, allow_outside: bool) -> Iter
 
 def is_tree(path: Path) -> bool:
     """Whether a folder holds one of the folders of the sets; those of question sets are another folder's."""
-    kinds = {kind for family in FAMILIES.values() for kind in family.sets.values()}
-    folders = {file.split("/")[0] for kind in kinds for file in kind.files[:1]} | {"refer_seg", "reason_seg"}
-    return any((path / folder).is_dir() for folder in folders)
+    sets = [each for family in FAMILIES.values() for each in family.sets.items()]
+    own = (training_set.paths(name, path, Path(os.devnull))[0] for name, training_set in sets)
+    return any((path / each.relative_to(path).parts[0]).is_dir() for each in own if each.is_relative_to(path))
 
 
 @dataclass
@@ -243,7 +243,7 @@ def check(source: Source, args: argparse.Namespace, tokenizer: Any) -> None:
 
 
 def picture(name: str, record: Record, turn: int) -> Image.Image:
-    """Photo, mask, question and answer of a conversation that shows something, record after record another one."""
+    """Photo, mask, question and answer of a conversation that shows something."""
     conversations = [each for each in record.conversations if (each[1] == 1).any()] or record.conversations
     turns, masks = conversations[turn % len(conversations)]
     pictures = {record.id[-60:]: record.image}

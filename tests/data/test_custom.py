@@ -154,7 +154,7 @@ def test_one_error_names_every_faulty_line_and_missing_file(tmp_path):
     mask(tmp_path / "m.png", [1])
     rows = [
         ("a.jpg", "m.png", "fine"),
-        ("", "m.png", " "),
+        ("", "m.png", " \u200b"),
         ("a.jpg", "m.png", "red", "-1"),
         ("a.jpg", "m.png", "the red", "2", " big one"),
         ("gone.jpg", "lost.png", "x"),

@@ -13,10 +13,9 @@ from trees import SQUARE, instances, label_map, photo, questions, reasoning_phot
 from self1e.data.families import FAMILIES, DataConfig
 from self1e.data.loader import build_mixture
 from self1e.data.mixture import Mixture, pack, unpack
-from self1e.data.paths import missing
 from self1e.data.samples import SampleError
 from self1e.data.sets.vqa import QUESTIONS
-from self1e.data.splits import load_split, split_paths
+from self1e.data.splits import load_split
 from self1e.errors import UserError
 
 
@@ -113,13 +112,6 @@ def test_samples_are_a_function_of_seed_and_token():
     assert ids(toy(), places) != ids(toy(), next_epoch)
     assert toy()[pack(0, 0, 3, 0)].conversations != toy()[pack(0, 0, 3, 1)].conversations
     assert toy()[pack(0, 0, 3, 0)].conversations != toy()[pack(1, 0, 3, 0)].conversations
-
-
-def test_the_items_of_an_epoch_do_not_depend_on_the_number_of_ranks():
-    def all_places(world):
-        return sorted(np.concatenate(epoch_batches(toy("exact", 4), world)).tolist())
-
-    assert all_places(1) == all_places(2) == all_places(5)
 
 
 def test_broken_samples_are_replaced_logged_once_and_listed(caplog):
@@ -276,20 +268,6 @@ def test_bad_flags_are_named(tmp_path, arguments, words):
 def explained(root):
     write_json(root / "reason_seg/ReasonSeg/explanatory/train.json", [])
     return tree(root)
-
-
-def test_missing_data_is_one_error(tmp_path):
-    config = DataConfig.parse(dataset_dir=tmp_path / "dataset", data_dir=tmp_path / "data", explanatory=0.1)
-    for _, path in config.paths():
-        path.parent.mkdir(parents=True, exist_ok=True)  # several paths of a missing folder would be one line
-    with pytest.raises(UserError) as error:
-        build_mixture(config, batch_size=3, seed=0)
-    message = str(error.value)
-    assert all(message.count(f"  {path} ") == (not path.exists()) for _, path in config.paths())
-    assert "(cocostuff, paco_lvis, llava_instruct_150k)" in message and "grefcoco" not in message
-    absent = missing(split_paths(["ReasonSeg|val", "refcoco|unc|val"], tmp_path))
-    assert {name for name, _ in absent} == {"ReasonSeg|val", "refcoco|unc|val"}
-    assert not missing(DataConfig.parse(dataset_dir=tree(tmp_path), data_dir=tmp_path / "data", dataset="vqa").paths())
 
 
 def test_excluded_photos_are_matched_across_sets(tmp_path):

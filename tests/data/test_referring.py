@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from helpers import SHARED, needs_shared
-from trees import SQUARE, H, W, photo, reference, referring_set
+from trees import SQUARE, H, W, reference, referring_set
 
 from self1e.data.families import FAMILIES
 from self1e.data.samples import SampleError
@@ -90,14 +90,6 @@ def test_unit_ids_are_unique_even_when_the_source_repeats_them(tmp_path):
     (image,) = load_split("refcoco|unc|val", tmp_path)
     assert len(set(image.unit_ids)) == 3
     assert image.prompts[0] == "<image>\n What is a in this image? Please output segmentation mask."
-
-
-def test_annotations_turn_with_a_turned_photo(tmp_path):
-    referring_set(tmp_path, "refcoco", [reference(1, 7, 11, "val", "a")], [annotation(11, 7, SQUARE)])
-    photo(tmp_path / "refer_seg/images/mscoco/images/train2014/COCO_train2014_000000000007.jpg", orientation=6)
-    image, masks = load_split("refcoco|unc|val", tmp_path)[0].load()
-    assert image.size == (H, W) and masks.shape == (1, W, H)
-    assert masks[0, 2:8, H - 9 : H - 3].all() and masks.sum() == AREA  # clockwise: x = H - y, y = x
 
 
 def test_broken_annotations_and_photos_are_sample_errors(tmp_path):
