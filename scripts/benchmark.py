@@ -53,29 +53,27 @@ Figures = dict[str, Any]
 
 
 def show(title: str, figures: Figures) -> Figures:
-    values = (
-        f"{key} {value:.4g}" if isinstance(value, (int, float)) else f"{key} {value}" for key, value in figures.items()
-    )
+    values = (f"{key} {x:.4g}" if isinstance(x, (int, float)) else f"{key} {x}" for key, x in figures.items())
     print(f"  {title:<44} {'  '.join(values)}", flush=True)
     return figures
 
 
 def count_costs() -> Figures:
     """FLOPs and memory at full depth, per size: a recipe micro-batch per kind of checkpointing, and evaluation."""
-    found: Figures = {}
-    for size in SIZES:
-        for tiles in 1, 4:
-            for kind in CHECKPOINTING:
-                cost = training_cost(size, kind, tiles=tiles)
-                name = f"{size}, training, {kind}" + (", 4 tiles" if tiles > 1 else "")
-                found[name] = {"tflop": cost.flops / 1e12, "activations_gb": cost.activations / 1e9}
-                show(name, found[name])
-        for sentences in 1, 7, 30:
-            cost = evaluation_cost(size, sentences=sentences)
-            name = f"{size}, evaluation, {sentences} sentences"
-            found[name] = {"tflop": cost.flops / 1e12, "activations_gb": cost.activations / 1e9}
-            show(name, found[name])
-    return found
+    work = {
+        f"{size}, training, {kind}" + (", 4 tiles" if tiles > 1 else ""): partial(
+            training_cost, size, kind, tiles=tiles
+        )
+        for size in SIZES
+        for tiles in (1, 4)
+        for kind in CHECKPOINTING
+    } | {
+        f"{size}, evaluation, {n} sentences": partial(evaluation_cost, size, sentences=n)
+        for size in SIZES
+        for n in (1, 7, 30)
+    }
+    costs = ((name, count()) for name, count in work.items())
+    return {name: show(name, {"tflop": c.flops / 1e12, "activations_gb": c.activations / 1e9}) for name, c in costs}
 
 
 def synchronize() -> None:
@@ -157,10 +155,8 @@ class Recipe:
         base = make_tiny_internvl(self.folder.name, **sizes)
         self.tiny, self.processor = tiny, Self1EProcessor.from_pretrained(base)
         self.config = Self1EForSegmentation.from_pretrained(base).config if tiny else configuration("2B")
-        self.config.image_token_id, self.config.seg_token_id = (
-            self.processor.image_token_id,
-            self.processor.seg_token_id,
-        )
+        for token in "image_token_id", "seg_token_id":
+            setattr(self.config, token, getattr(self.processor, token))
         side = 512 if tiny else 8192
         a = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
         self.peak = 2 * side**3 / measure(lambda: a @ a)["seconds"]
@@ -169,7 +165,8 @@ class Recipe:
         with torch.device(DEVICE):
             model = Self1EForSegmentation._from_config(self.config, dtype=torch.bfloat16, attn_implementation="sdpa")
             if training:
-                adapt(model, use_llm_lora=True, use_vision_lora=True, optimize_vision=True, lora_r=8 if self.tiny else 128)
+                rank = 8 if self.tiny else 128
+                adapt(model, use_llm_lora=True, use_vision_lora=True, optimize_vision=True, lora_r=rank)
         model.trained_head = True
         return model.to(torch.bfloat16).train(training)
 

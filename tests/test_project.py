@@ -30,7 +30,7 @@ def declared(*extras: str) -> set[str]:
 def test_what_is_imported_is_declared():
     """Not brought by chance by another package; what only an extra brings is imported where it is used."""
     owners = packages_distributions()
-    with_an_extra = {"page.py": "demo", "lmms_eval.py": "lmms-eval"}
+    with_an_extra = {"lmms_eval.py": "lmms-eval"}
     for file in ROOT.glob("self1e/**/*.py"):
         there = declared("train", *([with_an_extra[file.name]] if file.name in with_an_extra else []))
         for node in ast.parse(file.read_text()).body:
