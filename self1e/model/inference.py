@@ -155,7 +155,6 @@ class InferenceMixin:
         >>> result = model.segment(processor, image, "the red circle")[0]
         >>> result.mask.shape == (image.height, image.width), result.mask.dtype
         (True, dtype('bool'))
-        >>> both = model.segment(processor, image, ["the red circle", "Which of these shapes has no corners?"])
         >>> per_image = model.segment(processor, [image, image], [["the star"], ["the ring", "the cross"]])
         >>> [len(masks) for masks in per_image]
         [1, 2]
@@ -164,8 +163,8 @@ class InferenceMixin:
             images: one or several; a path, a PIL image of any mode, or a uint8 array (H, W, 3). EXIF orientation is
                 applied; H and W are those of the result.
             prompts: one or several, asked of every image; or, for several images, a list for each.
-            is_sentence: ask with the prompt as a sentence ("Which one rolls?") or as a phrase ("the ball", which is
-                lower-cased); None: a prompt that ends like a sentence is one.
+            is_sentence: a prompt is a sentence ("Which one rolls?") or a phrase ("the ball", which is lower-cased);
+                None: it is a sentence if it ends like one.
             threshold: probability above which a pixel is foreground, 0..1 exclusive.
             max_tiles: 1, or 4 for high resolution (train with it too).
             conversations_per_forward: prompts in one pass.
@@ -214,9 +213,7 @@ class InferenceMixin:
         ...          {"role": "user", "content": "What is left of it?"}]
         >>> replies = model.chat(processor, [image, image], [question, turns], max_new_tokens=8)
 
-        Arguments and errors are those of `segment`, and:
-
-        Args:
+        Args, besides those of `segment`, whose errors are these too:
             messages: a question, or a list of `{"role": "user" | "assistant", "content": text}` that starts and ends
                 with the user; several images take one such conversation each. The image comes first by itself.
             max_new_tokens: length limit of the answer.
@@ -348,15 +345,3 @@ def conversation_turns(conversation: Conversation) -> list[str]:
     for index, text in enumerate(texts):
         check_prompt(text.replace(SEG, "it") if index % 2 else text)
     return [f"{IMAGE_TAG}\n{texts[0]}", *texts[1:]]
-
-
-def image_groups(counts: Sequence[int], limit: int) -> Iterator[slice]:
-    """Slices of neighbouring images with at most `limit` conversations together, but at least one image with some."""
-    start = conversations = 0
-    for stop, count in enumerate(counts):
-        if conversations and conversations + count > limit:
-            yield slice(start, stop)
-            start, conversations = stop, 0
-        conversations += count
-    if conversations:
-        yield slice(start, len(counts))

@@ -78,9 +78,3 @@ def test_two_groups_one_group_and_the_public_keys_give_the_same(load_tiny, tiny_
         torch.testing.assert_close(found.loss, expected.loss)
         for ours, theirs in zip(found.mask_logits, expected.mask_logits):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_a_batch_moves_as_a_whole(tiny_processor):
-    moved = mixed(tiny_processor)["packed"].to("meta")
-    tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
-    assert tensors and all(x.is_meta for x in tensors)

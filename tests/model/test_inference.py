@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import each_pack, make_trained, noise
+from helpers import each_pack, make_trained
 from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -79,7 +79,7 @@ def test_docstring_examples(tiny):
     assert len(examples) >= 2
     for test in examples:
         runner.run(test)
-    assert runner.failures == 0 and runner.tries >= 8
+    assert runner.failures == 0 and runner.tries >= 7
 
 
 def test_segment_is_the_evaluation_protocol(tiny):
@@ -286,11 +286,3 @@ def test_golden_masks(pack):
             np.testing.assert_allclose(result.logits, np.squeeze(expected[f"mask_logits_{index}"]), atol=1e-4)
             compared += 1
     assert compared
-
-
-def test_results_print_as_one_line(tiny):
-    (model, processor), image = tiny, noise(40, 30)
-    result = model.segment(processor, image, "the ring\nor star")[0]
-    reply = inference.Reply("It is [SEG].\nYes.", np.ones((1, 4, 5), bool), np.zeros((1, 2, 2), np.float32), [0.75])
-    assert repr(result).startswith(r"Segmentation(prompt='the ring\nor star', text='[SEG].', score=0.")
-    assert repr(reply) == r"Reply(text='It is [SEG].\nYes.', scores=[0.75])"

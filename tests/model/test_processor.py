@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 from self1e import Self1EProcessor
 from self1e.errors import UserError
 from self1e.model.photos import resize_bicubic
-from self1e.model.processor import MEAN, SEG, SEGT, STD, ConversationTooLong, cut_tiles
+from self1e.model.processor import ConversationTooLong, cut_tiles
 
 SIZE = 56
 IMAGE_TOKENS = 4  # a tile of the tiny model
@@ -63,15 +63,6 @@ def test_template_writes_what_the_processor_encodes(tiny_processor):
     )
     messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": "What?"}]
     assert tiny_processor.apply_chat_template(messages, add_generation_prompt=True) == text
-
-
-def test_added_tokens_follow_the_base_vocabulary(tiny_processor, tiny_version):
-    tokenizer = tiny_processor.tokenizer
-    assert (tiny_processor.seg_token_id, tiny_processor.segt_token_id) == (len(tokenizer) - 2, len(tokenizer) - 1)
-    for token in (SEG, SEGT):
-        assert tokenizer.encode(f"a{token}.")[1] == tokenizer.convert_tokens_to_ids(token)
-    again = Self1EProcessor(tokenizer, image_size=SIZE, tile_tokens=IMAGE_TOKENS)
-    assert len(again.tokenizer) == len(tokenizer) and again.seg_token_id == tiny_processor.seg_token_id
 
 
 # Text: limits and reserved tokens.
@@ -186,15 +177,6 @@ def test_counts_that_do_not_match_are_errors(tiny_processor):
 # Photos.
 
 
-def test_pixels_of_one_tile():
-    image = noise(70, 40)
-    tiles, grid = cut_tiles(image, SIZE)
-    expected = np.asarray(resize_bicubic(image, SIZE, SIZE), dtype=np.float32) / 255
-    expected = (expected - np.float32(MEAN)) / np.float32(STD)
-    assert grid == (1, 1) and tiles.shape == (1, 3, SIZE, SIZE)
-    assert np.abs(tiles[0].permute(1, 2, 0).numpy() - expected).max() < 1e-6  # the last bit of a float32 division
-
-
 def test_tiles_are_the_photo_row_by_row():
     image = noise(3 * SIZE, 2 * SIZE)  # a grid of its own size: nothing is resampled
     tiles, grid = cut_tiles(image, SIZE, max_tiles=6)
@@ -247,12 +229,6 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
         tiles, grid = cut_tiles(image, SIZE, max_tiles=4)
     wanted, wanted_grid = cut_tiles(upright, SIZE, max_tiles=4)
     assert grid == wanted_grid and torch.equal(tiles, wanted)
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
-def test_any_mode_becomes_rgb(mode):
-    image = noise(50, 40).convert(mode)
-    assert torch.equal(cut_tiles(image, SIZE)[0], cut_tiles(image.convert("RGB"), SIZE)[0])
 
 
 RESIZES = [(300, 200, 100, 100), (640, 480, 448, 448), (480, 640, 448, 448), (100, 90, 448, 448), (500, 120, 112, 224)]
