@@ -80,8 +80,9 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
 
 
 def to_jsonl(records: Iterable[dict]) -> str:
-    """One JSON object per line, not escaped."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    """One JSON object per line, not escaped but for bytes of a file name that are no UTF-8."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def read_json(path: Path, kind: type[T], *, remedy: str = "") -> T:

@@ -1,9 +1,11 @@
 """Files appear complete or not at all; folders for results are tried before the work."""
 
+import json
+
 import pytest
 
 from self1e.errors import UserError
-from self1e.files import check_writable, read_json, replacing, replacing_folder, write_text
+from self1e.files import check_writable, read_json, replacing, replacing_folder, to_jsonl, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -45,3 +47,8 @@ def test_a_json_file_that_is_none_is_named(tmp_path, content):
         (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=r"a\.json.*; download it again"):
         read_json(tmp_path / "a.json", dict, remedy="download it again")
+
+
+def test_names_that_are_no_utf_8_are_written_and_read():
+    record = {"image": "caf\udce9.jpg", "prompt": "é"}
+    assert json.loads(to_jsonl([record]).encode()) == record and "é" in to_jsonl([record])
