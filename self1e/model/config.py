@@ -124,14 +124,18 @@ class Self1EConfig(InternVLConfig):
         return native_config(values, source), kwargs
 
 
-def check_source(source: str, subfolder: str | None = None) -> None:
-    """Raise UserError for a path without a checkpoint, or with pointers of Git LFS, before anything asks the hub."""
+def check_source(source: str, subfolder: str | None = None, *, weights: bool = False) -> None:
+    """Raise UserError for a path without a checkpoint or with pointers of Git LFS, before anything asks the hub.
+
+    weights: look at the weights, too, which are not read where others replace them.
+    """
     path, advice = Path(source), "give a checkpoint's folder, a run's, or a hub id such as OpenGVLab/InternVL3-2B"
     if path.is_dir():
         if not (path / (subfolder or "") / "config.json").is_file():
             raise UserError(f"{source} holds no config.json; {advice}")
-        for file in filter(Path.is_file, (path / (subfolder or "")).iterdir()):
-            check_fetched(file)
+        for file in (path / (subfolder or "")).iterdir():
+            if file.is_file() and (weights or file.suffix not in (".safetensors", ".bin")):
+                check_fetched(file)
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) or path.parent.is_dir():
         raise UserError(f"{source} is {'a file' if path.is_file() else 'no folder'}; {advice}")
 

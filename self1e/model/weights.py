@@ -120,8 +120,10 @@ def load_checkpoint(
 def check_files(source: str, hub: dict[str, Any]) -> None:
     """Look at the files of a checkpoint before the library does, and say which are loaded where that takes long.
 
-    Raises UserError for an adapter, and for an index of shards that names missing files or files outside its folder.
+    Raises UserError for an adapter, for an index of shards that names missing files or files outside its folder, and
+    for files that Git LFS has not fetched.
     """
+    check_source(source, hub.get("subfolder"), weights=True)
     if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
         # The library would load it over the weights.
         raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
@@ -224,6 +226,7 @@ def weights_identity(version: str | Path, weights: str | Path | None = None) -> 
     Raises UserError where there is no checkpoint.
     """
     if weights is not None:
+        check_source(str(weights), weights=True)
         return weights_identity(weights) | {"base": weights_identity(version)["weights"]}
     check_source(str(version))
     folder = Path(version)

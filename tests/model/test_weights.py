@@ -277,16 +277,20 @@ def test_a_fault_of_the_head_keeps_its_traceback(trained, monkeypatch):
         load(trained)
 
 
-def test_what_the_library_would_follow_is_refused(copy, make_tiny):
+def test_what_the_library_would_follow_is_refused(copy, make_tiny, tiny_version, trained):
     (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somebody/model"}')
     with pytest.raises(UserError, match=f"{copy} holds a PEFT adapter"):
         load(copy)
     (copy / "adapter_config.json").unlink()
     for name in "model.safetensors", "tokenizer_config.json", "config.json":  # each beside those before
         (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
-        for read in load, weights_identity:
+        for given in {"version": copy}, {"version": tiny_version, "weights": copy}:
             with pytest.raises(UserError, match="git lfs pull"):
-                read(copy)
+                load(**given)
+        with pytest.raises(UserError, match="git lfs pull"):
+            weights_identity(tiny_version, copy)
+        if name == "model.safetensors":  # not read where others replace it
+            assert load(copy, weights=trained).trained_head
     shards = make_tiny(shards=3)
     for name in ("../other/model.safetensors", "/etc/passwd"):
         (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
