@@ -118,7 +118,7 @@ def naming_samples(folder: Path) -> Iterator[Callable[[list[str]], None]]:
 
 
 def note(path: Path, ids: list[str]) -> None:
-    path.write_text(", ".join(ids) + "\n", encoding="utf-8")
+    path.write_text(", ".join(ids) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def agree(

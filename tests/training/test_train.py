@@ -257,3 +257,10 @@ def test_an_error_in_edited_code_keeps_its_traceback(tiny_version, shapes, tmp_p
     with pytest.raises(RuntimeError, match="a typo") as caught:
         train(tiny_version, shapes, tmp_path, "typo", "--max_steps", "1", "--no_eval", "--report_to", "none")
     assert "last micro-batch read" in caught.value.__notes__[0]
+
+
+def test_ids_that_are_no_utf_8_are_noted(tmp_path):
+    with pytest.raises(RuntimeError) as caught, loop.naming_samples(tmp_path) as note:
+        note(["ReasonSeg/caf\udce9.jpg"])
+        raise RuntimeError
+    assert "ReasonSeg/caf" in caught.value.__notes__[0]
