@@ -106,10 +106,10 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
     leave the image by more than a rounding error (1% of a side, at least 2 pixels), or be in units of the image's
     size instead of pixels. What is malformed is left to `decode_segmentation`.
     """
-    box, area = annotation.get("bbox") or [], annotation.get("area") or 0
-    box = box if len(box) == 4 and min(box[2:]) > 0 else []
     corners, covered = [], 0.0
     try:
+        box, area = np.asarray(annotation.get("bbox") or [], float), float(annotation.get("area") or 0)
+        boxed = box.shape == (4,) and min(box[2:]) > 0
         for part in _parts(annotation["segmentation"]):
             if isinstance(part, dict):
                 rle = _rle(part, height, width)
@@ -122,7 +122,7 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
     except (ValueError, TypeError):
         return None
     if not covered:
-        return "empty segmentation beside a bbox or an area" if box or area > 0 else None
+        return "empty segmentation beside a bbox or an area" if boxed or area > 0 else None
     points = np.concatenate(corners)
     (left, top), (right, bottom) = points.min(0), points.max(0)
     slack = max(2, 0.01 * max(height, width))
@@ -130,7 +130,7 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
         return "segmentation with coordinates from 0 to 1; they must be pixels"
     if min(left, top) < -slack or right > width + slack or bottom > height + slack:
         return "segmentation that reaches outside its image"
-    if box:
+    if boxed:
         x, y, w, h = box
         gaps = np.abs([left - x, right - x - w, top - y, bottom - y - h])
         if gaps.max() > 4 and (gaps / [w, w, h, h]).max() > 0.5:
