@@ -87,7 +87,7 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
                 for prompt, reply in zip(some, replies[start:]):
                     output.add(path, image, prompt, reply)
                 output.write_coco()
-                made = [*output.folder.glob("*.json"), *sorted(output.folder.glob("*.png"))]
+                made = [output.folder / "coco.json", *sorted(output.folder.glob("*.png"))]
                 masks = [mask for reply in replies for mask in reply.masks]
                 words, colors = marked(prompts, replies)
                 done = len(replies)

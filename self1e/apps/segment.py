@@ -25,10 +25,9 @@ import os
 import re
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -48,9 +47,9 @@ from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
 from self1e.evaluation.results import Stopped, claim_folder
 from self1e.files import check_writable, replacing, to_jsonl
-from self1e.model.inference import Masks, Reply, masks_of
+from self1e.model.inference import Masks, Reply, logit_of, masks_of, question
 from self1e.model.processor import HIGH_RES_TILES
-from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt, looks_like_sentence
+from self1e.model.prompts import ANSWER, check_prompt
 from self1e.model.weights import weights_identity
 from self1e.stop import REQUEUE, StopRequest
 from self1e.visualize import overlay
@@ -60,7 +59,7 @@ AS_JSON: Any = {"encoding": "utf-8", "errors": "backslashreplace"}  # "\udcff" o
 LISTS = (".txt", ".csv", ".jsonl")
 FEW = 100  # photos that get masks and overlays unless the flags say otherwise
 TOGETHER = 16  # photos in one forward pass, at most
-WRITERS, WAITING = 2, 16  # threads that write, and photos that may wait for them
+WRITERS = 2  # threads that write the photos of a forward pass during the next one
 
 
 class Job(NamedTuple):
@@ -96,50 +95,49 @@ def flags(command: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def listed(path: Path) -> Iterator[tuple[Path, str | None]]:
-    """The photos of a .txt, .csv or .jsonl, with the prompts that they have there."""
+def lines_of(flag: str, path: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: {error}") from error
+
+
+def listed(path: Path) -> Iterator[tuple[Path, str]]:
+    """The photos of a .txt, .csv or .jsonl, with the prompts that they have there, or ""."""
     try:
         if path.suffix.lower() == ".txt":
-            table = pd.DataFrame(
-                {"image": [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]}
-            )
+            table = pd.DataFrame({"image": lines_of("--image", path)})
         elif path.suffix.lower() == ".csv":
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
         else:
             table = pd.read_json(path, lines=True, dtype=False)
-        for name, own in zip(table["image"], table["prompt"] if "prompt" in table else [None] * len(table)):
+        for name, own in zip(table["image"], table["prompt"].fillna("") if "prompt" in table else [""] * len(table)):
             yield Path(os.path.normpath(path.parent / name)), own
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--image {path}: no list of photos with a column `image` ({error})") from error
 
 
-def found_in(folder: Path, output: Path) -> Iterator[tuple[Path, None]]:
+def found_in(folder: Path, output: Path) -> Iterator[tuple[Path, str]]:
     """The photos of a folder and its subfolders, without hidden files and what lies in `output`."""
     if folder.resolve() == output.resolve():
         raise UserError(f"--output {output} holds the photos; choose another folder, or one inside it")
     for file in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if file.suffix.lower() in PHOTOS and not hidden and output.resolve() not in file.resolve().parents:
-            yield file, None
+            yield file, ""
 
 
 def find_jobs(args: argparse.Namespace) -> list[Job]:
     """The photos, as absolute paths, sorted, each once, with all that is asked of it. Raises UserError for neither."""
-    if not 0 < args.threshold < 1:
-        raise UserError(f"--threshold {args.threshold}: expected a probability above 0 and below 1")
-    common = args.prompt
-    if args.prompts_file:
-        try:
-            lines = args.prompts_file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file {args.prompts_file}: {error}") from error
-        common = [*common, *(line.strip() for line in lines if line.strip())]
+    logit_of(args.threshold)
+    common = [*args.prompt, *(lines_of("--prompts_file", args.prompts_file) if args.prompts_file else ())]
     jobs: dict[Path, dict[str, None]] = {}
     for text in args.image:
         path = Path(os.path.abspath(text))
         if re.match(r"[a-z][a-z0-9+.-]+://", text, re.IGNORECASE):
             raise UserError(f"--image {text}: URLs are not fetched; download the photo and give its path")
-        photos: list[tuple[Path, str | None]] = [(path, None)]
+        photos = [(path, "")]
         if path.is_dir() or path.suffix.lower() in LISTS:
             photos = [*(found_in(path, args.output) if path.is_dir() else listed(path))]
         if not photos:
@@ -290,24 +288,6 @@ def slug(text: str) -> str:
     return text.encode(sys.getfilesystemencoding(), "ignore")[:90].decode(errors="ignore")
 
 
-@contextmanager
-def written_aside(append: Callable[[list[dict]], None]) -> Iterator[Callable[..., None]]:
-    """`write(function, *arguments)` calls in threads, and `append` takes the results in order, to the last one."""
-    pending: deque[Future[list[dict]]] = deque()
-
-    def write(*call) -> None:
-        pending.append(pool.submit(*call))
-        while pending and (len(pending) > WAITING or pending[0].done()):
-            append(pending.popleft().result())
-
-    with ThreadPoolExecutor(WRITERS) as pool:
-        try:
-            yield write
-        finally:
-            while pending:
-                append(pending.popleft().result())
-
-
 def run(
     args: argparse.Namespace,
     prepare: Callable[[Self1EProcessor, bool, Job], dict],
@@ -351,7 +331,8 @@ def run(
             workers = distributed.share_cores() if model.device.type == "cuda" else 1
         bar = tqdm(total=len(own), unit="photo", disable=not distributed.is_main())
         begin = before = time.monotonic()
-        with StopRequest() as stop, written_aside(output.append) as write, bar:
+        writing: list[Future[list[dict]]] = []
+        with StopRequest() as stop, ThreadPoolExecutor(WRITERS) as pool, bar:
             photos = prepared(
                 own, partial(prepare, processor, overlays), workers=workers, broken=skip,
                 asked_to_stop=lambda: stop.signal is not None,
@@ -359,8 +340,9 @@ def run(
             try:
                 for group in groups(photos, budget):
                     waited += time.monotonic() - before
-                    for (job, made), replies in zip(group, ask(model, processor, group), strict=True):
-                        write(save, job, made, replies)
+                    answers = ask(model, processor, group)
+                    output.append(chain.from_iterable(future.result() for future in writing))
+                    writing = [pool.submit(save, *photo, replies) for photo, replies in zip(group, answers)]
                     bar.update(len(group))
                     before = time.monotonic()
                     bar.set_postfix(waiting_for_data=f"{waited / (before - begin):.0%}", refresh=False)
@@ -371,6 +353,8 @@ def run(
             except Stopped:
                 distributed.say("stopped on request; the same command continues")
                 return REQUEUE
+            finally:
+                output.append(chain.from_iterable(future.result() for future in writing))
         spent = time.monotonic() - begin
     bad = sum(distributed.gather(len(broken)))
     distributed.on_main(output.write_coco)
@@ -389,9 +373,8 @@ def prepare_segment(
     is_sentence: bool | None, max_tiles: int, processor: Self1EProcessor, with_image: bool, job: Job
 ) -> dict:
     image = load_image(job.path)
-    kinds = [looks_like_sentence(prompt) if is_sentence is None else is_sentence for prompt in job.prompts]
-    asked = [evaluation_prompt(prompt, kind, lower=True) for prompt, kind in zip(job.prompts, kinds)]
-    made = processor.encode(image, [[text, ANSWER] for text in asked], max_tiles=max_tiles)
+    conversations = [[question(prompt, is_sentence), ANSWER] for prompt in job.prompts]
+    made = processor.encode(image, conversations, max_tiles=max_tiles)
     lengths, size = [len(ids) for ids, _ in made["texts"]], (image.height, image.width)
     return made | {"lengths": lengths, "size": size, "image": np.array(image) if with_image else None}
 

@@ -25,35 +25,24 @@ MARKS = {"rela": "no_target", "reasonseg": "is_sentence"}  # protocol -> what it
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Counts of one sentence, in pixels of the annotation that are not ignored.
-
-    I, U: intersection and union. `predicted_pixels` + `target_pixels` = I + U.
-    `boundary_I`, `boundary_U`: the same of the pixels near the contours, see `boundary`.
-    `no_target`: the annotation says that nothing fits the sentence; `None` where a benchmark has no such sentences.
-    `is_sentence`: a long query (a whole sentence) rather than a phrase; `None` outside ReasonSeg.
-    `mask`: the prediction as COCO's compressed RLE, for pictures; no figure needs it.
-    """
+    """A line of a split's JSONL: the counts of one sentence, in pixels of the annotation that are not ignored."""
 
     id: str
     image: str
     text: str
-    I: int
-    U: int
+    I: int  # intersection
+    U: int  # union
     target_pixels: int
     predicted_pixels: int
-    boundary_I: int | None = None
+    boundary_I: int | None = None  # of the pixels near the contours, see `boundary`
     boundary_U: int | None = None
-    no_target: bool | None = None
-    is_sentence: bool | None = None
-    mask: dict | None = None
+    no_target: bool | None = None  # nothing fits the sentence; None where a benchmark has no such sentences
+    is_sentence: bool | None = None  # rather than a phrase; None outside ReasonSeg
+    mask: dict | None = None  # the prediction as COCO's compressed RLE, for pictures
 
     @property
     def iou(self) -> float:
         return iou(self.I, self.U)
-
-    def record(self) -> dict:
-        """The unit as a line of JSON holds it: marks that its split does not have are left out."""
-        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def count_pixels(prediction: np.ndarray, target: np.ndarray) -> dict[str, int]:
@@ -100,10 +89,7 @@ def precision_at(thresholds: Sequence[float], ious: Sequence[float]) -> dict[str
 
 
 def lisa(units: Sequence[Unit]) -> dict:
-    """gIoU (mean IoU), cIoU and Pr@0.5..0.9 (LISA, Lai et al. 2024; Pr@k as in RefCOCO papers); boundary IoU.
-
-    Boundary IoU is the mean over the sentences that have a target.
-    """
+    """gIoU (mean IoU), cIoU, Pr@0.5..0.9 (LISA, Lai et al. 2024), and mean boundary IoU of sentences with a target."""
     ious = [unit.iou for unit in units]
     edges = [(unit.boundary_I, unit.boundary_U) for unit in units if unit.target_pixels]
     return {
@@ -147,11 +133,6 @@ def bootstrap(units: Sequence[Unit], seed: int = 0) -> dict:
     return {"giou": intervals[0], "ciou": intervals[1], "level": LEVEL, "resamples": RESAMPLES, "seed": seed}
 
 
-def lisa_and_rela(units: Sequence[Unit]) -> dict:
-    """gRefCOCO: the LISA figures, which the paper reports, and ReLA's in a block of their own."""
-    return {**lisa(units), "rela": rela(units)}
-
-
 def reasonseg(units: Sequence[Unit]) -> dict:
     """ReasonSeg: short and long queries apart, and intervals, because val has only 200 photos."""
     return {
@@ -162,14 +143,15 @@ def reasonseg(units: Sequence[Unit]) -> dict:
     }
 
 
-PROTOCOLS: dict[str, Callable[[Sequence[Unit]], dict]] = {"lisa": lisa, "rela": lisa_and_rela, "reasonseg": reasonseg}
+PROTOCOLS: dict[str, Callable[[Sequence[Unit]], dict]] = {
+    "lisa": lisa,
+    "rela": lambda units: {**lisa(units), "rela": rela(units)},  # the paper reports the former
+    "reasonseg": reasonseg,
+}
 
 
 def score(units: Sequence[Unit]) -> dict:
-    """All figures of one split by the protocol that the units have the marks of: `protocol`, `n`, `giou`, `ciou`, ...
-
-    Raises UserError without units.
-    """
+    """All figures of one split, by the protocol that the units have the marks of."""
     if not units:
         raise UserError("no units to score: the split is empty")
     marked = (name for name, mark in MARKS.items() if all(getattr(unit, mark) is not None for unit in units))

@@ -104,10 +104,7 @@ def unit_drawer(split: Sequence[EvalImage], units: Sequence[Unit], *, width: int
 
 
 def examples(split: Sequence[EvalImage], units: Sequence[Unit]) -> dict[str, Image.Image]:
-    """Pictures of the worst, the median and the best unit by IoU, from the masks that the units hold.
-
-    Of equals the one with more pixels at stake: the best is an empty mask only where all of the best are.
-    """
+    """Pictures of the worst, the median and the best unit by IoU; of equals the one with more pixels at stake."""
     order = sorted(range(len(units)), key=lambda index: units[index].iou)
     worst = min(order, key=lambda index: (units[index].iou, -units[index].U))
     best = max(order, key=lambda index: (units[index].iou, units[index].U))

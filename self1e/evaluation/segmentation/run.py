@@ -104,10 +104,8 @@ def evaluate_units(
 ) -> list[Unit]:
     """The units of a whole split in its order, on every rank; those that `results`, of `units_of`, holds are known.
 
-    Args:
-        conversations_per_forward: sentences of a photo in one pass.
-        model_max_length: the most tokens of a conversation. high_res: up to 4 tiles per photo.
-        workers: of `prepared`. ZeRO-3 takes no `asked_to_stop`, because a rank cannot run without the others.
+    conversations_per_forward: sentences of a photo in one pass. model_max_length: the most tokens of each.
+    workers: of `prepared`. ZeRO-3 takes no `asked_to_stop`, because a rank cannot run without the others.
     """
     ids = [photo.unit_ids for photo in split]
     sentences = {number: len(own) for number, own in enumerate(ids) if not results.found.keys() >= set(own)}
@@ -151,9 +149,7 @@ def evaluate_splits(
     """Score `model` on `splits` and write the files that `segmentation.report` describes.
 
     Args:
-        model: `Self1EForSegmentation` on its device; put into evaluation mode, and back afterwards.
-        splits: names of `SPLITS`, or with one of `PREFIXES`.
-        dataset_dir: root of the segmentation data. output_dir: made when absent; rank 0 writes.
+        splits: names of `SPLITS`, or with one of `PREFIXES`. dataset_dir: root of the segmentation data.
         allow_outside: photos may lie outside the folders of their split (see `data.paths.inside`).
         visualize: pictures of the worst sentences in `<output_dir>/<split>/`, and an overview.
         show: takes each finished split on rank 0: its name, photos and units.

@@ -1,8 +1,7 @@
 """What every VQA benchmark is made of, and the reading of its files.
 
 A benchmark is one `VQABenchmark`: where its questions lie, how they are put, how long a reply may be, how it scores.
-Each module beside this one holds one benchmark, or several that share a protocol, with its reader, scorer, exporter
-and quirks; `registry` lists them. Files, prompts and lengths are those of InternVL's evaluation (its `data/` layout).
+`registry` lists them. Files, prompts and lengths are those of InternVL's evaluation (its `data/` layout).
 Scores are those of the official programs, so that figures can be compared with published ones; only their crashes
 (empty MMBench replies, zero denominators) are not matched. Fractions are 0..1; `_percent` in a name means 0..100.
 """
@@ -31,9 +30,8 @@ class Question:
 
     def open_image(self) -> Image.Image:
         """The photo, RGB. Raises SampleError naming the question when it cannot be decoded."""
-        return load_image(
-            self.image if isinstance(self.image, Path) else io.BytesIO(self.image), f"question {self.id}"
-        )
+        source = self.image if isinstance(self.image, Path) else io.BytesIO(self.image)
+        return load_image(source, f"question {self.id}")
 
 
 class Answer(NamedTuple):
@@ -43,31 +41,21 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """The figures of a benchmark.
+    """The figures of a benchmark, and notes on what a reader of them must know."""
 
-    summary: lines of the table, the headline first, percent unless the name says otherwise. details: everything, in
-    the official programs' names and units. notes: what a reader of the figures must know.
-    """
-
-    summary: dict[str, float]
-    details: dict
+    summary: dict[str, float]  # lines of the table, the headline first, percent unless the name says otherwise
+    details: dict  # everything, in the official programs' names and units
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQABenchmark:
-    """One benchmark; all functions raise UserError naming the file at fault, MissingFile where there is none.
+    """One benchmark; all functions raise UserError naming the file at fault, MissingFile where there is none."""
 
-    questions: data folder -> questions in file order.
-    max_new_tokens: limit of a reply.
-    metric: (answers in file order, data folder) -> scores; None where only a server can score.
-    export: (answers, folder, model name) writes what the official programs would have written there.
-    """
-
-    questions: Callable[[Path], list[Question]]
-    max_new_tokens: int
-    metric: Callable[[list[Answer], Path], Scores] | None
-    export: Callable[[list[Answer], Path, str], None]
+    questions: Callable[[Path], list[Question]]  # of a data folder, in file order
+    max_new_tokens: int  # of a reply
+    metric: Callable[[list[Answer], Path], Scores] | None  # (answers, data folder); None: only a server can score
+    export: Callable[[list[Answer], Path, str], None]  # (answers, folder, model) writes the official program's files
 
 
 class MissingFile(UserError):

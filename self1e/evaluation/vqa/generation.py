@@ -86,8 +86,7 @@ def answer_questions(
 ) -> list[str]:
     """The replies to all questions, on every rank; those that `results`, of `replies_of`, holds are not asked again.
 
-    max_tiles: 1 for the one resized image, more for InternVL's dynamic tiling with a thumbnail.
-    workers: of `prepared`, whose errors are raised.
+    max_tiles: 1 for the one resized image, more for InternVL's dynamic tiling. workers: of `prepared`.
     """
     unanswered = [index for index in range(len(questions)) if index not in results.found]
     batches = make_batches(questions, unanswered, batch_size)[distributed.rank() :: distributed.world_size()]

@@ -18,10 +18,7 @@ def read_prediction(reply: str) -> str:
 def accuracy(predictions: Mapping[str, str], questions: Mapping[str, Mapping]) -> dict:
     """The GQA evaluator's accuracy in percent over all balanced questions, over open and over binary ones.
 
-    predictions: question id -> `read_prediction` of the reply; ids that `questions` lacks are ignored.
-    questions: question id -> record with `answer`, `isBalanced` and `types.structural` (`query` = open).
-
-    Raises UserError when a balanced question has no prediction.
+    predictions: question id -> `read_prediction` of the reply. questions: id -> record; open is what asks a `query`.
     """
     balanced = {key: question for key, question in questions.items() if question["isBalanced"]}
     missing = [key for key in balanced if key not in predictions]

@@ -47,18 +47,13 @@ def read_prediction(reply: str, options: Mapping[str, str]) -> str:
     stands in the reply, else the reply. An empty reply stays empty.
     """
     reply = reply.strip()
-    if len(reply) < 2:
-        return reply
-    if reply[0] in options:
-        return reply[0]
+    if len(reply) < 2 or reply[0] in options:
+        return reply[:1]
     return next((letter for letter, text in options.items() if text in reply), reply)
 
 
 def read_choice(prediction: str, options: Mapping[str, str]) -> str | None:
-    """The option that VLMEvalKit's exact matching (no judge model) reads from a prediction.
-
-    A letter, `Z` for a refusal, None when nothing can be read.
-    """
+    """What VLMEvalKit's exact matching reads from a prediction: a letter, `Z` for a refusal, None for nothing."""
     if any(refusal in prediction for refusal in _REFUSALS):
         return "Z"
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", prediction).split()

@@ -30,12 +30,10 @@ def read_reply(reply: str) -> str:
 
 
 def table_scores(replies: Sequence[tuple[str, str]]) -> dict:
-    """Scores of one MME table.
+    """`score` = 100 acc + 100 acc+ (0..200) of a table, `acc` (right / counted), `acc_plus` (photos with both right).
 
-    `replies`: (`clean_reply` of the reply, ground truth), two in a row about each photo. A reply with a tab makes a
-    line of five fields, which the official scorer skips: not counted for `acc`, never right for `acc_plus`.
-
-    Returns `score` = 100 acc + 100 acc+ (0..200), `acc` (right / counted), `acc_plus` (photos with both right).
+    replies: (`clean_reply` of it, ground truth), two about each photo. One with a tab makes a line of five fields,
+    which the official scorer skips: not counted for `acc`, never right for `acc_plus`.
     """
     right = [None if "\t" in reply else read_reply(reply) == truth.lower() for reply, truth in replies]
     counted = [each for each in right if each is not None]

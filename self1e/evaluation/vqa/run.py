@@ -37,11 +37,7 @@ Questions = Mapping[str, list[Question]]  # of each benchmark
 
 
 def find_model(version: str | None, weights: str | None, run_dir: Path) -> tuple[str, str | None, str]:
-    """Version, weights over it or None, and the name of what is evaluated.
-
-    Weights: as given, else `<run_dir>/ckpt_model` if it is there, else the version's own. Without a version, that
-    folder is it. Raises UserError where there is neither.
-    """
+    """Version, weights over it or None, and the name of what is evaluated, by the rule that `--help` states."""
     trained = run_dir / "ckpt_model"
     if version is None and not (trained / "config.json").is_file():
         raise UserError(f"{run_dir} holds no trained model (ckpt_model): name one with --version")
@@ -92,10 +88,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_questions(questions: Sequence[Question], data_dir: Path, *, photos: bool, allow_outside: bool) -> None:
-    """Raise UserError for a control token in a text, a photo that is missing or outside the data folder.
-
-    photos: they must be there. allow_outside: they may lie outside the data folder (see `paths.inside`).
-    """
+    """Raise UserError for a control token in a text and, with `photos`, one that is missing or outside the folder."""
     for question in questions:  # which may say where its photo belongs
         check_texts(f"question {question.id}", [question.prompt.replace(IMAGE_TAG, "", 1)])
     paths = {question.image: question for question in questions if isinstance(question.image, Path) and photos}
@@ -130,10 +123,7 @@ def read_benchmarks(names: Sequence[str], data_dir: Path, **checks: bool) -> tup
 
 
 def score(name: str, folder: Path, model: str, questions: Sequence[Question], data_dir: Path) -> None:
-    """Score one benchmark from its replies on disk; writes `<name>.scores.json` and the official result files.
-
-    Raises UserError when some questions are unanswered.
-    """
+    """Score one benchmark from its replies on disk; writes `<name>.scores.json` and the official result files."""
     benchmark, replies = VQA_BENCHMARKS[name], replies_of(folder, name, questions)
     records = replies.read()
     if len(records) < len(questions):

@@ -25,7 +25,7 @@ def write_run(folder: Path, shift: int, **settings) -> Path:
         ("refcoco|unc|val", "refcoco_unc_val", "-"),
     ):
         write_json(folder / f"eval/{stem}.json", {"split": split, "data": data, "n": 0})
-        (folder / f"eval/{stem}.jsonl").write_text(to_jsonl(each.record() for each in units))
+        (folder / f"eval/{stem}.jsonl").write_text(to_jsonl(map(vars, units)))
     for name, summary in (("pope", {"f1": 80.0 + shift, "accuracy": 0}), ("mmbench-test-en", {})):
         write_json(folder / f"eval_vqa/{name}.scores.json", {"benchmark": name, "summary": summary})
     if settings:
@@ -65,7 +65,7 @@ def test_two_runs_are_compared_sentence_by_sentence(tmp_path, capsys):
     assert self1e(["score", str(first), str(second), "--compare"]) == 0
     row = rows(capsys.readouterr().out)[-1]
     assert row[:2] == ["refcoco unc val", "8"] and float(row[4]) > 0 and row[5].startswith("+")
-    (second / "eval/refcoco_unc_val.jsonl").write_text(json.dumps(unit("z", 1).record()) + "\n")
+    (second / "eval/refcoco_unc_val.jsonl").write_text(json.dumps(vars(unit("z", 1))) + "\n")
     assert self1e(["score", str(first), str(second), "--compare"]) == 1
     assert "share no sentence" in capsys.readouterr().err
 
