@@ -6,7 +6,7 @@ under any pathway: padding is never seen; conversations without `[SEG]`, and gen
 builds the mask for eager, SDPA and FlexAttention from the rule alone.
 
 To add a pathway, add one function to `PATHWAYS`. Each token must see itself: a query without any key has no attention
-weights.
+weights. Image tokens must not see the words of an answer: training would show them what generation does not have.
 """
 
 from collections.abc import Callable

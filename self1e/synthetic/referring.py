@@ -11,12 +11,11 @@ from self1e.synthetic.scenes import CATEGORY, Scene, Shape
 from self1e.synthetic.words import absent, phrases, sentence
 
 
-class Referring:
-    """Collects the refs of one referring set; ids of sentences and refs count up."""
+class Referring(list[dict]):
+    """The refs of one referring set; ids of sentences count up from `next_sentence`."""
 
-    def __init__(self, first_id: int):
-        self.refs: list[dict] = []
-        self.next_sentence = first_id
+    def __init__(self, next_sentence: int):
+        self.next_sentence = next_sentence
 
     def add(self, scene: Scene, split: str, shapes: list[Shape], texts: list[str], *, generalised: bool = False):
         sentences = []
@@ -24,22 +23,16 @@ class Referring:
             plain = text.lower().rstrip(".")
             sentences.append({"tokens": plain.split(), "raw": text, "sent_id": self.next_sentence, "sent": plain})
             self.next_sentence += 1
-        ann_ids = [annotation_id(scene, shape) for shape in shapes]
-        classes = [CATEGORY[shape.kind] for shape in shapes]
-        ref: dict = {
-            "sent_ids": [entry["sent_id"] for entry in sentences],
-            "file_name": scene.coco_name,
-            "ref_id": len(self.refs) + 1,
-            "image_id": scene.id,
-            "split": split,
-            "sentences": sentences,
-        }
-        if generalised:
-            ref |= {"ann_id": ann_ids or [-1], "category_id": classes or [-1], "no_target": not shapes}
-        else:
-            (ref["ann_id"],), (ref["category_id"],) = ann_ids, classes
-            ref["file_name"] = ref["file_name"].replace(".jpg", f"_{ref['ann_id']}.jpg")
-        self.refs.append(ref)
+        ann_ids: list = [annotation_id(scene, shape) for shape in shapes] or [-1]
+        classes: list = [CATEGORY[shape.kind] for shape in shapes] or [-1]
+        name = scene.coco_name if generalised else scene.coco_name.replace(".jpg", f"_{ann_ids[0]}.jpg")
+        self.append({
+            "sent_ids": [entry["sent_id"] for entry in sentences], "file_name": name, "ref_id": len(self) + 1,
+            "image_id": scene.id, "split": split, "sentences": sentences,
+            "ann_id": ann_ids if generalised else ann_ids[0],
+            "category_id": classes if generalised else classes[0],
+            **({"no_target": not shapes} if generalised else {}),
+        })  # fmt: skip
 
 
 def write_referring(root: Path, groups: dict[str, list[Scene]], seed: int) -> None:
@@ -64,10 +57,10 @@ def write_referring(root: Path, groups: dict[str, list[Scene]], seed: int) -> No
         write(root / name / "instances.json", instances)
     write_refclef(root, groups, sets["refclef"], seed)
     # Protocol 2, as on the web.
-    write(root / "refcoco/refs(unc).p", pickle.dumps(sets["refcoco"].refs, protocol=2))
-    write(root / "refcoco+/refs(unc).p", pickle.dumps(sets["refcoco+"].refs, protocol=2))
-    write(root / "refcocog/refs(umd).p", pickle.dumps(sets["refcocog"].refs, protocol=2))
-    write(root / "grefcoco/grefs(unc).json", sets["grefcoco"].refs)
+    write(root / "refcoco/refs(unc).p", pickle.dumps(list(sets["refcoco"]), protocol=2))
+    write(root / "refcoco+/refs(unc).p", pickle.dumps(list(sets["refcoco+"]), protocol=2))
+    write(root / "refcocog/refs(umd).p", pickle.dumps(list(sets["refcocog"]), protocol=2))
+    write(root / "grefcoco/grefs(unc).json", sets["grefcoco"])
 
 
 def refer(rng: np.random.Generator, scene: Scene, split: str, sets: dict[str, Referring]) -> None:
@@ -105,6 +98,6 @@ def write_refclef(root: Path, groups: dict[str, list[Scene]], refs: Referring, s
                 annotations.append(annotation(shape, annotation_id(scene, shape), scene.id))
                 texts = [text for texts in phrases(scene, shape) for text in texts]
                 refs.add(scene, name, [shape], [texts[rng.integers(len(texts))]])
-                refs.refs[-1]["file_name"] = f"{scene.id}_{annotation_id(scene, shape)}.jpg"
+                refs[-1]["file_name"] = f"{scene.id}_{annotation_id(scene, shape)}.jpg"
     write(root / "refclef/instances.json", {"images": images, "annotations": annotations, "categories": categories()})
-    write(root / "refclef/refs(unc).p", pickle.dumps(refs.refs, protocol=2))
+    write(root / "refclef/refs(unc).p", pickle.dumps(list(refs), protocol=2))
