@@ -74,6 +74,7 @@ def write_mme_release(data: Path) -> None:
         text = folder / ("questions_answers_YN" if sorted_away else "") / "p.txt"
         text.parent.mkdir(exist_ok=True)
         text.write_text("Is it? Please answer yes or no.\tYes\nIs it not? Please answer yes or no.\tNo\n")
+        text.with_name("._p.txt").write_bytes(b"\0\5\x16\7\xff")  # as a Mac leaves it beside
 
 
 def write_mmbench(data: Path, key: str = "mmbench_dev_20230712") -> None:

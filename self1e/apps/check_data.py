@@ -236,7 +236,7 @@ def check(source: Source, args: argparse.Namespace, tokenizer: Any) -> None:
     drawn = set(np.random.default_rng(0).permutation(count)[: args.samples].tolist())
     checks = Checks(source, numbers, drawn, args.model_max_length, tokenizer)
     loader = DataLoader(checks, batch_size=None, num_workers=args.workers if count >= IN_WORKERS else 0)
-    for counts, problems, pictures in tqdm(loader, source.name, unit=" records", delay=1, leave=False):
+    for counts, problems, pictures in tqdm(loader, source.name, unit=" records", delay=1, leave=False, disable=None):
         source.counts = [sum(pair) for pair in zip(source.counts, counts)]
         source.problems += problems
         source.pictures += pictures

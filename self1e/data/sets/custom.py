@@ -187,7 +187,7 @@ class Custom(ExpressionSet):
     def _check(self) -> None:
         """Raise one UserError that names every faulty record, and every photo and mask file that is not on disk."""
         faults, met = list(self.faulty), set()
-        for photo, _, targets in tqdm(self._photos, f"files of {self.source.name}", delay=2, leave=False):
+        for photo, _, targets in tqdm(self._photos, f"files of {self.source.name}", leave=False, disable=None):
             masks = ((self._masks[number], f"{location}: mask") for _, number, location in targets)
             files = [(mask["file"], "masks", where) for mask, where in masks if "file" in mask]
             for name, below, where in [(photo, "images", f"{targets[0][2]}: image"), *files]:

@@ -54,7 +54,7 @@ def _questions(table: str, data_dir: Path) -> Iterator[tuple[str, ...]]:
         return
     release = data_dir / "mme" / "MME_Benchmark_release_version" / table
     photos = {p.stem: p.name for p in release.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"}}
-    files = sorted(release.rglob("*.txt"), key=lambda p: p.stem)
+    files = sorted(release.rglob("[!.]*.txt"), key=lambda p: p.stem)  # not the ._x.txt of a Mac
     if not files:
         raise MissingFile(f"{path} is missing, and {release} holds no <photo>.txt")
     for file in files:
