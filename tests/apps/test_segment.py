@@ -223,12 +223,6 @@ def test_chat_records(version, photos, tmp_path, monkeypatch, capsys):
     assert [a["category_id"] for a in data["annotations"]] == [1, 2]  # an empty mask is no annotation
 
 
-def test_chat_generates(version, photos, tmp_path):
-    arguments = ["--image", photos / "cat.png", "--prompt", "Where is it?", "What is it?", "--max_new_tokens", 5]
-    assert run(version, tmp_path / "out", *arguments, command="chat") == 0
-    assert [r["prompt"] for r in records(tmp_path / "out")] == ["Where is it?", "What is it?"]
-
-
 @pytest.mark.parametrize("command", ["segment", "chat"])
 def test_names_and_terminals_that_are_not_utf8(version, photos, tmp_path, command):
     """A photo whose name is no UTF-8, a prompt that the terminal cannot show, a locale that knows ASCII only."""

@@ -55,7 +55,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     add = parser.add_argument
     # fmt: off
-    # A flag is one line, and where that is too long its help another.
     add("--version", type=checkpoint_folder, metavar="V",
         help="model folder, run folder or hub id; unset: the run's own ckpt_model")
     add("--model_weights", type=checkpoint_folder, metavar="W",

@@ -5,7 +5,6 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from helpers import each_pack
 from vqa_trees import load_model, write_vqav2
 
 from self1e.evaluation.vqa.generation import (
@@ -47,15 +46,6 @@ def test_beams_see_the_image_of_their_question(tiny, tmp_path):
 
     found = [[reply for index in (0, 3, 1, 4) for reply in with_beams(index)], with_beams(0, 3, 1, 4)]
     assert found[0] == found[1] and len(set(found[0])) > 1
-
-
-@each_pack
-def test_a_batch_answers_what_single_questions_answer_with_other_tokenizers(pack, miniature):
-    questions = VQA_BENCHMARKS["vqa-vqav2-val"].questions(miniature / "data")[:4]
-    model, processor = load_model(pack / "base_internvl_chat")
-    single = replies(model, processor, questions, batch_size=1, max_new_tokens=4)
-    assert len(set(single)) > 1
-    assert replies(model, processor, questions, batch_size=4, max_new_tokens=4) == single
 
 
 def test_generation_is_greedy_and_encodes_each_photo_once(tiny, tmp_path):

@@ -25,7 +25,6 @@ from vqa_trees import (
     write_vqav2,
 )
 
-from self1e.evaluation.vqa import generation
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.evaluation.vqa.run import main
 
@@ -92,21 +91,6 @@ def test_replies_of_other_settings_or_questions_are_refused(tiny, tmp_path, caps
     assert run(tmp_path, tiny) == 1
     assert run(tmp_path, tiny, "--overwrite_eval", "--dynamic") == 0 and len(lines(path)) == 4
     assert load(results(tmp_path) / "settings.json")["max_tiles"] == 6
-
-
-def test_rounded_rotary_frequencies_reach_the_model(tiny, tmp_path, monkeypatch):
-    write_vqav2(tmp_path / "data")
-    frequencies = []
-
-    def watch(model, *args, generate=generation.generate_replies):
-        frequencies.append(model.model.language_model.rotary_emb.inv_freq)
-        return generate(model, *args)
-
-    monkeypatch.setattr(generation, "generate_replies", watch)
-    assert run(tmp_path, tiny) == 0
-    assert run(tmp_path, tiny, "--rope_precision", "bf16", "--overwrite_eval") == 0
-    exact, rounded = frequencies[0], frequencies[-1]
-    assert not exact.equal(rounded) and exact.bfloat16().float().equal(rounded)
 
 
 def test_generation_settings_of_a_checkpoint_do_not_count(tiny, tmp_path):
