@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -59,7 +59,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def progress(items: Iterable | None, total: int, **options: Any) -> tqdm:
+def progress(total: int, **options: Any) -> tqdm:
     """tqdm's bar on the first process alone; in a log file, where nothing can move a cursor, a line per tenth."""
     if not sys.stderr.isatty():
         lines = SimpleNamespace(
@@ -68,7 +68,7 @@ def progress(items: Iterable | None, total: int, **options: Any) -> tqdm:
         form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {remaining} left{postfix}"
         options |= {"file": lines, "bar_format": form, "delay": 1e-9}  # a delay: no line at 0
         options |= {"miniters": -(-total // 10), "mininterval": 0, "maxinterval": float("inf")}
-    return tqdm(items, total=total, disable=not is_main(), **options)
+    return tqdm(total=total, disable=not is_main(), **options)
 
 
 def device(name: str = "auto") -> torch.device:
@@ -156,10 +156,9 @@ def ignore_signals(worker: int = 0) -> None:
 def run_program(program: Callable[[], int]) -> int:
     """Run a program's body and return its exit code.
 
-    UserError is one line and exit code 1, KeyboardInterrupt one line of the first rank and 130; every other exception
-    keeps its traceback. Under a launcher all but the first rank's UserError wait `PATIENCE` seconds before they speak,
-    because what they met may follow from another rank's end, and the process ends without any clean-up that could
-    wait for another rank.
+    UserError is one line and exit code 1, KeyboardInterrupt one line and 130; every other exception keeps its
+    traceback. Under a launcher all but the first rank's UserError wait `PATIENCE` seconds before they speak, because
+    what they met may follow from another rank's end, and no clean-up follows that could wait for another rank.
     """
     if not launched():
         for name in VARIABLES:  # libraries would take what is left of them for a launcher's

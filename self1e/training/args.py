@@ -205,6 +205,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.deepspeed = None
     elif distributed.launched() and args.deepspeed is None:
         args.deepspeed = ROOT / "configs" / "zero2.json"
+    args.zero_stage = zero_stage(read_deepspeed(args.deepspeed)) if args.deepspeed else 0
     for wrong, message in contradictions(args, typed, given):
         if wrong:
             parser.error(message)
@@ -213,7 +214,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     families = {*args.dataset.split("||")}
     own = "custom" in families and families <= {"custom", "vqa"}  # what is in the tree is none of its business
     args.final_splits = args.splits if own else list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits]))
-    args.zero_stage = zero_stage(read_deepspeed(args.deepspeed)) if args.deepspeed else 0
     args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     args.precision = args.precision or "bf16"
     args.workers = distributed.share_cores(args.workers)
@@ -240,8 +240,8 @@ def contradictions(args: argparse.Namespace, typed: set[str], given: set[str]) -
          "--freeze_llm keeps the LLM's layers as they are, --use_llm_lora adapts them: give one of them"),
         (typed & lora and not (args.use_llm_lora or args.use_vision_lora),
          f"--{', --'.join(sorted(typed & lora))}: add --use_llm_lora, or --optimize_vision --use_vision_lora"),
-        (args.compile and args.gradient_checkpointing == "selective",
-         "--compile: compiled layers keep what they like; take --gradient_checkpointing full, or none"),
+        (args.compile and (args.gradient_checkpointing == "selective" or args.zero_stage == 3),
+         "--compile: compiled layers ignore --gradient_checkpointing selective, and ZeRO-3 works within them"),
         (args.report_to == "wandb" and importlib.util.find_spec("wandb") is None,
          "--report_to wandb: the package is not installed; pip install wandb"),
         (args.custom_data and "custom" not in args.dataset.split("||"),

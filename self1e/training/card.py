@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from self1e.errors import UserError
-from self1e.evaluation.tables import TITLES
 from self1e.files import read_json
 from self1e.model.config import Self1EConfig
 from self1e.model.weights import checkpoint_folder, weights_identity
@@ -74,42 +73,21 @@ def write_card(
         if value:
             local = isinstance(value, str) and Path(value).is_dir()  # a path of this machine tells nobody anything
             card.data[name] = Path(str(value)).name if local else value
-    tables, scores = evaluation(folder, Path(results or folder.parent))
-    card.data.eval_results, card.data.model_name = scores or None, title if scores else None
     before, _, after = card.text.partition(EVALUATION)
     rest = after[after.find("\n## ") :] if "\n## " in after else ""
-    card.text = f"{before.rstrip()}\n{EVALUATION}\n{tables}\n{rest}"
+    card.text = f"{before.rstrip()}\n{EVALUATION}\n{evaluation(folder, Path(results or folder.parent))}\n{rest}"
     card.save(path)
     return path
 
 
-def evaluation(folder: Path, results: Path) -> tuple[str, list[EvalResult]]:
-    """The section's text, and the figures in the hub's form, of the results that the checkpoint's own weights made."""
-    mine = weights_identity(folder)["weights"]
-    found = {
-        title: place
-        for title, place in {
-            "Segmentation": results / "eval",
-            "Visual question answering": results / "eval_vqa",
-        }.items()
-        if (place / "summary.md").is_file() and read_json(place / "settings.json", dict).get("weights") == mine
-    }
-    tables = [f"### {title}\n\n{(place / 'summary.md').read_text(encoding='utf-8')}" for title, place in found.items()]
-    splits = read_json(found["Segmentation"] / "summary.json", dict) if "Segmentation" in found else {}
-    scores = [
-        EvalResult(
-            task_type="image-segmentation",
-            dataset_type=Path(split.split("|")[0]).name,  # without the paths of this machine
-            dataset_name=" ".join(Path(part).name for part in split.split("|")),
-            dataset_split=split.split("|")[-1],
-            metric_type=metric,
-            metric_name=name,
-            metric_value=round(100 * figures[metric], 2),
-        )
-        for split, figures in splits.items()
-        for metric, name in TITLES.items()
-    ]
-    return "\n".join(tables) or "These weights have not been evaluated yet.\n", scores
+def evaluation(folder: Path, results: Path) -> str:
+    """The section's text: the results that the checkpoint's own weights made."""
+    mine, tables = weights_identity(folder)["weights"], ""
+    for title, place in {"Segmentation": results / "eval", "Visual question answering": results / "eval_vqa"}.items():
+        table = place / "summary.md"
+        if table.is_file() and read_json(place / "settings.json", dict).get("weights") == mine:
+            tables += f"### {title}\n\n{table.read_text(encoding='utf-8')}\n"
+    return tables or "These weights have not been evaluated yet.\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

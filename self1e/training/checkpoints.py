@@ -28,7 +28,7 @@ from self1e import distributed
 from self1e.errors import UserError
 from self1e.files import read_json, sync_folder, write_json
 from self1e.model.config import LOSS_FLAGS, SWITCHES
-from self1e.training.args import ADAPTERS
+from self1e.training.args import ADAPTERS, ROOT
 
 ARGS, STATE, ENGINE, BEST, PARTIAL = "args.yaml", "state.pt", "engine", "best.json", "partial"
 WRITTEN = ("checkpoints", "ckpt_model", "ckpt_model_published", "tensorboard", "validation", "eval")  # by a run
@@ -72,19 +72,17 @@ def settings_of(args: Namespace, *, sets: Mapping[str, int], ranks: int) -> dict
         },
         "engine": {"deepspeed": bool(args.deepspeed), "zero_stage": args.zero_stage, "ranks": ranks},
         "flags": dict(sorted(plain.items())),
-        "code": code(),
+        "commit": commit(),
         "packages": {x.name: x.version for x in distributions() if x.name in PACKAGES},
     }
 
 
-def code() -> dict[str, Any]:
-    """The commit that this code was checked out from and whether it was changed since; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return {"commit": None, "dirty": None}
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit.removesuffix("-dirty") or None, "dirty": commit.endswith("-dirty")}
+def commit() -> str | None:
+    """The commit of this checkout, with `-dirty` behind it if the code was changed since; None outside a checkout."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def find(args: Namespace) -> Path | None:

@@ -18,7 +18,7 @@ from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.segmentation.report import examples
 from self1e.files import replacing, to_jsonl, write_text
 
-# Figures of a log line that are no loss.
+# Figures of a log line that are no losses.
 OTHER = (
     "step epoch grad_norm samples_per_second waiting_for_data tflops utilisation peak_memory broken_samples"
 ).split()

@@ -57,10 +57,11 @@ class Work:
         kept = sum(x.out_features for x in linears) + width * config.num_hidden_layers
         self.kept += batch * tokens * kept * self.itemsize
 
-    def _count_linear(self, linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+    def _count_linear(self, linear: nn.Linear, _, output: Tensor) -> None:
         if torch.is_grad_enabled():
-            passes = 1 + inputs[0].requires_grad + linear.weight.requires_grad
-            self.flops += 2 * passes * inputs[0].numel() * linear.out_features
+            self.flops += (
+                2 * (1 + output.requires_grad + linear.weight.requires_grad) * output.numel() * linear.in_features
+            )
 
     def take(self) -> int:
         """The operations of the pass that has ended."""

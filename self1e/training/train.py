@@ -155,9 +155,8 @@ def train(args: Namespace, stop: StopRequest) -> bool:
         place, show = args.run_dir / "validation" / f"step_{step}", partial(record.show, step)
         try:
             with accelerator.autocast():
-                results = score(
-                    args, model, processor, splits, place, show=show, asked_to_stop=asked, print_table=False
-                )
+                options = {"show": show, "asked_to_stop": asked, "print_table": False}
+                results = score(args, model, processor, splits, place, **options)
         except Stopped:
             return True
         figures = {f"eval_{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
@@ -168,20 +167,11 @@ def train(args: Namespace, stop: StopRequest) -> bool:
                 save(step)
         return False
 
+    batches = micro_batches(mixture, encode, args, step=step, per_epoch=per_epoch)
     finished = fit(
-        accelerator,
-        engine,
-        optimizer,
-        micro_batches(mixture, encode, args, step=step, per_epoch=per_epoch),
-        args,
-        step=step,
-        steps=steps,
-        work=work,
-        stop=stop,
-        log=record.log,
-        save=save,
-        validate=validate if splits else None,
-    )
+        accelerator, engine, optimizer, batches, args, step=step, steps=steps, work=work, stop=stop,
+        log=record.log, save=save, validate=validate if splits else None,
+    )  # fmt: skip
     if finished:
         merge_and_save(args, engine, model, tuner, processor)
         distributed.say(f"saved {args.run_dir / 'ckpt_model'}, the curves are in {args.run_dir / 'curves.png'}")
@@ -273,7 +263,8 @@ def merge_and_save(args: Namespace, engine, model, tuner: LoraModel | None, proc
             save_checkpoint(merged, processor, args.run_dir / "ckpt_model_published", published=True)
 
     with gathered:
-        keep_frozen_in(model.dtype, model)  # so that the sum with the adapters is not rounded
+        if not args.deepspeed:
+            keep_frozen_in(torch.float32, model)  # so that the sum with the adapters is not rounded
         merged: Any = tuner.merge_and_unload() if tuner else model
         merge_added_tokens(merged)
         distributed.on_main(write)
@@ -310,17 +301,12 @@ def evaluate(args: Namespace, stop: StopRequest, *, skip_missing: bool) -> bool:
     distributed.say(f"evaluating {args.model_weights or args.version} on {', '.join(args.splits)}")
     try:
         score(
-            args,
-            model,
-            processor,
-            args.splits,
-            args.run_dir / "eval",
-            visualize=args.eval_visualize,
+            args, model, processor, args.splits, args.run_dir / "eval", visualize=args.eval_visualize,
             skip_missing=skip_missing,
             weights=weights_identity(args.version, args.model_weights),
             overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
             asked_to_stop=lambda: stop.signal is not None,
-        )
+        )  # fmt: skip
     except Stopped:
         return False
     if args.version == str(trained) and distributed.is_main():

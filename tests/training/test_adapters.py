@@ -71,10 +71,8 @@ def test_what_trains_moves_and_the_rest_does_not(flags, tiny_version, make_tiny)
     groups = {group["name"]: group for group in optimizer_groups(model, lr=1e-2, vision_lr=2e-2)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {name: group["lr"] for name, group in groups.items()} == {"llm": 1e-2, "vision_and_head": 2e-2}
-    for parameter in groups["llm"]["params"]:
-        assert names[id(parameter)].startswith((LLM, "lm_head."))
-    for parameter in groups["vision_and_head"]["params"]:
-        assert names[id(parameter)].startswith((VISION, PROJECTOR, HEAD))
+    assert all(names[id(x)].startswith((LLM, "lm_head.")) for x in groups["llm"]["params"])
+    assert all(names[id(x)].startswith((VISION, PROJECTOR, HEAD)) for x in groups["vision_and_head"]["params"])
     covered = [names[id(p)] for group in groups.values() for p in group["params"]]
     assert sorted(covered) == sorted(name for name, kind in kinds.items() if kind != "frozen")
 
@@ -165,16 +163,8 @@ def test_every_linear_of_llm_and_vit_gets_an_adapter(load_tiny):
 
 def test_layers_and_targets_can_be_chosen(load_tiny):
     model = load_tiny()
-    adapt(
-        model,
-        use_llm_lora=True,
-        use_vision_lora=False,
-        optimize_vision=False,
-        lora_r=2,
-        lora_alpha=2,
-        lora_target_modules="q_proj",
-        lora_from_layer=1,
-    )
+    flags = {"use_llm_lora": True, "use_vision_lora": False, "optimize_vision": False, "lora_r": 2, "lora_alpha": 2}
+    adapt(model, **flags, lora_target_modules="q_proj", lora_from_layer=1)
     assert adapted_modules(model) == {LLM + "layers.1.self_attn.q_proj"}
     assert model.model.language_model.layers[1].self_attn.q_proj.scaling["default"] == 1.0
     # below `from_layer` nothing of the layers trains

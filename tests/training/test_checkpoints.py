@@ -14,8 +14,7 @@ from helpers import ROOT, read_json
 from runs import history, train
 
 from self1e.errors import UserError
-from self1e.training import checkpoints as module
-from self1e.training.checkpoints import alone_in, check_resumable, check_unused, checkpoints_in, prune, remember_best
+from self1e.training.checkpoints import alone_in, check_resumable, checkpoints_in, prune, remember_best
 
 FLAGS = ("--max_steps", "2", "--save_steps", "2", "--no_eval", "--report_to", "none")
 
@@ -33,22 +32,14 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-OTHER = {
-    "seed": ["--seed", "7"],
-    "batch_size": ["--batch_size", "3"],
-    "accumulation x ranks": ["--grad_accumulation_steps", "1"],
-    "sets": ["--refer_seg_data", "refcoco"],
-    "sample_rates": ["--sample_rates", "1,1,1,2"],
-    "model.lora_r": ["--lora_r", "8"],
-    "model.mask_features": ["--mask_features", "rfr"],
-}
-
-
-@pytest.mark.parametrize("name", OTHER)
-def test_another_run_is_refused_by_name(run, tiny_version, shapes, capsys, name):
-    train(tiny_version, shapes, run.parent, "run", *FLAGS, *OTHER[name], "--auto_resume", code=1)
+def test_another_run_is_refused_by_name(run, tiny_version, shapes, capsys):
+    flags = "--seed 7 --batch_size 3 --grad_accumulation_steps 1 --refer_seg_data refcoco --sample_rates 1,1,1,2"
+    flags += " --lora_r 8 --mask_features rfr --start_epoch 1 --epochs 2"
+    train(tiny_version, shapes, run.parent, "run", *FLAGS, *flags.split(), "--auto_resume", code=1)
     message = capsys.readouterr().err
-    assert f"  {name}: " in message and "--resume_anyway" in message and "Traceback" not in message
+    names = "seed batch_size sets sample_rates start_epoch model.lora_r model.mask_features".split()
+    assert all(f"  {name}: " in message for name in [*names, "accumulation x ranks"])
+    assert "--resume_anyway" in message and "Traceback" not in message
 
 
 def test_another_run_goes_on_when_told_to(run, tiny_version, shapes, capsys):
@@ -78,14 +69,13 @@ def test_what_is_no_other_run_may_change_and_is_printed(run, tiny_version, shape
 def test_a_checkpoint_says_what_wrote_it(run):
     settings = yaml.safe_load((run / "checkpoints/checkpoint-2/args.yaml").read_text())
     assert settings["packages"]["torch"] == torch.__version__.split("+")[0] or settings["packages"]["torch"]
-    assert settings["code"].keys() == {"commit", "dirty"} and settings["flags"]["max_steps"] == 2
+    assert "commit" in settings and settings["flags"]["max_steps"] == 2
     assert not [value for value in str(settings["run"]).split("'") if value.startswith("/")]  # no path
 
 
-@pytest.mark.parametrize("name", ["partial", "elsewhere"])
-def test_only_a_whole_checkpoint_is_continued(run, tiny_version, shapes, capsys, name):
-    (run / "checkpoints/checkpoint-2").rename(run / "checkpoints" / name)
-    flags = (*FLAGS, "--resume", str(run / "checkpoints" / name))
+def test_only_a_whole_checkpoint_is_continued(run, tiny_version, shapes, capsys):
+    (run / "checkpoints/checkpoint-2").rename(run / "checkpoints/partial")
+    flags = (*FLAGS, "--resume", str(run / "checkpoints/partial"))
     train(tiny_version, shapes, run.parent, "run", *flags, code=1)
     assert "no checkpoint there" in capsys.readouterr().err
 
@@ -135,16 +125,6 @@ def test_an_earlier_run_is_replaced_only_when_asked_and_when_all_else_is_right(r
     assert [line["step"] for line in history(run)] == [1]
 
 
-def test_results_and_models_are_not_trained_over(tmp_path):
-    check_unused(tmp_path, overwrite=False, starts_from=[])
-    for name in "eval/summary.json", "ckpt_model/config.json":
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("{}")
-        with pytest.raises(UserError, match="replace it with --overwrite"):
-            check_unused(tmp_path, overwrite=False, starts_from=[])
-    check_unused(tmp_path, overwrite=True, starts_from=["a/hub-id", None])
-
-
 def test_a_full_disk_leaves_the_earlier_checkpoint(run, tiny_version, shapes):
     """Files of at most 200 kB, as on a disk that fills up while a checkpoint is written."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -189,7 +169,7 @@ with alone_in(Path(sys.argv[1])):
 """
 
 
-def test_a_second_training_is_kept_out_of_the_folder(tmp_path, monkeypatch, capsys):
+def test_a_second_training_is_kept_out_of_the_folder(tmp_path):
     """Before the first checkpoint nothing else would tell the two apart, and each would remove the other's files."""
     run = tmp_path / "run"
     holder = [sys.executable, "-c", HOLDER, str(run)]
@@ -200,10 +180,3 @@ def test_a_second_training_is_kept_out_of_the_folder(tmp_path, monkeypatch, caps
         first.kill()
     with alone_in(run):  # the lock of a killed process is free
         pass
-
-    def without_locks(*args, **kwargs):
-        raise NotImplementedError
-
-    monkeypatch.setattr(module.FileLock, "acquire", without_locks)
-    with alone_in(run):
-        assert f"{run}: this file system has no locks" in capsys.readouterr().out

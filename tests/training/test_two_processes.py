@@ -30,14 +30,8 @@ from self1e.training.checkpoints import checkpoints_in
 pytestmark = pytest.mark.skipif(not LAUNCHER.is_file(), reason="deepspeed is not installed beside this python")
 # Photos of one tile and of two, and many questions that have no mask: ranks need the head unequally often.
 FLAGS = ("--max_steps", "6", "--save_steps", "2", "--no_eval", "--gradient_checkpointing", "--high_res")
-FLAGS += (
-    "--dataset",
-    "custom||reason_seg||vqa",
-    "--mixture",
-    "exact",
-    "--deepspeed",
-    str(ROOT / "configs/zero2.json"),
-)
+FLAGS += ("--dataset", "custom||reason_seg||vqa", "--mixture", "exact")
+FLAGS += ("--deepspeed", str(ROOT / "configs/zero2.json"))
 STEP = "self1e.training.loop:agree"  # is called once in each step
 
 

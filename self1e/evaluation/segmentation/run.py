@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from self1e import distributed
 from self1e.data.masks import encode_mask
@@ -114,8 +113,7 @@ def evaluate_units(
     limits = {"max_tiles": HIGH_RES_TILES if high_res else 1, "max_length": model_max_length}
     done = (len(ids) - len(sentences)) // world
     I, U = (sum(record[name] for record in results.found.values()) for name in "IU")
-    options = {"initial": done, "total": done + len(schedule), "disable": not distributed.is_main()}
-    with tqdm(desc=title, unit="photo", **options) as bar:  # type: ignore[call-overload]
+    with distributed.progress(done + len(schedule), initial=done, desc=title, unit="photo") as bar:
         prepare = partial(prepare_photo, split, processor, limits)
         for visit, (batch, targets) in prepared(schedule, prepare, **workers):
             passes = {"conversations_per_forward": conversations_per_forward, "forwards": visit.forwards}

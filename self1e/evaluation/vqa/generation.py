@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from self1e import distributed
 from self1e.evaluation.loop import prepared
@@ -91,7 +90,7 @@ def answer_questions(
     unanswered = [index for index in range(len(questions)) if index not in results.found]
     batches = make_batches(questions, unanswered, batch_size)[distributed.rank() :: distributed.world_size()]
     prepare = partial(prepare_batch, questions, processor, max_tiles)
-    with tqdm(total=sum(map(len, batches)), desc=title, unit="question", disable=not distributed.is_main()) as bar:
+    with distributed.progress(sum(map(len, batches)), desc=title, unit="question") as bar:
         for indices, batch in prepared(batches, prepare, **workers):
             replies = generate_replies(model, processor.tokenizer, batch, max_new_tokens)
             results.append({index: {"answer": reply} for index, reply in zip(indices, replies, strict=True)})
