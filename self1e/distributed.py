@@ -62,12 +62,11 @@ def say(text: str) -> None:
 def progress(total: int, **options: Any) -> tqdm:
     """tqdm's bar on the first process alone; in a log file, where nothing can move a cursor, a line per tenth."""
     if not sys.stderr.isatty():
-        lines = SimpleNamespace(
-            write=lambda x: x.strip() and print(x.strip(), file=sys.stderr), flush=sys.stderr.flush
-        )
+        write = lambda text: text.strip() and print(text.strip(), file=sys.stderr)  # noqa: E731
+        lines = SimpleNamespace(write=write, flush=sys.stderr.flush)
         form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {remaining} left{postfix}"
         options |= {"file": lines, "bar_format": form, "delay": 1e-9}  # a delay: no line at 0
-        options |= {"miniters": -(-total // 10), "mininterval": 0, "maxinterval": float("inf")}
+        options |= {"miniters": -(-total // 10), "mininterval": 0, "maxinterval": float("inf"), "leave": False}
     return tqdm(total=total, disable=not is_main(), **options)
 
 
