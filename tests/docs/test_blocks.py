@@ -88,6 +88,7 @@ def place(tmp_path, models, trees, monkeypatch) -> Path:
     photo = Image.linear_gradient("L").resize((60, 40)).convert("RGB")
     photo.save(tmp_path / "a.jpg")
     photo.rotate(180).save(tmp_path / "photos/b.png")
+    (tmp_path / "asked.csv").write_text("image,prompt\na.jpg,the red car\nphotos/b.png,the sky\n")
     own_data(tmp_path / "mine", photo)
     program = tmp_path / "bin/self1e"  # what installing the package puts beside python
     program.parent.mkdir()
@@ -132,6 +133,10 @@ def run_here(line: str) -> int:
     program, *words = shlex.split(line, comments=True)
     if program == "bash":
         return cli.main(["eval", {"eval_all.sh": "segmentation", "eval_vqas.sh": "vqa"}[words[0]], *words[1:]])
+    if program == "python":
+        return subprocess.run([sys.executable, *words], timeout=300).returncode
+    if program == "torchrun":
+        words = words[words.index("self1e") + 1 :]
     if program == "deepspeed":
         words = ["train", *words[words.index("train_hf_ivl_seq.py") + 1 :]]
     return cli.main(words)
