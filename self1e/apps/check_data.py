@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from self1e import Self1EProcessor
 from self1e.data.families import FAMILIES, Choice
-from self1e.data.paths import missing
+from self1e.data.paths import missing, require_paths
 from self1e.data.samples import EvalSplit, PhotoSet, SampleError, TrainingSet, check_texts
 from self1e.data.sets.custom import Custom, find_source
 from self1e.data.splits import SPLITS, load_split, split_paths
@@ -78,7 +78,7 @@ class Source:
     name: str
     records: int = 0
     photos: int = 0
-    read: Callable[[int], Record | None] = lambda number: None  # a record, None without a label; raises SampleError
+    read: Callable[[int], Record | None] = lambda number: None  # None without a label; raises SampleError
     problems: list[str] = field(default_factory=list)
     totals: str = "-"  # how it compares with the known totals
     checked: int = 0
@@ -111,21 +111,18 @@ def read_unit(data: EvalSplit, number: int) -> Record:
 
 
 def read_own(data: Custom, number: int) -> Record:
-    known = set(data.doubts)
+    known = len(data.doubts)
     record = read_unit(data, number)
-    record.problems += [f"{location}: {what}" for location, what in data.doubts.items() if location not in known]
+    record.problems += data.doubts[known:]
     return record
 
 
 def open_training_set(choice: Choice) -> Source:
     """Raises MissingFile where its first path is not there, nor, for a file of a set with masks, its folder."""
-    paths = choice.paths()
-    absent = [path for path in paths if not path.exists()]
-    begun = paths[0].suffix and choice.training_set.segmentation and paths[0].parent.is_dir()
-    if paths[0] in absent and not begun:
+    own, segmentation = choice.paths()[0], choice.training_set.segmentation
+    if not own.exists() and not (own.suffix and segmentation and own.parent.is_dir()):
         raise MissingFile(choice.name)
-    if absent:
-        return Source(choice.name, problems=[f"{path} is missing" for path in absent])
+    require_paths([(choice.name, path) for path in choice.paths()])
     return set_source(choice.name, choice.open(), read_sample)
 
 
@@ -156,10 +153,7 @@ def read_question(name: str, questions: list[Question], number: int) -> Record:
 
 def open_own(path: Path, allow_outside: bool) -> Source:
     """Own data with its faults, for which training would refuse it."""
-    data = Custom(f"custom|{path}", "", allow_outside=allow_outside, strict=False)
-    source = set_source(str(path), data, read_own)
-    source.problems = data.faulty + source.problems
-    return source
+    return set_source(str(path), Custom(f"custom|{path}", "", allow_outside=allow_outside, strict=False), read_own)
 
 
 def tree_sources(dataset_dir: Path, data_dir: Path, allow_outside: bool) -> Iterator[tuple[str, Callable[[], Source]]]:
@@ -175,71 +169,63 @@ def tree_sources(dataset_dir: Path, data_dir: Path, allow_outside: bool) -> Iter
 
 
 def is_tree(path: Path) -> bool:
-    """Whether a folder holds one of the folders of the sets; those of question sets are another folder's."""
+    """Whether a folder holds one of the folders of the sets, such as ade20k; question sets are another folder's."""
     sets = [each for family in FAMILIES.values() for each in family.sets.items()]
-    own = (training_set.paths(name, path, Path(os.devnull))[0] for name, training_set in sets)
-    return any((path / each.relative_to(path).parts[0]).is_dir() for each in own if each.is_relative_to(path))
-
-
-@dataclass
-class Checks(Dataset):
-    """`checks[k]` is (counts, problems, pictures) of record `numbers[k]`; a picture is drawn of those in `drawn`."""
-
-    source: Source
-    numbers: list[int]
-    drawn: set[int]
-    max_length: int
-    tokenizer: Any
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[list[int], list[str], list[Image.Image]]:
-        try:
-            record = self.source.read(self.numbers[index])
-        except SampleError as error:
-            return [0, 0, 0], [str(error)], []
-        if record is None:
-            return [0, 0, 0], [], []
-        masks = [mask for _, masks in record.conversations for mask in masks]
-        counts = [len(record.conversations), len(masks), sum(not (mask == 1).any() for mask in masks)]
-        problems = [f"{record.id}: {problem}" for problem in dict.fromkeys(self.problems_of(record))]
-        drawn = index in self.drawn and record.conversations
-        return counts, problems, [picture(self.source.name, record, index)] if drawn else []
-
-    def problems_of(self, record: Record) -> Iterator[str]:
-        yield from record.problems
-        width, height = record.image.size
-        for turns, masks in record.conversations:
-            if len(masks) and masks.shape[1:] != (height, width):
-                yield f"the mask's size is {masks.shape[2]} x {masks.shape[1]}, the photo {width} x {height} pixels"
-            if (
-                len(masks)
-                and (tokens := self.tokens(" ".join(turns))) > self.max_length - IMAGE_TOKENS - TEMPLATE_TOKENS
-            ):
-                yield (
-                    f"a prompt of about {tokens:,} tokens does not fit --model_max_length {self.max_length}, of which "
-                    f"the photo takes {IMAGE_TOKENS}: {turns[0].removeprefix(prompts.IMAGE_TAG).strip()[:60]!r} ..."
-                )
-
-    def tokens(self, text: str) -> int:
-        """Tokens of a text; without a tokenizer, an estimate by five bytes of UTF-8 for each."""
-        if self.tokenizer is None:
-            return len(text.encode(errors="replace")) // 5
-        return len(self.tokenizer(text, verbose=False).input_ids)
+    first = [training_set.paths(name, Path(), Path(os.sep))[0] for name, training_set in sets]
+    return any(path.joinpath(own.parts[0]).is_dir() for own in first if not own.is_absolute())
 
 
 def check(source: Source, args: argparse.Namespace, tokenizer: Any) -> None:
     """Read `limit` records of a set, evenly spread, or all, and draw `samples` of them."""
     source.checked = count = min(source.records, args.limit or source.records)
     numbers = np.linspace(0, source.records - 1, count).astype(int).tolist()
-    drawn = set(np.random.default_rng(0).permutation(count)[: args.samples].tolist())
-    checks = Checks(source, numbers, drawn, args.model_max_length, tokenizer)
-    loader = DataLoader(checks, batch_size=None, num_workers=args.workers if count >= IN_WORKERS else 0)
+    drawn = {numbers[k] for k in np.random.default_rng(0).permutation(count)[: args.samples]}
+    examine = partial(examined, source, drawn, args.model_max_length, tokenizer)
+    workers = args.workers if count >= IN_WORKERS else 0
+    loader = DataLoader(numbers, batch_size=None, collate_fn=examine, num_workers=workers)
     for counts, problems, pictures in tqdm(loader, source.name, unit=" records", delay=1, leave=False, disable=None):
         source.counts = [sum(pair) for pair in zip(source.counts, counts)]
         source.problems += problems
         source.pictures += pictures
+
+
+def examined(
+    source: Source, drawn: set[int], max_length: int, tokenizer: Any, number: int
+) -> tuple[list[int], list[str], list[Image.Image]]:
+    """What a record adds to the counts, problems and pictures of its source; pictures are made of those in `drawn`."""
+    try:
+        record = source.read(number)
+    except SampleError as error:
+        return [0, 0, 0], [str(error)], []
+    if record is None:
+        return [0, 0, 0], [], []
+    masks = [mask for _, masks in record.conversations for mask in masks]
+    counts = [len(record.conversations), len(masks), sum(not (mask == 1).any() for mask in masks)]
+    found = dict.fromkeys([*record.problems, *problems_of_masks(record, max_length, tokenizer)])
+    pictures = [picture(source.name, record, number)] if number in drawn and record.conversations else []
+    return counts, [f"{record.id}: {problem}" for problem in found], pictures
+
+
+def problems_of_masks(record: Record, max_length: int, tokenizer: Any) -> Iterator[str]:
+    """Masks of another size than their photo, and prompts whose [SEG] the length limit would cut.
+
+    Without a tokenizer tokens are estimated by five bytes of UTF-8 for each.
+    """
+    width, height = record.image.size
+    for turns, masks in record.conversations:
+        if not len(masks):
+            continue
+        if masks.shape[1:] != (height, width):
+            yield f"the mask's size is {masks.shape[2]} x {masks.shape[1]}, the photo {width} x {height} pixels"
+        text = " ".join(turns)
+        tokens = (
+            len(tokenizer(text, verbose=False).input_ids) if tokenizer else len(text.encode(errors="replace")) // 5
+        )
+        if tokens > max_length - IMAGE_TOKENS - TEMPLATE_TOKENS:
+            yield (
+                f"a prompt of about {tokens:,} tokens does not fit --model_max_length {max_length}, of which "
+                f"the photo takes {IMAGE_TOKENS}: {turns[0].removeprefix(prompts.IMAGE_TAG).strip()[:60]!r} ..."
+            )
 
 
 def picture(name: str, record: Record, turn: int) -> Image.Image:
@@ -258,13 +244,11 @@ def table(sources: list[Source]) -> str:
     header = ["set", "read", "photos", "sentences", "masks", "empty", "problems", "of the known total"]
     rows = []
     for source in sources:
-        checked, records = f"{source.checked:,}", f"{source.records:,}"
+        read = f"{source.checked:,}" + (f" of {source.records:,}" if source.checked < source.records else "")
         numbers = [f"{number:,}" for number in (source.photos, *source.counts, len(source.problems))]
-        read = checked if checked == records else f"{checked} of {records}"
         rows.append([source.name.replace("|", " "), read, *numbers, source.totals.removeprefix("partly: ")])
-    if all(row[-1] == "-" for row in rows):  # own data
-        header, rows = header[:-1], [row[:-1] for row in rows]
-    return markdown_table(header, rows)
+    columns = -1 if all(source.totals == "-" for source in sources) else None  # own data has no known totals
+    return markdown_table(header[:columns], [row[:columns] for row in rows])
 
 
 def write_parts(source: Path, share: float) -> None:
@@ -337,9 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.samples:
         check_writable_file(args.output)
-    openers = tree_sources(args.path, args.data_dir, args.allow_outside)
-    if not args.tree:
-        openers = iter([(str(args.path), partial(open_own, args.path, args.allow_outside))])
+    own = {str(args.path): partial(open_own, args.path, args.allow_outside)}
+    openers = tree_sources(args.path, args.data_dir, args.allow_outside) if args.tree else own.items()
     tokenizer = Self1EProcessor.from_pretrained(args.version).tokenizer if args.version else None
     sources, absent = [], []
     for name, load in openers:
@@ -363,8 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{table(sources)}")
     if absent:
         print(f"not there: {', '.join(absent)}")
-    pictures = [picture for source in sources for picture in source.pictures]
-    if pictures:
+    if pictures := [picture for source in sources for picture in source.pictures]:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         grid(pictures, 4, cell=CELL).save(args.output)
         print(f"look at {args.output}")

@@ -38,9 +38,8 @@ def pack(epoch: Any, set: Any, item: Any, draw: Any) -> Any:
     return (((epoch << SET_BITS | set) << ITEM_BITS | item) << DRAW_BITS) | draw
 
 
-def unpack(slot: int) -> tuple[int, int, int, int]:
-    """(epoch, set, item, draw) of one slot."""
-    slot = int(slot)
+def unpack(slot: Any) -> tuple[Any, Any, Any, Any]:
+    """(epoch, set, item, draw) of slots."""
     draw, slot = slot & (1 << DRAW_BITS) - 1, slot >> DRAW_BITS
     item, slot = slot & (1 << ITEM_BITS) - 1, slot >> ITEM_BITS
     return slot >> SET_BITS, slot & (1 << SET_BITS) - 1, item, draw
@@ -118,9 +117,9 @@ class Mixture:
     def _rng(self, *numbers: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *numbers])
 
-    def _slots(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Slots of an epoch in the order of the sets, int64 (n,), and whether each is a segmentation sample."""
-        slots, segmentation, first = [], [], 0
+    def _slots(self, epoch: int) -> np.ndarray:
+        """Slots of an epoch in the order of the groups, int64 (n,)."""
+        slots, first = [], 0
         share, redraw = self._rng(epoch, SHARE), self._rng(epoch, REDRAW)
         for members, rate in self.groups:
             sizes = [records.per_pass for records in members]
@@ -140,9 +139,8 @@ class Mixture:
                     chosen = (sets == k) & (repetitions == repetition)
                     items[chosen] = taken[items[chosen]]
             slots.append(pack(np.int64(epoch), first + sets, items, draws))
-            segmentation.append(np.full(len(flat), members[0].data.segmentation))
             first += len(sizes)
-        return np.concatenate(slots), np.concatenate(segmentation)
+        return np.concatenate(slots)
 
     def micro_batches(self, epoch: int, *, rank: int, world_size: int) -> list[np.ndarray]:
         """The rank's micro-batches of an epoch, each an int64 array of 1 to `batch_size` slots for `build`.
@@ -155,7 +153,8 @@ class Mixture:
         if n < world_size:
             raise UserError(f"{n} training samples are fewer than the {world_size} processes")
         count = -(-n // (self.batch_size * world_size)) * world_size
-        slots, segmentation = self._slots(epoch)
+        slots = self._slots(epoch)
+        segmentation = np.array([records.data.segmentation for records in self.sets])[unpack(slots)[1]]
         order = self._rng(epoch, SHUFFLE).permutation(n)
         order = np.concatenate([order, order[: max(0, count - n)]])  # more only with batch size 1
         sizes = len(order) // count + (np.arange(count) < len(order) % count)

@@ -116,7 +116,7 @@ def test_faults_of_a_tree(tmp_path, run):
         "empty segmentation beside a bbox or an area (first: annotation 7)", "outside its image (first: annotation 5)",
         "from 0 to 1; they must be pixels (first: annotation 8)", "far from its bbox (first: annotation 9)",
         "refcoco/7.jpg: a phrase is empty", "holds the reserved token <image>",
-        f"{root / 'refer_seg/refclef/refs(unc).p'} is missing",
+        f"{root / 'refer_seg/refclef/refs(unc).p'}   (refclef)",
         "pascal_part/gone.jpg: cannot read", "unknown category 8",
         "shapes[0] is a rectangle", "ReasonSeg/two.jpg: it has no sentence",
         "vqav2/2: a phrase is empty", "vqav2/2: an answer is empty", "vqav2/3: cannot read",

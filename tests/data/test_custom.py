@@ -193,7 +193,7 @@ def test_a_long_list_of_problems_is_cut_and_files_that_appear_are_found(tmp_path
         (b"image,mask,prompt\n", "t.csv", "holds no photo with a sentence"),
         (b"{", "t.jsonl", "no UTF-8 JSONL"),
         (b"", "t.txt", "expected a .json"),
-        (b'{"images": [], "annotations": []}', "t.json", "has no images or no annotations"),
+        (b'{"images": [], "annotations": []}', "t.json", "holds no photo with a sentence"),
     ],
 )
 def test_other_files(tmp_path, content, name, message):

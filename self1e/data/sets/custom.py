@@ -12,7 +12,7 @@ import logging
 import os
 import reprlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,21 +106,17 @@ def _annotations(path: Path, faulty: list[str]) -> Iterator[Target]:
     """The annotations of a COCO-style JSON; the file is read once for each of its three lists, never held whole."""
     images: dict[int | str, tuple[str, list[int]]] = {}
     categories: dict[int | str, str] = {}
-    found = 0
     for location, record in stream_json(path, "images"):
         with _noting(faulty):
             id, name, *size = fields(record, location, id=(int, str), file_name=str, height=int, width=int)
             if id in images:
                 raise UserError(f"{location}: id {id!r} occurs twice")
-            if min(size) < 1:
-                raise UserError(f"{location}: height and width are {size[0]} and {size[1]}")
             images[id] = name, size
     for location, record in stream_json(path, "categories"):
         with _noting(faulty):
             id, name = fields(record, location, id=(int, str), name=str)
             categories[id] = name.strip()
     for location, record in stream_json(path, "annotations"):
-        found += 1
         with _noting(faulty):
             image_id, segmentation = fields(record, location, image_id=(int, str), segmentation=(list, dict))
             if image_id not in images:
@@ -128,16 +124,12 @@ def _annotations(path: Path, faulty: list[str]) -> Iterator[Target]:
             if not segmentation and record.get("bbox") and record.get("area"):
                 raise UserError(f"{location}: segmentation is empty beside a bbox and an area; a box is no outline")
             yield *images[image_id], _sentences(record, categories, location), record, location
-    if not found or not images and not faulty:
-        raise UserError(f"it has no images or no annotations; a COCO-style object was expected ({OWN_DATA})")
 
 
 def _sentences(annotation: dict, categories: dict[int | str, str], location: str) -> list[str]:
     """The captions and phrases of an annotation or, where it has none, the name of its category."""
-    found: list[Any] = []
-    for field in SENTENCES:
-        value = annotation.get(field) or []
-        found += value if isinstance(value, list) else [value]
+    given = [annotation.get(field) or [] for field in SENTENCES]
+    found = [text for value in given for text in (value if isinstance(value, list) else [value])]
     if not all(isinstance(text, str) and not is_blank(text) for text in found):
         raise UserError(f"{location}: a sentence is empty or no text: {reprlib.repr(found)}")
     category: Any = annotation.get("category_id")
@@ -165,9 +157,8 @@ class Custom(ExpressionSet):
 
     A target is (number of a mask, its location in the file). Which expressions mean nothing only their masks know.
 
-    strict: refuse a source with faulty records or missing files
-    faulty: "<location>: <what>" of the records that are left out
-    doubts: the same of masks read so far that may not be what their record means
+    strict: refuse a source with faulty records or missing files; otherwise `problems` lists the records left out
+    doubts: "<location>: <what>" of what was read so far and may not be what its record means
     """
 
     @classmethod
@@ -178,29 +169,28 @@ class Custom(ExpressionSet):
         self.source, self.name = source, f"custom|{source.name}"
         tables = open_tables(source, read_source)
         self._photos, self._masks = tables.records("photos"), tables.records("masks")
-        self.faulty: list[str] = tables.meta["faulty"]
-        self.problems = [f"{source.name}: {problem}" for problem in tables.meta["problems"]]
-        self.doubts: dict[str, str] = {}
+        faulty, problems = tables.meta["faulty"], tables.meta["problems"]
+        self.problems = [*faulty, *(f"{source.name}: {problem}" for problem in problems)]
+        self.doubts: list[str] = []
         if strict:
-            self._check()
+            self._check(faulty)
 
-    def _check(self) -> None:
-        """Raise one UserError that names every faulty record, and every photo and mask file that is not on disk."""
-        faults, met = list(self.faulty), set()
-        for photo, _, targets in tqdm(self._photos, f"files of {self.source.name}", leave=False, disable=None):
-            masks = ((self._masks[number], f"{location}: mask") for _, number, location in targets)
-            files = [(mask["file"], "masks", where) for mask, where in masks if "file" in mask]
-            for name, below, where in [(photo, "images", f"{targets[0][2]}: image"), *files]:
-                if (name, below) not in met:
-                    met.add((name, below))
-                    with _noting(faults):
-                        self._find(name, below, where)
+    def _check(self, faults: list[str]) -> None:
+        """Raise one UserError that names the faulty records, and every photo and mask file that is not on disk."""
+        files: dict[tuple[str, str], str] = {}  # name, folder that it may be in -> where it is met first
+        for photo, _, targets in self._photos:
+            files.setdefault((photo, "images"), f"{targets[0][2]}: image")
+            for _, number, location in targets:
+                if "file" in (mask := self._masks[number]):
+                    files.setdefault((mask["file"], "masks"), f"{location}: mask")
+        for (name, below), where in tqdm(files.items(), f"files of {self.source.name}", leave=False, disable=None):
+            with _noting(faults):
+                self._find(name, below, where)
         if faults:
             listed = faults[:LISTED] + [f"and {len(faults) - LISTED} more"] * (len(faults) > LISTED)
-            lines = "\n  ".join([f"{self.source}, problems: {len(faults)} ({OWN_DATA}):", *listed])
-            raise UserError(lines)
+            raise UserError("\n  ".join([f"{self.source}, problems: {len(faults)} ({OWN_DATA}):", *listed]))
         if not len(self):
-            raise UserError(f"{self.source} holds no photo with a sentence")
+            raise UserError(f"{self.source} holds no photo with a sentence and a mask ({OWN_DATA})")
 
     def _find(self, name: str, below: str, where: str) -> Path:
         """Where a file is: beside the source or in the folder `below`. Raises UserError where it is not."""
@@ -245,28 +235,24 @@ class Custom(ExpressionSet):
         return target[1]
 
     def mask(self, index: int, target: tuple[int, str], image: Image.Image) -> np.ndarray:
-        (number, location), size = target, self._photos[index][1]
+        number, location = target
+        _, size, targets = self._photos[index]
         mask = self._masks[number]
         if size is not None:
+            if size == [image.width, image.height] != [image.height, image.width]:
+                self._doubt(
+                    f"{targets[0][2]}: the size is the photo's before EXIF turns it; its masks are turned, too"
+                )
             return decode_segmentation(mask, size[0], size[1], location)
         file, value = mask["file"], mask["value"]
         labels = load_label_map(self._find(file, "masks", f"{location}: mask"))
-        if value is None:
-            return (labels > 0).astype(np.uint8)
-        found = labels == value
-        if not found.any():
-            self._doubt(location, f"no pixel of {file} has the value {value}")
+        found = labels > 0 if value is None else labels == value
+        if value is not None and not found.any():
+            self._doubt(f"{location}: no pixel of {file} has the value {value}")
         return found.astype(np.uint8)
 
-    def load(self, index: int, wanted: Sequence[list[Any]]) -> tuple[Image.Image, np.ndarray]:
-        image, masks = super().load(index, wanted)
-        _, size, targets = self._photos[index]
-        if image.width != image.height and size == [image.width, image.height]:
-            what = "the size is that of the photo before EXIF turns it, so its masks are turned, too"
-            self._doubt(targets[0][2], what)
-        return image, masks
-
-    def _doubt(self, location: str, what: str) -> None:
+    def _doubt(self, problem: str) -> None:
         if not self.doubts:  # said once
-            log.warning("%s: %s: %s", self.name, location, what)
-        self.doubts[location] = what
+            log.warning("%s: %s", self.name, problem)
+        if problem not in self.doubts:
+            self.doubts.append(problem)
