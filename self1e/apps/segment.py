@@ -329,7 +329,7 @@ def run(
         workers = args.workers
         if workers is None:
             workers = distributed.share_cores() if model.device.type == "cuda" else 1
-        bar = tqdm(total=len(own), unit="photo", disable=not distributed.is_main() or not sys.stderr.isatty())
+        bar = distributed.progress(len(own), desc="photos", unit="photo")
         begin = before = time.monotonic()
         writing: list[Future[list[dict]]] = []
         with StopRequest() as stop, ThreadPoolExecutor(WRITERS) as pool, bar:

@@ -85,9 +85,7 @@ class Work:
 
 def compile_layers(model: Self1EForSegmentation, **options) -> None:
     """Compile each layer of ViT and LLM in place, so that weights keep their names. options: of `torch.compile`."""
-    torch._dynamo.config.recompile_limit = (
-        128  # layers share their code, but have rates of stochastic depth of their own
-    )
+    torch._dynamo.config.recompile_limit = 128  # layers share their code, but have their own stochastic depth
     for layer in [*model.model.vision_tower.encoder.layer, *model.model.language_model.layers]:
         layer.compile(**options)
 
