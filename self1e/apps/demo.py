@@ -83,7 +83,8 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
                 if mode == CHAT:
                     replies += model.chat(processor, [image] * len(some), some, max_tiles=tiles)
                 else:
-                    replies += [x.as_reply() for x in model.segment(processor, image, some, max_tiles=tiles)]
+                    found = model.segment(processor, image, some, max_tiles=tiles)
+                    replies += [Reply(x.text, x.mask[None], x.logits[None], [x.score]) for x in found]
                 for prompt, reply in zip(some, replies[start:]):
                     output.add(path, image, prompt, reply)
                 output.write_coco()

@@ -380,7 +380,7 @@ def prepare_segment(
 
 
 def replies_of(found: list[Masks]) -> list[Reply]:
-    return [Reply(ANSWER, x.foreground.cpu().numpy(), x.logits.cpu().numpy(), x.scores) for x in found]
+    return [x.reply(ANSWER) for x in found]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

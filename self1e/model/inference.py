@@ -1,8 +1,7 @@
 """From a trained model to masks: `masks_of` a batch, and what users call on their own images, `segment` and `chat`.
 
-`segment` gives the model the answer `[SEG].` and reads the mask (the evaluation protocol, one forward pass); `chat`
-lets it write, causally, and reads the masks of every `[SEG]` it wrote in one more pass over the whole text, because
-image tokens look at `[SEG]`.
+`segment` gives the model the answer `[SEG].` and reads the mask in one forward pass; `chat` lets it write, causally,
+and then needs a pass over the whole text, because image tokens look at the `[SEG]`s behind them.
 
 Legend: H W pixels of the upright image, h w mask grid of the model, n masks of a conversation.
 """
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -29,39 +27,21 @@ from self1e.model.prompts import (
     SEG,
     check_prompt,
     evaluation_prompt,
-    looks_like_sentence,
 )
 
 TEXT = "input_ids", "attention_mask", "row_image"
 Conversation = str | Sequence[dict[str, Any]]
 
 
-class Masks(NamedTuple):
-    """The masks of one conversation, one for each `[SEG]` in it, on the model's device."""
-
-    foreground: Tensor  # bool (n, H, W)
-    logits: Tensor  # float32 (n, h, w), before the resize
-
-    @property
-    def scores(self) -> list[float | None]:
-        """Mean foreground probability over each mask, 0..1; None for an empty mask."""
-        inside = resized(self.logits, self.foreground.shape[1:]).sigmoid() * self.foreground
-        means = inside.sum((1, 2)) / self.foreground.sum((1, 2))
-        return [None if math.isnan(x) else x for x in means.tolist()]
-
-
 @dataclass(frozen=True)
 class Segmentation:
-    """The mask of one prompt: `Reply` for one mask, with the prompt as given. mask: bool (H, W). logits: (h, w)."""
+    """The mask of one prompt, which is as given; the rest as in `Reply`. mask: bool (H, W). logits: float32 (h, w)."""
 
     prompt: str
     text: str
     mask: np.ndarray = field(repr=False)
     logits: np.ndarray = field(repr=False)
     score: float | None
-
-    def as_reply(self) -> "Reply":
-        return Reply(self.text, self.mask[None], self.logits[None], [self.score])
 
 
 @dataclass(frozen=True)
@@ -76,6 +56,19 @@ class Reply:
     masks: np.ndarray = field(repr=False)
     logits: np.ndarray = field(repr=False)
     scores: list[float | None]
+
+
+class Masks(NamedTuple):
+    """The masks of one conversation, one for each `[SEG]` in it, on the model's device."""
+
+    foreground: Tensor  # bool (n, H, W)
+    logits: Tensor  # float32 (n, h, w), before the resize
+
+    def reply(self, text: str) -> Reply:
+        inside = resized(self.logits, self.foreground.shape[1:]).sigmoid() * self.foreground
+        means = (inside.sum((1, 2)) / self.foreground.sum((1, 2))).tolist()
+        scores = [None if math.isnan(mean) else mean for mean in means]
+        return Reply(text, self.foreground.cpu().numpy(), self.logits.cpu().numpy(), scores)
 
 
 @torch.no_grad()
@@ -163,11 +156,10 @@ class InferenceMixin:
             images: one or several; a path, a PIL image of any mode, or a uint8 array (H, W, 3). EXIF orientation is
                 applied; H and W are those of the result.
             prompts: one or several, asked of every image; or, for several images, a list for each.
-            is_sentence: a prompt is a sentence ("Which one rolls?") or a phrase ("the ball", which is lower-cased);
-                None: it is a sentence if it ends like one.
-            threshold: probability above which a pixel is foreground, 0..1 exclusive.
+            is_sentence: prompts are sentences ("Which one rolls?") or phrases ("the ball", lower-cased); None: those
+                that end like sentences are.
+            threshold, conversations_per_forward: as in `masks_of`.
             max_tiles: 1, or 4 for high resolution (train with it too).
-            conversations_per_forward: prompts in one pass.
 
         Raises UserError (no trained head, an empty prompt, a control token in it, an image that cannot be read), and
         what `masks_of` raises.
@@ -180,11 +172,13 @@ class InferenceMixin:
             raise UserError(
                 f"{len(asked)} lists of prompts for {len(given)} images: give one for each, or one for all"
             )
-        photos = [photo_of(image) for image in given]
-        conversations = [[[question(prompt, is_sentence), ANSWER] for prompt in texts] for texts in asked]
+        about, conversations = [], []
+        for image, texts in zip(given, asked):
+            for prompt in texts:
+                about.append(image)
+                conversations.append([question(prompt, is_sentence), ANSWER])
         limits: dict[str, Any] = {"max_tiles": max_tiles, "limit": conversations_per_forward}
-        with evaluating(self):
-            replies = iter(self._replies(processor, photos, conversations, threshold=threshold, **limits))
+        replies = iter(self._replies(processor, about, conversations, threshold=threshold, **limits))
         results = [
             [Segmentation(prompt, x.text, x.masks[0], x.logits[0], x.scores[0]) for prompt, x in zip(texts, replies)]
             for texts in asked
@@ -221,64 +215,60 @@ class InferenceMixin:
         """
         single = isinstance(images, Photo)
         given: Any = [images] if single else images
-        conversations: Any = [messages] if single else messages
-        if isinstance(messages, str) > single or len(conversations) != len(given):
+        asked: Any = [messages] if single else messages
+        if isinstance(asked, str) or len(asked) != len(given):
             raise UserError(f"{len(given)} images need as many conversations, in a list")
-        asked: dict[int, list[list[str]]] = {}  # by image, of which one object may have several conversations
-        for image, conversation in zip(given, conversations):
-            asked.setdefault(id(image), []).append(conversation_turns(conversation))
-        photos = [photo_of(image) for image in {id(image): image for image in given}.values()]
         options: dict[str, Any] = {"threshold": threshold, "max_tiles": max_tiles, "limit": conversations_per_forward}
         options["generate"] = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
-        with evaluating(self):
-            replies = iter(self._replies(processor, photos, [*asked.values()], **options))
-        by_image = {key: [next(replies) for _ in own] for key, own in asked.items()}
-        results = [by_image[id(image)].pop(0) for image in given]
-        return results[0] if single else results
+        replies = self._replies(processor, given, [*map(conversation_turns, asked)], **options)
+        return replies[0] if single else replies
 
     @torch.no_grad()
     def _replies(
         self,
         processor,
-        photos: Sequence[Image.Image],
-        conversations: Sequence[Sequence[list[str]]],
+        images: Sequence[Photo],
+        conversations: Sequence[list[str]],
         *,
         threshold: float,
         max_tiles: int,
         limit: int,
         generate: dict[str, Any] | None = None,
     ) -> list[Reply]:
-        """The replies to the conversations of all photos in order, `limit` of them at a time.
+        """The replies to conversations, each about its image; those that share one are processed together.
 
-        Without `generate`, the options of the method of this name, the last text of each conversation is the reply.
+        limit: conversations in one pass. generate: options of the method of this name; None: the last text of each
+        conversation is the reply.
         """
         check_head(self)
-        pairs = [(number, turns) for number, own in enumerate(conversations) for turns in own]
-        replies = []
-        for start in range(0, len(pairs), limit):
-            part = pairs[start : start + limit]
-            numbers = list(dict.fromkeys(number for number, _ in part))
-            images = [photos[number] for number in numbers]
-            texts = [[turns for number, turns in part if number == own] for own in numbers]
+        distinct = {id(image): image for image in images}
+        place = {key: number for number, key in enumerate(distinct)}
+        photos, about = [photo_of(image) for image in distinct.values()], [place[id(image)] for image in images]
+        order, replies = sorted(range(len(about)), key=about.__getitem__), {}
+        for start in range(0, len(order), limit):
+            part = order[start : start + limit]
+            numbers = sorted({about[one] for one in part})
+            pictures = [photos[number] for number in numbers]
+            texts = [[conversations[one] for one in part if about[one] == number] for number in numbers]
             side = "right" if generate is None else "left"
-            batch = processor(images, texts, max_tiles=max_tiles, padding_side=side)
-            features = self.encode_images(batch["pixel_values"].to(self.device), batch["tile_grids"])
-            answers, n_seg = [turns[-1] for _, turns in part], torch.ones(len(part), dtype=torch.long)
-            if generate is not None:
-                answers, n_seg = self._write(processor.tokenizer, batch, features, generate)
-            sizes = [(image.height, image.width) for image in images]
-            options: dict[str, Any] = {"threshold": threshold, "conversations_per_forward": limit}
-            found: Any = [None] * len(part)
-            if n_seg.any():
-                found = masks_of(self, batch, sizes, image_features=features, **options)
-            for answer, n, masks, image in zip(answers, n_seg.tolist(), found, batch["row_image"].tolist()):
-                own = Masks(torch.zeros(0, *sizes[image], dtype=torch.bool), torch.zeros(0, 1, 1))
-                if n:
-                    own = Masks(*(x[len(x) - n :] for x in masks))  # not those of earlier turns
-                replies.append(Reply(answer, own.foreground.cpu().numpy(), own.logits.cpu().numpy(), own.scores))
-        return replies
+            batch = processor(pictures, texts, max_tiles=max_tiles, padding_side=side)
+            sizes = [(picture.height, picture.width) for picture in pictures]
+            with evaluating(self):
+                features = self.encode_images(batch["pixel_values"].to(self.device), batch["tile_grids"])
+                answers, n_seg = [conversations[one][-1] for one in part], [1] * len(part)
+                if generate is not None:
+                    answers, n_seg = self._write(processor.tokenizer, batch, features, generate)
+                if any(n_seg):
+                    options: dict[str, Any] = {"threshold": threshold, "conversations_per_forward": limit}
+                    found = masks_of(self, batch, sizes, image_features=features, **options)
+                else:
+                    shapes = [sizes[image] for image in batch["row_image"].tolist()]
+                    found = [Masks(torch.zeros(0, *x, dtype=torch.bool), torch.zeros(0, 1, 1)) for x in shapes]
+            for one, answer, n, masks in zip(part, answers, n_seg, found):  # without the masks of earlier turns
+                replies[one] = Masks(*(x[len(x) - n :] for x in masks)).reply(answer)
+        return [replies[one] for one in range(len(images))]
 
-    def _write(self, tokenizer, batch: dict, features, options: dict[str, Any]) -> tuple[list[str], Tensor]:
+    def _write(self, tokenizer, batch: dict, features, options: dict[str, Any]) -> tuple[list[str], list[int]]:
         """Let the model answer a left-padded batch, to which the answers are added; these, and their `[SEG]`s."""
         end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         ids = self.generate(
@@ -293,7 +283,7 @@ class InferenceMixin:
         written = (new == end).cumsum(1) == 0
         batch |= {"input_ids": ids, "attention_mask": torch.cat([batch["attention_mask"], written.long()], 1)}
         texts = [tokenizer.decode(answer[own], skip_special_tokens=False) for answer, own in zip(new, written)]
-        return texts, ((new == self.config.seg_token_id) & written).sum(1)
+        return texts, ((new == self.config.seg_token_id) & written).sum(1).tolist()
 
     def prepare_inputs_for_generation(self, *args, image_features=None, is_first_iteration: bool = False, **kwargs):
         """As the library's; images that are encoded already enter with the prompt and are then in the cache."""
@@ -323,9 +313,9 @@ def evaluating(model) -> Iterator[None]:
 
 
 def question(prompt: str, is_sentence: bool | None) -> str:
-    """The fixed question of evaluation about a prompt."""
+    """The fixed question of evaluation about a prompt; UserError for one that is empty or holds a control token."""
     check_prompt(prompt)
-    return evaluation_prompt(prompt, looks_like_sentence(prompt) if is_sentence is None else is_sentence, lower=True)
+    return evaluation_prompt(prompt, is_sentence, lower=True)
 
 
 def conversation_turns(conversation: Conversation) -> list[str]:

@@ -75,10 +75,10 @@ def looks_like_sentence(text: str) -> bool:
     return text.endswith(SENTENCE_ENDS)
 
 
-def evaluation_prompt(sentence: str, is_sentence: bool, lower: bool) -> str:
-    """The fixed prompt of evaluation; note the blank after the line break."""
-    text = sentence.strip()
-    if is_sentence:
+def evaluation_prompt(text: str, is_sentence: bool | None, lower: bool) -> str:
+    """The fixed prompt of evaluation; note the blank after the line break. None: a sentence if it ends like one."""
+    text = text.strip()
+    if looks_like_sentence(text) if is_sentence is None else is_sentence:
         return f"<image>\n {text} Please output segmentation mask."
     return f"<image>\n What is {text.lower() if lower else text} in this image? Please output segmentation mask."
 
