@@ -6,7 +6,7 @@ InternVL with a Qwen2 or Qwen3 LLM is the only backbone; CONTRIBUTING.md lists w
 import argparse
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,10 @@ class Switch:
         return kind | {"help": f"{self.help}; unset: the checkpoint's, or {self.default}"}
 
 
-# The one declaration of the switches: fields of the configuration, flags, and keywords of `from_pretrained`. A switch
-# that nobody sets follows the checkpoint. The choices are the registries themselves.
-ROPE_HELP = "precision of the LLM's rotary frequencies; the published engine rounded them to bf16"
-SWITCHES = {
-    "mask_features": Switch("rfa", "features that the mask is read from", HEADS),
-    "replication": Switch("tile", "how patch tokens are replicated for the mask's image side", REPLICATIONS),
-    "attention_pathway": Switch("image+seg", "what image tokens see besides the causal past", PATHWAYS),
-    "auxiliary_loss": Switch(True, "train the LLM's own image features with the mask losses, too"),
-    "auxiliary_projection": Switch(False, "send the auxiliary image side through f_out, too"),
-    "rope_precision": Switch("fp32", ROPE_HELP, ("fp32", "bf16")),
-}
+def switch(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
+    return field(default=default, metadata={"switch": Switch(default, help, choices)})
+
+
 # The total loss is the sum of these times the losses of `losses.py`.
 LOSS_WEIGHTS = {"ce": 1.0, "mask_bce": 2.0, "mask_dice": 0.5}
 # Flag -> loss: ce_loss_weight, bce_loss_weight, dice_loss_weight. They follow the checkpoint like the switches, and
@@ -60,18 +53,23 @@ LOSS_FLAGS = {f"{name.removeprefix('mask_')}_loss_weight": name for name in LOSS
 
 @strict
 class Self1EConfig(InternVLConfig):
-    """Fields besides InternVL's: `SWITCHES`, `loss_weights` by name (those left out have their default), and these."""
+    """Fields besides InternVL's. The switches are flags and keywords of `from_pretrained`, too, see `SWITCHES`."""
 
     model_type = "self1e"
 
     seg_token_id: int | None = None  # None in a base model that never learned to segment
-    mask_features: str = SWITCHES["mask_features"].default
-    replication: str = SWITCHES["replication"].default
-    attention_pathway: str = SWITCHES["attention_pathway"].default
-    auxiliary_loss: bool = SWITCHES["auxiliary_loss"].default
-    auxiliary_projection: bool = SWITCHES["auxiliary_projection"].default
-    rope_precision: str = SWITCHES["rope_precision"].default
-    loss_weights: dict[str, float | int] = field(default_factory=dict)
+    # A switch that nobody sets follows the checkpoint. The choices are the registries themselves.
+    mask_features: str = switch("rfa", "features that the mask is read from", HEADS)
+    replication: str = switch("tile", "how patch tokens are replicated for the mask's image side", REPLICATIONS)
+    attention_pathway: str = switch("image+seg", "what image tokens see besides the causal past", PATHWAYS)
+    auxiliary_loss: bool = switch(True, "train the LLM's own image features with the mask losses, too")
+    auxiliary_projection: bool = switch(False, "send the auxiliary image side through f_out, too")
+    rope_precision: str = switch(
+        "fp32",
+        "precision of the LLM's rotary frequencies; the published engine rounded them to bf16",
+        ("fp32", "bf16"),
+    )
+    loss_weights: dict[str, float | int] = field(default_factory=dict)  # those left out have their default
     drop_path_rate: float | int = 0.0  # stochastic depth of the ViT, rising linearly from 0 over its layers
     weights_id: str | None = None  # random, written with every save; tells the weights of two saves apart
     tie_word_embeddings: bool = False
@@ -83,30 +81,26 @@ class Self1EConfig(InternVLConfig):
 
     def check_switches(self):
         """Raise UserError for a switch outside its values."""
-        for name, switch in SWITCHES.items():
-            if switch.choices is not None:
-                check_known(name, [getattr(self, name)], switch.choices)
+        for name, one in SWITCHES.items():
+            if one.choices is not None:
+                check_known(name, [getattr(self, name)], one.choices)
         if self.auxiliary_projection and not (self.auxiliary_loss and self.mask_features == "rfa"):
             raise UserError("auxiliary_projection needs auxiliary_loss and mask_features rfa: it uses f_out again")
 
     @property
-    def ratio(self) -> int:
-        """r: patches per side that one image token stands for."""
+    def ratio(self) -> int:  # r: patches per side that one image token stands for
         return round(1 / self.downsample_ratio)
 
     @property
-    def tile_size(self) -> int:
-        """Pixels per side of a tile."""
+    def tile_size(self) -> int:  # pixels per side of a tile
         return self.vision_config.image_size[0]
 
     @property
-    def tile_side(self) -> int:
-        """L: image tokens per tile side."""
+    def tile_side(self) -> int:  # L: image tokens per side of a tile
         return self.tile_size // self.vision_config.patch_size[0] // self.ratio
 
     @property
     def tile_tokens(self) -> int:
-        """L * L: image tokens per tile."""
         return self.tile_side**2
 
     @classmethod
@@ -122,6 +116,9 @@ class Self1EConfig(InternVLConfig):
         except OSError as error:
             raise UserError(f"{source}: {why_not_served(source, error)}") from error
         return native_config(values, source), kwargs
+
+
+SWITCHES: dict[str, Switch] = {one.name: one.metadata["switch"] for one in fields(Self1EConfig) if one.metadata}
 
 
 def check_source(source: str, subfolder: str | None = None, *, weights: bool = False) -> None:
@@ -152,11 +149,11 @@ def why_not_served(source: str, error: OSError) -> str:
     return f"several checkpoints, {', '.join(found)}; hf download {source} --include '{found[0]}/*' --local-dir FOLDER"
 
 
-# Original InternVL vision keys -> transformers' names.
 SAME_KEYS = (
     "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act attention_dropout "
     "initializer_range norm_type layer_norm_eps image_size patch_size num_channels"
 ).split()
+# Original InternVL vision keys -> transformers' names.
 VISION_KEYS = dict(zip(SAME_KEYS, SAME_KEYS)) | {
     "qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm", "dropout": "hidden_dropout_prob"
 }  # fmt: skip
@@ -180,10 +177,6 @@ def native_config(values: dict, source: str) -> dict:
     vision, dtype = values.get("vision_config") or {}, values.get("torch_dtype") or values.get("dtype")
     if text.get("model_type") not in ("qwen2", "qwen3"):
         raise UserError(f"{source}: the LLM is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
-    if any(part.get("quantization_config") for part in (values, text, vision)):
-        raise UserError(f"{source}: config.json speaks of quantised weights; expected a checkpoint in full precision")
-    if values.get("select_layer", -1) != -1:
-        raise UserError(f"{source}: select_layer={values['select_layer']}; only the ViT's last (-1) is supported")
     if kind == "internvl_chat":
         values = {
             "vision_config": {new: vision[old] for old, new in VISION_KEYS.items() if old in vision}

@@ -288,8 +288,10 @@ def without_dynamic_rope(rotary, length: int) -> Iterator[None]:
     kind = rotary.rope_type
     if kind == "dynamic" and length <= rotary.original_max_seq_len == rotary.max_seq_len_cached:
         rotary.rope_type = "default"
-    yield
-    rotary.rope_type = kind
+    try:
+        yield
+    finally:
+        rotary.rope_type = kind
 
 
 def selective_checkpointing_kwargs() -> dict[str, Any]:

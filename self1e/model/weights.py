@@ -11,8 +11,8 @@ import contextlib
 import copy
 import hashlib
 import json
-import sys
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import cached_file, logging
-from transformers.utils.loading_report import update_key_name
 
-from self1e import distributed
 from self1e.errors import UserError, check_known
 from self1e.files import replacing_folder, write_json
 from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, check_source, original_config
@@ -31,7 +29,6 @@ from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
 
 HEAD = "segmentation_head."
-LARGE = 5 * 10**8  # bytes of weights that take seconds to read
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Applied in this order to every key, reversed on writing: (original, native).
 RENAMINGS = (
@@ -118,31 +115,31 @@ def load_checkpoint(
 
 
 def check_files(source: str, hub: dict[str, Any]) -> None:
-    """Look at the files of a checkpoint before the library does, and say which are loaded where that takes long.
-
-    Raises UserError for an adapter, for an index of shards that names missing files or files outside its folder, and
-    for files that Git LFS has not fetched.
-    """
+    """Raise UserError for weights that the library would misread: an adapter, missing shards, pointers of Git LFS."""
     check_source(source, hub.get("subfolder"), weights=True)
     if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
         # The library would load it over the weights.
         raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
     folder = Path(source, hub.get("subfolder") or "")
-    local = folder.is_dir()
-    if not local:  # on the hub: what the cache holds of it
-        folder = Path(str(cached_file(source, "config.json", **hub))).parent
-    files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
-    for index in folder.glob("*.index.json") if local else ():
-        for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
-            if Path(name).name != name:
-                raise UserError(f"{index} names a file outside its folder: {name}")
-            files.add(folder / name)
-    absent = [path for path in files if not path.is_file()]
-    if absent or local and not files:
-        raise UserError(f"{absent[0] if absent else 'the weights'} missing in {folder}: fetch the whole checkpoint")
-    size = sum(path.stat().st_size for path in files)
-    if size > LARGE and distributed.is_main():
-        print(f"loading {source} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
+    if folder.is_dir():
+        files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
+        for index in folder.glob("*.index.json"):
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files.update(folder / name for name in names)
+        absent = sorted(path for path in files if not path.is_file())
+        if absent or not files:
+            raise UserError(
+                f"{absent[0] if absent else 'the weights'} missing in {folder}: fetch the whole checkpoint"
+            )
+
+
+def in_short(names: Iterable[str]) -> list[str]:
+    """Names that differ in their first number, mostly that of a layer, as one: `layers.{0, 1, 7}.bias`."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        numbers.setdefault(re.sub(r"\d+", "#", name, count=1), []).extend(map(int, re.findall(r"\d+", name)[:1]))
+    lists = {form: ", ".join(map(str, sorted(found))) for form, found in sorted(numbers.items())}
+    return [form.replace("#", f"{{{found}}}" if "," in found else found) for form, found in lists.items()]
 
 
 def check_fit(model: PreTrainedModel, report: dict, source: str, *, trained: bool) -> bool:
@@ -151,7 +148,7 @@ def check_fit(model: PreTrainedModel, report: dict, source: str, *, trained: boo
     head = {name for name in model.state_dict() if name.startswith(HEAD)}
     fresh = not trained and bool(head) and head <= missing
     wrong: dict[str, Any] = {"missing": missing - head if fresh else missing, "unexpected": report["unexpected_keys"]}
-    problems = [f"{kind:<12}{line}" for kind, keys in wrong.items() for line in update_key_name(sorted(keys))]
+    problems = [f"{kind:<12}{line}" for kind, keys in wrong.items() for line in in_short(keys)]
     problems += [
         f"shape       {key}: checkpoint {tuple(found)}, model {tuple(expected)}"
         for key, found, expected in sorted(report["mismatched_keys"])
