@@ -325,7 +325,7 @@ def conversation_turns(conversation: Conversation) -> list[str]:
     """
     messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
     roles = [message["role"] for message in messages]
-    if roles != ["assistant" if index % 2 else "user" for index in range(len(roles))] or len(roles) % 2 == 0:
+    if roles != ["user", *["assistant", "user"] * (len(roles) // 2)]:
         raise UserError(
             f"the roles are {roles}; expected user, assistant, ..., user (the system sentence is part of the weights)"
         )

@@ -94,7 +94,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         """Load a checkpoint, a folder or hub id of any layout (`self1e.model.weights`), in evaluation mode.
 
         Args:
-            weights: folder whose weights replace those of the first argument: published SELF1E or our own.
+            weights: folder or hub id whose weights replace those of the first argument.
             config: a ready `Self1EConfig`; default: the checkpoint's.
             kwargs: the library's (`dtype`, default float32, `device_map`, `attn_implementation`, ...) and any of
                 `config.SWITCHES`, e.g. `mask_features="rfr"`, and `loss_weights`, a dict of those that change.
@@ -199,7 +199,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
     def encode_images(
         self, pixel_values: Tensor, tile_grids: Tensor | Sequence, *, for_masks: bool = True
     ) -> ImageFeatures:
-        """Encode images once; pass the result to `forward(image_features=...)` for any number of conversations.
+        """Encode images once, for any number of conversations: `forward(image_features=...)`.
 
         pixel_values: (T, 3, size, size), the tiles of all images in order. tile_grids: (I, 2), rows and columns of
         each image's tiles. for_masks: also compute the self-replicated features.
@@ -233,10 +233,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
         return torch.cat(states)
 
     def text_loss(self, states: Tensor, batch: Packed) -> Tensor:
-        """Next-token cross-entropy, mean over supervised tokens, 0 without any: (P, C) -> scalar.
-
-        Vocabulary logits are computed at supervised positions only.
-        """
+        """Next-token cross-entropy, mean over supervised tokens, 0 without any: (P, C) -> scalar."""
         if not len(batch.text):
             return self.lm_head(states[:1]).float().mean() * 0.0  # keeps lm_head in every backward pass
         logits = self.lm_head(take(states, batch.text)).float()

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from self1e.errors import UserError
+from self1e.files import check_fetched
 
 T = TypeVar("T")
 Photo = Image.Image | np.ndarray | str | Path  # an array: uint8, (H, W) or (H, W, 3), RGB
@@ -56,14 +57,12 @@ def decode(source: Path | str | BinaryIO, read: Callable[[Image.Image], T]) -> T
 
 def _what_it_is(source: Path | str | BinaryIO) -> str:
     """What a file that Pillow does not know may be, by its first bytes."""
-    head = b""
     if isinstance(source, (Path, str)):
+        check_fetched(Path(source))
         with open(source, "rb") as file:
-            head = file.read(32)
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer: fetch the file itself with `git lfs pull`"
-    if head[4:11] in (b"ftyphei", b"ftypmif", b"ftyphev"):
-        return "it is a HEIC picture" + (", but damaged" if "HEIF" in _readable() else ": pip install pillow-heif")
+            head = file.read(11)
+        if head[4:] in (b"ftyphei", b"ftypmif", b"ftyphev"):
+            return "it is a HEIC picture" + (", but damaged" if "HEIF" in _readable() else ": pip install pillow-heif")
     return "it is no picture of a known format, or an empty file"
 
 

@@ -51,16 +51,13 @@ class ConversationTooLong(UserError):
 def cut_tiles(
     image: Image.Image, size: int, *, max_tiles: int = 1, thumbnail: bool = False
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Resize (stretch) an image of any mode to a grid of square tiles and normalise them.
+    """Resize (stretch) an image of any mode to a grid of square tiles, `size` pixels a side, and normalise them.
 
-    Args:
-        size: pixels per side of a tile.
-        max_tiles: the grid nearest the image's aspect ratio with at most this many tiles wins (InternVL's rule).
-        thumbnail: append the whole image as one more tile when there are several (VQA evaluation).
+    max_tiles: the grid nearest the image's aspect ratio with at most this many tiles wins (InternVL's rule).
+    thumbnail: append the whole image as one more tile when there are several (VQA evaluation).
 
-    Returns:
-        float32 (tiles, 3, size, size), row-major, and the grid as (rows, cols); with a thumbnail, which has no place
-        in a grid, (tiles, 1).
+    Returns float32 (tiles, 3, size, size), row-major, and the grid as (rows, cols); with a thumbnail, which has no
+    place in a grid, (tiles, 1).
     """
     image = as_rgb(image)
     cols, rows = get_optimal_tiled_canvas((image.height, image.width), (size, size), 1, max_tiles)
@@ -92,10 +89,7 @@ class Self1EProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Read the processor of any checkpoint layout that has a tokenizer; `[SEG]` is added to a base's.
-
-        Raises UserError without a checkpoint, or without a tokenizer of InternVL3's there.
-        """
+        """Read the processor of any checkpoint layout; UserError where there is none, or no tokenizer of InternVL3."""
         source = pretrained_model_name_or_path
         own = Path(source, "processor_config.json")
         sizes = read_json(own, dict) if own.is_file() else {}
@@ -128,18 +122,15 @@ class Self1EProcessor(ProcessorMixin):
             mask_targets: per image None, uint8 (conversations, H, W), or a list with uint8 (n_seg, H, W) or None for
                 each conversation.
             padding_side: "right" (training, masks) or "left" (generation).
-            limits: `max_tiles` and `thumbnail` of `cut_tiles`; `max_length`: longer conversations are cut at their
-                end.
+            limits: `max_tiles` and `thumbnail` of `cut_tiles`; `max_length`: of a conversation, which is cut there.
 
         Returns:
             `input_ids`, `attention_mask` and `labels` (conversations, N), `pixel_values` (tiles, 3, size, size),
             `tile_grids` (images, 2), `row_image` (conversations,), the image of each, and with targets `mask_targets`,
             one entry per conversation.
 
-        Raises:
-            ConversationTooLong: `max_length` would cut image tokens or a `[SEG]`.
-            UserError: a conversation without `<image>`, or with a text that holds an image token.
-            ValueError: masks that do not match the `[SEG]` tokens.
+        Raises ConversationTooLong where image tokens or a `[SEG]` would be cut, UserError for a conversation without
+        `<image>` or with an image token in its text, ValueError for masks that do not match the `[SEG]`s.
         """
         targets = [None] * len(images) if mask_targets is None else mask_targets
         entries = zip(images, conversations, targets, strict=True)
@@ -157,7 +148,7 @@ class Self1EProcessor(ProcessorMixin):
         thumbnail: bool = False,
         max_length: int | None = None,
     ) -> dict:
-        """One image and its conversations, ready for `collate`; what data workers do. Arguments as in `__call__`."""
+        """One image and its conversations, ready for `collate`; see `__call__`."""
         tiles, grid = cut_tiles(image, self.image_size, max_tiles=max_tiles, thumbnail=thumbnail)
         texts = [self.encode_conversation(turns, len(tiles), max_length) for turns in conversations]
         targets = [None] * len(texts) if masks is None else [as_masks(target) for target in masks]
@@ -196,9 +187,7 @@ class Self1EProcessor(ProcessorMixin):
         return ids[:max_length], labels[:max_length]
 
     def collate(self, encoded: Sequence[dict], *, padding_side: str = "right", groups: int = 2) -> BatchFeature:
-        """Pad the conversations of several `encode` results to one batch; see `__call__`.
-
-        Besides its keys: `packed`, what the model would otherwise read back from these very tensors.
+        """The batch of several `encode` results: see `__call__`, and `packed`, what the model would read back from it.
 
         groups: of similar length, in which conversations go through the LLM: 1 under ZeRO-3, else up to 2.
         """
@@ -215,19 +204,13 @@ class Self1EProcessor(ProcessorMixin):
         }
         grids = torch.tensor([entry["tile_grid"] for entry in encoded])
         row_image = torch.tensor([number for number, entry in enumerate(encoded) for _ in entry["texts"]])
+        packed = pack(**text, grids=grids, row_image=row_image, tokens=self, groups=groups)
+        pixels = torch.cat([entry["pixel_values"] for entry in encoded])
+        batch = text | {"pixel_values": pixels, "tile_grids": grids, "row_image": row_image, "packed": packed}
         targets = [target for entry in encoded for target in entry["mask_targets"]]
-        batch = BatchFeature(
-            {
-                **text,
-                "pixel_values": torch.cat([entry["pixel_values"] for entry in encoded]),
-                "tile_grids": grids,
-                "row_image": row_image,
-                "packed": pack(**text, grids=grids, row_image=row_image, tokens=self, groups=groups),
-            }
-        )
         if any(target is not None for target in targets):
             batch["mask_targets"] = targets
-        return batch
+        return BatchFeature(batch)
 
 
 def as_masks(target) -> Tensor | None:

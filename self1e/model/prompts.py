@@ -26,22 +26,13 @@ SHORT_QUESTIONS = (
     "<image>\nWhat is {} in this image? Please respond with segmentation mask.",
     "<image>\nWhat is {} in this image? Please output segmentation mask.",
 )
-LONG_QUESTIONS = (
-    "<image>\n{} Please respond with segmentation mask.",
-    "<image>\n{} Please output segmentation mask.",
-)
+LONG_QUESTIONS = ("<image>\n{} Please respond with segmentation mask.", "<image>\n{} Please output segmentation mask.")
 EXPLANATORY_QUESTIONS = (
     "<image>\n{} Please output segmentation mask and explain why.",
     "<image>\n{} Please output segmentation mask and explain the reason.",
     "<image>\n{} Please output segmentation mask and give some explanation.",
 )
-ANSWERS = (
-    "It is [SEG].",
-    "Sure, [SEG].",
-    "Sure, it is [SEG].",
-    "Sure, the segmentation result is [SEG].",
-    "[SEG].",
-)
+ANSWERS = ("It is [SEG].", "Sure, [SEG].", "Sure, it is [SEG].", "Sure, the segmentation result is [SEG].", "[SEG].")
 SENTENCE_ENDS = tuple(".?!。؟۔।॥;՞։‽⸮።፧။។")  # in their normal form; the semicolon is the Greek question mark
 CLOSING = {"Pe", "Pf", "Pi", "Cf", "Cc", "Zs", "Zl", "Zp"}  # Unicode's brackets, quotes, invisible characters, blanks
 VQA_INSTRUCTION = " Answer the question using a single word or phrase."

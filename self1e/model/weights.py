@@ -187,23 +187,19 @@ def quiet():
         logging.set_tqdm_hook(hook)
 
 
-def save_checkpoint(model: PreTrainedModel, processor, folder: str | Path, *, published: bool = False) -> None:
+def save_checkpoint(model: Any, processor, folder: str | Path, *, published: bool = False) -> None:
     """Write model and processor as layout `self1e`, or `published`; the folder appears complete or not at all.
 
     What stood there before stays where saving fails. Raises UserError where `published` cannot hold the model's head.
     """
-    library: Any = model
-    if published and library.config.mask_features != "rfa":
+    if published and model.config.mask_features != "rfa":
         raise UserError("the layout published holds the full method only, mask_features rfa")
-    loaded_with = getattr(model, "_weight_conversions", None)
     with replacing_folder(Path(folder)) as partial, quiet():
-        library._weight_conversions = published_names() if published else loaded_with
-        try:
-            model.save_pretrained(partial, save_original_format=published)
-        finally:
-            library._weight_conversions = loaded_with
-        if published:  # tensors have the original names, and so has this
-            write_json(partial / "config.json", original_config(library.config), indent=2)
+        if published:  # whatever names the model was read under
+            model._weight_conversions = published_names()
+        model.save_pretrained(partial, save_original_format=published)
+        if published:
+            write_json(partial / "config.json", original_config(model.config), indent=2)
         processor.save_pretrained(partial)
 
 
