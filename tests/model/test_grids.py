@@ -32,18 +32,6 @@ def test_stitched_tiles_stand_row_by_row():
     assert image[1, 1::2, 1::2, 0].tolist() == [[6, 7, 8], [9, 10, 11]]
 
 
-@pytest.mark.parametrize("name", REPLICATIONS)
-@pytest.mark.parametrize(("h", "w"), [(4, 4), (4, 6)])
-def test_replications_keep_the_grid_and_fill_the_projector(name, h, w):
-    assert REPLICATIONS[name](grid(2, h, w, 3)).shape == (2, h, w, 12)
-
-
-def test_constant_grids_replicate_to_the_same():
-    x = torch.ones(1, 4, 4, 1) * torch.tensor([1.0, -2.0])
-    for name, replicate in REPLICATIONS.items():
-        assert torch.allclose(replicate(x), torch.tensor([1.0, -2.0] * 4).expand(1, 4, 4, 8)), name
-
-
 def test_tile_repeats_the_channels():
     x = torch.tensor([[[[1.0, 2.0]]]])
     assert REPLICATIONS["tile"](x).flatten().tolist() == [1, 2, 1, 2, 1, 2, 1, 2]

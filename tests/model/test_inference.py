@@ -1,12 +1,11 @@
 """`segment` and `chat`: the protocol, batches, one encoding a photo, masks of what was generated, refusals."""
 
 import doctest
-import json
 
 import numpy as np
 import pytest
 import torch
-from helpers import each_pack, make_trained
+from helpers import make_trained
 from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -14,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
 from self1e.model import inference
-from self1e.model.prompts import ANSWER, RESERVED
+from self1e.model.prompts import ANSWER
 
 PHRASE, SENTENCE = "the Red circle", "Which of these rolls?"
 
@@ -203,14 +202,6 @@ def test_random_model_never_writes_image_tokens(tiny):
     assert "<IMG_CONTEXT>" not in reply.text and len(reply.masks) == reply.text.count("[SEG]")
 
 
-@pytest.mark.parametrize("token", RESERVED)
-def test_reserved_tokens_are_refused(tiny, token):
-    model, processor = tiny
-    for call in (model.segment, model.chat):
-        with pytest.raises(UserError, match="reserved token"):
-            call(processor, photo(20, 20), f"the {token} star")
-
-
 def test_paths_and_arrays_are_photos_too(tiny, tmp_path):
     model, processor = tiny
     image, path = photo(20, 30), tmp_path / "photo.png"
@@ -228,6 +219,8 @@ def test_other_refusals(tiny, monkeypatch):
     image = photo(20, 20)
     cases = [
         ("prompt is empty", lambda: model.segment(processor, image, "  ")),
+        ("reserved token", lambda: model.segment(processor, image, "the [SEG] star")),
+        ("reserved token", lambda: model.chat(processor, image, "the <image> star")),
         ("threshold", lambda: model.segment(processor, image, "it", threshold=1.0)),
         ("2 lists of prompts for 1 images", lambda: model.segment(processor, [image], [["a"], ["b"]])),
         ("photo.jpg", lambda: model.segment(processor, "photo.jpg", "it")),
@@ -257,32 +250,3 @@ def test_other_refusals(tiny, monkeypatch):
             model.segment(processor, image, "it")
     finally:
         bias.data.copy_(kept)
-
-
-@each_pack
-def test_golden_masks(pack):
-    """The published implementation's own logits, through `segment`'s path (tolerance: its fp32 against ours)."""
-    model = Self1EForSegmentation.from_pretrained(
-        pack / "base_internvl_chat", weights=pack / "trained_self1e", dtype=torch.float32
-    )
-    processor = Self1EProcessor.from_pretrained(pack / "base_internvl_chat")
-    forms = {  # is it a sentence? -> the fixed prompt
-        False: ("<image>\n What is ", " in this image? Please output segmentation mask."),
-        True: ("<image>\n ", " Please output segmentation mask."),
-    }
-    compared = 0
-    for case in json.loads((pack / "cases.json").read_text())["cases"]:
-        expected = np.load(pack / f"{case['name']}.npz")
-        for index, record in enumerate(case["rows"]):
-            question, answer = record["conversation"][:2]
-            if case["kind"] == "train":
-                continue
-            is_sentence = not (question.startswith(forms[False][0]) and question.endswith(forms[False][1]))
-            prefix, suffix = forms[is_sentence]
-            prompt = question.removeprefix(prefix).removesuffix(suffix)
-            image = Image.open(pack / "photos" / record["photo"])
-            result = model.segment(processor, image, prompt, is_sentence=is_sentence)[0]
-            assert answer == ANSWER
-            np.testing.assert_allclose(result.logits, np.squeeze(expected[f"mask_logits_{index}"]), atol=1e-4)
-            compared += 1
-    assert compared
