@@ -58,7 +58,7 @@ def perception_mask(
     make_rule = PATHWAYS[pathway]
     if make_rule is None:
         skip = padding_mask is None
-        return create_causal_mask(config, embeds, padding_mask, past_key_values=None, allow_is_causal_skip=skip)
+        return create_causal_mask(config, embeds, padding_mask, None, allow_is_causal_skip=skip)
     if "flash" in config._attn_implementation:
         raise ValueError(
             f"--attn_implementation {config._attn_implementation} knows causal masks only, the pathway {pathway!r} is "

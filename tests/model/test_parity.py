@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from itertools import groupby
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from helpers import PACKS, each_pack
 from PIL import Image
 from timm.layers import DropPath
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.model.attention import perception_mask
@@ -180,7 +180,7 @@ def gradient_norms(model: Self1EForSegmentation) -> dict[str, float]:
     squares: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         fused = re.sub(r"(?<=vision_tower)(.*)\.attention\.[qkv]_proj", r"\1.attn.qkv", name)
-        name = apply_renamings(fused, renamings)
+        name = reduce(lambda key, renaming: renaming.rename_source_key(key)[0], renamings, fused)
         squares[name] = squares.get(name, 0.0) + parameter.grad.double().square().sum().item()
     return {name: value**0.5 for name, value in squares.items()}
 
