@@ -23,7 +23,8 @@ def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
     """
     users: dict[Path, dict[Path, list[str]]] = {}  # missing folder or file -> paths in it -> sets
     for name, path in missing(wanted):
-        users.setdefault(_first_missing(path), {}).setdefault(path, []).append(name)
+        top = next(place for place in (*reversed(path.parents), path) if not place.exists())
+        users.setdefault(top, {}).setdefault(path, []).append(name)
     if not users:
         return
     lines = [
@@ -34,13 +35,6 @@ def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
     ]
     where = f"missing data; {DATASETS}, says what goes where, and scripts/get_data.sh fetches sets"
     raise UserError("\n  ".join([f"{where}:", *lines]))
-
-
-def _first_missing(path: Path) -> Path:
-    """The path itself or the folder above it that is missing while the one above that is there."""
-    while not path.parent.exists():
-        path = path.parent
-    return path
 
 
 def list_names(folder: Path, suffix: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,6 @@ from self1e.errors import UserError
 from self1e.model.photos import read_picture
 from self1e.model.prompts import IMAGE_TAG, SEG, evaluation_prompt, reserved_in
 
-T = TypeVar("T")
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.(?:jpg|png)")
 
 
@@ -87,13 +86,13 @@ def check_texts(id: str, texts: Iterable[str]) -> None:
             raise SampleError(id, f"{text!r:.200} is no Unicode text")
 
 
-def draw(items: Sequence[T], count: int, rng: np.random.Generator) -> list[T]:
+def draw(items: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any]:
     """At most `count` of the items, without repetition, in random order."""
     return [items[i] for i in rng.choice(len(items), min(count, len(items)), replace=False)]
 
 
 class PhotoSet(ABC):
-    """What training sets and evaluation splits share: numbered records about photos.
+    """Numbered records about photos.
 
     name: as it is selected: "ade20k", "refcoco|unc|val", "custom|own/t.csv"; `open` may shorten it for logs
     conversations: of a training sample, at most. allow_outside: photos may lie elsewhere (see `paths.inside`)

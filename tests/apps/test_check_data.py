@@ -21,12 +21,9 @@ BEYOND = ("rrefcoco", "refzom")  # not among the synthetic sets
 
 
 @pytest.fixture(autouse=True)
-def surroundings(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # the contact sheet goes below it
 
-
-@pytest.fixture
-def run(capsys):
     def run(*arguments):
         """Exit code, {set: cells of its row}, and the text before the table."""
         code = main([str(argument) for argument in (*arguments, "--workers", 2)])
@@ -46,7 +43,6 @@ def copy_shapes(root):
     return root / "dataset"
 
 
-# ------------------------------------------------------------------------------------------------ the tree
 def test_every_set_of_a_sound_tree(tmp_path, run, monkeypatch):
     totals = {"refcoco": {"images": 4, "refs": 9_000}, "gqa": {"questions": 1}, "ade20k": {"images": 2}}
     monkeypatch.setattr("self1e.data.totals.known_totals", lambda: totals)
@@ -54,8 +50,7 @@ def test_every_set_of_a_sound_tree(tmp_path, run, monkeypatch):
     absent = [name for name in SPLITS if name.startswith(BEYOND)]
     assert code == 0 and problems(text) == [] and f"not there: {', '.join(absent)}\n" in text
     training = [name for family in FAMILIES.values() for name in family.sets]
-    splits = [name.replace("|", " ") for name in SPLITS if name not in absent]
-    assert list(rows) == training + splits + [*VQA_BENCHMARKS]
+    assert list(rows) == training + [s.replace("|", " ") for s in SPLITS if s not in absent] + [*VQA_BENCHMARKS]
     assert rows["grefcoco"][:6] == ["3 of 4", "4", "12", "12", "3", "0"] and rows["vqav2"][1:5] == ["2", "3", "0", "0"]
     known = {name: rows[name][-1].split(" of ", 1)[-1] for name in ("ade20k", "cocostuff", "refcoco", "gqa")}
     assert known == {"ade20k": "complete", "cocostuff": "-", "refcoco": "9,000 refs", "gqa": "1 questions"}
@@ -143,7 +138,6 @@ def test_faulty_files_do_not_hide_the_rest(tmp_path, run):
     assert code == 1 and rows["refcoco"][5] == "0" and rows["gqa"][5] != "0"
 
 
-# ------------------------------------------------------------------------------------------------ own data
 def small(root, rows=(("a.jpg", "half.png", "half"), ("a.jpg", "none.png", "none"), ("b.jpg", "half.png", "Which?"))):
     for name in "ab":
         photo(root / f"images/{name}.jpg")
@@ -171,15 +165,10 @@ def test_faults_of_own_data_are_all_listed_once(tmp_path, run):
     Image.new("L", (W, H), 255).save(tmp_path / "blurred.jpg")
     (tmp_path / "c.jpg").write_bytes(b"none")
     rows = [
-        ("a.jpg", "half.png", "fine", ""),
-        ("a.jpg", "half.png", "", ""),
-        ("gone.jpg", "half.png", "x", ""),
-        ("b.jpg", "wide.png", "wide", ""),
-        ("a.jpg", "half.png", "the absent", "7"),
-        ("c.jpg", "half.png", "x", ""),
-        ("d.jpg", "blurred.jpg", "x", ""),
-        ("e\\f.jpg", "half.png", "x", ""),
-    ]
+        ("a.jpg", "half.png", "fine"), ("a.jpg", "half.png", ""), ("gone.jpg", "half.png", "x"),
+        ("b.jpg", "wide.png", "wide"), ("a.jpg", "half.png", "the absent", "7"), ("c.jpg", "half.png", "x"),
+        ("d.jpg", "blurred.jpg", "x"), ("e\\f.jpg", "half.png", "x"),
+    ]  # fmt: skip
     code, cells, text = run(table(tmp_path, rows, (*COLUMNS, "value")))
     expected = ("line 3: prompt is empty", "line 4: image: gone.jpg is neither", "line 5: the mask's size is 22 x 12",
                 "a.jpg: line 6: no pixel of half.png has the value 7", "c.jpg: cannot read", "blurred.jpg is a JPEG",
@@ -190,15 +179,11 @@ def test_faults_of_own_data_are_all_listed_once(tmp_path, run):
 
 
 def test_masks_that_contradict_their_record(tmp_path, run):
-    annotations = [
-        annotation(1, 1, [-30, 0, 5, 0, 5, 5], phrases="far"),
-        annotation(2, 1, phrases="box") | {"segmentation": [], "bbox": [2, 3, 6, 6], "area": 36},
-        annotation(3, 1, phrases="fine") | {"bbox": [2, 3, 6, 6], "area": 36},
-    ]
-    code, _, text = run(coco_set(tmp_path, annotations))
-    found = problems(text)
-    assert code == 1 and len(found) == 2 and "annotations[1]: segmentation is empty beside a bbox" in found[0]
-    assert "outside its image (first: annotations[0])" in found[1]
+    box = annotation(2, 1, phrases="box") | {"segmentation": [], "bbox": [2, 3, 6, 6], "area": 36}
+    code, _, text = run(coco_set(tmp_path, [annotation(1, 1, [-30, 0, 5, 0, 5, 5], phrases="far"), box]))
+    empty, outside = problems(text)
+    assert "annotations[1]: segmentation is empty beside a bbox" in empty and code == 1
+    assert "outside its image (first: annotations[0])" in outside
 
 
 def test_a_record_with_the_size_before_exif(tmp_path, run):

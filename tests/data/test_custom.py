@@ -21,7 +21,6 @@ def read(data, index=0, seed=0):
     return data.sample(index, np.random.default_rng(seed))
 
 
-# ------------------------------------------------------------------------------------------ COCO style
 def test_captions_phrases_and_category_names(tmp_path):
     source = coco_set(
         tmp_path,
@@ -110,7 +109,6 @@ def test_one_error_names_every_faulty_record(tmp_path):
         split(source)
 
 
-# ------------------------------------------------------------------------------------------ CSV and JSONL
 @pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_table_of_prompts(tmp_path, name, encoding):
@@ -203,7 +201,6 @@ def test_other_files(tmp_path, content, name, message):
             read_source(tmp_path / name)
 
 
-# ------------------------------------------------------------------------------------------ mixture and splits
 def build(*, batch_size=1, mode="published", **flags):
     return build_mixture(DataConfig.parse(**flags), batch_size=batch_size, seed=0, mode=mode)
 
@@ -222,11 +219,7 @@ def test_a_family_of_several_sources_mixed_by_rate(tmp_path):
     arguments["custom_data"] = "||".join(map(str, sources))
     mixture = build(dataset="vqa||custom", sample_rates="1,2.2", mode="exact", **arguments)
     assert mixture.sizes == {"vqav2": 4, "custom|train.csv": 3, "custom|train.csv #1": 2}
-    assert mixture.epoch_size == 4 + 11 and [records.data.segmentation for records in mixture.sets] == [
-        False,
-        True,
-        True,
-    ]
+    assert mixture.epoch_size == 4 + 11
     batches = mixture.micro_batches(0, rank=0, world_size=1)
     assert all(any(mixture.sets[unpack(place)[1]].data.segmentation for place in batch) for batch in batches)
     alone = build(dataset="custom", **arguments)

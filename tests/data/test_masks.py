@@ -37,7 +37,6 @@ def test_a_part_that_is_no_area_counts_as_empty_beside_a_good_one(short):
         decode_segmentation([short, short], H, W)
 
 
-# ------------------------------------------------------------------------------------------------ run lengths
 def runs_of(mask):
     """Lengths of equal pixels, column by column, zeros first."""
     flat = mask.flatten(order="F")
@@ -108,7 +107,6 @@ def test_malformed_segmentation_names_the_annotation(broken):
         decode_segmentation(broken, H, W, "annotation 77")
 
 
-# ------------------------------------------------------------------------------------------------ shapes
 def shape(label, x0, y0, x1, y1):
     return {"label": label, "points": [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]}
 
@@ -142,7 +140,6 @@ def test_broken_shapes(broken):
         paint_shapes([broken], H, W)
 
 
-# ------------------------------------------------------------------------------------------------ frames
 def save_turned(path, orientation, array):
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -142,11 +142,11 @@ def find_source(path: str | Path) -> Path:
     """The file that `path` is or, a folder, holds; one that does not exist comes back as it is. Raises UserError."""
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in list_names(path, ".csv")]
+        found = list_names(path, ".csv")
         if len(found) != 1:
-            names = ", ".join(file.name for file in found[:5]) or "none"
+            names = ", ".join(found[:5]) or "none"
             raise UserError(f"{path} should hold one .csv, found {names}; name a {', '.join(SUFFIXES)} ({OWN_DATA})")
-        return found[0]
+        return path / found[0]
     if path.exists() and path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: expected a {', '.join(SUFFIXES)}, or a folder with one .csv ({OWN_DATA})")
     return path

@@ -15,7 +15,6 @@ from self1e.errors import UserError
 from self1e.model import prompts
 from self1e.model.photos import read_picture
 
-SPEAKERS = {"human": 0, "gpt": 1}
 QUESTIONS = {  # question set -> its file
     "vqav2": "vqav2/vqav2_train.jsonl",
     "okvqa": "okvqa/okvqa_train.jsonl",
@@ -71,7 +70,7 @@ def instruction_turns(turns: list[list[str]]) -> list[str]:
     """
     if turns and turns[0][0] == "gpt":
         turns = turns[1:]
-    if not turns or any(SPEAKERS.get(speaker) != k % 2 for k, (speaker, _) in enumerate(turns)):
+    if not turns or any(speaker != ("human", "gpt")[k % 2] for k, (speaker, _) in enumerate(turns)):
         raise UserError("its turns do not alternate between human and gpt")
     texts = [text.replace(prompts.IMAGE_TAG, "").strip() if prompts.IMAGE_TAG in text else text for _, text in turns]
     return [f"{prompts.IMAGE_TAG}\n{texts[0]}", *texts[1:]]
