@@ -24,7 +24,6 @@ from self1e.errors import UserError
 T = TypeVar("T")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
 PATIENCE = 5  # seconds in which the launcher ends this rank if another one has met the cause
-MEETING = timedelta(minutes=10)  # until all ranks have started
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -91,29 +90,21 @@ def device(name: str = "auto") -> torch.device:
 def start(backend: str | None = None, timeout: timedelta | None = None) -> None:
     """Open the process group where a launcher started this process and none is open yet.
 
-    backend: "nccl" or "gloo"; None takes what the machine has. timeout: how long a rank waits for another in a
-    collective; None is torch's default. Raises UserError when the other ranks do not come within `MEETING`.
+    backend: "nccl" or "gloo"; None takes what the machine has. timeout: how long a rank waits for another, at the
+    start and in a collective; None is torch's default.
     """
     if not launched() or dist.is_initialized():
         return
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend == "nccl":
         torch.cuda.set_device(local_rank())  # collectives of objects use the current device
-    try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=MEETING)))
-    except dist.DistError as error:
-        names = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES)
-        raise UserError(f"{names}, but not all processes met ({error}); without a launcher, unset RANK") from error
-    size = int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=size, timeout=timeout)
+    dist.init_process_group(backend, timeout=timeout)
 
 
 def share_cores(workers: int | None = None) -> int:
     """The number of data workers: as given, else up to 4 as this rank's cores allow; torch's threads get the rest.
 
-    With a GPU every core may have a worker. On a CPU workers get less than half of the cores, and one core stays free
-    for all else: with two cores there are no workers and one thread, because more would only take turns.
-    OMP_NUM_THREADS goes before the number of threads chosen here.
+    With a GPU every core may have a worker; on a CPU workers get less than half of the cores, and one core stays free.
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_node = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1 if launched() else 1
@@ -155,9 +146,8 @@ def ignore_signals(worker: int = 0) -> None:
 def run_program(program: Callable[[], int]) -> int:
     """Run a program's body and return its exit code.
 
-    UserError is one line and exit code 1, KeyboardInterrupt one line and 130; every other exception keeps its
-    traceback. Under a launcher all but the first rank's UserError wait `PATIENCE` seconds before they speak, because
-    what they met may follow from another rank's end, and no clean-up follows that could wait for another rank.
+    UserError is one line and exit code 1, KeyboardInterrupt one line and 130; all else keeps its traceback. Under a
+    launcher all but the first rank's UserError wait, because what they met may follow from another rank's end.
     """
     if not launched():
         for name in VARIABLES:  # libraries would take what is left of them for a launcher's

@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """As `replacing`, an empty folder; what stood at `path` also stays when the last rename fails."""
+    """As `replacing`, an empty folder."""
     partial, previous = (path.with_name(f".{path.name}.{word}") for word in ("partial", "previous"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -47,8 +47,6 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
-        if not path.exists() and previous.exists():
-            previous.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -85,8 +83,8 @@ def to_jsonl(records: Iterable[dict]) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def read_json(path: Path, kind: type[T], *, remedy: str = "") -> T:
-    """The value of a small JSON file. Raises UserError with the remedy when it cannot be read or is no `kind`."""
+def read_json(path: Path, kind: type[T]) -> T:
+    """The value of a small JSON file. Raises UserError when it cannot be read or is no `kind`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(value, kind):
@@ -94,7 +92,7 @@ def read_json(path: Path, kind: type[T], *, remedy: str = "") -> T:
     except (OSError, ValueError, RecursionError) as error:
         if path.is_file():
             check_fetched(path)
-        raise UserError(f"{path} cannot be read ({error}){remedy and f'; {remedy}'}") from error
+        raise UserError(f"{path} cannot be read ({error})") from error
     return value
 
 
@@ -106,10 +104,9 @@ def check_fetched(path: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Try whether a folder can be made and written in, before the work whose results go there.
+    """Try whether a folder can be made and written in, before the work whose results go there; else UserError.
 
-    The folder itself is not touched, since other processes may be making it at this moment: what is missing of it is
-    made in a temporary folder within its nearest parent that exists. Raises UserError naming the folder.
+    What is missing of it is made in a temporary folder: other processes may be making the folder at this moment.
     """
     existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:
@@ -117,10 +114,3 @@ def check_writable(folder: Path) -> None:
             Path(probe, folder.relative_to(existing), "made").mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from error
-
-
-def check_writable_file(path: Path) -> None:
-    """As `check_writable`, for one file. Raises UserError naming it, also where it is a folder."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file, such as {path / 'result'}")
-    check_writable(path.parent)

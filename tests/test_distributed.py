@@ -91,13 +91,6 @@ def test_what_a_cluster_leaves_in_the_environment_is_no_launcher(program, variab
     assert (done.returncode, done.stdout) == (3, "ranks: 1\n") and "Error" not in done.stderr
 
 
-def test_ranks_that_never_come_are_named(program):
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    program.write_text(program.read_text().replace("def program(", "distributed.MEETING *= 1 / 300\n\n\ndef program("))
-    done = run([sys.executable, program, "3"], **variables, MASTER_PORT=str(free_port()))
-    assert done.returncode == 1 and "error: RANK=0, LOCAL_RANK=0, WORLD_SIZE=2" in done.stderr
-
-
 def test_ctrl_c_is_one_line(program, tmp_path):
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     terminal = Terminal([sys.executable, program, "wait"], environment=environment, folder=tmp_path)

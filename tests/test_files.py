@@ -45,8 +45,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_a_json_file_that_is_none_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "a.json").write_text(content)
-    with pytest.raises(UserError, match=r"a\.json.*; download it again"):
-        read_json(tmp_path / "a.json", dict, remedy="download it again")
+    with pytest.raises(UserError, match=r"a\.json cannot be read"):
+        read_json(tmp_path / "a.json", dict)
 
 
 def test_names_that_are_no_utf_8_are_written_and_read():

@@ -42,7 +42,7 @@ from self1e.errors import UserError
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.base import Answer, MissingFile, Question, VQABenchmark
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
-from self1e.files import check_writable_file, read_json, write_json, write_text
+from self1e.files import check_writable, read_json, write_json, write_text
 from self1e.model import prompts
 from self1e.visualize import grid, overlay, panel
 
@@ -309,6 +309,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if min(args.samples or 0, args.workers) < 0 or (args.limit is not None and args.limit < 1):
         parser.error("--samples and --workers are at least 0, --limit is at least 1")
     args.tree = is_tree(args.path)
+    if args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; name a file")
     if args.split is not None and args.tree:
         parser.error("--split divides own data; the sets of the tree have their splits")
     if args.samples is None:
@@ -320,7 +322,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.samples:
-        check_writable_file(args.output)
+        check_writable(args.output.parent)
     own = {str(args.path): partial(open_own, args.path, args.allow_outside)}
     openers = tree_sources(args.path, args.data_dir, args.allow_outside) if args.tree else own.items()
     tokenizer = Self1EProcessor.from_pretrained(args.version).tokenizer if args.version else None

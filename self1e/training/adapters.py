@@ -1,9 +1,9 @@
 """What is trained, frozen and adapted (paper, section 4.1): LoRA on LLM and ViT, the rest whole or not at all."""
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
@@ -12,19 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from self1e.errors import UserError, check_known
-from self1e.model.weights import HEAD
 
 LLM_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that take adapters
 VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2")
 LLM, VISION, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
-PARTS = {
-    "LLM embeddings": LLM + "embed_tokens.",
-    "LLM layers": LLM,
-    "lm_head": "lm_head.",
-    "ViT": VISION,
-    "projector": PROJECTOR,
-    "segmentation head": HEAD,
-}
 ADDED = "added_tokens"  # parameter of embedding and lm_head, (added tokens, C), where only these train
 
 
@@ -127,13 +118,10 @@ def optimizer_groups(model: nn.Module, *, lr: float, vision_lr: float) -> list[d
     return [group for group in groups if group["params"]]
 
 
-def training_table(model: nn.Module) -> str:
-    """Parameters of each part of the model, in thousands: trained whole, as adapters, frozen."""
-    counts = {part: dict.fromkeys(("trained", "adapters", "frozen"), 0.0) for part in PARTS}
+def count_parameters(model: nn.Module) -> Counter:
+    """Number of parameters that are trained whole, as adapters, or frozen."""
+    counts: Counter = Counter()
     for name, parameter in model.named_parameters():
-        part = next(part for part, prefix in PARTS.items() if name.startswith(prefix))
-        kind = "frozen" if not parameter.requires_grad else "adapters" if ".lora_" in name else "trained"
-        counts[part][kind] += parameter.numel() / 1e3
-    table = pd.DataFrame(counts).T.rename_axis("parameters, thousands", axis="columns")
-    table.loc["total"] = table.sum()
-    return table.to_string(float_format="{:,.1f}".format)
+        kind = "frozen" if not parameter.requires_grad else "adapters" if ".lora_" in name else "trained whole"
+        counts[kind] += parameter.numel()
+    return counts

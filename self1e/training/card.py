@@ -14,7 +14,6 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from self1e.errors import UserError
 from self1e.files import read_json
 from self1e.model.config import Self1EConfig
 from self1e.model.weights import checkpoint_folder, weights_identity
@@ -48,15 +47,13 @@ def write_card(
     folder: str | Path,
     *,
     command: str | None = None,
-    results: str | Path | None = None,
     title: str | None = None,
     **header: str | list[str] | None,
 ) -> Path:
     """Write or renew `README.md` in the folder of a checkpoint, layout `self1e`; returns its path.
 
-    command: that trained it, for a new card. results: folder with `eval` and `eval_vqa`; default: the one around the
-    checkpoint. title: of a new card; default: the folder's name, or the run's around a `ckpt_model`. header: fields of
-    the hub, `base_model`, `license`, `datasets`; those that are None stay as they are.
+    command: that trained it, for a new card. title: of a new card; default: the folder's name, or the run's around a
+    `ckpt_model`. header: the hub's `base_model`, `license`, `datasets`; those that are None stay as they are.
     """
     folder = Path(folder).resolve()
     path, config = folder / "README.md", Self1EConfig.from_pretrained(folder)
@@ -75,15 +72,16 @@ def write_card(
             card.data[name] = Path(str(value)).name if local else value
     before, _, after = card.text.partition(EVALUATION)
     rest = after[after.find("\n## ") :] if "\n## " in after else ""
-    card.text = f"{before.rstrip()}\n{EVALUATION}\n{evaluation(folder, Path(results or folder.parent))}\n{rest}"
+    card.text = f"{before.rstrip()}\n{EVALUATION}\n{evaluation(folder)}\n{rest}"
     card.save(path)
     return path
 
 
-def evaluation(folder: Path, results: Path) -> str:
-    """The section's text: the results that the checkpoint's own weights made."""
+def evaluation(folder: Path) -> str:
+    """The section's text: the results beside the checkpoint that its own weights made."""
     mine, tables = weights_identity(folder)["weights"], ""
-    for title, place in {"Segmentation": results / "eval", "Visual question answering": results / "eval_vqa"}.items():
+    for title, name in {"Segmentation": "eval", "Visual question answering": "eval_vqa"}.items():
+        place = folder.parent / name
         table = place / "summary.md"
         if table.is_file() and read_json(place / "settings.json", dict).get("weights") == mine:
             tables += f"### {title}\n\n{table.read_text(encoding='utf-8')}\n"
@@ -100,9 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--base_model", metavar="ID", help="hub id of what the training started from")
     add("--license", help="of the weights, as the hub spells it, such as apache-2.0")
     add("--datasets", nargs="+", metavar="ID", help="hub ids of the training data")
-    add("--results", type=Path, help="folder with eval and eval_vqa; default: the one around the checkpoint")
     args = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
-    if args["results"] is not None and not args["results"].is_dir():
-        raise UserError(f"--results {args['results']}: no such folder; expected one with eval or eval_vqa in it")
     print(f"written: {write_card(args.pop('folder'), **args)}")
     return 0

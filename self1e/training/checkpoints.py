@@ -32,8 +32,9 @@ from self1e.training.args import ADAPTERS, ROOT
 
 ARGS, STATE, ENGINE, BEST, PARTIAL = "args.yaml", "state.pt", "engine", "best.json", "partial"
 WRITTEN = ("checkpoints", "ckpt_model", "ckpt_model_published", "tensorboard", "validation", "eval")  # by a run
-# Flags of the model and its adapters: with others the checkpoint is another run's.
-MODEL_FLAGS = [*ADAPTERS, "trainable_embeddings", "precision", *SWITCHES, *LOSS_FLAGS]
+# With other values of these flags the checkpoint is another run's.
+DECIDING = ["dataset", "sample_rates", "seed", "start_epoch", "batch_size", "trainable_embeddings", "precision"]
+DECIDING += [*ADAPTERS, *SWITCHES, *LOSS_FLAGS]
 # The classes that DeepSpeed's own files hold besides tensors and plain values.
 DEEPSPEED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum deepspeed.utils.tensor_fragment.fragment_address "
@@ -56,24 +57,18 @@ def step_of(checkpoint: Path) -> int:
 def settings_of(args: Namespace, *, sets: Mapping[str, int], ranks: int) -> dict[str, Any]:
     """What a checkpoint's `args.yaml` holds. sets: samples of each training set. ranks: processes of the run.
 
-    The entry `run` is what a continued run must have in common with the one that wrote the checkpoint: no paths.
+    `run` is what a continued run must have in common with the one that wrote the checkpoint: no paths.
     """
     plain = {name: x if isinstance(x, int | float | str | None) else str(x) for name, x in vars(args).items()}
     return {
         "run": {
             "sets": [f"{name}: {size}" for name, size in sets.items()],
-            "dataset": args.dataset,
-            "sample_rates": args.sample_rates,
-            "seed": args.seed,
-            "start_epoch": args.start_epoch,
-            "model": {name: plain[name] for name in MODEL_FLAGS},
-            "batch_size": args.batch_size,
             "accumulation x ranks": args.grad_accumulation_steps * ranks,
+            **{name: plain[name] for name in DECIDING},
         },
         "engine": {"deepspeed": bool(args.deepspeed), "zero_stage": args.zero_stage, "ranks": ranks},
         "flags": dict(sorted(plain.items())),
-        "commit": commit(),
-        "packages": {x.name: x.version for x in distributions() if x.name in PACKAGES},
+        "code": {"commit": commit(), **{x.name: x.version for x in distributions() if x.name in PACKAGES}},
     }
 
 
@@ -96,10 +91,9 @@ def find(args: Namespace) -> Path | None:
 
 
 def check_resumable(checkpoint: Path, now: dict[str, Any], *, max_steps: int | None, anyway: bool) -> None:
-    """Refuse to continue from a checkpoint of another run, and print every setting that differs.
+    """Raise UserError for a checkpoint of another run, unless `anyway`, and print every setting that differs.
 
-    now: `settings_of` this run. anyway: continue although another run wrote it (`--resume_anyway`). Raises UserError
-    that names the differences.
+    now: `settings_of` this run.
     """
     then = yaml.safe_load((checkpoint / ARGS).read_text(encoding="utf-8"))
     if max_steps is not None and step_of(checkpoint) > max_steps:
@@ -114,20 +108,15 @@ def check_resumable(checkpoint: Path, now: dict[str, Any], *, max_steps: int | N
             f"{checkpoint} was written by another run; give the same settings or another --exp_name, or "
             "--resume_anyway to continue as another run:\n" + "\n".join(other)
         )
-    if changed := differences(then, now):
+    every = [{name: x for part in settings.values() for name, x in part.items()} for settings in (then, now)]
+    if changed := differences(*every):
         distributed.say("\n".join([f"settings that differ from those of {checkpoint}:", *changed]))
 
 
-def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """One line for each entry that two nested dictionaries do not share: `  name: old then, new now`."""
-    lines = []
-    for name in {**then, **now}:
-        old, new = then.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            lines.append(f"  {prefix}{name}: {old!r} then, {new!r} now")
-    return lines
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line for each entry that two dictionaries do not share: `  name: old then, new now`."""
+    pairs = {name: (then.get(name), now.get(name)) for name in then | now}
+    return [f"  {name}: {old!r} then, {new!r} now" for name, (old, new) in pairs.items() if old != new]
 
 
 def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Accelerator, model, optimizer) -> None:

@@ -27,20 +27,17 @@ OTHER = (
 class Record:
     """What a run says while it trains: its lines on the terminal, `log.jsonl`, and TensorBoard or W&B."""
 
-    def __init__(self, args: Namespace, accelerator: Accelerator, per_epoch: int):
-        """per_epoch: steps of an epoch."""
+    def __init__(self, args: Namespace, accelerator: Accelerator, per_epoch: int):  # steps of an epoch
         self.args, self.accelerator, self.per_epoch = args, accelerator, per_epoch
         self.path = args.run_dir / "log.jsonl"
 
-    def open(self, checkpoint: Path | None, settings: dict[str, Any]) -> None:
-        """Begin, or go on behind the lines that stood in the log when `checkpoint` was written. For the first rank."""
-        earlier = read_log(checkpoint.parents[1] / self.path.name) if checkpoint is not None else []
-        last = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
-        write_text(self.path, to_jsonl(line for line in earlier if line["step"] <= last))
+    def open(self, earlier: Path, step: int, flags: dict[str, Any]) -> None:
+        """Begin behind the lines that the log `earlier` has up to `step`. For the first rank."""
+        write_text(self.path, to_jsonl(line for line in read_log(earlier) if line["step"] <= step))
         if self.args.report_to == "wandb":
             own = {"name": self.args.exp_name, "dir": str(self.args.run_dir)}
             project = os.environ.get("WANDB_PROJECT", "self1e")
-            self.accelerator.init_trackers(project, config=settings["flags"], init_kwargs={"wandb": own})
+            self.accelerator.init_trackers(project, config=flags, init_kwargs={"wandb": own})
         elif self.args.report_to == "tensorboard":
             self.accelerator.init_trackers("tensorboard")  # the folder's name
 
@@ -90,10 +87,10 @@ def log_line(figures: Mapping[str, Any]) -> str:
 
 def speed(figures: Mapping[str, float]) -> str:
     """What `loop.figures_of` found, for the terminal."""
-    rates = (
+    return (
         "{samples_per_second:.1f} samples/s  waiting {waiting_for_data:.0%}  {tflops:.3g} TFLOP/s ({utilisation:.0%})"
-    )
-    return f"{rates.format(**figures)}  peak {figures['peak_memory'] / 1e9:.1f} GB"
+        "  peak {gigabytes:.1f} GB"
+    ).format(**figures, gigabytes=figures["peak_memory"] / 1e9)
 
 
 def losses_of(names: Iterable[str]) -> list[str]:
@@ -112,16 +109,15 @@ def draw_curves(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure  # half a second that no other command should wait for
 
     table = pd.DataFrame(log).set_index("step")
-    starts = {"learning rate": "lr_", "validation": "eval_"}
-    names = [str(name) for name in table]
-    panels = {"loss": losses_of(names)} | {x: [y for y in names if y.startswith(z)] for x, z in starts.items()}
-    panels = {title: names for title, names in panels.items() if names}
+    panels = {"loss": table[losses_of(map(str, table))]}
+    for title, start in {"learning rate": "lr_", "validation": "eval_"}.items():
+        panels[title] = lines = table.filter(regex=f"^{start}")
+        lines.columns = lines.columns.str.removeprefix(start)
+    panels = {title: lines.dropna(how="all") for title, lines in panels.items() if not lines.empty}
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for name, style in zip(names, ["-", "--"] * len(names)):  # dashes show what they cover
-            table[name].dropna().plot(ax=axes, style=style, label=name.removeprefix(starts.get(title, "")))
-        axes.set(title=title, xlabel="optimizer step", yscale="log" if title == "loss" else "linear")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        style = ["-", "--"] * len(lines.columns)  # dashes show what they cover
+        lines.plot(ax=axes, title=title, xlabel="optimizer step", logy=title == "loss", style=style, grid=True)
         axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -13,10 +13,8 @@ def read_deepspeed(path: Path) -> dict[str, Any]:
     values = read_json(path, dict)
     for section in values.keys() & {"optimizer", "scheduler"}:
         raise UserError(f"{path}: remove the section {section!r}; flags decide, such as --lr and --warmup_steps")
-    if (
-        any(offloads(values, section) for section in ("offload_optimizer", "offload_param"))
-        and zero_stage(values) != 3
-    ):
+    offloaded = offloads(values, "offload_optimizer") or offloads(values, "offload_param")
+    if offloaded and zero_stage(values) != 3:
         # Only there the CPU optimizer was seen to follow both groups' rates, their betas and their schedule.
         raise UserError(f"{path}: offloading is for stage 3 here; start from configs/zero3_offload.json")
     return values

@@ -33,7 +33,7 @@ from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.weights import save_checkpoint, weights_identity
 from self1e.stop import REQUEUE, StopRequest, mark_requeue
 from self1e.training import checkpoints
-from self1e.training.adapters import adapt, keep_frozen_in, merge_added_tokens, train_added_tokens, training_table
+from self1e.training.adapters import adapt, count_parameters, keep_frozen_in, merge_added_tokens, train_added_tokens
 from self1e.training.args import ADAPTERS, parse
 from self1e.training.card import write_card
 from self1e.training.curves import Record
@@ -116,7 +116,7 @@ def train(args: Namespace, stop: StopRequest) -> bool:
     tuner = prepare_model(args, model, processor)
     work = Work(model, DTYPES[args.precision])
     distributed.say(
-        f"{training_table(model)}\n"
+        f"parameters: {', '.join(f'{kind} {n / 1e6:,.2f} M' for kind, n in count_parameters(model).items())}\n"
         f"samples on disk: {', '.join(f'{name} {size:,}' for name, size in mixture.sizes.items())}\n"
         f"an epoch: {mixture.epoch_size:,} samples, {per_epoch:,} steps of "
         f"{args.batch_size} x {args.grad_accumulation_steps} x {ranks} photos (batch x micro-batches x ranks)\n"
@@ -139,8 +139,8 @@ def train(args: Namespace, stop: StopRequest) -> bool:
         checkpoints.load(checkpoint, **tensors)
         step = checkpoints.step_of(checkpoint)
     record = Record(args, accelerator, per_epoch)
-    distributed.on_main(lambda: record.open(checkpoint, settings))
-
+    earlier = (checkpoint.parent if checkpoint else folder).with_name(record.path.name)
+    distributed.on_main(lambda: record.open(earlier, step, settings["flags"]))
     saved = {step}
 
     def save(step: int) -> None:
@@ -181,7 +181,7 @@ def train(args: Namespace, stop: StopRequest) -> bool:
 
 
 def open_data(args: Namespace) -> tuple[Encode, Mixture, list[str]]:
-    """What encodes samples, the training mixture and the names of the validation splits; all of them checked."""
+    """What encodes samples, the mixture, and the splits of validation; all of them checked."""
     splits = [] if args.no_eval else args.splits
     data = DataConfig.parse(**vars(args))
     require_paths(data.paths() + split_paths(splits, args.dataset_dir))
