@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from self1e.model.losses import MASK_LOSSES, SHORT_SIDE, bce, dice, mask_losses, shrink_target
 
@@ -98,24 +97,3 @@ def test_half_precision_logits_are_summed_in_float32():
     found = mask_losses([[logits.bfloat16()]], [target])
     assert found["mask_dice"].dtype == torch.float32
     assert found["mask_bce"].item() == pytest.approx(bce_by_hand(logits.bfloat16().float(), target), rel=1e-4)
-
-
-class Operations(TorchDispatchMode):
-    """Counts what is computed; a GPU launches about one kernel for each."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-def test_masks_of_one_size_cost_as_many_operations_as_one():
-    counts = []
-    for count in (1, 15):
-        predictions = [[torch.zeros(1, side, side, requires_grad=True) for _ in range(count)] for side in (64, 32)]
-        targets = [torch.ones(1, 200, 300, dtype=torch.uint8)] * count
-        with Operations() as operations:
-            sum(mask_losses(predictions, targets).values()).backward()
-        counts.append(operations.count)
-    assert counts[0] == counts[1]

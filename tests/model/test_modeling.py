@@ -108,19 +108,6 @@ def test_an_image_is_encoded_once_for_all_its_conversations(tiny_processor, load
     batch = mixed_batch(tiny_processor)
     model(**batch)
     assert tiles == [sum(rows * cols for rows, cols in SIZES)]
-    # Chunks of conversations share what was encoded before.
-    batch = mixed_batch(tiny_processor)
-    whole = model.eval()(**batch).mask_logits
-    features = model.encode_images(batch["pixel_values"], batch["tile_grids"])
-    tiles.clear()
-    for conversation in range(len(COUNTS)):
-        chunk = {
-            name: batch[name][conversation : conversation + 1] for name in ("input_ids", "attention_mask", "row_image")
-        }
-        found = model(**chunk, image_features=features).mask_logits
-        if COUNTS[conversation]:
-            assert torch.allclose(found[0], whole[conversation], atol=1e-4)
-    assert not tiles
 
 
 @torch.no_grad()
