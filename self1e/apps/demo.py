@@ -85,8 +85,7 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
                 else:
                     found = model.segment(processor, image, some, max_tiles=tiles)
                     replies += [Reply(x.text, x.mask[None], x.logits[None], [x.score]) for x in found]
-                for prompt, reply in zip(some, replies[start:]):
-                    output.add(path, image, prompt, reply)
+                output.append([output.save(path, image, *pair) for pair in zip(some, replies[start:])])
                 output.write_coco()
                 made = [output.folder / "coco.json", *sorted(output.folder.glob("*.png"))]
                 masks = [mask for reply in replies for mask in reply.masks]
@@ -148,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # before a model is loaded for it
         raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    model, processor = load(args.version, args.model_weights, device=args.device, dtype=args.dtype, bits=args.quantize)
+    model, processor = load(args)
     name = Path(args.model_weights or args.version).resolve()
     with tempfile.TemporaryDirectory(prefix="self1e_demo_", ignore_cleanup_errors=True) as folder:
         # Gradio asks itself for its page: no proxy may stand between. It reads its own variables when imported.

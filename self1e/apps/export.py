@@ -142,18 +142,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="self1e export", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("model", metavar="MODEL", type=checkpoint_folder, help="model folder, run folder or hub id")
+    add("version", metavar="MODEL", type=checkpoint_folder, help="model folder, run folder or hub id")
     add("target", metavar="DST", type=Path, help="folder that does not exist yet")
     add("--to", choices=("onnx",), required=True)
     add("--model_weights", metavar="W", type=checkpoint_folder, help="trained weights over MODEL")
     add("--dtype", choices=("fp32", "bf16"), default="fp32")
     add("--high_res", action="store_true", help=f"a graph per grid of up to {HIGH_RES_TILES} tiles")
+    parser.set_defaults(device="cpu", quantize=None)
     args = parser.parse_args(argv)
     if missing := [name for name in ("onnxruntime", "onnxscript") if find_spec(name) is None]:
         raise UserError(f"export needs {', '.join(missing)}: pip install -e '.[export]'")
     if args.target.exists():
         raise UserError(f"{args.target} exists; choose another folder or remove it")
-    model, processor = load(args.model, args.model_weights, device="cpu", dtype=args.dtype)
+    model, processor = load(args)
     most = HIGH_RES_TILES if args.high_res else 1
     grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
     with replacing_folder(args.target) as folder:

@@ -39,23 +39,13 @@ def quantization(bits: int, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(**four if bits == 4 else {"load_in_8bit": True}, llm_int8_skip_modules=UNQUANTIZED)
 
 
-def load(
-    version: str,
-    weights: str | None = None,
-    *,
-    device: str = "auto",
-    dtype: str | None = None,
-    bits: int | None = None,
-) -> tuple[Self1EForSegmentation, Self1EProcessor]:
-    """Model and processor of a trained checkpoint, ready to predict; the arguments are those of `add_model_flags`.
-
-    Raises UserError for a checkpoint without a trained head, and what reading a checkpoint raises.
-    """
-    place = distributed.device(device)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype or ("bf16" if place.type == "cuda" else "fp32")]}
-    if bits is not None:
-        options |= {"quantization_config": quantization(bits, options["dtype"]), "device_map": {"": place}}
-    model = Self1EForSegmentation.from_pretrained(version, weights=weights, **options)
+def load(args: argparse.Namespace) -> tuple[Self1EForSegmentation, Self1EProcessor]:
+    """Model and processor that the flags of `add_model_flags` name, ready to predict; UserError without a head."""
+    place = distributed.device(args.device)
+    options: dict[str, Any] = {"dtype": DTYPES[args.dtype or ("bf16" if place.type == "cuda" else "fp32")]}
+    if args.quantize:
+        options |= {"quantization_config": quantization(args.quantize, options["dtype"]), "device_map": {"": place}}
+    model = Self1EForSegmentation.from_pretrained(args.version, weights=args.model_weights, **options)
     check_head(model)
-    processor = Self1EProcessor.from_pretrained(version)
-    return (model if bits is not None else model.to(place)).eval(), processor
+    processor = Self1EProcessor.from_pretrained(args.version)
+    return (model if args.quantize else model.to(place)).eval(), processor

@@ -7,14 +7,12 @@
 Cost: one forward pass for `--batch_tokens` tokens, of which a photo of one tile with a prompt has about 310; the 2B
 model's weights take 4 GB in bf16 (GPU), 8 GB in fp32 (CPU).
 
-Written to the output folder: a line in records.jsonl for each photo and prompt, and at the end coco.json, a COCO data
-set with an image per photo, a category per prompt and an annotation per mask (RLE) that is not empty, which CVAT and
-other tools import. For each photo and prompt also NAME.png (the mask, 0 or 255, at the size of the upright photo) and
-NAME_overlay.jpg: of up to 100 photos, of more only with --masks and --overlays.
+Written to the output folder: a line in records.jsonl for each photo and prompt; at the end coco.json, a COCO data set
+with an image per photo, a category per prompt and an annotation per mask (RLE) that is not empty; and NAME.png (the
+mask, 0 or 255, at the size of the upright photo) and NAME_overlay.jpg for each photo and prompt.
 
-A second run into the same folder adds to it: what its records hold already is not done again, so the same command
-continues a run that was stopped. Another model or other settings are refused. A photo that cannot be read is one line
-on the screen and the run goes on; the exit code is then 1.
+A second run into the same folder does what its records do not hold yet; another model or other settings are refused.
+A photo that cannot be read is one line on the screen and the run goes on; the exit code is then 1.
 """
 
 import argparse
@@ -120,8 +118,6 @@ def listed(path: Path) -> Iterator[tuple[Path, str]]:
 
 def found_in(folder: Path, output: Path) -> Iterator[tuple[Path, str]]:
     """The photos of a folder and its subfolders, without hidden files and what lies in `output`."""
-    if folder.resolve() == output.resolve():
-        raise UserError(f"--output {output} holds the photos; choose another folder, or one inside it")
     for file in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if file.suffix.lower() in PHOTOS and not hidden and output.resolve() not in file.resolve().parents:
@@ -135,13 +131,11 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
     jobs: dict[Path, dict[str, None]] = {}
     for text in args.image:
         path = Path(os.path.abspath(text))
-        if re.match(r"[a-z][a-z0-9+.-]+://", text, re.IGNORECASE):
-            raise UserError(f"--image {text}: URLs are not fetched; download the photo and give its path")
         photos = [(path, "")]
         if path.is_dir() or path.suffix.lower() in LISTS:
             photos = [*(found_in(path, args.output) if path.is_dir() else listed(path))]
         if not photos:
-            raise UserError(f"--image {text}: no photos in it ({', '.join(sorted(PHOTOS))})")
+            raise UserError(f"--image {text}: no photos in it, outside of --output ({', '.join(sorted(PHOTOS))})")
         for photo, own in photos:
             jobs.setdefault(photo, dict.fromkeys(common)).update({own: None} if own else {})
     if absent := [str(path) for path in jobs if not path.exists()]:
@@ -176,8 +170,6 @@ class Output:
     an empty mask), and the names of its files. Until `write_coco` each process has a file of its own.
 
     photos: of this run, by which names are told apart. done: (image, prompt) of the records from before.
-
-    Raises UserError for a folder with the records of other settings, unless `overwrite` removes them.
     """
 
     def __init__(
@@ -249,10 +241,6 @@ class Output:
         with open(self.folder / f"records.rank{distributed.rank()}.jsonl", "a", **AS_JSON) as file:
             file.write(to_jsonl(records))
 
-    def add(self, path: str | Path, image: Any, prompt: str, reply: Reply) -> None:
-        """Write the files of one reply and then its record."""
-        self.append([self.save(path, image, prompt, reply)])
-
     def write_coco(self) -> None:
         """coco.json: all records as a COCO data set, file names relative to the folder that holds all the photos.
 
@@ -272,13 +260,11 @@ class Output:
         head["categories"] = [{"id": number, "name": prompt} for prompt, number in categories.items()]
         with replacing(self.folder / "coco.json") as new, open(new, "w", **AS_JSON) as file:
             file.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "annotations": [')
-            number = 0
-            for record in self.read(self.path):
+            found = ((record, mask) for record in self.read(self.path) for mask in record["masks"] if mask["area"])
+            for number, (record, mask) in enumerate(found, 1):
                 owner = {"image_id": images[record["image"]]["id"], "category_id": categories[record["prompt"]]}
-                for mask in (mask for mask in record["masks"] if mask["area"]):
-                    number += 1
-                    entry = {"id": number, **owner, "iscrowd": 0, **mask}
-                    file.write(f"{',' if number > 1 else ''}\n{json.dumps(entry, ensure_ascii=False)}")
+                entry = json.dumps({"id": number, **owner, "iscrowd": 0, **mask}, ensure_ascii=False)
+                file.write(f"{',' if number > 1 else ''}\n{entry}")
             file.write("]}\n")
 
 
@@ -324,8 +310,7 @@ def run(
 
     own, waited = left[distributed.rank() :: distributed.world_size()], 0.0
     if left:
-        options = {"device": args.device, "dtype": args.dtype, "bits": args.quantize}
-        model, processor = load(args.version, args.model_weights, **options)
+        model, processor = load(args)
         workers = args.workers
         if workers is None:
             workers = distributed.share_cores() if model.device.type == "cuda" else 1
@@ -346,10 +331,6 @@ def run(
                     bar.update(len(group))
                     before = time.monotonic()
                     bar.set_postfix(waiting_for_data=f"{waited / (before - begin):.0%}", refresh=False)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(
-                    f"stopped; {args.output} keeps what is done, the same command continues"
-                ) from None
             except Stopped:
                 distributed.say("stopped on request; the same command continues")
                 return REQUEUE

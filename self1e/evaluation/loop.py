@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_convert
 
 from self1e import distributed
 from self1e.data.samples import SampleError
@@ -15,20 +16,12 @@ T = TypeVar("T")
 WAIT = timedelta(days=1)  # that a rank may wait for the share of another one
 
 
-class Prepared(Dataset):
-    """`prepare` of each item, or the error of a broken one: a worker that raised it would bury it in its traceback."""
-
-    def __init__(self, items: Sequence, prepare: Callable[[Any], Any]):
-        self.items, self.prepare = items, prepare
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self.prepare(self.items[number])
-        except SampleError as error:
-            return error
+def attempt(prepare: Callable[[T], Any], item: T) -> Any:
+    """The item prepared, or the error of a broken one: a worker that raised it would bury it in its traceback."""
+    try:
+        return default_convert(prepare(item))
+    except SampleError as error:
+        return error
 
 
 def prepared(
@@ -49,9 +42,10 @@ def prepared(
             or finished, all raise `Stopped`.
         broken: takes the SampleError of an item, which is then passed over. None: it is raised, on this rank.
     """
-    loader = DataLoader(
-        Prepared(items, prepare),
+    loader: DataLoader = DataLoader(
+        items,  # type: ignore[arg-type]
         batch_size=None,
+        collate_fn=partial(attempt, prepare),
         num_workers=min(workers, len(items)),
         timeout=timeout if workers and items else 0,
         generator=torch.Generator(),  # or the loader would draw from the global one, and training after it change

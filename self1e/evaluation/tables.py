@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-TITLES = {"ciou": "cIoU", "giou": "gIoU"}
-
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
     """A Markdown table whose columns also line up in a terminal; all but the first `text_columns` are flush right."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -101,8 +102,9 @@ def test_quantized_model_segments(tmp_path, image, bits):
     """
     wide = {"width": 64, "heads": 2, "kv_heads": 2, "vision_width": 64}
     folder = make_trained(tmp_path / "wide", **wide)
-    full, processor = load(str(folder), device="cpu")
-    model, _ = load(str(folder), device="cpu", bits=bits)
+    flags = {"version": str(folder), "model_weights": None, "device": "cpu", "dtype": None}
+    full, processor = load(Namespace(**flags, quantize=None))
+    model, _ = load(Namespace(**flags, quantize=bits))
     kinds = {type(module).__name__ for module in model.model.language_model.modules()}
     assert "Linear4bit" in kinds or "Linear8bitLt" in kinds
     assert type(model.segmentation_head.f_out[0]) is torch.nn.Linear is type(model.lm_head)

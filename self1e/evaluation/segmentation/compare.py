@@ -20,7 +20,7 @@ import yaml
 
 from self1e.data.splits import SPLITS, get_splits
 from self1e.errors import UserError
-from self1e.evaluation.segmentation.metrics import RESAMPLES, TAILS, Unit, read_units, score
+from self1e.evaluation.segmentation.metrics import RESAMPLES, TAILS, Unit, ciou_of_draws, read_units, score
 from self1e.evaluation.segmentation.report import read_figures, units_path
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
@@ -98,11 +98,10 @@ def compare(first: Sequence[Unit], second: Sequence[Unit]) -> tuple[int, list[fl
     pairs = [(unit, others[unit.id]) for unit in first if unit.id in others]
     if not pairs:
         raise UserError("the two evaluations share no sentence: they are of different data")
-    counts = np.array([[(unit.I, unit.U) for unit in pair] for pair in pairs], dtype=float)  # pair, side, I or U
     draws = np.random.default_rng(0).integers(len(pairs), size=(RESAMPLES, len(pairs)))
-    sums = np.stack([counts.sum(0), *(counts[draw].sum(0) for draw in draws)])
-    ciou = 100 * np.divide(sums[..., 0], sums[..., 1], out=np.ones(sums.shape[:2]), where=sums[..., 1] > 0)
-    return len(pairs), ciou[0].tolist(), np.quantile(ciou[1:, 1] - ciou[1:, 0], TAILS).tolist()
+    sides = [*zip(*pairs)]
+    a, b = (100 * ciou_of_draws(side, draws) for side in sides)
+    return len(pairs), [100 * score(side)["ciou"] for side in sides], np.quantile(b - a, TAILS).tolist()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

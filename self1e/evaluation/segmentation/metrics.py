@@ -125,12 +125,16 @@ def rela(units: Sequence[Unit]) -> dict:
 
 def bootstrap(units: Sequence[Unit], seed: int = 0) -> dict:
     """Percentile intervals of gIoU and cIoU over units drawn with replacement: `{"giou": [low, high], ...}`."""
-    ious, I, U = (np.array([getattr(unit, name) for unit in units]) for name in ("iou", "I", "U"))
     draws = np.random.default_rng(seed).integers(len(units), size=(RESAMPLES, len(units)))
-    union = U[draws].sum(1)
-    cious = np.divide(I[draws].sum(1), union, out=np.ones(RESAMPLES), where=union > 0)  # as `iou`
-    intervals = [np.quantile(values, TAILS).tolist() for values in (ious[draws].mean(1), cious)]
-    return {"giou": intervals[0], "ciou": intervals[1], "level": LEVEL, "resamples": RESAMPLES, "seed": seed}
+    gious = np.array([unit.iou for unit in units])[draws].mean(1)
+    giou, ciou = (np.quantile(values, TAILS).tolist() for values in (gious, ciou_of_draws(units, draws)))
+    return {"giou": giou, "ciou": ciou, "level": LEVEL, "resamples": RESAMPLES, "seed": seed}
+
+
+def ciou_of_draws(units: Sequence[Unit], draws: np.ndarray) -> np.ndarray:
+    """The cIoU of each row of `draws`, which holds numbers of units."""
+    I, U = (np.array([getattr(unit, name) for unit in units])[draws].sum(1) for name in "IU")
+    return np.divide(I, U, out=np.ones(len(draws)), where=U > 0)  # as `iou`
 
 
 def reasonseg(units: Sequence[Unit]) -> dict:
@@ -160,7 +164,7 @@ def score(units: Sequence[Unit]) -> dict:
 
 
 def read_units(path: str | Path) -> list[Unit]:
-    """The units of a split's JSONL. Raises UserError naming the first line that is no unit, or a file without any."""
+    """The units of a split's JSONL. Raises UserError naming the first line that is no unit."""
     units = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -168,6 +172,4 @@ def read_units(path: str | Path) -> list[Unit]:
                 units.append(Unit(**json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: not a unit record ({error})") from error
-    if not units:
-        raise UserError(f"{path} holds no units; expected a line for each, as an evaluation writes them")
     return units

@@ -152,10 +152,9 @@ def evaluate_splits(
         visualize: pictures of the worst sentences in `<output_dir>/<split>/`, and an overview.
         show: takes each finished split on rank 0: its name, photos and units.
         skip_missing: leave out splits whose data is absent, with a message, instead of raising.
-        weights: `model.weights.weights_identity` of the model. With it, what `output_dir` holds of the same settings
-            is continued. None: nothing is known of the weights, and everything is evaluated anew.
+        weights: `weights_identity` of the model, by which what `output_dir` holds of the same settings is continued.
+            None: everything is evaluated anew.
         overwrite: evaluate anew what `output_dir` holds of `splits`, and delete what it holds of other settings.
-        print_table: print what `summary.md` holds at the end.
         options: of `evaluate_units` and of `prepared`.
 
     Returns split -> figures (`metrics.score`), the same on every rank.
@@ -175,7 +174,12 @@ def evaluate_splits(
         distributed.say(f"skipped, because their data is not in {dataset_dir}: {skipped}")
     available = {name: load_split(name, dataset_dir, allow_outside=allow_outside) for name in splits}
     fresh = overwrite or weights is None
-    settings = make_settings(weights, **model_settings(model), high_res=options.get("high_res", False))
+    precision, config = str(model.dtype).removeprefix("torch."), model.config
+    deciding = {name: getattr(config, name) for name in SWITCHES if not name.startswith("auxiliary_")}
+    settings = make_settings(
+        weights, precision=precision, attn_implementation=config._attn_implementation, **deciding,
+        high_res=options.get("high_res", False),
+    )  # fmt: skip
     distributed.on_main(partial(claim_folder, output_dir, settings, overwrite=fresh))
     figures = {}
     with evaluating(model):
@@ -194,14 +198,3 @@ def evaluate_splits(
     if print_table:
         distributed.say(f"{summary_table(figures)}\nthe figures are in {output_dir / 'summary.md'}")
     return figures
-
-
-def model_settings(model) -> dict:
-    """The settings of a loaded model that decide its masks, for `settings.json`."""
-    config = model.config
-    switches = [name for name in SWITCHES if not name.startswith("auxiliary_")]
-    return {
-        "precision": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": config._attn_implementation,
-        **{name: getattr(config, name) for name in switches},
-    }

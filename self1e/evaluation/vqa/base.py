@@ -77,31 +77,23 @@ def read_jsonl(path: Path, *fields: str) -> list[dict]:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}: record {number} is not JSON ({error})") from error
-        check_fields(record, fields, f"{path}: record {number}")
+        missing = [name for name in fields if not isinstance(record, dict) or name not in record]
+        if missing:
+            raise UserError(f"{path}: record {number} has no {', '.join(missing)}")
         records.append(record)
     if not records:
         raise UserError(f"{path} holds no record")
     return records
 
 
-def check_fields(record: object, fields: Iterable[str], place: str) -> None:
-    """Raise UserError naming `place` unless `record` is an object with all `fields`."""
-    missing = [name for name in fields if not isinstance(record, dict) or name not in record]
-    if missing:
-        raise UserError(f"{place} is malformed: it has no {', '.join(missing)}")
-
-
-def image_path(name: str, data_dir: Path) -> Path:
-    """The photo that a question file names: a leading `data/` stands for the data folder."""
-    return data_dir / name.removeprefix("data/") if name.startswith("data/") else Path(name)
-
-
 def jsonl_questions(data_dir: Path, *, file: str, instruction: str) -> list[Question]:
-    """Lines with `image`, `question`, `question_id`; the prompt is the question, followed by the instruction."""
-    return [
-        Question(r["question_id"], image_path(r["image"], data_dir), f"{r['question']}{instruction}", r)
-        for r in read_jsonl(data_dir / file, "image", "question", "question_id")
-    ]
+    """Lines with `image`, where a leading `data/` stands for the data folder, `question` and `question_id`."""
+    questions = []
+    for record in read_jsonl(data_dir / file, "image", "question", "question_id"):
+        name = record["image"]
+        image = data_dir / name.removeprefix("data/") if name.startswith("data/") else Path(name)
+        questions.append(Question(record["question_id"], image, f"{record['question']}{instruction}", record))
+    return questions
 
 
 def mean(values: Iterable[float]) -> float:

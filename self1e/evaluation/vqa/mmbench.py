@@ -14,7 +14,6 @@ from pathlib import Path
 import pandas as pd
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-from self1e.errors import UserError
 from self1e.evaluation.vqa.base import Answer, MissingFile, Question, Scores, VQABenchmark
 
 OPTIONS = "ABCDE"
@@ -119,7 +118,6 @@ def accuracy(table: pd.DataFrame) -> dict:
 
 
 _SUBMITTED = ("index", "question", *OPTIONS, "prediction", "answer", "split")
-_UNSUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
 _LETTER_ONLY = {
     "en": "Answer with the option's letter from the given choices directly.",
     "cn": "请直接回答选项字母。",
@@ -132,9 +130,6 @@ def read_questions(data_dir: Path, *, key: str, language: str) -> list[Question]
     if not path.is_file():
         raise MissingFile(f"{path} is missing")
     table = pd.read_csv(path, sep="\t")
-    missing = [name for name in ("index", "question", "A", "split", *_UNSUBMITTED) if name not in table]
-    if missing:
-        raise UserError(f"{path} is malformed: no column {', '.join(missing)}")
     questions, images = [], {}
     for record in table.to_dict("records"):
         code = record.pop("image")
@@ -148,10 +143,8 @@ def read_questions(data_dir: Path, *, key: str, language: str) -> list[Question]
 
 
 def _table(answers: list[Answer]) -> pd.DataFrame:
-    """The table with a column `prediction`."""
-    return pd.DataFrame(
-        [q.record | {"prediction": read_prediction(reply, options_of(q.record))} for q, reply in answers]
-    )
+    records = (q.record | {"prediction": read_prediction(reply, options_of(q.record))} for q, reply in answers)
+    return pd.DataFrame(records)
 
 
 def score(answers: list[Answer], data_dir: Path) -> Scores:

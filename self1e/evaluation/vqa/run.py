@@ -9,9 +9,8 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers import GenerationConfig
 
@@ -136,39 +135,29 @@ def score(name: str, folder: Path, model: str, questions: Sequence[Question], da
     write_json(folder / f"{name}.scores.json", {"benchmark": name, "model": model, "n": len(answers)} | scores)
 
 
-def answer(args: argparse.Namespace, folder: Path, model: str, questions: Questions, stop: StopRequest) -> None:
+def answer(args: argparse.Namespace, folder: Path, label: str, questions: Questions, stop: StopRequest) -> None:
     """Have the model answer what is unanswered, benchmark by benchmark, and score each."""
     device, max_tiles = distributed.device(args.device), args.max_num if args.dynamic else 1
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     options = {"attn_implementation": args.attn_implementation}
     options |= {"rope_precision": args.rope_precision} if args.rope_precision else {}  # unset: the checkpoint's
-
-    @cache
-    def load() -> tuple[Any, Self1EProcessor]:
-        """At the first call: an evaluation whose questions are all answered needs no model."""
-        processor = Self1EProcessor.from_pretrained(args.version)
-        loaded = Self1EForSegmentation.from_pretrained(
-            args.version, weights=args.model_weights, dtype=DTYPES[precision], **options
-        )
-        loaded.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
-        return loaded.to(device).eval(), processor
-
     weights = weights_identity(args.version, args.model_weights)
     settings = make_settings(weights, precision=precision, max_tiles=max_tiles, **options)
     distributed.on_main(partial(claim_folder, folder, settings, overwrite=args.overwrite_eval))
+    options |= {"weights": args.model_weights, "dtype": DTYPES[precision]}
+    model = Self1EForSegmentation.from_pretrained(args.version, **options).to(device).eval()
+    processor = Self1EProcessor.from_pretrained(args.version)
+    model.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
     for name, asked in questions.items():
         results = replies_of(folder, name, asked)
         results.open(overwrite=args.overwrite_eval)
-        if len(results.found) == len(asked):
-            results.finish()
-        else:
-            answer_questions(
-                *load(), asked, results, max_new_tokens=VQA_BENCHMARKS[name].max_new_tokens, max_tiles=max_tiles,
-                batch_size=args.batch_size, workers=args.workers, timeout=args.timeout,
-                asked_to_stop=lambda: stop.signal is not None, title=name,
-            )  # fmt: skip
+        answer_questions(
+            model, processor, asked, results, max_new_tokens=VQA_BENCHMARKS[name].max_new_tokens, max_tiles=max_tiles,
+            batch_size=args.batch_size, workers=args.workers, timeout=args.timeout,
+            asked_to_stop=lambda: stop.signal is not None, title=name,
+        )  # fmt: skip
         if distributed.is_main():
-            score(name, folder, model, asked, args.data_dir)
+            score(name, folder, label, asked, args.data_dir)
 
 
 def run(args: argparse.Namespace) -> int:
