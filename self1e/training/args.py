@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,6 @@ ADAPTERS = (
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults where there are some; the help says what an unset flag means."""
 
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32, width=119)
-
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
@@ -47,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     """All flags, in groups."""
     here = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(prog=here if here.startswith("train") else "self1e train", allow_abbrev=False,
-        usage="%(prog)s --version PATH --exp_name NAME [flags]", formatter_class=Help,
+        usage="%(prog)s --version PATH --exp_name NAME [flags]", formatter_class=partial(Help, width=119),
         description="Fine-tune InternVL3 to segment by itself, then evaluate it.")
     parser.add_argument("--config", type=Path, nargs="+", default=[],
         help="YAML files of flags; a later file overrides an earlier one, the command line overrides all")

@@ -7,7 +7,6 @@
 <run>/checkpoints/best.json    step and figure of the best validation (`--keep_best`)
 """
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -35,11 +34,6 @@ WRITTEN = ("checkpoints", "ckpt_model", "ckpt_model_published", "tensorboard", "
 # With other values of these flags the checkpoint is another run's.
 DECIDING = ["dataset", "sample_rates", "seed", "start_epoch", "batch_size", "trainable_embeddings", "precision"]
 DECIDING += [*ADAPTERS, *SWITCHES, *LOSS_FLAGS]
-# The classes that DeepSpeed's own files hold besides tensors and plain values.
-DEEPSPEED = (
-    "deepspeed.runtime.zero.config.ZeroStageEnum deepspeed.utils.tensor_fragment.fragment_address "
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"
-).split()
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
 
 
@@ -156,8 +150,11 @@ def load(checkpoint: Path, *, accelerator: Accelerator, model, optimizer) -> Non
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks torch for less
     if (checkpoint / ENGINE).is_dir():
-        names = [name.rpartition(".") for name in DEEPSPEED]
-        add_safe_globals([getattr(importlib.import_module(module), name) for module, _, name in names])
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])  # in its own files
         model.load_checkpoint(str(checkpoint), tag=ENGINE)
     else:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
