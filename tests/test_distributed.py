@@ -70,7 +70,9 @@ def run(command, **variables: str) -> subprocess.CompletedProcess:
 )
 def test_whoever_meets_an_error_ends_the_run_and_says_so_once(program, what, code, says):
     done = run([*TORCHRUN, f"--master_port={free_port()}", program, what])
-    assert (done.returncode, done.stdout) == (code, "ranks: 2\n"), done.stderr
+    assert (done.returncode, done.stdout.count("ranks: 2\n")) == (code, 1), (
+        done.stderr
+    )  # Gloo of torch 2.8 prints, too
     ours = done.stderr.split("ChildFailedError")[0]  # torchrun adds a report of its own
     assert ours.count("photos: ") == 10 and "photos: 30 of 30 photos" in ours and "\r" not in ours
     ours = ours[ours.rindex("left\n") + 5 :]
