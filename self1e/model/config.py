@@ -177,6 +177,8 @@ def native_config(values: dict, source: str) -> dict:
     vision, dtype = values.get("vision_config") or {}, values.get("torch_dtype") or values.get("dtype")
     if text.get("model_type") not in ("qwen2", "qwen3"):
         raise UserError(f"{source}: the LLM is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
+    if values.get("select_layer", -1) != -1:
+        raise UserError(f"{source}: select_layer={values['select_layer']}; only the ViT's last (-1) is supported")
     if kind == "internvl_chat":
         values = {
             "vision_config": {new: vision[old] for old, new in VISION_KEYS.items() if old in vision}

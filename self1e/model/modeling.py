@@ -270,8 +270,7 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
             tiles = features.v1.split([*map(math.prod, features.grids)])  # of each image
             tokens = torch.cat([tiles[image].flatten(0, 2) for image in row_image.tolist()]).to(embeds)
             embeds = embeds.masked_scatter(is_image[..., None], tokens)
-        out = super().forward(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
-        return Self1EOutput(logits=out.logits, past_key_values=out.past_key_values)
+        return Self1EOutput(**super().forward(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import cached_file, logging
 
+from self1e import distributed
 from self1e.errors import UserError, check_known
 from self1e.files import replacing_folder, write_json
 from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, check_source, original_config
@@ -29,6 +31,7 @@ from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
 
 HEAD = "segmentation_head."
+LARGE = 5 * 10**8  # bytes of weights that take seconds to read
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Applied in this order to every key, reversed on writing: (original, native).
 RENAMINGS = (
@@ -115,22 +118,26 @@ def load_checkpoint(
 
 
 def check_files(source: str, hub: dict[str, Any]) -> None:
-    """Raise UserError for weights that the library would misread: an adapter, missing shards, pointers of Git LFS."""
+    """Look at the files of a checkpoint before the library does, and say what is loaded where that takes long.
+
+    Raises UserError for weights that it would misread: an adapter, missing shards, pointers of Git LFS.
+    """
     check_source(source, hub.get("subfolder"), weights=True)
     if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
         # The library would load it over the weights.
         raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
-    folder = Path(source, hub.get("subfolder") or "")
-    if folder.is_dir():
-        files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
-        for index in folder.glob("*.index.json"):
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files.update(folder / name for name in names)
-        absent = sorted(path for path in files if not path.is_file())
-        if absent or not files:
-            raise UserError(
-                f"{absent[0] if absent else 'the weights'} missing in {folder}: fetch the whole checkpoint"
-            )
+    local, folder = Path(source).is_dir(), Path(source, hub.get("subfolder") or "")
+    if not local:  # on the hub: what the cache holds of it
+        folder = Path(str(cached_file(source, "config.json", **hub))).parent
+    files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
+    for index in folder.glob("*.index.json") if local else ():
+        files.update(folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    absent = sorted(path for path in files if not path.is_file())
+    if absent or local and not files:
+        raise UserError(f"{absent[0] if absent else 'the weights'} missing in {folder}: fetch the whole checkpoint")
+    size = sum(path.stat().st_size for path in files)
+    if size > LARGE and distributed.is_main():
+        print(f"loading {source} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
 
 
 def in_short(names: Iterable[str]) -> list[str]:

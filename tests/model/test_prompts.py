@@ -11,12 +11,6 @@ from self1e.errors import UserError
 from self1e.model import prompts
 
 
-def test_templates_hold_image_and_mask_tokens_once():
-    for question in (*prompts.SHORT_QUESTIONS, *prompts.LONG_QUESTIONS, *prompts.EXPLANATORY_QUESTIONS):
-        assert question.startswith("<image>\n") and question.count("{}") == 1 and "[SEG]" not in question
-    assert all(answer.count("[SEG]") == 1 for answer in prompts.ANSWERS)
-
-
 def test_draws_come_from_the_generator_alone():
     def draw(seed):
         rng = np.random.default_rng(seed)
