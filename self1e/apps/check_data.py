@@ -341,9 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             more = len(source.problems) - LISTED
             print(f"\n{name}:", *source.problems[:LISTED], *[f"and {more:,} more"] * (more > 0), sep="\n  ")
     if not any(source.checked for source in sources):
-        near = next((path for path in (args.path / "dataset", args.path.absolute().parent) if is_tree(path)), None)
-        hint = f"; did you mean {near}?" if near is not None and not args.tree else ""
-        print(f"nothing to check in {args.path}{hint}", file=sys.stderr)
+        print(f"nothing to check in {args.path}: name the folder that holds ade20k, ..., or own data", file=sys.stderr)
         return 1
     print(f"\n{table(sources)}")
     if absent:

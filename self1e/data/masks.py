@@ -31,7 +31,7 @@ def _rle(part: list | dict, height: int, width: int) -> dict:
             raise ValueError(NO_POLYGON)
         return coco.frPyObjects([points.astype(float).tolist()], height, width)[0]
     size, counts = part.get("size"), part.get("counts", ())
-    if size != [height, width] and size != (height, width):
+    if size not in ([height, width], (height, width)):
         raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
     counts = counts.encode() if isinstance(counts, str) else counts
     runs = _decompress(counts) if isinstance(counts, bytes) else np.asarray(counts)

@@ -225,12 +225,13 @@ def test_train_and_val_by_photo(tmp_path, run, name):
         main([str(source), "--split", "0.2"])
 
 
-def test_what_cannot_be_opened(tmp_path, run):
+def test_what_cannot_be_opened(tmp_path, run, capsys):
     code, _, text = run(table(tmp_path, [], header=("photo", "text")))
     assert code == 1 and "line 1: no column image, mask, prompt; found photo, text" in text
     assert "| set" not in text  # a table of nothing would bury it
-    (tmp_path / "refer_seg").mkdir()
-    assert run(tmp_path)[0] == 1  # a tree without a set
+    (tmp_path / "tree/refer_seg").mkdir(parents=True)
+    for folder in "tree", "tree/refer_seg":  # without a set; the wrong folder
+        assert main([folder]) == 1 and f"nothing to check in {folder}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["gone"], [".", "--limit", "0"], [".", "--samples", "-1"], []])
@@ -238,10 +239,3 @@ def test_wrong_arguments(arguments):
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == 2
-
-
-@pytest.mark.parametrize("given", [".", "dataset/refer_seg"])
-def test_a_folder_beside_the_tree(tmp_path, capsys, given):
-    copy_shapes(tmp_path)
-    assert main([given, "--workers", "2"]) == 1
-    assert "did you mean " in capsys.readouterr().err

@@ -14,7 +14,6 @@ from self1e.data.mixture import unpack
 from self1e.data.samples import SampleError
 from self1e.data.splits import DEFAULT_SPLITS, file_stem, get_splits, load_split
 from self1e.errors import UserError
-from self1e.model import prompts
 
 
 def read(data, index=0, seed=0):
@@ -51,20 +50,6 @@ def test_a_sentence_on_several_masks_of_a_photo_means_all_of_them(tmp_path):
         mask(tmp_path / f"{name}.png", columns)
     source = table(tmp_path, [("a.jpg", "left.png", "half"), ("a.jpg", "right.png", "HALF")])
     assert unit_areas(split(source)[0]) == {"half": H * W}
-
-
-def test_training_sample(tmp_path):
-    texts = ["one", "two", "Three three.", "four"]
-    source = coco_set(tmp_path, [annotation(k, phrases=[text]) for k, text in enumerate(texts)])
-    data = train(source, conversations=3)
-    sample = read(data)
-    assert sample.id == "custom|train.json/a.jpg" and sample.image.size == (W, H)
-    assert [m.shape for m in sample.masks] == [(1, H, W)] * 3 and all(m.dtype == np.uint8 for m in sample.masks)
-    assert [answer.count("[SEG]") for _, answer in sample.conversations] == [1] * 3
-    drawn = {tuple(map(tuple, read(data, seed=seed).conversations)) for seed in range(9)}
-    assert len(drawn) > 1 and all(len({question for question, _ in each}) == 3 for each in drawn)
-    asked = {question for each in drawn for question, _ in each if "Three" in question}
-    assert asked <= {template.format("Three three.") for template in prompts.LONG_QUESTIONS}
 
 
 def test_lists_of_the_file_in_any_order_and_ids_of_any_kind(tmp_path):
