@@ -61,7 +61,7 @@ class Self1EConfig(InternVLConfig):
     # A switch that nobody sets follows the checkpoint. The choices are the registries themselves.
     mask_features: str = switch("rfa", "features that the mask is read from", HEADS)
     replication: str = switch("tile", "how patch tokens are replicated for the mask's image side", REPLICATIONS)
-    attention_pathway: str = switch("image+seg", "what image tokens see besides the causal past", PATHWAYS)
+    attention_pathway: str = switch("image+seg", "what image tokens see", PATHWAYS)
     auxiliary_loss: bool = switch(True, "train the LLM's own image features with the mask losses, too")
     auxiliary_projection: bool = switch(False, "send the auxiliary image side through f_out, too")
     rope_precision: str = switch(

@@ -181,6 +181,8 @@ def test_every_training_set_and_split_reads_the_tree(tree, tmp_path, monkeypatch
     dataset, photos = tree / "dataset", tree / "data"
     for family in FAMILIES.values():
         for own, training_set in family.sets.items():
+            if not training_set.paths(own, dataset, photos)[0].exists():  # a set of the reader's own
+                continue
             data = training_set(own, dataset, photos, **{option: 0.5 for option in family.options})
             for i in range(len(data)):
                 sample = data.sample(i, np.random.default_rng(i))
