@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
+from self1e.errors import UserError
 from self1e.evaluation.vqa.base import Answer, MissingFile, Question, Scores, VQABenchmark
 
 OPTIONS = "ABCDE"
@@ -130,6 +131,9 @@ def read_questions(data_dir: Path, *, key: str, language: str) -> list[Question]
     if not path.is_file():
         raise MissingFile(f"{path} is missing")
     table = pd.read_csv(path, sep="\t")
+    columns = ("index", "question", "A", "split", "hint", "category", "source", "image", "comment", "l2-category")
+    if missing := [name for name in columns if name not in table]:
+        raise UserError(f"{path} is malformed: no column {', '.join(missing)}")
     questions, images = [], {}
     for record in table.to_dict("records"):
         code = record.pop("image")

@@ -67,6 +67,8 @@ def read_questions(data_dir: Path) -> list[Question]:
     questions = []
     for table in (table for tables in TABLES.values() for table in tables):
         found = list(_questions(table, data_dir))
+        if wrong := [cells for cells in found if len(cells) != 3]:
+            raise UserError(f"MME table {table} is malformed: {wrong[0]} are not photo, question and answer")
         photos = [photo for photo, _, _ in found]
         if photos[::2] != photos[1::2]:
             raise UserError(f"MME table {table} is malformed: each photo must have two consecutive lines")

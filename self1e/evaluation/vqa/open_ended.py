@@ -121,7 +121,7 @@ def vqa_accuracy(
 def score(answers: list[Answer], data_dir: Path, *, annotations: str) -> Scores:
     """Agreement with the ten annotators whose answers are in the annotation file."""
     path = data_dir / annotations
-    by_id = {entry["question_id"]: entry for entry in read_json(path, dict)["annotations"]}
+    by_id = {entry["question_id"]: entry for entry in read_json(path, dict).get("annotations", [])}
     missing = [answer.question.id for answer in answers if answer.question.id not in by_id]
     if missing:
         raise UserError(f"{path} has no annotation for {len(missing)} questions, the first is {missing[0]!r}")
