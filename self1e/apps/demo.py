@@ -124,8 +124,9 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
         work = run.click(answer, [image, prompts, mode], [result, answers, downloads, status, progress],
                          api_name="answer", show_progress_on=result)
         run.click(None, js="() => document.querySelector('#overlay').scrollIntoView({block: 'nearest'})")
-        cancel.click(lambda done: f"cancelled: {done[0]} of {done[1]} done" if done else "", progress, status,
-                     cancels=[work], queue=False, api_visibility="private")
+        stopped = cancel.click(None, cancels=[work], queue=False, api_visibility="private")
+        stopped.then(lambda done: f"cancelled: {done[0]} of {done[1]} done" if done else "", progress, status,
+                     queue=False, api_visibility="private")
     # fmt: on
     return page
 

@@ -224,8 +224,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def contradictions(args: argparse.Namespace, typed: set[str], given: set[str]) -> list[tuple[Any, str]]:
     """What flags cannot say together: whether they do, and the message. given: typed, or in a YAML file."""
     lora = {name for name in ADAPTERS if name.startswith("lora_")}
-    families = args.dataset.split("||")
-    unread = next((name for name in FAMILIES if f"{name}_data" in typed and name not in families), None)
     return [
         (args.version is None, "--version is needed: a checkpoint's folder or hub id"),
         (args.overwrite and (args.resume or args.auto_resume),
@@ -244,7 +242,8 @@ def contradictions(args: argparse.Namespace, typed: set[str], given: set[str]) -
          "--compile: compiled layers ignore --gradient_checkpointing selective, and ZeRO-3 works within them"),
         (args.report_to == "wandb" and importlib.util.find_spec("wandb") is None,
          "--report_to wandb: the package is not installed; pip install wandb"),
-        (unread, f"--{unread}_data is read by the family {unread}: name it in --dataset, such as \"{unread}||vqa\""),
+        (args.custom_data and "custom" not in args.dataset.split("||"),
+         '--custom_data is read by the family custom: name it in --dataset, e.g. --dataset "custom||vqa"'),
         (args.dataset == "custom" and not args.no_eval and "val_dataset" not in given,
          '--dataset custom: say with --val_dataset "custom|PATH" what to validate on, or --no_eval; the default, '
          "ReasonSeg, is part of the data tree"),

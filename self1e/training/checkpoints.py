@@ -122,6 +122,10 @@ def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Acce
     distributed.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
     partial.mkdir(parents=True, exist_ok=True)  # every rank: on a shared disk another's folder may come late
     if settings["engine"]["deepspeed"]:
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        # Python before 3.11.4 would write a call of getattr, which `load` must not run.
+        ZeroStageEnum.__reduce_ex__ = lambda stage, _: (ZeroStageEnum, (stage.value,))
         model.save_checkpoint(str(partial), tag=ENGINE)
     elif distributed.is_main():
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
