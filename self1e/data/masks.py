@@ -15,37 +15,27 @@ from self1e.errors import UserError
 from self1e.model.photos import TURNS, decode
 
 IGNORED = 255  # value of a pixel that no class or score counts
-NO_POLYGON = "a polygon is x, y, x, y, ... of at least three finite points, in one list of numbers"
 
 
-def _rle(part: list | dict, height: int, width: int) -> dict:
-    """Compressed RLE of a polygon or an RLE. Raises ValueError unless the runs of an RLE fill the image exactly.
+def _parts(segmentation: list | dict) -> list[np.ndarray | dict]:
+    """Polygons, (n, 2), and RLEs of a COCO segmentation, of which a flat list of numbers is one polygon.
 
-    The library decodes without looking: runs that are cut, too long or negative would give pixels that were never
-    written, or write outside the mask.
+    Among several parts those with fewer than three points or half a point too many cover nothing, as in the published
+    code. Raises ValueError where no part is an area, and for polygons of anything but finite numbers.
     """
-    if not isinstance(part, dict):
-        points = np.asarray(part)
-        # pycocotools takes four numbers for a box and walks without end along a non-finite edge.
-        if points.dtype.kind not in "iuf" or points.ndim != 1 or len(points) < 6 or not (np.abs(points) < 1e6).all():
-            raise ValueError(NO_POLYGON)
-        return coco.frPyObjects([points.astype(float).tolist()], height, width)[0]
-    size, counts = part.get("size"), part.get("counts", ())
-    if size not in ([height, width], (height, width)):
-        raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
-    counts = counts.encode() if isinstance(counts, str) else counts
-    runs = _decompress(counts) if isinstance(counts, bytes) else np.asarray(counts)
-    if runs.dtype.kind not in "iu" or runs.ndim != 1:
-        raise ValueError("the runs are no integers")
-    if (runs < 0).any() or (runs > height * width).any() or int(runs.sum()) != height * width:
-        raise ValueError("the runs do not add up to the image")
-    if isinstance(counts, bytes):
-        return {"size": [height, width], "counts": counts}
-    return coco.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
+    flat = isinstance(segmentation, dict) or (segmentation and isinstance(segmentation[0], (int, float)))
+    given = [segmentation] if flat else segmentation
+    parts = [part for part in given if isinstance(part, dict) or (len(part) >= 6 and len(part) % 2 == 0)]
+    polygons = [np.asarray(part) for part in parts if not isinstance(part, dict)]
+    # pycocotools walks without end along an edge that is not finite.
+    sound = all(each.dtype.kind in "iuf" and each.ndim == 1 and (np.abs(each) < 1e6).all() for each in polygons)
+    if not sound or (given and not parts):
+        raise ValueError("a polygon is x, y, x, y, ... of at least three finite points, in one list of numbers")
+    return [part if isinstance(part, dict) else np.reshape(part, (-1, 2)) for part in parts]
 
 
-def _decompress(counts: bytes) -> np.ndarray:
-    """Runs, int64 (n,), of COCO's compressed RLE.
+def _decompress(counts: bytes) -> list[int]:
+    """Runs of COCO's compressed RLE.
 
     A number is a series of characters from 48 on: 5 bits each, lowest first; bit 32 says that another one follows, bit
     16 of the last is the sign. From the fourth number on, the number before the previous one is added.
@@ -54,47 +44,44 @@ def _decompress(counts: bytes) -> np.ndarray:
     number = shift = 0
     for digit in counts:
         digit -= 48
-        if not 0 <= digit < 64 or shift > 25:  # 30 bits hold every picture
-            raise ValueError("its counts are no compressed RLE")
         number |= (digit & 31) << shift
         shift += 5
         if not digit & 32:
             number -= (digit >> 4 & 1) << shift
             runs.append(number + (runs[-2] if len(runs) > 2 else 0))
             number = shift = 0
-    if shift or not runs:
-        raise ValueError("its counts are cut")
-    return np.array(runs)
+    return runs
 
 
-def _parts(segmentation: list | dict) -> list:
-    """Polygons and RLEs of a COCO segmentation, without parts of fewer than three points or half a point too many.
-
-    A flat list of numbers is one polygon. Raises ValueError where there are parts and none is an area.
-    """
-    parts = segmentation
-    if isinstance(segmentation, dict) or segmentation and isinstance(segmentation[0], (int, float)):
-        parts = [segmentation]
-    good = [part for part in parts if not isinstance(part, list) or (len(part) >= 6 and len(part) % 2 == 0)]
-    if parts and not good:
-        raise ValueError(NO_POLYGON)
-    return good
+def _decode(part: np.ndarray | dict, height: int, width: int) -> np.ndarray:
+    """Polygon or RLE -> uint8 {0, 1} (height, width). Raises ValueError unless the runs fill the image exactly."""
+    if not isinstance(part, dict):
+        return coco.decode(coco.frPyObjects([part.ravel().astype(float).tolist()], height, width)[0])
+    size, runs = part.get("size"), part.get("counts")
+    if size not in ([height, width], (height, width)):
+        raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
+    if isinstance(runs, (str, bytes)):
+        runs = _decompress(runs.encode() if isinstance(runs, str) else runs)
+    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
+        raise ValueError("the runs are no whole numbers from 0 on")
+    if sum(runs) != height * width:
+        raise ValueError("the runs do not add up to the image")
+    values = np.arange(len(runs)) % 2  # zeros first, column by column
+    return np.repeat(values.astype(np.uint8), runs).reshape(width, height).T
 
 
 def decode_segmentation(segmentation: list | dict, height: int, width: int, where: str = "annotation") -> np.ndarray:
     """COCO segmentation -> uint8 {0, 1} (height, width), the union of its parts.
 
     Accepts polygons (one or several parts, or one flat list), compressed RLE (`counts` str or bytes), uncompressed RLE
-    (list), a list of RLEs, and an empty list (an empty mask). Among several parts of a polygon those that are no area
-    count as empty, as in the published code. Raises UserError for anything else; `where` names the annotation.
+    (list), a list of RLEs, and an empty list (an empty mask). Raises UserError for anything else; `where` names the
+    annotation.
     """
     mask = np.zeros((height, width), np.uint8)
     try:
-        if not isinstance(segmentation, (list, dict)):
-            raise ValueError(f"neither polygons nor RLE: {type(segmentation).__name__}")
         for part in _parts(segmentation):
-            mask |= coco.decode(_rle(part, height, width))
-    except ValueError as error:
+            mask |= _decode(part, height, width)
+    except (ValueError, TypeError) as error:
         raise UserError(f"{where}: malformed segmentation ({error})") from error
     return mask
 
@@ -112,12 +99,12 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
         boxed = box.shape == (4,) and min(box[2:]) > 0
         for part in _parts(annotation["segmentation"]):
             if isinstance(part, dict):
-                rle = _rle(part, height, width)
-                x, y, w, h = coco.toBbox(rle)
+                mask = _decode(part, height, width)
+                x, y, w, h = cv2.boundingRect(mask)
                 corners.append(np.array([[x, y], [x + w, y + h]]))
-                covered += float(coco.area(rle))
+                covered += float(mask.sum())
             else:
-                corners.append(np.array(part, np.float32).reshape(-1, 2))
+                corners.append(part.astype(np.float32))
                 covered += cv2.contourArea(corners[-1])
     except (ValueError, TypeError):
         return None
