@@ -1,7 +1,6 @@
 """Training runs for tests: their command line, in this process or as two under a launcher, and what they logged."""
 
 import gc
-import io
 import multiprocessing
 import os
 import signal
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import torch
 from helpers import ROOT, free_port, hear_ctrl_c
-from PIL import Image
 
 from self1e.training import train as program
 from self1e.training.curves import read_log
@@ -150,17 +148,12 @@ def history(folder: Path) -> list[dict]:
     return [line for line in read_log(folder / "log.jsonl") if "loss" in line]
 
 
-def events(folder: Path):
-    """What TensorBoard shows of a run: scalars by tag, and pictures by tag as (step, picture)."""
+def events(folder: Path) -> dict[str, list[float]]:
+    """The scalars that TensorBoard shows of a run, by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(folder / "tensorboard"), {"images": 0}).Reload()  # 0: all of them
-    scalars = {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
-    pictures = {
-        tag: [(event.step, Image.open(io.BytesIO(event.encoded_image_string))) for event in found.Images(tag)]
-        for tag in found.Tags()["images"]
-    }
-    return scalars, pictures
+    found = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
 def launch(*args) -> subprocess.Popen:

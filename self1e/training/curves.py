@@ -3,25 +3,17 @@
 import json
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from self1e.data.samples import EvalImage
 from self1e.distributed import is_main
-from self1e.evaluation.segmentation.metrics import Unit
-from self1e.evaluation.segmentation.report import examples
 from self1e.files import replacing, to_jsonl, write_text
-
-# Figures of a log line that are no losses.
-OTHER = (
-    "step epoch grad_norm samples_per_second waiting_for_data tflops utilisation peak_memory broken_samples"
-).split()
+from self1e.model.config import LOSS_WEIGHTS
 
 
 class Record:
@@ -45,20 +37,13 @@ class Record:
         """Write figures of a step, which they hold as `step`; those of a validation begin with `eval_`."""
         if not is_main():
             return
-        step = int(figures["step"])
-        figures = {"step": step, "epoch": self.args.start_epoch + step / self.per_epoch} | figures
-        tqdm.write(log_line(figures))
+        step = int(figures.pop("step"))
+        line = {"step": step, "epoch": self.args.start_epoch + step / self.per_epoch} | figures
+        tqdm.write(log_line(line))
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(to_jsonl([figures]))
-        tags = {f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}": x for name, x in figures.items()}
-        self.accelerator.log({tag: x for tag, x in tags.items() if tag != "train/step"}, step=step)
-
-    def show(self, step: int, split: str, images: Sequence[EvalImage], units: Sequence[Unit]) -> None:
-        """Add pictures of a validated split to TensorBoard: `<split>/worst`, `/median` and `/best`, by IoU."""
-        if self.args.report_to == "tensorboard":
-            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
-            for title, picture in examples(images, units).items():
-                writer.add_image(f"{split}/{title}", np.asarray(picture), step, dataformats="HWC")
+            file.write(to_jsonl([line]))
+        tags = {f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}": x for name, x in line.items()}
+        self.accelerator.log(tags, step=step)
 
     def close(self) -> None:
         """Draw `curves.png`. For the first rank."""
@@ -71,31 +56,23 @@ class Record:
 def log_line(figures: Mapping[str, Any]) -> str:
     """One line for the terminal; TensorBoard and `log.jsonl` hold every digit."""
     start = f"step {figures['step']}  epoch {figures['epoch']:.3f}  "
-    scores = {name.removeprefix("eval_"): value for name, value in figures.items() if name.startswith("eval_")}
-    if scores:
-        splits = dict.fromkeys(name.rpartition("_")[0] for name in scores)
-        shown = [f"{x} gIoU {scores[f'{x}_giou']:.1%}, cIoU {scores[f'{x}_ciou']:.1%}" for x in splits]
-        return f"{start}validation:  " + "  ".join(shown).replace("|", " ")
-    losses = [f"{name.removeprefix('mask_')} {figures[name]:.4f}" for name in losses_of(figures) if name != "loss"]
-    rates = [f"{name[3:]} {value:.2e}" for name, value in figures.items() if name.startswith("lr_")]
-    parts = [f"loss {figures['loss']:.4f} ({', '.join(losses)})"]
-    parts += [f"grad norm {figures['grad_norm']:.3f}"] if "grad_norm" in figures else []  # absent after fp16 overflow
-    parts += [f"lr {', '.join(rates)}", speed(figures)]
-    parts += [f"broken samples {figures['broken_samples']}"] if figures["broken_samples"] else []
-    return start + "  ".join(parts)
-
-
-def speed(figures: Mapping[str, float]) -> str:
-    """What `loop.figures_of` found, for the terminal."""
+    if "loss" not in figures:
+        scores = [f"{name[5:]} {value:.1%}" for name, value in figures.items() if name.startswith("eval_")]
+        return start + "  ".join(["validation:", *scores])
+    losses = ", ".join(f"{name} {figures[name]:.4f}" for name in LOSS_WEIGHTS if name in figures)
+    rates = ", ".join(f"{name[3:]} {value:.2e}" for name, value in figures.items() if name.startswith("lr_"))
     return (
-        "{samples_per_second:.1f} samples/s  waiting {waiting_for_data:.0%}  {tflops:.3g} TFLOP/s ({utilisation:.0%})"
-        "  peak {gigabytes:.1f} GB"
-    ).format(**figures, gigabytes=figures["peak_memory"] / 1e9)
+        f"{start}loss {figures['loss']:.4f} ({losses})  grad norm {figures.get('grad_norm', float('nan')):.3f}  "
+        f"lr {rates}  {speed_line(figures)}  broken samples {figures['broken_samples']}"
+    )
 
 
-def losses_of(names: Iterable[str]) -> list[str]:
-    """The loss and its terms among the names of figures: all that is neither a rate, a validation nor of `OTHER`."""
-    return [name for name in names if name not in OTHER and not name.startswith(("lr_", "eval_"))]
+def speed_line(figures: Mapping[str, float]) -> str:
+    """What a log line says of the machine."""
+    return (
+        f"{figures['samples_per_second']:.1f} samples/s  waiting {figures['waiting_for_data']:.0%}  "
+        f"{figures['tflops']:.3g} TFLOP/s ({figures['utilisation']:.0%})  peak {figures['peak_memory'] / 1e9:.1f} GB"
+    )
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -109,7 +86,7 @@ def draw_curves(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure  # half a second that no other command should wait for
 
     table = pd.DataFrame(log).set_index("step")
-    panels = {"loss": table[losses_of(map(str, table))]}
+    panels = {"loss": table.filter(["loss", *LOSS_WEIGHTS])}
     for title, start in {"learning rate": "lr_", "validation": "eval_"}.items():
         panels[title] = lines = table.filter(regex=f"^{start}")
         lines.columns = lines.columns.str.removeprefix(start)

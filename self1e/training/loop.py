@@ -29,7 +29,7 @@ from self1e.data.mixture import Mixture
 from self1e.errors import UserError
 from self1e.stop import StopRequest
 from self1e.training.adapters import optimizer_groups
-from self1e.training.curves import speed
+from self1e.training.curves import speed_line
 from self1e.training.deepspeed_config import fill, offloads, read_deepspeed
 from self1e.training.speed import Work, peak_flops, peak_memory, spare_memory
 
@@ -257,7 +257,7 @@ def fit(
             clock = time.perf_counter()  # checkpoints and validations are no time of training
     whole.update(use)
     if whole:
-        distributed.say(f"trained for {whole['seconds']:,.0f} s: {speed(speed_of(whole, peak))}")
+        distributed.say(f"trained for {whole['seconds']:,.0f} s: {speed_line(speed_of(whole, peak))}")
     if listed := broken_list(broken):
         distributed.say(f"broken samples replaced:\n{listed}")
     return not stopped

@@ -7,7 +7,6 @@ import os
 import warnings
 from argparse import Namespace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +151,10 @@ def train(args: Namespace, stop: StopRequest) -> bool:
     def validate(step: int) -> bool:
         # Under ZeRO-3 no rank can leave alone; the step after the validation meets the request.
         asked = None if args.zero_stage == 3 else lambda: stop.signal is not None
-        place, show = args.run_dir / "validation" / f"step_{step}", partial(record.show, step)
+        place = args.run_dir / "validation" / f"step_{step}"
         try:
             with accelerator.autocast():
-                options = {"show": show, "asked_to_stop": asked, "print_table": False}
-                results = score(args, model, processor, splits, place, **options)
+                results = score(args, model, processor, splits, place, asked_to_stop=asked, print_table=False)
         except Stopped:
             return True
         figures = {f"eval_{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}

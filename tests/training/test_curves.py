@@ -5,7 +5,7 @@ from PIL import Image
 
 from self1e.training.curves import draw_curves, log_line, read_log
 
-LOSSES = {"loss": 3.5, "ce": 1.0, "a_new_term": 1.0, "lr_llm": 1e-4, "lr_vision_and_head": 2e-4}
+LOSSES = {"loss": 3.5, "ce": 1.0, "mask_bce": 1.0, "lr_llm": 1e-4, "lr_vision_and_head": 2e-4}
 LOG = [
     {"step": 1, **LOSSES},
     {"step": 2, **{name: value / 2 for name, value in LOSSES.items()}},
@@ -33,8 +33,8 @@ def test_log_lines_fit_a_terminal():
     figures |= {"lr_llm": 1e-6, "samples_per_second": 8.1, "waiting_for_data": 0.031, "peak_memory": 12.34e9}
     figures |= {"tflops": 412.345, "utilisation": 0.417}
     assert log_line(figures | {"broken_samples": 2}) == (
-        "step 1  epoch 0.074  loss 9.2455 (ce 6.0751, dice 1.4887)  grad norm 3.276  lr llm 1.00e-06  8.1 samples/s  "
-        "waiting 3%  412 TFLOP/s (42%)  peak 12.3 GB  broken samples 2"
+        "step 1  epoch 0.074  loss 9.2455 (ce 6.0751, mask_dice 1.4887)  grad norm 3.276  lr llm 1.00e-06  "
+        "8.1 samples/s  waiting 3%  412 TFLOP/s (42%)  peak 12.3 GB  broken samples 2"
     )
     scores = {"step": 2, "epoch": 1.0, "eval_ReasonSeg|val_giou": 0.5, "eval_ReasonSeg|val_ciou": 0.25}
-    assert log_line(scores) == "step 2  epoch 1.000  validation:  ReasonSeg val gIoU 50.0%, cIoU 25.0%"
+    assert log_line(scores) == ("step 2  epoch 1.000  validation:  ReasonSeg|val_giou 50.0%  ReasonSeg|val_ciou 25.0%")

@@ -29,7 +29,7 @@ ALONE = ("--dataset", "refer_seg", "--refer_seg_data", "refcoco", "--no_eval")
 
 def test_a_run_logs_every_curve(reference):
     folder, printed = reference
-    logged, pictures = events(folder)
+    logged = events(folder)
     terms = {name: np.array(logged[f"train/{name}"]) for name in LOSS_WEIGHTS}
     assert all(len(values) == 4 and np.isfinite(values).all() and (values > 0).all() for values in terms.values())
     total = sum(LOSS_WEIGHTS[name] * values for name, values in terms.items())
@@ -40,8 +40,6 @@ def test_a_run_logs_every_curve(reference):
     for group in ("llm", "vision_and_head"):
         np.testing.assert_allclose(logged[f"train/lr_{group}"], [5e-5, 1e-4, 5e-5, 0], rtol=1e-6, atol=1e-12)
     assert len(logged["eval/ReasonSeg|val_giou"]) == len(logged["eval/ReasonSeg|val_ciou"]) == 2
-    assert pictures.keys() == {f"ReasonSeg|val/{kind}" for kind in ("worst", "median", "best")}
-    assert all([step for step, _ in found] == [2, 4] for found in pictures.values())
     assert [line["step"] for line in history(folder)] == [1, 2, 3, 4]
     assert "step 4  epoch " in printed and "waiting " in printed and "\x1b" not in printed and "\r" not in printed
 

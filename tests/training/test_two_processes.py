@@ -76,9 +76,8 @@ def test_kills_stops_and_zero3_give_the_same_run(tiny_version, shapes, runs, fla
 
     validated = [*(flag for flag in flags if flag != "--no_eval"), "--eval_steps", "6"]
     assert train_by_ranks(tiny_version, shapes, runs, "killed", *validated, "--auto_resume") == [0, 0]
-    pictures = events(folder)[1]  # by the first rank alone: one event file per start
-    assert len(list((folder / "tensorboard").iterdir())) == 3
-    assert [[step for step, _ in pictures[f"ReasonSeg|val/{kind}"]] for kind in ("worst", "best")] == [[6]] * 2
+    assert len(list((folder / "tensorboard").iterdir())) == 3  # by the first rank alone: one event file per start
+    assert len(events(folder)["eval/ReasonSeg|val_giou"]) == 1
     assert saved(folder) == ["checkpoint-6"]
     assert Self1EForSegmentation.from_pretrained(folder / "ckpt_model").trained_head
 

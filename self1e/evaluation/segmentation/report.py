@@ -4,7 +4,7 @@ In the results folder, `<split>.jsonl` holds one line per unit (see `metrics.Uni
 `summary.md` and `summary.json` those of all splits that the folder holds.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -82,31 +82,16 @@ def summary_table(results: Mapping[str, dict]) -> str:
 
 def save_pictures(folder: Path, split: Sequence[EvalImage], units: Sequence[Unit]) -> None:
     """Photo, ground truth and prediction of the worst units of a split, and an overview, in `folder`."""
-    values, names = [unit.iou for unit in units], [unit.id for unit in units]
-    overview = save_worst_first(folder, values, names, unit_drawer(split, units, width=1200))
-    distributed.say(f"pictures, worst first: {overview}")
-
-
-def unit_drawer(split: Sequence[EvalImage], units: Sequence[Unit], *, width: int) -> Callable[[int], Image.Image]:
-    """A function that draws unit `index` of a whole split: photo, ground truth and prediction, `width` pixels wide."""
     where = [(number, sentence) for number, photo in enumerate(split) for sentence in range(len(photo.unit_ids))]
 
     def draw(index: int) -> Image.Image:
         number, sentence = where[index]
         photo, unit = split[number], units[index]
         image, targets = photo.load()
-        height, width_ = targets.shape[1:]
-        image = image.resize((width_, height))  # annotations are not always at the photo's size
-        prediction = decode_segmentation(unit.mask or [], height, width_).astype(bool)
-        return compare(image, targets[sentence], prediction, photo.sentences[sentence], unit.iou, width=width)
+        height, width = targets.shape[1:]
+        image = image.resize((width, height))  # annotations are not always at the photo's size
+        prediction = decode_segmentation(unit.mask or [], height, width).astype(bool)
+        return compare(image, targets[sentence], prediction, photo.sentences[sentence], unit.iou, width=1200)
 
-    return draw
-
-
-def examples(split: Sequence[EvalImage], units: Sequence[Unit]) -> dict[str, Image.Image]:
-    """Pictures of the worst, the median and the best unit by IoU; of equals the one with more pixels at stake."""
-    order = sorted(range(len(units)), key=lambda index: units[index].iou)
-    worst = min(order, key=lambda index: (units[index].iou, -units[index].U))
-    best = max(order, key=lambda index: (units[index].iou, units[index].U))
-    draw = unit_drawer(split, units, width=900)
-    return {"worst": draw(worst), "median": draw(order[len(order) // 2]), "best": draw(best)}
+    values, names = [unit.iou for unit in units], [unit.id for unit in units]
+    distributed.say(f"pictures, worst first: {save_worst_first(folder, values, names, draw)}")

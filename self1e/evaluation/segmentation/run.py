@@ -4,7 +4,7 @@ Each photo is encoded once and serves all its sentences. Results are written as 
 evaluation continues behind the last of them. Whoever meets an error raises it, and the launcher ends the others.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +137,6 @@ def evaluate_splits(
     output_dir: str | Path,
     allow_outside: bool = False,
     visualize: bool = False,
-    show: Callable[[str, Sequence[EvalImage], list[Unit]], None] | None = None,
     skip_missing: bool = False,
     weights: Mapping[str, str | None] | None = None,
     overwrite: bool = False,
@@ -150,7 +149,6 @@ def evaluate_splits(
         splits: names of `SPLITS`, or with one of `PREFIXES`. dataset_dir: root of the segmentation data.
         allow_outside: photos may lie outside the folders of their split (see `data.paths.inside`).
         visualize: pictures of the worst sentences in `<output_dir>/<split>/`, and an overview.
-        show: takes each finished split on rank 0: its name, photos and units.
         skip_missing: leave out splits whose data is absent, with a message, instead of raising.
         weights: `weights_identity` of the model, by which what `output_dir` holds of the same settings is continued.
             None: everything is evaluated anew.
@@ -193,8 +191,6 @@ def evaluate_splits(
                 save_figures(output_dir, figures[name])
                 if visualize:
                     save_pictures(output_dir / file_stem(name), split, units)
-                if show is not None:
-                    show(name, split, units)
     if print_table:
         distributed.say(f"{summary_table(figures)}\nthe figures are in {output_dir / 'summary.md'}")
     return figures
