@@ -201,8 +201,6 @@ class EvalImage:
 class EvalSplit(PhotoSet, Sequence[EvalImage]):
     """The photos of an evaluation split in a fixed order; a sub-class is the reader of an entry of `splits.SPLITS`."""
 
-    note = ""  # what a reader of its figures must know besides the protocol
-
     @abstractmethod
     def unit(self, index: int) -> EvalImage:
         """One photo. Raises UserError when its annotation is broken."""

@@ -11,7 +11,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from self1e.data.samples import SampleError
-from self1e.data.sets.parquet import NOTE, READY
 from self1e.data.splits import load_split
 from self1e.errors import UserError
 from self1e.evaluation.segmentation.run import evaluate_splits
@@ -103,11 +102,10 @@ def test_faults_are_named(tmp_path, name, words):
         load_split(name.format(folder=tmp_path), "nowhere")
 
 
-def test_a_ready_set_is_evaluated_with_its_note(tmp_path, tiny_processor, load_tiny, monkeypatch):
+def test_a_set_is_evaluated(tmp_path, tiny_processor, load_tiny):
     rows = [{"image": photo(k), "text": f"thing {k}", "mask": MASK.tolist()} for k in range(3)]
     write(tmp_path / "set/test.parquet", rows)
-    monkeypatch.setitem(READY, "reasonseg_test", str(tmp_path / "set"))
-    name = "parquet|reasonseg_test|test"
+    name = f"parquet|{tmp_path}/set|test"
     options = {"dataset_dir": "nowhere", "output_dir": tmp_path / "out", "workers": 2}
     figures = evaluate_splits(load_tiny(), tiny_processor, [name], **options)[name]
-    assert figures["n"] == 3 and figures["note"] == NOTE and figures["protocol"] == "lisa"
+    assert figures["n"] == 3 and figures["protocol"] == "lisa"

@@ -72,9 +72,9 @@ def test_an_image_without_labels_counts_and_has_no_sample(tmp_path):
     assert [data.sample(i, np.random.default_rng(0)) is None for i in range(3)] == [False, True, True]
 
 
-def test_labels_without_a_name_and_missing_maps_are_sample_errors(tmp_path):
+def test_labels_without_a_name_and_missing_photos_are_sample_errors(tmp_path):
     ade20k(tmp_path, "a", [151])
-    photo(tmp_path / "ade20k/images/training/b.jpg")
+    label_map(tmp_path / "ade20k/annotations/training/b.png", [1])
     for index, cause in (0, "holds 151"), (1, "cannot read"):
         with pytest.raises(SampleError, match=cause):
             make(tmp_path, "ade20k").sample(index, np.random.default_rng(0))

@@ -1,6 +1,7 @@
 """self1e/data/vqa.py: LLaVA-Instruct and the five question sets."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from helpers import SHARED, needs_shared
 from trees import H, W, photo, questions, write_json
 
 from self1e.data.families import FAMILIES, Choice
-from self1e.data.sets.vqa import QUESTIONS, QuestionSet, instruction_turns
+from self1e.data.sets.vqa import QUESTIONS, QuestionSet
 from self1e.errors import UserError
 
 SETS = FAMILIES["vqa"].sets
@@ -18,13 +19,20 @@ def make(root, name):
     return SETS[name](name, root, root)
 
 
-def test_turns():
+def test_turns(tmp_path):
+    photo(tmp_path / "coco/train2017/a.jpg")
     turns = [["human", "What is it?\n<image>"], ["gpt", "A cat!"], ["human", "Sure?"], ["gpt", "Yes"]]
-    turns = [["gpt", "Hello"], *turns]
-    assert instruction_turns(turns) == ["<image>\nWhat is it?", "A cat!", "Sure?", "Yes"]
-    for broken in [], [["gpt", "Hello"]], [["human", "a"], ["human", "b"]], [["system", "a"]]:
+    broken = [], [["gpt", "Hello"]], [["human", "a"], ["human", "b"]], [["system", "a"]]
+    records = [
+        {"id": k, "image": "a.jpg", "conversations": [{"from": name, "value": text} for name, text in each]}
+        for k, each in enumerate([[["gpt", "Hello"], *turns], *broken])
+    ]
+    write_json(tmp_path / "llava_dataset/llava_instruct_150k.json", records)
+    data = make(tmp_path, "llava_instruct_150k")
+    assert data.turns(0) == ["<image>\nWhat is it?", "A cat!", "Sure?", "Yes"]
+    for k in range(1, 5):
         with pytest.raises(UserError, match="alternate"):
-            instruction_turns(broken)
+            data.turns(k)
 
 
 def test_instructions_come_from_one_file_alone(tmp_path):
@@ -47,7 +55,9 @@ def test_question_sets(tmp_path, name):
     instruction = (unanswerable if name == "vizwiz" else "") + " Answer the question using a single word or phrase."
     assert sample.conversations == [[f"<image>\nWhat 1?{instruction}", "1"]]
     assert sample.masks[0].shape == (0, H, W) and len(data) == 2
-    assert {path.name for path in QuestionSet.paths(name, tmp_path, tmp_path)} >= {"photos"}
+    shutil.rmtree(tmp_path / "photos")
+    with pytest.raises(UserError, match="missing data.*\n.*photos"):
+        make(tmp_path, name)
 
 
 def test_a_broken_line_and_an_empty_file_name_the_source(tmp_path):

@@ -1,8 +1,7 @@
 """Evaluation of sets that exist as Parquet files, on disk or on the hub: the split "parquet|<source>|<split>".
 
-    parquet|reasonseg_val|test      an entry of READY
-    parquet|mine/shards|val         a folder of Parquet files, or one file
-    parquet|USER/NAME|test          a data set on the hub
+    parquet|mine/shards|val                     a folder of Parquet files, or one file
+    parquet|Ricky06662/ReasonSeg_test|test      a data set on the hub
 
 A row is a photo (`image`) with a text or several (`text`) and the mask that is meant (`mask`: an array of rows, or a
 PNG). Rows with one `image_id`, where there is such a column, are about one photo, and `ann_id` names a row. `datasets`
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COLUMNS, OPTIONAL = ("image", "text", "mask"), ("image_id", "ann_id")
-# Sets whose columns and split names their authors' evaluation code reads.
-READY = {"reasonseg_val": "Ricky06662/ReasonSeg_val", "reasonseg_test": "Ricky06662/ReasonSeg_test"}
-NOTE = "pixels that ReasonSeg marks as ignored are target in this copy, so its figures are not those of ReasonSeg"
 
 
 def open_rows(source: str, split: str) -> "datasets.Dataset":
@@ -80,9 +76,7 @@ class ParquetSplit(ExpressionSet):
         return [Path(parts[1])] if parts[1].endswith(".parquet") or parts[1].count("/") > 1 else []
 
     def open(self, *paths: Path) -> None:
-        _, source, split = self.name.split("|")
-        self.note = NOTE if source in READY else ""
-        self.source = READY.get(source, source)
+        _, self.source, split = self.name.split("|")
         self.rows = open_rows(self.source, split)
         groups: dict[str, list[int]] = {}
         for row, photo in enumerate(self._column("image_id")):

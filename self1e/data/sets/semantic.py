@@ -25,15 +25,13 @@ def class_names(name: str) -> list[str]:
 
 
 class LabelMapSet(TrainingSet):
-    """Photos (.jpg) with a label map (.png) of the same name each.
+    """Label maps, each with a photo of the same name.
 
     Sub-classes give `files`, first the folder of label maps, then that of photos, and change what the members below
     say where it differs.
-
-    listed: "photos" or "labels", whichever folder's files are the samples
     """
 
-    listed = "labels"
+    suffixes = ".png", ".jpg"  # of label maps and of photos
     first_label = 0  # label of the first class; smaller ones are ignored
 
     def read_names(self, *others: Path) -> list[str]:
@@ -43,18 +41,18 @@ class LabelMapSet(TrainingSet):
     def open(self, labels: Path, photos: Path, *others: Path) -> None:
         self.labels, self.folder = labels, photos
         self.names = [name.strip().lower() for name in self.read_names(*others)]
-        folder, suffix = (photos, ".jpg") if self.listed == "photos" else (labels, ".png")
+        suffix = self.suffixes[0]
         # An array, of which forked workers copy nothing.
-        self.stems = np.array(sorted(name.removesuffix(suffix) for name in list_names(folder, suffix)), dtype=str)
+        self.stems = np.array(sorted(name.removesuffix(suffix) for name in list_names(labels, suffix)), dtype=str)
 
     def __len__(self) -> int:
         return len(self.stems)
 
     def file_name(self, index: int) -> str:
-        return f"{self.stems[index]}.jpg"
+        return f"{self.stems[index]}{self.suffixes[1]}"
 
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
-        labels = load_label_map(self.labels / f"{self.stems[index]}.png")
+        labels = load_label_map(self.labels / f"{self.stems[index]}{self.suffixes[0]}")
         present = [v for v in np.unique(labels).tolist() if self.first_label <= v != IGNORED]
         if present and present[-1] - self.first_label >= len(self.names):
             raise UserError(f"its label map holds {present[-1]}, which is no class of {self.name}")
@@ -73,7 +71,6 @@ class LabelMapSet(TrainingSet):
 
 class ADE20K(LabelMapSet):
     files = "ade20k/annotations/training", "ade20k/images/training"
-    listed = "photos"
     first_label = 1  # 0 = other
 
 

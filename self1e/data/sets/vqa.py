@@ -1,6 +1,5 @@
 """Instruction and question sets, text alone: llava_instruct_150k, vqav2, okvqa, textvqa, vizwiz, gqa."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from self1e.data.paths import require_paths
 from self1e.data.readers import read_instructions, read_questions
 from self1e.data.samples import Sample, TrainingSet
 from self1e.data.tables import open_tables
@@ -59,21 +59,14 @@ class LLaVAInstruct(TextSet):
         return f"{self.name}/{self.records[index][2]}"
 
     def turns(self, index: int) -> list[str]:
-        return instruction_turns(self.records[index][1])
-
-
-def instruction_turns(turns: list[list[str]]) -> list[str]:
-    """[[speaker, text], ...] -> user, assistant, user, ...
-
-    An opening assistant turn is dropped; `<image>` moves to the front of the first user turn. Raises UserError when
-    the speakers do not alternate.
-    """
-    if turns and turns[0][0] == "gpt":
-        turns = turns[1:]
-    if not turns or any(speaker != ("human", "gpt")[k % 2] for k, (speaker, _) in enumerate(turns)):
-        raise UserError("its turns do not alternate between human and gpt")
-    texts = [text.replace(prompts.IMAGE_TAG, "").strip() if prompts.IMAGE_TAG in text else text for _, text in turns]
-    return [f"{prompts.IMAGE_TAG}\n{texts[0]}", *texts[1:]]
+        """An opening assistant turn is dropped; `<image>` moves to the front of the first user turn."""
+        turns = self.records[index][1]
+        if turns and turns[0][0] == "gpt":
+            turns = turns[1:]
+        if not turns or any(speaker != ("human", "gpt")[k % 2] for k, (speaker, _) in enumerate(turns)):
+            raise UserError("its turns do not alternate between human and gpt")
+        texts = [t.replace(prompts.IMAGE_TAG, "").strip() if prompts.IMAGE_TAG in t else t for _, t in turns]
+        return [f"{prompts.IMAGE_TAG}\n{texts[0]}", *texts[1:]]
 
 
 class QuestionSet(TextSet):
@@ -84,17 +77,12 @@ class QuestionSet(TextSet):
 
     @classmethod
     def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        """The questions and, if they are there, the folder that the first one's photo is in."""
-        path = data_dir / QUESTIONS[name]
-        try:
-            with open(path, encoding="utf-8-sig") as lines:
-                image = json.loads(lines.readline())["image"]
-                return [path, (data_dir / image.removeprefix("data/")).parent]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return [path]  # missing or another schema: the reader says so, with the line
+        return [data_dir / QUESTIONS[name]]
 
-    def open(self, source: Path, *_: Path) -> None:
+    def open(self, source: Path) -> None:
         self.records, self.folder = open_tables(source, read_questions).records("items"), source.parents[1]
+        if self.records:  # whether the photos are there at all
+            require_paths([(self.name, (self.folder / self.file_name(0)).parent)])
 
     def id(self, index: int) -> str:
         return f"{self.name}/{index}"

@@ -76,8 +76,7 @@ def summary_table(results: Mapping[str, dict]) -> str:
             rows.append([name, *intervals, *parts])
         header = ["reasoning", "gIoU, 95% interval", "cIoU, 95% interval", "short gIoU / cIoU", "long gIoU / cIoU"]
         text += "\n" + markdown_table(header, rows)
-    notes = [f"- {title[name]}: {figures['note']}\n" for name, figures in results.items() if "note" in figures]
-    return text + ("\n" + "".join(notes) if notes else "")
+    return text
 
 
 def save_pictures(folder: Path, split: Sequence[EvalImage], units: Sequence[Unit]) -> None:

@@ -185,8 +185,7 @@ def evaluate_splits(
             results = units_of(output_dir, name, split)
             results.open(overwrite=fresh)
             units = evaluate_units(model, processor, split, entries[name].protocol, results, title=name, **options)
-            note = {"note": split.note} if split.note else {}
-            figures[name] = {"split": name, "data": completeness(name, split), **note, **score(units)}
+            figures[name] = {"split": name, "data": completeness(name, split), **score(units)}
             if distributed.is_main():
                 save_figures(output_dir, figures[name])
                 if visualize:
