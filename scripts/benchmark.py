@@ -44,6 +44,7 @@ from self1e.apps.costs import CHECKPOINTING, SIZES, configuration, evaluation_co
 from self1e.model.inference import masks_of  # noqa: E402
 from self1e.synthetic.tiny_internvl import make_tiny_internvl  # noqa: E402
 from self1e.training.adapters import adapt  # noqa: E402
+from self1e.training.speed import compile_layers  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -205,8 +206,7 @@ def train(recipe: Recipe) -> Figures:
         found[kind] = show(f"training, {kind}", figures | {"waits": sum(waits_of(step).values())})
         model.gradient_checkpointing_disable()
     if CUDA:
-        for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layer]:
-            layer.compile()
+        compile_layers(model)
         figures = measure(step)
         found["compiled"] = show("training, compiled layers", figures | {"samples_per_second": 5 / figures["seconds"]})
     return found | {"tflop": flops / 1e12, "waits": dict(waits_of(step))}

@@ -23,7 +23,7 @@ To add a variant, write a class with `features`, and enter it in `HEADS`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,13 +49,10 @@ class SegmentationHead(nn.Module):
     hidden_size: C. ratio: r. auxiliary_projection: send the auxiliary image side through `f_out` too.
     """
 
-    _gradient_checkpointing_func: Callable[..., Tensor]
-
     def __init__(self, hidden_size: int, *, ratio: int, auxiliary_projection: bool = False):
         super().__init__()
         self.ratio, self.auxiliary_projection = ratio, auxiliary_projection
         self.scale = 1 / math.sqrt(hidden_size)
-        self.gradient_checkpointing = False  # the library sets both
 
     def forward(
         self, v1: Tensor, vhq: Tensor, img: Tensor, seg: Tensor, conversations: Sequence[Masked]
@@ -76,15 +73,13 @@ class SegmentationHead(nn.Module):
             LLM's own, the auxiliary logits.
         """
         v1, vhq, img, query = self.project(v1, vhq, img, seg)
-        features = self.features
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            features = lambda *sides: self._gradient_checkpointing_func(self.features, *sides)  # noqa: E731
         images = img.split([math.prod(grid) for _, grid, _ in conversations])
         queries = query.split([count for _, _, count in conversations])
         masks, auxiliary = [], []
         for (tile, grid, _), x, s in zip(conversations, images, queries):  # one by one: F is the largest tensor
-            tiles, x = slice(tile, tile + len(x)), stitch_tiles(x, grid)
-            masks.append(self.logits(features(stitch_tiles(v1[tiles], grid), stitch_tiles(vhq[tiles], grid), x), s))
+            tiles = slice(tile, tile + len(x))
+            v, hq, x = (stitch_tiles(side, grid) for side in (v1[tiles], vhq[tiles], x))
+            masks.append(self.logits(self.features(v, hq, x), s))
             side = self.auxiliary(x)
             auxiliary += [] if side is None else [self.logits(side, s)]
         return tuple(torch.cat([x.flatten() for x in logits]) for logits in (masks, auxiliary) if logits)
