@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter ends no run
             stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # matplotlib draws a box in its place
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name in ("-h", "--help"):
         print(usage(), end="")

@@ -23,6 +23,7 @@ from self1e.errors import UserError
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
+MARKS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # and one of these
 PATIENCE = 5  # seconds in which the launcher ends this rank if another one has met the cause
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
@@ -153,6 +154,9 @@ def run_program(program: Callable[[], int]) -> int:
         for name in VARIABLES:  # libraries would take what is left of them for a launcher's
             os.environ.pop(name, None)
     try:
+        if launched() and os.environ["WORLD_SIZE"] != "1" and not any(name in os.environ for name in MARKS):
+            names = ", ".join(VARIABLES)
+            raise UserError(f"no launcher set {names}: unset them, start by torchrun, or set LOCAL_WORLD_SIZE, too")
         code = program()
         if dist.is_initialized():
             dist.destroy_process_group()  # without it, torch can abort at the exit

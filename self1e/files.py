@@ -103,6 +103,12 @@ def check_fetched(path: Path) -> None:
             raise UserError(f"{path} is a Git LFS pointer: fetch the file itself with `git lfs pull`")
 
 
+def check_utf8(folder: str | Path) -> None:
+    """Raise UserError for a name that is not UTF-8: the libraries of weights, tokens and curves take no other."""
+    if str(folder) != str(folder).encode(errors="ignore").decode():
+        raise UserError(f"{folder}: the name is not UTF-8; rename the folder")
+
+
 def check_writable(folder: Path) -> None:
     """Try whether a folder can be made and written in, before the work whose results go there; else UserError.
 

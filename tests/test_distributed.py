@@ -93,6 +93,12 @@ def test_what_a_cluster_leaves_in_the_environment_is_no_launcher(program, variab
     assert (done.returncode, done.stdout) == (3, "ranks: 1\n") and "Error" not in done.stderr
 
 
+def test_all_of_it_without_a_launcher_is_refused_in_one_line(program):
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = run([sys.executable, program, "3"], **variables)
+    assert done.returncode == 1 and done.stderr.strip().startswith("error: no launcher set RANK")
+
+
 def test_ctrl_c_is_one_line(program, tmp_path):
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     terminal = Terminal([sys.executable, program, "wait"], environment=environment, folder=tmp_path)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from self1e.errors import UserError
-from self1e.files import check_writable, read_json, replacing, replacing_folder, to_jsonl, write_text
+from self1e.files import check_utf8, check_writable, read_json, replacing, replacing_folder, to_jsonl, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -52,3 +52,6 @@ def test_a_json_file_that_is_none_is_named(tmp_path, content):
 def test_names_that_are_no_utf_8_are_written_and_read():
     record = {"image": "caf\udce9.jpg", "prompt": "é"}
     assert json.loads(to_jsonl([record]).encode()) == record and "é" in to_jsonl([record])
+    check_utf8("café")
+    with pytest.raises(UserError, match="not UTF-8"):
+        check_utf8("caf\udce9")

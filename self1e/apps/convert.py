@@ -39,7 +39,7 @@ from transformers.utils import cached_file
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
-from self1e.files import check_writable, replacing_folder, write_json
+from self1e.files import check_utf8, check_writable, replacing_folder, write_json
 from self1e.model.config import DTYPES
 from self1e.model.processor import CHAT_TEMPLATE, MEAN, STD
 from self1e.model.prompts import END_OF_TURN, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING, SEG, SEGT
@@ -186,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--drop_head", action="store_true", help="leave a trained head out where the layout has no place for it")
     add("--dtype", choices=tuple(DTYPES), help="default: as stored")
     args = parser.parse_args(argv)
+    check_utf8(args.target)
     check_writable(args.target.parent)
     convert(**vars(args))
     print(f"written, with the weights of its source and outputs equal to rounding: {args.target}")

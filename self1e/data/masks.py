@@ -119,8 +119,8 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
         return "segmentation that reaches outside its image"
     if boxed:
         x, y, w, h = box
-        gaps = np.abs([left - x, right - x - w, top - y, bottom - y - h])
-        if gaps.max() > 4 and (gaps / [w, w, h, h]).max() > 0.5:
+        gaps = np.abs([left - x, top - y, right - x - w, bottom - y - h])
+        if (gaps > np.maximum(2 * slack, 0.5 * np.minimum([w, h] * 2, [right - left, bottom - top] * 2))).any():
             return "segmentation far from its bbox"
     if area > 0 and max(area, covered) > 4 * min(area, covered) + 16:
         return "segmentation of another area than it states"

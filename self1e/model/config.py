@@ -17,7 +17,7 @@ from transformers import InternVLConfig, InternVLVisionConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from self1e.errors import UserError, check_known
-from self1e.files import check_fetched
+from self1e.files import check_fetched, check_utf8
 from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
@@ -126,6 +126,7 @@ def check_source(source: str, subfolder: str | None = None, *, weights: bool = F
 
     weights: look at the weights, too, which are not read where others replace them.
     """
+    check_utf8(source)
     path, advice = Path(source), "give a checkpoint's folder, a run's, or a hub id such as OpenGVLab/InternVL3-2B"
     if path.is_dir():
         if not (path / (subfolder or "") / "config.json").is_file():

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as TF
 from transformers import BatchFeature, ProcessorMixin, Qwen2Tokenizer
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-from self1e.errors import UserError
+from self1e.errors import UserError, check_known
 from self1e.files import read_json
 from self1e.model.batch import IGNORE_INDEX, pack
 from self1e.model.config import Self1EConfig
@@ -32,6 +32,7 @@ from self1e.model.prompts import (
     SYSTEM,
 )
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 HIGH_RES_TILES = 4  # tiles that `--high_res` cuts an image into, at most
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 CHAT_TEMPLATE = (
@@ -91,6 +92,7 @@ class Self1EProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Read the processor of any checkpoint layout; UserError where there is none, or no tokenizer of InternVL3."""
         source = pretrained_model_name_or_path
+        check_known("from_pretrained: keyword", kwargs, (*HUB_OPTIONS, "trust_remote_code", "_from_auto"))
         own = Path(source, "processor_config.json")
         sizes = read_json(own, dict) if own.is_file() else {}
         if "tile_tokens" not in sizes:  # not written by our `save_pretrained`

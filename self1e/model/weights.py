@@ -27,12 +27,11 @@ from self1e import distributed
 from self1e.errors import UserError, check_known
 from self1e.files import replacing_folder, write_json
 from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, check_source, original_config
-from self1e.model.processor import Self1EProcessor
+from self1e.model.processor import HUB_OPTIONS, Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
 
 HEAD = "segmentation_head."
 LARGE = 5 * 10**8  # bytes of weights that take seconds to read
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Applied in this order to every key, reversed on writing: (original, native).
 RENAMINGS = (
     (r"^vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),

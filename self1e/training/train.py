@@ -25,7 +25,7 @@ from self1e.data.splits import get_splits, load_split, split_paths
 from self1e.errors import UserError
 from self1e.evaluation.results import Stopped
 from self1e.evaluation.segmentation.run import evaluate_splits
-from self1e.files import check_writable
+from self1e.files import check_utf8, check_writable
 from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
@@ -53,6 +53,7 @@ def run(args: Namespace) -> int:
     """Train and evaluate, or evaluate alone; returns the exit code."""
     main, trains = distributed.is_main(), not args.eval_only
     if main:
+        check_utf8(args.run_dir)
         check_writable(args.run_dir)
     with StopRequest() as stop, checkpoints.alone_in(args.run_dir) if trains and main else contextlib.nullcontext():
         if main:

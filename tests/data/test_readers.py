@@ -84,6 +84,7 @@ FLAT = [0, 0, 0, 9, 9, 9]
     [
         ({"segmentation": []} | BOX, "empty"),
         ({"segmentation": [[12, 0, 18, 0, 18, 5]]} | BOX, "far from its bbox"),
+        ({"segmentation": [[8, 4, 18, 4, 18, 10, 8, 10]], "bbox": [8, 4, 18, 10]}, "far from"),  # x1, y1, x2, y2
         ({"segmentation": [SQUARE], "area": 900}, "another area"),
         ({"segmentation": [[0.1, 0.2, 0.9, 0.2, 0.9, 0.8]]}, "0 to 1"),
         ({"segmentation": [[2, 3, 80, 3, 80, 9]]}, "outside its image"),

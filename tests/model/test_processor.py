@@ -223,3 +223,8 @@ def test_a_tokenizer_without_image_tokens_is_refused(tiny_version, tmp_path):
         (tmp_path / name).write_bytes((tiny_version / name).read_bytes())
     with pytest.raises(UserError, match="lacks.*<IMG_CONTEXT>.*InternVL3's tokenizer"):
         Self1EProcessor.from_pretrained(tmp_path)
+
+
+def test_an_unknown_keyword_is_named(tiny_version):
+    with pytest.raises(UserError, match="'max_tile'"):
+        Self1EProcessor.from_pretrained(tiny_version, max_tile=4)

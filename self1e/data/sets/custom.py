@@ -240,19 +240,18 @@ class Custom(ExpressionSet):
         mask = self._masks[number]
         if size is not None:
             if size == [image.width, image.height] != [image.height, image.width]:
-                self._doubt(
-                    f"{targets[0][2]}: the size is the photo's before EXIF turns it; its masks are turned, too"
-                )
+                self._doubt(targets[0][2], "the size is the photo's before EXIF turns it; its masks are turned, too")
             return decode_segmentation(mask, size[0], size[1], location)
         file, value = mask["file"], mask["value"]
         labels = load_label_map(self._find(file, "masks", f"{location}: mask"))
         found = labels > 0 if value is None else labels == value
         if value is not None and not found.any():
-            self._doubt(f"{location}: no pixel of {file} has the value {value}")
+            self._doubt(location, "no pixel", f" of {file} has the value {value}")
         return found.astype(np.uint8)
 
-    def _doubt(self, problem: str) -> None:
-        if not self.doubts:  # said once
+    def _doubt(self, location: str, kind: str, more: str = "") -> None:
+        problem = f"{location}: {kind}{more}"
+        if not any(kind in doubt for doubt in self.doubts):  # each kind is said once
             log.warning("%s: %s", self.name, problem)
         if problem not in self.doubts:
             self.doubts.append(problem)

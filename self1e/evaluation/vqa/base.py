@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -62,6 +62,12 @@ class MissingFile(UserError):
     """A file of a benchmark is not there."""
 
 
+def require(record: Any, where: str, *fields: str) -> None:
+    """Raise UserError for a record that is no object with all `fields`."""
+    if missing := [name for name in fields if not isinstance(record, dict) or name not in record]:
+        raise UserError(f"{where} has no {', '.join(missing)}")
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
     if not path.is_file():
@@ -77,9 +83,7 @@ def read_jsonl(path: Path, *fields: str) -> list[dict]:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}: record {number} is not JSON ({error})") from error
-        missing = [name for name in fields if not isinstance(record, dict) or name not in record]
-        if missing:
-            raise UserError(f"{path}: record {number} has no {', '.join(missing)}")
+        require(record, f"{path}: record {number}", *fields)
         records.append(record)
     if not records:
         raise UserError(f"{path} holds no record")

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from self1e.errors import UserError
-from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, jsonl_questions, mean
+from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, jsonl_questions, mean, require
 from self1e.files import read_json, write_json
 from self1e.model.prompts import VQA_INSTRUCTION
 
@@ -49,6 +49,9 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
     if path is None:
         raise UserError(f"{paths[0]} is missing (so is {paths[1].name}, its other name)")
     questions = read_json(path, dict)
+    for key, question in questions.items():
+        require(question, f"{path}: question {key}", "isBalanced", "types", "answer")
+        require(question["types"], f"{path}: types of question {key}", "structural")
     details = accuracy(_predictions(answers), questions)
     empty = [kind for kind in ("open", "binary") if not details[f"n_{kind}"]]
     notes = [f"no {kind} question: {kind} accuracy is given as 0" for kind in empty]

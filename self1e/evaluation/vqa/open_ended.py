@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from self1e.errors import UserError
-from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, jsonl_questions, mean
+from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, jsonl_questions, mean, require
 from self1e.files import read_json, write_json
 from self1e.model.prompts import VIZWIZ_INSTRUCTION, VQA_INSTRUCTION
 
@@ -121,7 +121,10 @@ def vqa_accuracy(
 def score(answers: list[Answer], data_dir: Path, *, annotations: str) -> Scores:
     """Agreement with the ten annotators whose answers are in the annotation file."""
     path = data_dir / annotations
-    by_id = {entry["question_id"]: entry for entry in read_json(path, dict).get("annotations", [])}
+    annotated = read_json(path, dict).get("annotations", [])
+    for number, entry in enumerate(annotated, 1):
+        require(entry, f"{path}: annotation {number}", "question_id", "answers")
+    by_id = {entry["question_id"]: entry for entry in annotated}
     missing = [answer.question.id for answer in answers if answer.question.id not in by_id]
     if missing:
         raise UserError(f"{path} has no annotation for {len(missing)} questions, the first is {missing[0]!r}")
