@@ -40,6 +40,7 @@ from tqdm import tqdm
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.apps.loading import add_model_flags, load
 from self1e.data.masks import encode_mask
+from self1e.data.paths import inside
 from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
@@ -107,11 +108,12 @@ def listed(path: Path) -> Iterator[tuple[Path, str]]:
         if path.suffix.lower() == ".txt":
             table = pd.DataFrame({"image": lines_of("--image", path)})
         elif path.suffix.lower() == ".csv":
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
         else:
-            table = pd.read_json(path, lines=True, dtype=False)
+            table = pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig")
+        table.columns = table.columns.str.strip().str.lower()
         for name, own in zip(table["image"], table["prompt"].fillna("") if "prompt" in table else [""] * len(table)):
-            yield Path(os.path.normpath(path.parent / name)), own
+            yield Path(os.path.normpath(inside(path.parent, name, allow_outside=True))), own
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--image {path}: no list of photos with a column `image` ({error})") from error
 

@@ -80,10 +80,11 @@ def photo_of(given: Photo) -> Image.Image:
     """A photo in RGB and upright, from what a caller has. Raises UserError for what is none or cannot be read."""
     if isinstance(given, (str, Path)):
         return read_picture(given)[0]
-    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim in (2, 3):
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.shape[2:] in ((), (3,), (4,)):
         given = Image.fromarray(given)
     if not isinstance(given, Image.Image):
-        raise UserError(f"a photo is a path, a PIL image or a uint8 array (H, W, 3), not a {type(given).__name__}")
+        found = f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else f"a {type(given).__name__}"
+        raise UserError(f"a photo is a path, a PIL image or a uint8 array (H, W, 3), not {found}")
     return as_rgb(given)
 
 

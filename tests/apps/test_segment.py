@@ -95,7 +95,7 @@ def test_coco_for_other_tools_and_for_custom_data(version, photos, tmp_path):
 
 
 def test_lists_with_prompts_of_their_own(version, photos, tmp_path):
-    (photos / "of.csv").write_text('image,prompt\ncat.png,"a cat, black"\ndeeper/CAT.jpg,Who?\ncat.png,its tail\n')
+    (photos / "of.csv").write_text('Image, Prompt\ncat.png,"a cat, black"\ndeeper/CAT.jpg,Who?\ncat.png,its tail\n')
     lines = [{"image": "deeper/CAT.jpg", "prompt": "a hat"}, {"image": "deeper/../cat.png"}]
     (photos / "of.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (photos / "of.txt").write_text("cat.png\n")
