@@ -39,7 +39,7 @@ from PIL import Image  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from self1e import Self1EForSegmentation, Self1EProcessor  # noqa: E402
+from self1e import Self1EForSegmentation, Self1EProcessor, distributed  # noqa: E402
 from self1e.apps.costs import CHECKPOINTING, SIZES, configuration, evaluation_cost, training_cost  # noqa: E402
 from self1e.model.inference import masks_of  # noqa: E402
 from self1e.synthetic.tiny_internvl import make_tiny_internvl  # noqa: E402
@@ -47,7 +47,7 @@ from self1e.training.adapters import adapt  # noqa: E402
 from self1e.training.speed import compile_layers  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+DEVICE = distributed.device("cuda" if CUDA else "cpu")  # with the settings of every command
 PHOTO = (480, 640)  # pixels, as most of COCO
 QUESTION = "<image>\n What is thing {} in this image? Please output segmentation mask."
 Figures = dict[str, Any]
@@ -125,7 +125,6 @@ def parity() -> Figures:
     """Largest differences from the mask logits and losses that tests/golden records."""
     found: Figures = {}
     for precision in torch.float32, torch.bfloat16:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for pack in sorted((ROOT / "tests/golden").glob("qwen*")):
             base = pack / "base_internvl_chat"
             processor = Self1EProcessor.from_pretrained(base)
@@ -143,7 +142,6 @@ def parity() -> Figures:
                 figures["other_sign"] = float(np.mean([((a > 0) != (b > 0)).mean() for a, b in pairs]))
                 name = f"{str(precision).removeprefix('torch.')}, {pack.name}, {case['name']}"
                 found[name] = show(name, figures)
-    torch.backends.cudnn.allow_tf32 = True
     return found
 
 
@@ -230,7 +228,6 @@ def shapes(recipe: Recipe) -> Figures:
         found[name] = show(
             f"new lengths, {name}", {"first": statistics.mean(seconds[:5]), "again": statistics.mean(seconds[5:])}
         )
-    torch.backends.cuda.enable_cudnn_sdp(True)
     return found
 
 
