@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def ask(model, processor, photos):
         ((job, made),) = photos
-        replies = model.chat(processor, [made["image"]] * len(job.prompts), job.prompts, **options)
+        replies = model.chat(processor, made["image"], job.prompts, **options)
         for prompt, reply in zip(job.prompts, replies):
             print(f"{prompt}: {reply.text}")
         return [lambda: replies]

@@ -81,7 +81,7 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
             for start in range(0, count, TOGETHER):
                 some = prompts[start : start + TOGETHER]
                 if mode == CHAT:
-                    replies += model.chat(processor, [image] * len(some), some, max_tiles=tiles)
+                    replies += model.chat(processor, image, some, max_tiles=tiles)
                 else:
                     found = model.segment(processor, image, some, max_tiles=tiles)
                     replies += [Reply(x.text, x.mask[None], x.logits[None], [x.score]) for x in found]

@@ -139,9 +139,7 @@ class InferenceMixin:
         prompts: str | Sequence[str] | Sequence[Sequence[str]],
         *,
         is_sentence: bool | None = None,
-        threshold: float = 0.5,
-        max_tiles: int = 1,
-        conversations_per_forward: int = 16,
+        **options: Any,
     ) -> list[Segmentation] | list[list[Segmentation]]:
         """One mask for every prompt, by the evaluation protocol: a list, for several images one list each.
 
@@ -154,12 +152,12 @@ class InferenceMixin:
 
         Args:
             images: one or several; a path, a PIL image of any mode, or a uint8 array (H, W, 3). EXIF orientation is
-                applied; H and W are those of the result.
+                applied; H and W are those of the result. They are taken one by one; `self1e segment` batches them.
             prompts: one or several, asked of every image; or, for several images, a list for each.
             is_sentence: prompts are sentences ("Which one rolls?") or phrases ("the ball", lower-cased); None: those
                 that end like sentences are.
-            threshold, conversations_per_forward: as in `masks_of`.
-            max_tiles: 1, or 4 for high resolution (train with it too).
+            options: `threshold` and `conversations_per_forward` as in `masks_of`; `max_tiles`: 1, or 4 for high
+                resolution (train with it too).
 
         Raises UserError (no trained head, an empty prompt, a control token in it, an image that cannot be read), and
         what `masks_of` raises.
@@ -172,23 +170,17 @@ class InferenceMixin:
             raise UserError(
                 f"{len(asked)} lists of prompts for {len(given)} images: give one for each, or one for all"
             )
-        about, conversations = [], []
+        results = []
         for image, texts in zip(given, asked):
-            for prompt in texts:
-                about.append(image)
-                conversations.append([question(prompt, is_sentence), ANSWER])
-        limits: dict[str, Any] = {"max_tiles": max_tiles, "limit": conversations_per_forward}
-        replies = iter(self._replies(processor, about, conversations, threshold=threshold, **limits))
-        results = [
-            [Segmentation(prompt, x.text, x.masks[0], x.logits[0], x.scores[0]) for prompt, x in zip(texts, replies)]
-            for texts in asked
-        ]
+            replies = self._replies(processor, image, [[question(x, is_sentence), ANSWER] for x in texts], **options)
+            masks = [(x.text, x.masks[0], x.logits[0], x.scores[0]) for x in replies]
+            results.append([Segmentation(prompt, *mask) for prompt, mask in zip(texts, masks)])
         return results[0] if isinstance(images, Photo) else results
 
     def chat(
         self,
         processor,
-        images: Photo | Sequence[Photo],
+        image: Photo,
         messages: Conversation | Sequence[Conversation],
         *,
         max_new_tokens: int = 256,
@@ -205,68 +197,58 @@ class InferenceMixin:
         True
         >>> turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "It is [SEG]."},
         ...          {"role": "user", "content": "What is left of it?"}]
-        >>> replies = model.chat(processor, [image, image], [question, turns], max_new_tokens=8)
+        >>> replies = model.chat(processor, image, [question, turns], max_new_tokens=8)
 
         Args, besides those of `segment`, whose errors are these too:
-            messages: a question, or a list of `{"role": "user" | "assistant", "content": text}` that starts and ends
-                with the user; several images take one such conversation each. The image comes first by itself.
-            max_new_tokens: length limit of the answer.
+            messages: a conversation about the image, or a list of them for a list of replies. One is a question, or a
+                list of `{"role": "user" | "assistant", "content": text}` that starts and ends with the user; the image
+                comes first by itself.
+            max_new_tokens: length limit of an answer.
             generate_kwargs: of `generate`; the default is greedy decoding.
         """
-        single = isinstance(images, Photo)
-        given: Any = [images] if single else images
-        asked: Any = [messages] if single else messages
-        if isinstance(asked, str) or len(asked) != len(given):
-            raise UserError(f"{len(given)} images need as many conversations, in a list")
-        options: dict[str, Any] = {"threshold": threshold, "max_tiles": max_tiles, "limit": conversations_per_forward}
-        options["generate"] = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
-        replies = self._replies(processor, given, [*map(conversation_turns, asked)], **options)
-        return replies[0] if single else replies
+        one = isinstance(messages, str) or not messages or isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        generate = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
+        replies = self._replies(
+            processor, image, [*map(conversation_turns, conversations)], threshold=threshold, max_tiles=max_tiles,
+            conversations_per_forward=conversations_per_forward, generate=generate,
+        )  # fmt: skip
+        return replies[0] if one else replies
 
     @torch.no_grad()
     def _replies(
         self,
         processor,
-        images: Sequence[Photo],
+        image: Photo,
         conversations: Sequence[list[str]],
         *,
-        threshold: float,
-        max_tiles: int,
-        limit: int,
+        threshold: float = 0.5,
+        max_tiles: int = 1,
+        conversations_per_forward: int = 16,
         generate: dict[str, Any] | None = None,
     ) -> list[Reply]:
-        """The replies to conversations, each about its image; those that share one are processed together.
+        """The replies to conversations about an image, which is encoded once.
 
-        limit: conversations in one pass. generate: options of the method of this name; None: the last text of each
-        conversation is the reply.
+        generate: options of the method of this name; None: the last text of each conversation is the reply.
         """
         check_head(self)
-        distinct = {id(image): image for image in images}
-        place = {key: number for number, key in enumerate(distinct)}
-        photos, about = [photo_of(image) for image in distinct.values()], [place[id(image)] for image in images]
-        order, replies = sorted(range(len(about)), key=about.__getitem__), {}
-        for start in range(0, len(order), limit):
-            part = order[start : start + limit]
-            numbers = sorted({about[one] for one in part})
-            pictures = [photos[number] for number in numbers]
-            texts = [[conversations[one] for one in part if about[one] == number] for number in numbers]
-            side = "right" if generate is None else "left"
-            batch = processor(pictures, texts, max_tiles=max_tiles, padding_side=side)
-            sizes = [(picture.height, picture.width) for picture in pictures]
-            with evaluating(self):
-                features = self.encode_images(batch["pixel_values"].to(self.device), batch["tile_grids"])
-                answers, n_seg = [conversations[one][-1] for one in part], [1] * len(part)
+        photo, side, features = photo_of(image), "right" if generate is None else "left", None
+        size, replies = (photo.height, photo.width), []
+        with evaluating(self):
+            for start in range(0, len(conversations), conversations_per_forward):
+                part = conversations[start : start + conversations_per_forward]
+                batch = processor([photo], [part], max_tiles=max_tiles, padding_side=side)
+                features = features or self.encode_images(batch["pixel_values"].to(self.device), batch["tile_grids"])
+                answers, n_seg = [texts[-1] for texts in part], [1] * len(part)
                 if generate is not None:
                     answers, n_seg = self._write(processor.tokenizer, batch, features, generate)
+                found = [Masks(torch.zeros(0, *size, dtype=torch.bool), torch.zeros(0, 1, 1))] * len(part)
                 if any(n_seg):
-                    options: dict[str, Any] = {"threshold": threshold, "conversations_per_forward": limit}
-                    found = masks_of(self, batch, sizes, image_features=features, **options)
-                else:
-                    shapes = [sizes[image] for image in batch["row_image"].tolist()]
-                    found = [Masks(torch.zeros(0, *x, dtype=torch.bool), torch.zeros(0, 1, 1)) for x in shapes]
-            for one, answer, n, masks in zip(part, answers, n_seg, found):  # without the masks of earlier turns
-                replies[one] = Masks(*(x[len(x) - n :] for x in masks)).reply(answer)
-        return [replies[one] for one in range(len(images))]
+                    limits = {"threshold": threshold, "conversations_per_forward": conversations_per_forward}
+                    found = masks_of(self, batch, [size], image_features=features, **limits)
+                for answer, n, masks in zip(answers, n_seg, found):  # without the masks of earlier turns
+                    replies.append(Masks(*(x[len(x) - n :] for x in masks)).reply(answer))
+        return replies
 
     def _write(self, tokenizer, batch: dict, features, options: dict[str, Any]) -> tuple[list[str], list[int]]:
         """Let the model answer a left-padded batch, to which the answers are added; these, and their `[SEG]`s."""

@@ -5,13 +5,11 @@ S patches and L = S/r image tokens per side of a tile, Cv and C widths of ViT an
 """
 
 import math
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import InternVLForConditionalGeneration, initialization
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from self1e.model.attention import perception_mask
 from self1e.model.batch import Packed, pack
@@ -31,7 +28,7 @@ from self1e.model.grids import REPLICATIONS, compress
 from self1e.model.head import HEADS, INITIAL_STD, Masked, SegmentationHead
 from self1e.model.inference import InferenceMixin
 from self1e.model.losses import mask_losses
-from self1e.model.weights import load_checkpoint
+from self1e.model.weights import CheckpointMixin
 
 
 @dataclass
@@ -54,7 +51,7 @@ class ImageFeatures(NamedTuple):
     grids: list[tuple[int, int]]  # per image rows and columns of its tiles
 
 
-class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
+class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditionalGeneration):
     """InternVL with the segmentation head (paper, figure 2). `trained_head` tells if a checkpoint brought the head."""
 
     config_class = Self1EConfig
@@ -88,36 +85,6 @@ class Self1EForSegmentation(InferenceMixin, InternVLForConditionalGeneration):
                 if isinstance(layer, nn.Linear):
                     initialization.normal_(layer.weight, std=INITIAL_STD)
                     initialization.zeros_(layer.bias)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, weights=None, config=None, **kwargs):
-        """Load a checkpoint, a folder or hub id of any layout (`self1e.model.weights`), in evaluation mode.
-
-        Args:
-            weights: folder or hub id whose weights replace those of the first argument.
-            config: a ready `Self1EConfig`; default: the checkpoint's.
-            kwargs: the library's (`dtype`, default float32, `device_map`, `attn_implementation`, ...) and any of
-                `config.SWITCHES`, e.g. `mask_features="rfr"`, and `loss_weights`, a dict of those that change.
-
-        Raises UserError: no checkpoint there, another architecture, or weights that do not fit, all of them listed.
-        """
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", torch.float32)
-        return load_checkpoint(
-            cls, super().from_pretrained, pretrained_model_name_or_path, weights=weights, config=config, **kwargs
-        )
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Write the layout `self1e`, with native tensor names; `save_checkpoint` also writes `published`.
-
-        Weight files of an earlier save there are removed, and an adapter's: the library would read those first.
-        """
-        kwargs.setdefault("save_original_format", False)
-        self.config.weights_id = uuid.uuid4().hex
-        weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-        for name in (*weights, "adapter_config.json", "adapter_model.safetensors"):
-            Path(save_directory, name).unlink(missing_ok=True)
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_zero3_leaf(self) -> None:
         """Have DeepSpeed's ZeRO-3, before its engine is made, gather the head's weights as one.

@@ -10,10 +10,10 @@ with `weights_only`; classes are named here, and the chat template is the proces
 import contextlib
 import copy
 import hashlib
-import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,18 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
-from transformers.utils import cached_file, logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
 from self1e import distributed
 from self1e.errors import UserError, check_known
-from self1e.files import replacing_folder, write_json
+from self1e.files import read_json, replacing_folder, write_json
 from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, check_source, original_config
 from self1e.model.processor import HUB_OPTIONS, Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
@@ -68,52 +75,69 @@ READ = [*published_names(), *(WeightRenaming(old, new) for old, new in HF_PREFIX
 register_checkpoint_conversion_mapping("Self1EForSegmentation", READ, overwrite=True)
 
 
-def load_checkpoint(
-    cls: type[PreTrainedModel],
-    from_pretrained: Callable,
-    version: str | Path,
-    *,
-    weights: str | Path | None = None,
-    config: Self1EConfig | None = None,
-    loss_weights: dict[str, float] | None = None,
-    **kwargs,
-) -> PreTrainedModel:
-    """Load `version`, or the weights of `weights` into the model that `version` describes; see `from_pretrained`.
+class CheckpointMixin:
+    """Loading of all layouts and saving of ours, for `Self1EForSegmentation`."""
 
-    A base model gets `[SEG]` and `[SEGT]` from its tokenizer and a fresh head (`trained_head` stays False).
-    """
-    check_known("loss_weights", loss_weights or {}, LOSS_WEIGHTS)
-    switches = {name: kwargs.pop(name) for name in SWITCHES if name in kwargs}
-    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-    base = Self1EConfig.from_pretrained(version, **hub) if config is None else copy.deepcopy(config)
-    processor: Any = None
-    if base.seg_token_id is None or weights is not None:
-        processor = Self1EProcessor.from_pretrained(version, **hub)
-        base.seg_token_id, base.image_token_id = processor.seg_token_id, processor.image_token_id
-    if weights is not None:
-        trained = Self1EConfig.from_pretrained(weights, **hub)
-        base.dtype = trained.dtype  # what dtype="auto" means
-        if trained.seg_token_id is not None:  # ours: it knows how its head was built
-            base.update({name: getattr(trained, name) for name in (*SWITCHES, "loss_weights")})
-        base.text_config.vocab_size = len(processor.tokenizer)
-    base.update(switches | {"loss_weights": base.loss_weights | (loss_weights or {})})
-    base.check_switches()
-    source = str(version if weights is None else weights)
-    check_files(source, hub)
-    with quiet():
-        model, report = from_pretrained(
-            source, config=base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-    model.round_rope()  # loading has computed the frequencies anew
-    model.trained_head = check_fit(model, report, source, trained=weights is not None)
-    if processor is not None:
-        tokenizer = processor.tokenizer
-        if not model.trained_head:
-            resize_vocabulary(model, len(tokenizer), new=[processor.seg_token_id, processor.segt_token_id])
-        # InternVL's own files name no token that ends an answer.
-        end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
-    return model
+    @classmethod
+    def from_pretrained(cls, version, *args, weights=None, config=None, loss_weights=None, **kwargs):
+        """Load a checkpoint, a folder or hub id of any layout, in evaluation mode.
+
+        A base model gets `[SEG]` and `[SEGT]` from its tokenizer and a fresh head (`trained_head` is False then).
+
+        Args:
+            weights: folder or hub id whose weights replace those of `version`.
+            config: a ready `Self1EConfig`; default: the checkpoint's.
+            loss_weights: those that differ from the checkpoint's, by name.
+            kwargs: the library's (`dtype`, default float32, `device_map`, `attn_implementation`, ...) and any of
+                `config.SWITCHES`, e.g. `mask_features="rfr"`.
+
+        Raises UserError: no checkpoint there, another architecture, or weights that do not fit, all of them listed.
+        """
+        check_known("loss_weights", loss_weights or {}, LOSS_WEIGHTS)
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
+        switches = {name: kwargs.pop(name) for name in SWITCHES if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        base = Self1EConfig.from_pretrained(version, **hub) if config is None else copy.deepcopy(config)
+        processor: Any = None
+        if base.seg_token_id is None or weights is not None:
+            processor = Self1EProcessor.from_pretrained(version, **hub)
+            base.seg_token_id, base.image_token_id = processor.seg_token_id, processor.image_token_id
+        if weights is not None:
+            trained = Self1EConfig.from_pretrained(weights, **hub)
+            base.dtype = trained.dtype  # what dtype="auto" means
+            if trained.seg_token_id is not None:  # ours: it knows how its head was built
+                base.update({name: getattr(trained, name) for name in (*SWITCHES, "loss_weights")})
+            base.text_config.vocab_size = len(processor.tokenizer)
+        base.update(switches | {"loss_weights": base.loss_weights | (loss_weights or {})})
+        base.check_switches()
+        source = str(version if weights is None else weights)
+        check_files(source, hub)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        with quiet():
+            model, report = super().from_pretrained(source, *args, config=base, **kwargs)
+        model.round_rope()  # loading has computed the frequencies anew
+        model.trained_head = check_fit(model, report, source, trained=weights is not None)
+        if processor is not None:
+            tokenizer = processor.tokenizer
+            if not model.trained_head:
+                resize_vocabulary(model, len(tokenizer), new=[processor.seg_token_id, processor.segt_token_id])
+            # InternVL's own files name no token that ends an answer.
+            end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+            model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+        return model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Write the layout `self1e`, with native tensor names; `save_checkpoint` also writes `published`.
+
+        Weight files of an earlier save there are removed, and an adapter's: the library would read those first.
+        """
+        kwargs.setdefault("save_original_format", False)
+        self.config.weights_id = uuid.uuid4().hex
+        weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        for name in (*weights, "adapter_config.json", "adapter_model.safetensors"):
+            Path(save_directory, name).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def check_files(source: str, hub: dict[str, Any]) -> None:
@@ -125,15 +149,14 @@ def check_files(source: str, hub: dict[str, Any]) -> None:
     if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
         # The library would load it over the weights.
         raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
-    local, folder = Path(source).is_dir(), Path(source, hub.get("subfolder") or "")
-    if not local:  # on the hub: what the cache holds of it
-        folder = Path(str(cached_file(source, "config.json", **hub))).parent
+    folder = Path(str(cached_file(source, "config.json", **hub))).parent
     files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
-    for index in folder.glob("*.index.json") if local else ():
-        files.update(folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    absent = sorted(path for path in files if not path.is_file())
-    if absent or local and not files:
-        raise UserError(f"{absent[0] if absent else 'the weights'} missing in {folder}: fetch the whole checkpoint")
+    if Path(source).is_dir():  # of the hub, the cache holds what was needed before
+        for index in folder.glob("*.index.json"):
+            files.update(folder / name for name in read_json(index, dict)["weight_map"].values())
+        absent = sorted(path for path in files if not path.is_file())
+        if absent or not files:
+            raise UserError(f"{absent[0] if absent else 'weights'} missing in {folder}: fetch the whole checkpoint")
     size = sum(path.stat().st_size for path in files)
     if size > LARGE and distributed.is_main():
         print(f"loading {source} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
@@ -232,7 +255,7 @@ def weights_identity(version: str | Path, weights: str | Path | None = None) -> 
     if not folder.is_dir():
         commit = Path(str(cached_file(version, "config.json"))).parent.name
         return {"weights": f"{version}@{commit}", "base": None}
-    own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("weights_id")
+    own = read_json(folder / "config.json", dict).get("weights_id")
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".bin"} and not own):
         size = path.stat().st_size
