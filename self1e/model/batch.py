@@ -10,7 +10,6 @@ side of a tile.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -34,8 +33,7 @@ class Group(NamedTuple):
     segments: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
+class Packed(NamedTuple):
     """A batch as `Self1EForSegmentation.forward` reads it; made by `pack`."""
 
     ids: Tensor  # (P,) token ids
@@ -50,17 +48,6 @@ class Packed:
     grids: list[tuple[int, int]]  # per image rows and columns of its tiles
     row_image: list[int]  # per conversation its image, empty for text alone
     n_seg: list[int]  # `[SEG]`s per conversation
-
-    def to(self, device, non_blocking: bool = True) -> "Packed":
-        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Packed":
-        """A DataLoader asks for it, so that the copy to the GPU does not block."""
-        return self.map(Tensor.pin_memory)
-
-    def map(self, change) -> "Packed":
-        """The same with each tensor changed."""
-        return replace(self, **{name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
 
 def pack(

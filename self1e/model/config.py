@@ -6,7 +6,7 @@ InternVL with a Qwen2 or Qwen3 LLM is the only backbone; CONTRIBUTING.md lists w
 import argparse
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,11 @@ from self1e.model.head import HEADS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Switch:
-    """A choice about the method: its default, what it does, and its values by name (None: on or off)."""
-
-    default: Any
-    help: str
-    choices: Collection[str] | None = None
-
-    def flag(self) -> dict[str, Any]:
-        """What `add_argument` takes for it; the value of an unset flag is None."""
-        kind = {"action": argparse.BooleanOptionalAction} if self.choices is None else {"choices": [*self.choices]}
-        return kind | {"help": f"{self.help}; unset: the checkpoint's, or {self.default}"}
-
-
 def switch(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
-    return field(default=default, metadata={"switch": Switch(default, help, choices)})
+    """A choice about the method, on or off without `choices`: a field, and what `add_argument` takes for its flag."""
+    kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if choices is None else {"choices": choices}
+    kind["help"] = f"{help}; unset: the checkpoint's, or {default}"
+    return field(default=default, metadata={"flag": kind})
 
 
 # The total loss is the sum of these times the losses of `losses.py`.
@@ -81,9 +70,9 @@ class Self1EConfig(InternVLConfig):
 
     def check_switches(self):
         """Raise UserError for a switch outside its values."""
-        for name, one in SWITCHES.items():
-            if one.choices is not None:
-                check_known(name, [getattr(self, name)], one.choices)
+        for name, flag in SWITCHES.items():
+            if "choices" in flag:
+                check_known(name, [getattr(self, name)], flag["choices"])
         if self.auxiliary_projection and not (self.auxiliary_loss and self.mask_features == "rfa"):
             raise UserError("auxiliary_projection needs auxiliary_loss and mask_features rfa: it uses f_out again")
 
@@ -118,7 +107,8 @@ class Self1EConfig(InternVLConfig):
         return native_config(values, source), kwargs
 
 
-SWITCHES: dict[str, Switch] = {one.name: one.metadata["switch"] for one in fields(Self1EConfig) if one.metadata}
+# Name of a switch -> what `add_argument` takes for its flag, whose value is None where it is unset.
+SWITCHES: dict[str, dict[str, Any]] = {one.name: one.metadata["flag"] for one in fields(Self1EConfig) if one.metadata}
 
 
 def check_source(source: str, subfolder: str | None = None, *, weights: bool = False) -> None:

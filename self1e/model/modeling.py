@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
             grids, most = tile_grids if image_features is None else image_features.grids, self.most_groups
             packed = pack(input_ids, attention_mask, labels, grids, row_image, tokens=self.config, groups=most)
         assert len(packed.groups) <= self.most_groups, "under ZeRO-3 collate with groups=1: ranks would wait for ever"
-        batch = packed.to(self.device)
+        batch = send_to_device(packed, self.device, non_blocking=True)
         with_masks = with_images and (self.training or any(batch.n_seg))
         # The text comes first, so that the embeddings' large gradient is made last, when the ViT's states are gone.
         embeds = self.get_input_embeddings()(batch.ids[None])[0]  # P C

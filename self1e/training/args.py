@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("high_res", False, "cut a photo into up to 4 tiles")
     flag("attn_implementation", "sdpa", "attention kernel of LLM and ViT", choices=("sdpa", "eager"))
     for name, switch in SWITCHES.items():
-        add(f"--{name}", **switch.flag())
+        add(f"--{name}", **switch)
     for name, loss in LOSS_FLAGS.items():
         unset = f"unset: the checkpoint's, or {LOSS_WEIGHTS[loss]}"
         flag(name, None, f"weight of the loss {loss}; {unset}", type=float)

@@ -13,6 +13,7 @@ from helpers import noise
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from self1e.model.batch import Packed
 from self1e.model.head import HEADS
 
 
@@ -43,7 +44,7 @@ def micro_batch(processor, *, masks: bool = True, max_tiles: int = 1) -> dict:
 
 def fake(batch: dict, mode: FakeTensorMode, device: str) -> dict:
     """The batch without its values, on a device as training hands it over; what was packed is in host memory."""
-    packed = batch["packed"].map(mode.from_tensor)
+    packed = Packed(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in batch["packed"]))
     with mode:
         return tree_map_only(torch.Tensor, lambda x: mode.from_tensor(x).to(device), batch) | {"packed": packed}
 

@@ -66,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_num", type=int, default=6, help="the most tiles per photo with --dynamic, without the thumbnail")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="unset: bf16 on a GPU, fp32 on a CPU")
     add("--attn_implementation", default="sdpa", choices=("eager", "sdpa", "flash_attention_2"), help="of attention")
-    add("--rope_precision", **SWITCHES["rope_precision"].flag())
+    add("--rope_precision", **SWITCHES["rope_precision"])
     add("--device", choices=("auto", "cpu", "cuda", "gpu"), default="auto", help="where to compute")
     add("--batch_size", type=int, default=8, help="questions per forward pass of a process")
     add("--workers", type=int, help="processes per rank that decode and tile photos; unset: as the cores allow")
