@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from self1e.data.mixture import unpack
 from self1e.data.samples import Sample, SampleError, TrainingSet
 
 
@@ -39,7 +38,7 @@ class Numbers(TrainingSet):
 
 
 def ids(mixture, places):
-    return [f"{mixture.sets[unpack(t)[1]].data.name}/{unpack(t)[2]}" for t in places]
+    return [f"{mixture.sets[number].data.name}/{item}" for _, number, item, _ in places]
 
 
 def epoch_batches(mixture, world=1, epoch=0):

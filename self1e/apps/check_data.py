@@ -36,8 +36,7 @@ from self1e.data.families import FAMILIES, Choice
 from self1e.data.paths import missing, require_paths
 from self1e.data.samples import EvalSplit, PhotoSet, SampleError, TrainingSet, check_texts
 from self1e.data.sets.custom import Custom, find_source
-from self1e.data.splits import SPLITS, load_split, split_paths
-from self1e.data.totals import completeness
+from self1e.data.splits import SPLITS, completeness, load_split, split_paths
 from self1e.errors import UserError
 from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.base import Answer, MissingFile, Question, VQABenchmark
@@ -158,9 +157,10 @@ def open_own(path: Path, allow_outside: bool) -> Source:
 
 def tree_sources(dataset_dir: Path, data_dir: Path, allow_outside: bool) -> Iterator[tuple[str, Callable[[], Source]]]:
     """(name, function that opens it) of training sets, evaluation splits and VQA benchmarks."""
-    options = {"dataset_dir": dataset_dir, "data_dir": data_dir, "allow_outside": allow_outside, "conversations": ALL}
+    options = {"dataset_dir": dataset_dir, "data_dir": data_dir, "allow_outside": allow_outside}
+    options["num_classes_per_sample"] = ALL
     for family in FAMILIES.values():
-        for name, training_set in family.sets.items():
+        for name, training_set in family.items():
             yield name, partial(open_training_set, Choice(name, training_set, options))
     for name in SPLITS:
         yield name, partial(open_split, name, dataset_dir, allow_outside)
@@ -170,7 +170,7 @@ def tree_sources(dataset_dir: Path, data_dir: Path, allow_outside: bool) -> Iter
 
 def is_tree(path: Path) -> bool:
     """Whether a folder holds one of the folders of the sets, such as ade20k; question sets are another folder's."""
-    sets = [each for family in FAMILIES.values() for each in family.sets.items()]
+    sets = [each for family in FAMILIES.values() for each in family.items()]
     first = [training_set.paths(name, Path(), Path(os.sep))[0] for name, training_set in sets]
     return any(path.joinpath(own.parts[0]).is_dir() for own in first if not own.is_absolute())
 

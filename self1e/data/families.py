@@ -1,15 +1,15 @@
-"""What to train on: the families of data sets, and the parsed values of the flags that choose among them.
+"""What to train on: the families of data sets, and what the flags select among them.
 
-    config = DataConfig.parse(dataset_dir="dataset", data_dir="data", dataset="refer_seg||vqa", sample_rates="2,1")
-    mixture = build_mixture(config, batch_size=5, seed=0)
+    roots = {"dataset_dir": Path("dataset"), "data_dir": Path("data")}
+    selection = select(dataset="refer_seg||vqa", sample_rates="2,1", **roots)
+    mixture = build_mixture(selection, batch_size=5, seed=0)
 
-To add a data set, write one class (see `samples.TrainingSet`) and give it one entry in the `sets` of its family. To
-add a family, add one entry to FAMILIES; its flag is `--<family>_data`.
+To add a data set, write one class (see `samples.TrainingSet`) and enter it in its family. To add a family, add one
+entry to FAMILIES and one to DEFAULTS; its flag is `--<family>_data`.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,54 +22,36 @@ from self1e.data.sets.vqa import QUESTIONS, LLaVAInstruct, QuestionSet
 from self1e.errors import UserError, check_known
 
 SEPARATOR = "||"
-
-
-class Family(NamedTuple):
-    """Data sets that share a flag and a rate."""
-
-    sets: Mapping[str, type[TrainingSet]]  # by name, which may go on in the flag, as in "ReasonSeg|train_val"
-    default: str | None  # the flag's value when it is not given, names joined by "||"; None: it must be given
-    help: str  # the flag's line in `--help`
-    options: tuple[str, ...] = ()  # further flags that its sets take
-
-
-REFERRING = ("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco")
-FAMILIES: dict[str, Family] = {
-    "sem_seg": Family(
-        {
-            "ade20k": ADE20K,
-            "cocostuff": COCOStuff,
-            "pascal_part": PascalPart,
-            "paco_lvis": PACO,
-            "mapillary": Mapillary,
-        },
-        "ade20k||cocostuff||pascal_part||paco_lvis",
-        "semantic and part segmentation sets, joined by ||",
-    ),
-    "refer_seg": Family(
-        dict.fromkeys(REFERRING, Referring), SEPARATOR.join(REFERRING[:4]), "referring sets, joined by ||"
-    ),
-    "reason_seg": Family(
-        {"ReasonSeg": ReasonSeg}, "ReasonSeg|train", "the reasoning set and its splits", ("explanatory",)
-    ),
-    "vqa": Family(
-        {"llava_instruct_150k": LLaVAInstruct, **dict.fromkeys(QUESTIONS, QuestionSet)},
-        SEPARATOR.join(["llava_instruct_150k", *QUESTIONS]),
-        "conversation and question sets, joined by ||",
-    ),
-    "custom": Family({}, None, "own data of the family custom: paths, joined by ||"),
+# Family, whose sets share a flag and a rate -> name of a set, which may go on in the flag ("ReasonSeg|val") -> class.
+FAMILIES: dict[str, dict[str, type[TrainingSet]]] = {
+    "sem_seg": {
+        "ade20k": ADE20K,
+        "cocostuff": COCOStuff,
+        "pascal_part": PascalPart,
+        "paco_lvis": PACO,
+        "mapillary": Mapillary,
+    },
+    "refer_seg": dict.fromkeys(("refclef", "refcoco", "refcoco+", "refcocog", "grefcoco"), Referring),
+    "reason_seg": {"ReasonSeg": ReasonSeg},
+    "vqa": {"llava_instruct_150k": LLaVAInstruct, **dict.fromkeys(QUESTIONS, QuestionSet)},
+    "custom": {},  # paths of own data
+}
+DEFAULTS = {  # what the flag of a family selects where it is not given; own data must be given
+    "sem_seg": "ade20k||cocostuff||pascal_part||paco_lvis",
+    "refer_seg": "refclef||refcoco||refcoco+||refcocog",
+    "reason_seg": "ReasonSeg|train",
+    "vqa": SEPARATOR.join(FAMILIES["vqa"]),
 }
 DEFAULT_FAMILIES = "sem_seg||refer_seg||reason_seg||vqa"
+OPTIONS = ("dataset_dir", "data_dir", "num_classes_per_sample", "allow_outside")  # flags that every set takes
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A selected set."""
+class Choice(NamedTuple):
+    """A selected set, not opened yet."""
 
     name: str
     training_set: type[TrainingSet]
-    options: Mapping[str, Any]  # of its constructor
-    rate: float = 1  # of its family: multiplies the samples of an epoch, of a fraction a share is taken
+    options: Mapping[str, Any]  # of its constructor, among them dataset_dir and data_dir
 
     def paths(self) -> list[Path]:
         """Files and folders that must exist before it is opened; the first is its own."""
@@ -83,50 +65,34 @@ class Choice:
         return data
 
 
-class DataConfig(NamedTuple):
-    """The data of a run, parsed and checked; nothing of it has been opened yet."""
+Selection = list[tuple[list[Choice], float]]  # the sets of each family, in the order of `--dataset`, and its rate
 
-    dataset_dir: Path
-    families: list[list[Choice]]  # the selected sets of each family, in the order of `--dataset`
-    exclude_val: bool  # drop every training photo that an evaluation split on disk uses, under whatever name
 
-    @classmethod
-    def parse(
-        cls,
-        *,
-        dataset_dir: str | Path,
-        data_dir: str | Path,
-        dataset: str = DEFAULT_FAMILIES,
-        sample_rates: str | None = None,
-        num_classes_per_sample: int = 3,
-        exclude_val: bool = False,
-        allow_outside: bool = False,
-        **flags: Any,
-    ) -> "DataConfig":
-        """Build it from the flags of these names; flags: those of families, and any others. Raises UserError."""
-        if num_classes_per_sample < 1:
-            raise UserError(f"--num_classes_per_sample is {num_classes_per_sample}; expected at least 1")
-        common = {"dataset_dir": Path(dataset_dir), "data_dir": Path(data_dir), "allow_outside": allow_outside}
-        common["conversations"] = num_classes_per_sample
-        families = []
-        names = _names(dataset, FAMILIES, "--dataset")
-        for name, rate in zip(names, _rates(sample_rates, names)):
-            family, value = FAMILIES[name], flags.get(f"{name}_data", FAMILIES[name].default) or ""
-            options = common | {option: flags[option] for option in family.options if option in flags}
-            if name == "custom":
-                if not value:
-                    raise UserError("--dataset custom needs --custom_data: one path or several, joined by ||")
-                chosen = [Choice(f"custom|{path.strip()}", Custom, options, rate) for path in value.split(SEPARATOR)]
-            else:
-                own = _names(value, family.sets, f"--{name}_data")
-                chosen = [Choice(each, family.sets[each.split("|")[0]], options, rate) for each in own]
-            families.append(chosen)
-        return cls(Path(dataset_dir), families, exclude_val)
+def select(*, dataset: str = DEFAULT_FAMILIES, sample_rates: str | None = None, **flags: Any) -> Selection:
+    """What the flags of these names select; flags: those of families and sets, and any others. Raises UserError."""
+    selection = []
+    names = _names(dataset, FAMILIES, "--dataset")
+    for name, rate in zip(names, _rates(sample_rates, names)):
+        value, known = flags.get(f"{name}_data", DEFAULTS.get(name)) or "", FAMILIES[name]
+        if name == "custom":
+            if not value:
+                raise UserError("--dataset custom needs --custom_data: one path or several, joined by ||")
+            own, known = [f"custom|{path.strip()}" for path in value.split(SEPARATOR)], {"custom": Custom}
+        else:
+            own = _names(value, known, f"--{name}_data")
+        choices = []
+        for each in own:
+            training_set = known[each.split("|")[0]]
+            options = {flag: flags[flag] for flag in (*OPTIONS, *training_set.flags) if flag in flags}
+            choices.append(Choice(each, training_set, options))
+        selection.append((choices, rate))
+    return selection
 
-    def paths(self) -> list[tuple[str, Path]]:
-        """(set, path) of every file and folder that the selected sets need."""
-        choices = [choice for family in self.families for choice in family]
-        return [(choice.name.split("|")[0], path) for choice in choices for path in choice.paths()]
+
+def paths_of(selection: Selection) -> list[tuple[str, Path]]:
+    """(set, path) of every file and folder that the selected sets need."""
+    choices = [choice for family, _ in selection for choice in family]
+    return [(choice.name.split("|")[0], path) for choice in choices for path in choice.paths()]
 
 
 def _names(value: str, known: Iterable[str], flag: str) -> list[str]:

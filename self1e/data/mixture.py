@@ -1,13 +1,13 @@
 """The training stream: which sample stands at which slot of which micro-batch, on any number of ranks and workers.
 
-A plan is integers only. A slot is an integer that packs (epoch, set, item, draw); the sample behind it is a pure
-function of (seed, slot), so workers, ranks and resuming cannot change it. Of a capped set every pass of an epoch draws
-`cap` samples of its own from (seed, epoch, pass), so that several passes see more of the set.
+A plan is integers only. A slot is (epoch, set, item, draw); the sample behind it is a pure function of (seed, slot),
+so workers, ranks and resuming cannot change it. Of a capped set every pass of an epoch draws `cap` samples of its own
+from (seed, epoch, pass), so that several passes see more of the set.
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,29 +20,8 @@ log = logging.getLogger(__name__)
 MODES = ("published", "exact")
 ATTEMPTS = 20  # samples tried instead of a broken one
 SAME_SET_ATTEMPTS = 10  # of them, from the same set
-# Fields of a slot from the top; 63 bits in all, so that it fits a signed 64-bit integer.
-EPOCH_BITS, SET_BITS, ITEM_BITS, DRAW_BITS = 12, 5, 22, 24
 # Streams of the plan's own generators: three numbers, and six for subsets, whereas those of samples take five.
 SHARE, REDRAW, SHUFFLE, REPLACE, SUBSET = range(5)
-
-
-class AllBroken(UserError):
-    """Every sample tried for one slot is broken."""
-
-    def __init__(self, message: str):
-        super().__init__(message.rpartition("AllBroken: ")[2])  # without the traceback that a worker puts before it
-
-
-def pack(epoch: Any, set: Any, item: Any, draw: Any) -> Any:
-    """Slot(s), int64, of integers or integer arrays."""
-    return (((epoch << SET_BITS | set) << ITEM_BITS | item) << DRAW_BITS) | draw
-
-
-def unpack(slot: Any) -> tuple[Any, Any, Any, Any]:
-    """(epoch, set, item, draw) of slots."""
-    draw, slot = slot & (1 << DRAW_BITS) - 1, slot >> DRAW_BITS
-    item, slot = slot & (1 << ITEM_BITS) - 1, slot >> ITEM_BITS
-    return slot >> SET_BITS, slot & (1 << SET_BITS) - 1, item, draw
 
 
 class Records:
@@ -88,18 +67,12 @@ class Mixture:
         mode: str = "published",
         excluded: np.ndarray | None = None,
     ):
-        for flag, value, least in ("--batch_size", batch_size, 1), ("--seed", seed, 0):
-            if value < least:
-                raise UserError(f"{flag} is {value}; expected at least {least}")
         self.groups = [([Records(data, excluded) for data in sets], rate) for sets, rate in groups]
         self.sets = [records for members, _ in self.groups for records in members]
         self.batch_size, self.seed, self.mode = batch_size, seed, mode
         self._logged: set[str] = set()
         if not self.epoch_size:
             raise UserError("the mixture is empty: check --sample_rates, --exclude_val and the datasets")
-        assert len(self.sets) <= 1 << SET_BITS and max(map(len, self.sets)) <= 1 << ITEM_BITS
-        if 2 * self.epoch_size > 1 << DRAW_BITS:
-            raise UserError(f"an epoch of {self.epoch_size} samples is too large; lower --sample_rates")
 
     @property
     def epoch_size(self) -> int:
@@ -118,7 +91,7 @@ class Mixture:
         return np.random.default_rng([self.seed, *numbers])
 
     def _slots(self, epoch: int) -> np.ndarray:
-        """Slots of an epoch in the order of the groups, int64 (n,)."""
+        """Slots of an epoch in the order of the groups, int64 (n, 4)."""
         slots, first = [], 0
         share, redraw = self._rng(epoch, SHARE), self._rng(epoch, REDRAW)
         for members, rate in self.groups:
@@ -138,23 +111,22 @@ class Mixture:
                     taken = np.sort(rng.choice(len(records), sizes[k], replace=False))
                     chosen = (sets == k) & (repetitions == repetition)
                     items[chosen] = taken[items[chosen]]
-            slots.append(pack(np.int64(epoch), first + sets, items, draws))
+            slots.append(np.stack([np.full(len(flat), epoch), first + sets, items, draws], axis=1))
             first += len(sizes)
         return np.concatenate(slots)
 
     def micro_batches(self, epoch: int, *, rank: int, world_size: int) -> list[np.ndarray]:
-        """The rank's micro-batches of an epoch, each an int64 array of 1 to `batch_size` slots for `build`.
+        """The rank's micro-batches of an epoch, each of 1 to `batch_size` slots for `build`, int64 (slots, 4).
 
         Every rank gets ceil(n / (batch_size * world_size)) of them; the n slots are split evenly, and micro-batch j of
         all goes to rank j % world_size. With batch size 1 the first slots may stand again at the end of the epoch.
         """
-        assert 0 <= epoch < 1 << EPOCH_BITS
         n = self.epoch_size
         if n < world_size:
             raise UserError(f"{n} training samples are fewer than the {world_size} processes")
         count = -(-n // (self.batch_size * world_size)) * world_size
         slots = self._slots(epoch)
-        segmentation = np.array([records.data.segmentation for records in self.sets])[unpack(slots)[1]]
+        segmentation = np.array([records.data.segmentation for records in self.sets])[slots[:, 1]]
         order = self._rng(epoch, SHUFFLE).permutation(n)
         order = np.concatenate([order, order[: max(0, count - n)]])  # more only with batch size 1
         sizes = len(order) // count + (np.arange(count) < len(order) % count)
@@ -170,28 +142,29 @@ class Mixture:
         planned = slots[order]
         if constrained and self.mode == "published":
             chosen = slots[segmentation]
-            chosen = chosen[replace.integers(len(chosen), size=count)]
+            planned[lasts] = chosen[replace.integers(len(chosen), size=count)]
             # A draw number of its own: another choice of sentences than at the item's regular slot.
-            planned[lasts] = (chosen >> DRAW_BITS << DRAW_BITS) | (n + np.arange(count))
+            planned[lasts, 3] = n + np.arange(count)
         return np.split(planned, lasts[:-1] + 1)[rank::world_size]
 
-    def __getitem__(self, slot: int) -> Sample:
+    def __getitem__(self, slot: Iterable[int]) -> Sample:
         return self.build(slot, lambda sample: sample)
 
-    def build(self, slot: int, transform: Callable[[Sample], Any]) -> Any:
+    def build(self, slot: Iterable[int], transform: Callable[[Sample], Any]) -> Any:
         """What `transform` makes of the sample of a slot.
 
         A broken one (SampleError from its set or from `transform`) is logged once by its id, and others, drawn from
         (seed, slot, attempt), are tried instead: first of the same set, then of all sets of its kind, with or without
-        masks. What replaced it lists it in `Sample.replaced`. Raises AllBroken after ATTEMPTS broken ones.
+        masks. What replaced it lists it in `Sample.replaced`. Raises UserError after ATTEMPTS broken ones.
         """
-        epoch, number, item, draw = unpack(slot)
+        epoch, number, item, draw = map(int, slot)
+        key = ((epoch << 5 | number) << 22 | item) << 24 | draw  # a single integer, for the seeds of replacements
         rng = self._rng(epoch, number, item, draw)
         kind = self.sets[number].data.segmentation
         replaced: tuple[tuple[str, str], ...] = ()
         for attempt in range(ATTEMPTS + 1):
             if attempt:
-                rng = self._rng(int(slot), attempt, ATTEMPTS)
+                rng = self._rng(key, attempt, ATTEMPTS)
                 kin = [k for k, own in enumerate(self.sets) if own and own.data.segmentation == kind]
                 kin = kin if attempt > SAME_SET_ATTEMPTS else [number]
                 number = kin[int(rng.integers(len(kin)))]
@@ -205,7 +178,7 @@ class Mixture:
                     self._logged.add(error.id)
                     log.warning("broken sample %s: %s; another one replaces it", error.id, error.cause)
         causes = "\n".join(f"{id}: {cause}" for id, cause in replaced)
-        raise AllBroken(f"{len(replaced)} samples tried for one slot are all broken:\n{causes}")
+        raise UserError(f"{len(replaced)} samples tried for one slot are all broken:\n{causes}")
 
 
 def _share(total: int, rate: float) -> int:

@@ -1,4 +1,4 @@
-"""Readers of the annotation formats; each turns one kind of file into tables (see `tables`).
+"""Readers of the annotation formats, `read_*`: each turns one kind of file into tables (see `tables`).
 
 A reader checks what it takes over: names are strings, ids are integers. A file that holds anything else is refused by
 one UserError that names the location in it; `open_tables` adds the file.
@@ -19,7 +19,7 @@ import numpy as np
 
 from self1e.data.masks import contradiction
 from self1e.data.paths import DATASETS
-from self1e.data.tables import Writer
+from self1e.data.tables import Records, open_tables
 from self1e.errors import UserError
 
 
@@ -30,8 +30,7 @@ def stream_json(path: Path, name: str = "") -> Iterator[tuple[str, Any]]:
     """
     try:
         with open(path, "rb") as file:
-            if file.read(3) != codecs.BOM_UTF8:
-                file.seek(0)
+            file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
             values = ijson.items(file, f"{name}.item" if name else "item", use_float=True)
             for number, value in enumerate(values):
                 yield f"{name}[{number}]" if name else f"record {number} counted from 0", value
@@ -54,44 +53,44 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def fields(record: Any, location: str, **kinds: type | tuple[type, ...]) -> list[Any]:
     """The values of a record's fields, in the order of `kinds`, which says their types; a bool is no int.
 
-    Raises UserError that names `location` and every field that is absent or of another type.
+    Raises UserError that names `location` and a field that is absent or of another type.
     """
     if not isinstance(record, dict):
         raise UserError(f"{location}: {reprlib.repr(record)} is no object with {', '.join(kinds)}")
-    faults = [
-        f"{name} is {reprlib.repr(record[name])}" if name in record else f"it has no {name}"
-        for name, kind in kinds.items()
-        if name not in record or type(record[name]) not in (kind if isinstance(kind, tuple) else (kind,))
-    ]
-    if faults:
-        raise UserError(f"{location}: {', '.join(faults)}")
+    for name, kind in kinds.items():
+        if name not in record:
+            raise UserError(f"{location}: it has no {name}")
+        if type(record[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
+            raise UserError(f"{location}: {name} is {reprlib.repr(record[name])}")
     return [record[name] for name in kinds]
 
 
-def counted(problems: dict[str, list]) -> list[str]:
-    """One line for each kind of problem, from the places where it was met."""
-    return [f"{len(places):,} x {kind} (first: {places[0]})" for kind, places in problems.items() if places]
+def counted(problems: dict[str, list]) -> Records:
+    """Table `problems`: one line for each kind of problem, from the places where it was met."""
+    for kind, places in problems.items():
+        if places:
+            yield "problems", f"{len(places):,} x {kind} (first: {places[0]})"
 
 
-def read_coco(path: Path, out: Writer) -> None:
+def read_coco(path: Path) -> Records:
     """COCO-style annotations (instances.json, PACO, PASCAL-Part).
 
-    Tables `images` [file_name, height, width] and `annotations` {id, category_id, segmentation}; arrays `image_ids`,
-    `annotation_ids` and `owner_ids` (image of each annotation); meta `categories` [[id, name], ...] and `problems`,
-    what contradicts itself in the file.
+    Tables `images` [file_name, height, width], `annotations` {id, category_id, segmentation}, `categories` [id, name],
+    and `problems`, what contradicts itself in the file; `ids`: one record, the ids of the images, of the annotations,
+    and of each annotation's image.
     """
     image_ids, annotation_ids, owners = array("q"), array("q"), array("q")
-    sizes, categories = {}, []
+    sizes = {}
     problems: dict[str, list] = defaultdict(list)
     for location, image in stream_json(path, "images"):
         id, *entry = fields(image, location, id=int, file_name=str, height=int, width=int)
-        out.add("images", entry)
+        yield "images", entry
         image_ids.append(id)
         sizes[id] = entry[1:]
     for location, annotation in stream_json(path, "annotations"):
         id, owner, category = fields(annotation, location, id=int, image_id=int, category_id=int)
         (segmentation,) = fields(annotation, location, segmentation=(list, dict))
-        out.add("annotations", {"id": id, "category_id": category, "segmentation": segmentation})
+        yield "annotations", {"id": id, "category_id": category, "segmentation": segmentation}
         annotation_ids.append(id)
         owners.append(owner)
         if owner not in sizes:
@@ -99,15 +98,57 @@ def read_coco(path: Path, out: Writer) -> None:
         elif problem := contradiction(annotation, *sizes[owner]):
             problems[problem].append(f"annotation {id}")
     for location, category in stream_json(path, "categories"):
-        categories.append(fields(category, location, id=int, name=str))
+        yield "categories", fields(category, location, id=int, name=str)
     if not image_ids or not annotation_ids:
         raise UserError(f"it has no images or no annotations; is this the right file? See {DATASETS}")
     for what, ids in ("image", image_ids), ("annotation", annotation_ids):
         found, times = np.unique(ids, return_counts=True)
         problems[f"{what} id that occurs twice"] += found[times > 1].tolist()
-        out.array(f"{what}_ids", ids)
-    out.array("owner_ids", owners)
-    out.meta["categories"], out.meta["problems"] = categories, counted(problems)
+    yield "ids", [list(ids) for ids in (image_ids, annotation_ids, owners)]
+    yield from counted(problems)
+
+
+class CocoIndex:
+    """Images and annotations of a COCO-style file (see `read_coco`); numbers are places in the file.
+
+    problems: what contradicts itself in the file
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        tables = open_tables(path, read_coco)
+        self._images, self._annotations = tables["images"], tables["annotations"]
+        self.categories: dict[int, str] = dict(map(tuple, tables["categories"]))
+        self.problems = [f"{path.name}: {problem}" for problem in tables["problems"]]
+        self.image_ids, self._ids, self._owners = (np.array(ids, np.int64) for ids in tables["ids"][0])
+        self._image_order, self._order, self._owner_order = (
+            np.argsort(ids, kind="stable") for ids in (self.image_ids, self._ids, self._owners)
+        )
+
+    def _numbers(self, what: str, wanted: np.ndarray, ids: np.ndarray, order: np.ndarray) -> np.ndarray:
+        places = np.searchsorted(ids, wanted, sorter=order)
+        numbers = order[np.minimum(places, len(order) - 1)]
+        if (unknown := wanted[ids[numbers] != wanted]).size:
+            raise UserError(f"{self.path} has no {what} id {unknown[0]}")
+        return numbers
+
+    def image_numbers(self, image_ids: np.ndarray) -> np.ndarray:
+        """Number of each image id. Raises UserError for an unknown one."""
+        return self._numbers("image", image_ids, self.image_ids, self._image_order)
+
+    def image(self, number: int) -> tuple[str, int, int]:
+        """(file name, height, width)."""
+        file_name, height, width = self._images[int(number)]
+        return file_name, height, width
+
+    def annotation(self, id: int) -> dict:
+        """{id, category_id, segmentation} of an annotation. Raises UserError for an unknown id."""
+        return self._annotations[int(self._numbers("annotation", np.array([id]), self._ids, self._order)[0])]
+
+    def annotations_of(self, image_id: int) -> list[dict]:
+        """All annotations of an image, in file order."""
+        start, stop = (np.searchsorted(self._owners, image_id, side, self._owner_order) for side in ("left", "right"))
+        return [self._annotations[int(number)] for number in self._owner_order[start:stop]]
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -118,28 +159,20 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """A pickle of plain values, without running code; `str` of Python 2 comes back as Latin-1. Raises UserError."""
+    """A pickle of plain values, without running code; `str` of Python 2 is read as UTF-8. Raises UserError."""
     try:
         with open(path, "rb") as file:
-            return PlainUnpickler(file, encoding="latin-1").load()
+            return PlainUnpickler(file, encoding="utf-8").load()
     except Exception as error:  # a corrupt pickle may raise almost anything, says the module's documentation
         raise UserError(f"no pickle of plain values ({error}); download it again") from error
 
 
-def _text(value: str) -> str:
-    """Python 2 wrote byte strings, which came back as Latin-1: UTF-8 where they are."""
-    try:
-        return value.encode("latin-1").decode("utf-8")
-    except UnicodeError:
-        return value
-
-
-def read_refs(path: Path, out: Writer) -> None:
+def read_refs(path: Path) -> Records:
     """Referring expressions, `refs(*).p` or `grefs(*).json`, grouped by split and image.
 
-    Table `groups` [image_id, [[ref_id, [ann ids], [[sent_id, sentence], ...]], ...]], array `group_images`, meta
-    `splits` [[split string, first group, last + 1], ...]. Sentences of R-RefCOCO that are marked as meaning nothing
-    (`exist` is false) are a reference of their own, without annotations; Ref-ZOM has its sentences under `raw`.
+    Tables `groups` [[ref_id, [ann ids], [[sent_id, sentence], ...]], ...], sorted, and `keys`: one record, the
+    [split, image id] of each. Sentences of R-RefCOCO that are marked as meaning nothing (`exist` is false) are a
+    reference of their own, without annotations; Ref-ZOM has its sentences under `raw`.
     """
     records: Iterable[tuple[str, Any]] = stream_json(path)
     if path.suffix != ".json":
@@ -148,38 +181,31 @@ def read_refs(path: Path, out: Writer) -> None:
     for location, ref in records:
         ref_id, image_id, split = fields(ref, location, ref_id=int, image_id=int, split=str)
         ids, found = fields(ref, location, ann_id=(int, list, tuple), sentences=(list, tuple))
-        sentences: dict[bool, list] = {True: [], False: []}  # by whether something in the photo is meant
-        for k, sentence in enumerate(found):
-            sentence = {"sent": sentence.get("raw"), "sent_id": k, "exist": True} | sentence
-            sent_id, text, meant = fields(sentence, location, sent_id=int, sent=str, exist=bool)
-            sentences[meant].append([sent_id, _text(text)])
-        group = groups[split, image_id]
-        if sentences[True] or not sentences[False]:
-            group.append([ref_id, [ids] if isinstance(ids, int) else list(ids), sentences[True]])
-        if sentences[False]:
-            group.append([ref_id, [], sentences[False]])
+        filled = [{"sent": each.get("raw"), "sent_id": k, "exist": True} | each for k, each in enumerate(found)]
+        sentences = [fields(each, location, sent_id=int, sent=str, exist=bool) for each in filled]
+        for meant, own in (True, [ids] if isinstance(ids, int) else list(ids)), (False, []):
+            texts = [[sent_id, text] for sent_id, text, exist in sentences if exist == meant]
+            if texts or meant and not sentences:
+                groups[split, image_id].append([ref_id, own, texts])
     if not groups:
         raise UserError(f"it holds no list of references; is this the right file? See {DATASETS}")
-    splits: dict[str, list[int]] = {}
-    for number, (split, image) in enumerate(sorted(groups)):
-        out.add("groups", [image, groups[split, image]])
-        splits.setdefault(split, [number, number])[1] = number + 1
-    out.array("group_images", [image for _, image in sorted(groups)])
-    out.meta["splits"] = [[split, *numbers] for split, numbers in splits.items()]
+    for key in sorted(groups):
+        yield "groups", groups[key]
+    yield "keys", sorted(groups)
 
 
-def read_instructions(path: Path, out: Writer) -> None:
+def read_instructions(path: Path) -> Records:
     """LLaVA conversations: table `items` [image, [[from, value], ...], id]."""
     for location, value in stream_json(path):
         id, image, turns = fields(value, location, id=(str, int), image=str, conversations=list)
         turns = [fields(turn, location, **{"from": str, "value": str}) for turn in turns]
-        out.add("items", [image, turns, id])
+        yield "items", [image, turns, id]
 
 
-def read_questions(path: Path, out: Writer) -> None:
+def read_questions(path: Path) -> Records:
     """Question lines (.jsonl): table `items` [image, question, answer or null]."""
     for location, value in json_lines(path):
         image, question = fields(value, location, image=str, question=str)
         if isinstance(answer := value.get("answer"), (list, dict)):
             raise UserError(f"{location}: answer is {reprlib.repr(answer)}")
-        out.add("items", [image, question, None if answer is None else str(answer)])
+        yield "items", [image, question, None if answer is None else str(answer)]

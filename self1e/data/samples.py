@@ -19,7 +19,7 @@ from PIL import Image
 from self1e.data.paths import inside
 from self1e.errors import UserError
 from self1e.model.photos import read_picture
-from self1e.model.prompts import IMAGE_TAG, SEG, evaluation_prompt, reserved_in
+from self1e.model.prompts import IMAGE_TAG, SEG, reserved_in
 
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.(?:jpg|png)")
 
@@ -48,20 +48,13 @@ def naming(id: str) -> Iterator[None]:
 
 @dataclass
 class Sample:
-    """One image with its conversations.
+    """One image with its conversations."""
 
-    id:            "<set>/<image file or record number>", printed in logs
-    image:         RGB, EXIF orientation applied
-    conversations: each one user, assistant, user, ...; the first user turn starts with "<image>\\n"
-    masks:         of each conversation, uint8 {0, 1} (n_seg, H, W) at the annotation's size; n_seg = "[SEG]" in it
-    replaced:      (id, cause) of the broken samples that this one replaces
-    """
-
-    id: str
-    image: Image.Image
-    conversations: list[list[str]]
-    masks: list[np.ndarray]
-    replaced: tuple[tuple[str, str], ...] = ()
+    id: str  # "<set>/<image file or record number>", printed in logs
+    image: Image.Image  # RGB, EXIF orientation applied
+    conversations: list[list[str]]  # each user, assistant, user, ...; the first turn starts with "<image>" and "\n"
+    masks: list[np.ndarray]  # of each, uint8 {0, 1} (n_seg, H, W) at the annotation's size; n_seg = "[SEG]" in it
+    replaced: tuple[tuple[str, str], ...] = ()  # (id, cause) of the broken samples that this one replaces
 
 
 def load_image(source: Path | str | BinaryIO, id: str | None = None) -> Image.Image:
@@ -95,7 +88,8 @@ class PhotoSet(ABC):
     """Numbered records about photos.
 
     name: as it is selected: "ade20k", "refcoco|unc|val", "custom|own/t.csv"; `open` may shorten it for logs
-    conversations: of a training sample, at most. allow_outside: photos may lie elsewhere (see `paths.inside`)
+    num_classes_per_sample: the most conversations of a training sample
+    allow_outside: photos may lie elsewhere (see `paths.inside`)
     """
 
     files: tuple[str, ...] = ()  # what must exist below dataset_dir before the set is opened; the first is its own
@@ -108,11 +102,11 @@ class PhotoSet(ABC):
         dataset_dir: Path | str,
         data_dir: Path | str = "",
         *,
-        conversations: int = 3,
+        num_classes_per_sample: int = 3,
         allow_outside: bool = False,
         **options: Any,
     ):
-        self.name, self.conversations, self.allow_outside = name, conversations, allow_outside
+        self.name, self.conversations, self.allow_outside = name, num_classes_per_sample, allow_outside
         self.open(*self.paths(name, Path(dataset_dir), Path(data_dir)), **options)
 
     @classmethod
@@ -122,7 +116,7 @@ class PhotoSet(ABC):
 
     @abstractmethod
     def open(self, *paths: Any, **options: Any) -> None:
-        """Open the set, of which `paths` are; options: what its family passes. Raises UserError."""
+        """Open the set, of which `paths` are. Raises UserError."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -148,6 +142,7 @@ class PhotoSet(ABC):
 class TrainingSet(PhotoSet):
     """Numbered training samples; a sub-class and its entry in `families.FAMILIES` are all that a new set takes."""
 
+    flags: tuple[str, ...] = ()  # further flags of training that `open` takes
     cap: int | None = None  # samples that one pass over the set takes at most; each pass draws its own
     segmentation = True  # its samples carry masks
     rated = True  # the rate of its family multiplies it; otherwise it counts once
@@ -172,30 +167,16 @@ class TrainingSet(PhotoSet):
 
 @dataclass(frozen=True)
 class EvalImage:
-    """One photo of an evaluation split; a unit is one sentence.
+    """One photo of an evaluation split; a unit is one sentence."""
 
-    image_id:    file name (refclef: `file_name` of instances.json)
-    sentences:   as read
-    is_sentence: whole questions (ReasonSeg), as opposed to phrases
-    unit_ids:    unique within the split, stable
-    no_target:   nothing in the photo is meant (gRefCOCO)
-    lower:       phrases are lower-cased in prompts (referring sets)
-    load:        () -> photo (PIL, RGB, oriented), masks uint8 (n, H, W), 255 = ignored; H, W the annotation's size.
-                 Raises SampleError
-    """
-
-    image_id: str
-    sentences: list[str]
-    is_sentence: list[bool]
-    unit_ids: list[str]
-    no_target: list[bool]
-    lower: bool
+    image_id: str  # file name (refclef: `file_name` of instances.json)
+    sentences: list[str]  # as read
+    is_sentence: list[bool]  # whole questions (ReasonSeg), as opposed to phrases
+    unit_ids: list[str]  # unique within the split, stable
+    no_target: list[bool]  # nothing in the photo is meant (gRefCOCO)
+    prompts: list[str]  # the fixed evaluation question of each unit
+    # Photo (RGB, oriented), and masks uint8 (n, H, W) at the annotation's size, 255 = ignored. Raises SampleError.
     load: Callable[[], tuple[Image.Image, np.ndarray]]
-
-    @property
-    def prompts(self) -> list[str]:
-        """The fixed evaluation question of each unit."""
-        return [evaluation_prompt(s, long, self.lower) for s, long in zip(self.sentences, self.is_sentence)]
 
 
 class EvalSplit(PhotoSet, Sequence[EvalImage]):

@@ -1,4 +1,4 @@
-"""Evaluation splits: who reads one, how it is scored, and the published figures to compare with.
+"""Evaluation splits: who reads one, how it is scored, the published figures, and the known totals of public sets.
 
     for image in load_split("refcoco|unc|val", "dataset"): photo, masks = image.load()
 
@@ -7,16 +7,24 @@ To add a split, add one entry to SPLITS. PREFIXES holds the kinds of splits whos
 
 Published figures are percentages of the SELF1E paper (arXiv 2603.19026): `2B` and `8B` were trained on the base
 mixture, `SEG-2B` and `SEG-8B` on the segmentation mixture. They are cIoU except where an entry says otherwise.
+`totals.json` holds images, expressions (refs), sentences, questions and conversations per training set and split, as
+the sets' own documentation and the loaders of other projects state them.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from self1e.data.paths import require_paths
-from self1e.data.samples import EvalSplit
+from self1e.data.samples import EvalSplit, PhotoSet
 from self1e.data.sets.custom import Custom
 from self1e.data.sets.parquet import ParquetSplit
 from self1e.data.sets.reasoning import ReasonSeg
@@ -37,19 +45,16 @@ class SplitEntry:
     default: bool = True  # covered by an evaluation of all splits
 
 
-def _referring(*ciou: float, protocol: str = "lisa", default: bool = True) -> SplitEntry:
-    published = {model: (value,) for model, value in zip(MODELS, ciou)}
-    return SplitEntry(reader=Referring, protocol=protocol, published=published, default=default)
+REASONING = partial(SplitEntry, reader=ReasonSeg, protocol="reasonseg", headline=("giou", "ciou"))
 
 
-def _reasoning(small: tuple[float, float], large: tuple[float, float]) -> SplitEntry:
-    published = {"2B": small, "8B": large}
-    return SplitEntry(reader=ReasonSeg, protocol="reasonseg", headline=("giou", "ciou"), published=published)
+def _referring(*ciou: float, **fields: Any) -> SplitEntry:
+    return SplitEntry(reader=Referring, published={model: (value,) for model, value in zip(MODELS, ciou)}, **fields)
 
 
 SPLITS: dict[str, SplitEntry] = {
-    "ReasonSeg|val": _reasoning((59.4, 68.8), (65.9, 69.7)),
-    "ReasonSeg|test": _reasoning((57.3, 57.6), (65.7, 67.0)),
+    "ReasonSeg|val": REASONING(published={"2B": (59.4, 68.8), "8B": (65.9, 69.7)}),
+    "ReasonSeg|test": REASONING(published={"2B": (57.3, 57.6), "8B": (65.7, 67.0)}),
     "refcoco|unc|val": _referring(80.2, 84.3, 82.5, 84.7),
     "refcoco|unc|testA": _referring(82.1, 85.4, 83.8, 86.2),
     "refcoco|unc|testB": _referring(77.6, 82.3, 80.1, 83.4),
@@ -74,6 +79,10 @@ PREFIXES: dict[str, SplitEntry] = {
     "parquet": SplitEntry(reader=ParquetSplit, default=False),
 }
 
+# Set or split -> what is counted -> the known total.
+TOTALS: dict[str, dict[str, int]] = json.loads(
+    files("self1e.data").joinpath("totals.json").read_text(encoding="utf-8")
+)
 DEFAULT_SPLITS: tuple[str, ...] = tuple(name for name, entry in SPLITS.items() if entry.default)
 
 
@@ -87,11 +96,8 @@ def get_splits(names: Iterable[str]) -> dict[str, SplitEntry]:
 
 def split_paths(names: Iterable[str], dataset_dir: str | Path) -> list[tuple[str, Path]]:
     """(split, path) of every file and folder that the splits need."""
-    return [
-        (name, path)
-        for name, entry in get_splits(names).items()
-        for path in entry.reader.paths(name, Path(dataset_dir), Path())
-    ]
+    entries = get_splits(names)
+    return [(name, path) for name in entries for path in entries[name].reader.paths(name, Path(dataset_dir), Path())]
 
 
 def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = False) -> EvalSplit:
@@ -110,3 +116,18 @@ def file_stem(split: str) -> str:
     if split in SPLITS:
         return stem
     return f"{stem[-80:]}_{hashlib.sha256(split.encode(errors='surrogateescape')).hexdigest()[:6]}"
+
+
+def completeness(name: str, data: PhotoSet) -> str:
+    """ "complete", "partly: 1,499 of 1,500 images", "another version: ...", or "-" where no total is known."""
+    known = TOTALS.get(name)
+    if not known:
+        return "-"
+    counts = {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
+    if isinstance(data, Referring):
+        counts = data.counts()
+    differing = sorted((counts[what] <= total, what) for what, total in known.items() if counts[what] != total)
+    if not differing:
+        return "complete"
+    fewer, what = differing[0]
+    return f"{'partly' if fewer else 'another version'}: {counts[what]:,} of {known[what]:,} {what}"

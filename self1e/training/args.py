@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from self1e import distributed
-from self1e.data.families import DEFAULT_FAMILIES, FAMILIES
+from self1e.data.families import DEFAULT_FAMILIES, DEFAULTS, FAMILIES
 from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
 from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, check_source
@@ -97,8 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
     flag("data_dir", Path("data"), "folder of the VQA sets", type=Path)
     flag("dataset", DEFAULT_FAMILIES, "families of training sets, joined by ||; the family custom is own data",
         metavar="FAMILIES")
-    for name, family in FAMILIES.items():
-        flag(f"{name}_data", family.default, family.help, metavar="SETS")
+    for name in FAMILIES:
+        flag(f"{name}_data", DEFAULTS.get(name), f"sets of the family {name}, joined by ||", metavar="SETS")
     flag("sample_rates", None, "one rate per family, joined by commas; unset: 1 for each", metavar="RATES")
     flag("explanatory", -1.0, "share of the explained samples that are text only; -1 turns explanations off")
     flag("num_classes_per_sample", 3, "the most conversations per photo")

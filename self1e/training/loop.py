@@ -24,8 +24,7 @@ from accelerate.utils import ProjectConfiguration, send_to_device
 from tqdm import tqdm
 
 from self1e import distributed
-from self1e.data.loader import Encode, make_loader
-from self1e.data.mixture import Mixture
+from self1e.data.loader import Stream, make_loader
 from self1e.errors import UserError
 from self1e.stop import StopRequest
 from self1e.training.adapters import optimizer_groups
@@ -81,24 +80,15 @@ def rate_at(step: int, *, warmup: int, steps: int) -> float:
     return step / max(1, warmup) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
 
 
-def micro_batches(
-    mixture: Mixture, encode: Encode, args: Namespace, *, step: int, per_epoch: int
-) -> Iterator[tuple[dict, int, bool]]:
+def micro_batches(stream: Stream, args: Namespace, *, step: int, per_epoch: int) -> Iterator[tuple[dict, int, bool]]:
     """This rank's micro-batches from `step` on, each with their number in its step and whether it is the last one."""
     accumulation = args.grad_accumulation_steps
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     for epoch in count(step // per_epoch):
-        loader = make_loader(
-            mixture,
-            encode,
-            epoch=args.start_epoch + epoch,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            first=max(0, step - epoch * per_epoch) * accumulation,
-            stop=per_epoch * accumulation,
-            workers=args.workers,
-            timeout=args.timeout,
-            groups=1 if args.zero_stage == 3 else 2,
-        )
+        plan = stream.mixture.micro_batches(args.start_epoch + epoch, **ranks)
+        plan = plan[max(0, step - epoch * per_epoch) * accumulation : per_epoch * accumulation]
+        groups = 1 if args.zero_stage == 3 else 2
+        loader = make_loader(stream, plan, workers=args.workers, timeout=args.timeout, groups=groups)
         for index, batch in enumerate(loader):
             members = min(accumulation, len(loader) - index // accumulation * accumulation)  # fewer at an epoch's end
             yield batch, members, (index + 1) % accumulation == 0 or index + 1 == len(loader)

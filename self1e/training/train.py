@@ -17,8 +17,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from self1e import distributed
-from self1e.data.families import DataConfig
-from self1e.data.loader import Encode, build_mixture
+from self1e.data.families import paths_of, select
+from self1e.data.loader import Stream, build_mixture, evaluation_keys
 from self1e.data.mixture import Mixture
 from self1e.data.paths import missing, require_paths
 from self1e.data.splits import get_splits, load_split, split_paths
@@ -100,8 +100,8 @@ def train(args: Namespace, stop: StopRequest) -> bool:
     if checkpoint is None and distributed.is_main():
         sources = [args.version, args.model_weights]
         checkpoints.check_unused(args.run_dir, overwrite=args.overwrite, starts_from=sources)
-    encode, mixture, splits = open_data(args)
-    processor, ranks = encode.processor, distributed.world_size()
+    stream, splits = open_data(args)
+    processor, mixture, ranks = stream.processor, stream.mixture, distributed.world_size()
     per_epoch = -(-mixture.epoch_size // (args.batch_size * ranks * args.grad_accumulation_steps))
     if args.steps_per_epoch and args.steps_per_epoch > per_epoch:
         raise UserError(f"--steps_per_epoch {args.steps_per_epoch}: an epoch has {per_epoch} steps; lower or unset it")
@@ -166,7 +166,7 @@ def train(args: Namespace, stop: StopRequest) -> bool:
                 save(step)
         return False
 
-    batches = micro_batches(mixture, encode, args, step=step, per_epoch=per_epoch)
+    batches = micro_batches(stream, args, step=step, per_epoch=per_epoch)
     finished = fit(
         accelerator, engine, optimizer, batches, args, step=step, steps=steps, work=work, stop=stop,
         log=record.log, save=save, validate=validate if splits else None,
@@ -179,23 +179,25 @@ def train(args: Namespace, stop: StopRequest) -> bool:
     return finished
 
 
-def open_data(args: Namespace) -> tuple[Encode, Mixture, list[str]]:
-    """What encodes samples, the mixture, and the splits of validation; all of them checked."""
+def open_data(args: Namespace) -> tuple[Stream, list[str]]:
+    """The stream of encoded samples, and the splits of validation; all of them checked."""
     splits = [] if args.no_eval else args.splits
-    data = DataConfig.parse(**vars(args))
-    require_paths(data.paths() + split_paths(splits, args.dataset_dir))
+    selection = select(**vars(args))
+    require_paths(paths_of(selection) + split_paths(splits, args.dataset_dir))
     processor = load_processor(args)
-    encode = Encode(processor, max_length=args.model_max_length, max_tiles=HIGH_RES_TILES if args.high_res else 1)
 
     def read() -> Mixture:
         for split in splits:  # a faulty one fails here and not hours later
             load_split(split, args.dataset_dir, allow_outside=args.allow_outside)
-        return build_mixture(data, batch_size=args.batch_size, seed=args.seed, mode=args.mixture)
+        excluded = evaluation_keys(args.dataset_dir) if args.exclude_val else None
+        options = {"batch_size": args.batch_size, "seed": args.seed, "mode": args.mixture, "excluded": excluded}
+        return build_mixture(selection, **options)
 
     if distributed.local_rank() == 0:  # it builds the index of the data on its node, the others find it
         mixture = read()
     distributed.gather(None)
-    return encode, mixture if distributed.local_rank() == 0 else read(), splits
+    mixture = mixture if distributed.local_rank() == 0 else read()
+    return Stream(mixture, processor, args.model_max_length, HIGH_RES_TILES if args.high_res else 1), splits
 
 
 def load_processor(args: Namespace) -> Self1EProcessor:

@@ -11,8 +11,7 @@ from trees import H, W, instances, label_map, photo, questions, reasoning_photo,
 
 from self1e.apps.check_data import SHEET, main
 from self1e.data.families import FAMILIES
-from self1e.data.splits import SPLITS, load_split
-from self1e.data.totals import known_totals
+from self1e.data.splits import SPLITS, TOTALS, load_split
 from self1e.errors import UserError
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
@@ -45,7 +44,7 @@ def copy_shapes(root):
 
 def test_every_set_of_a_sound_tree(tmp_path, run, monkeypatch):
     totals = {"refcoco": {"images": 4, "refs": 9_000}, "gqa": {"questions": 1}, "ade20k": {"images": 2}}
-    monkeypatch.setattr("self1e.data.totals.known_totals", lambda: totals)
+    monkeypatch.setattr("self1e.data.splits.TOTALS", totals)
     code, rows, text = run(copy_shapes(tmp_path), "--samples", 1, "--limit", 3, "--output", "sheet.jpg")
     absent = [name for name in SPLITS if name.startswith(BEYOND)]
     assert code == 0 and problems(text) == [] and all(name in text.split("not there: ")[1] for name in absent)
@@ -66,9 +65,8 @@ def test_real_photos(run):
 
 
 def test_the_shipped_totals_are_those_of_sets_and_splits():
-    known = known_totals()
-    assert set(known) <= {name for family in FAMILIES.values() for name in family.sets} | set(SPLITS)
-    assert known["refcoco|unc|val"] == {"images": 1500, "refs": 3811, "sentences": 10834}
+    assert set(TOTALS) <= {name for family in FAMILIES.values() for name in family} | set(SPLITS)
+    assert TOTALS["refcoco|unc|val"] == {"images": 1500, "refs": 3811, "sentences": 10834}
 
 
 def test_faults_of_a_tree(tmp_path, run):

@@ -8,9 +8,8 @@ from custom_trees import AREA, COLUMNS, OTHER, annotation, coco_set, mask, split
 from PIL import Image
 from trees import SQUARE, H, W, photo, questions, write_json
 
-from self1e.data.families import DataConfig
+from self1e.data.families import select
 from self1e.data.loader import build_mixture
-from self1e.data.mixture import unpack
 from self1e.data.samples import SampleError
 from self1e.data.splits import DEFAULT_SPLITS, file_stem, get_splits, load_split
 from self1e.errors import UserError
@@ -187,7 +186,7 @@ def test_other_files(tmp_path, content, name, message):
 
 
 def build(*, batch_size=1, mode="published", **flags):
-    return build_mixture(DataConfig.parse(**flags), batch_size=batch_size, seed=0, mode=mode)
+    return build_mixture(select(**flags), batch_size=batch_size, seed=0, mode=mode)
 
 
 def small(root, count):
@@ -206,7 +205,7 @@ def test_a_family_of_several_sources_mixed_by_rate(tmp_path):
     assert mixture.sizes == {"vqav2": 4, "custom|train.csv": 3, "custom|train.csv #1": 2}
     assert mixture.epoch_size == 4 + 11
     batches = mixture.micro_batches(0, rank=0, world_size=1)
-    assert all(any(mixture.sets[unpack(place)[1]].data.segmentation for place in batch) for batch in batches)
+    assert all(any(mixture.sets[place[1]].data.segmentation for place in batch) for batch in batches)
     alone = build(dataset="custom", **arguments)
     places = [place for batch in alone.micro_batches(0, rank=0, world_size=1) for place in batch]
     assert {alone[place].id.rsplit("/", 1)[1] for place in places} <= {f"{k}.jpg" for k in range(3)}

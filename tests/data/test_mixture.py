@@ -10,9 +10,9 @@ from streams import Numbers, epoch_batches, ids
 from torch.utils.data import DataLoader
 from trees import SQUARE, instances, label_map, photo, questions, reasoning_photo, reference, referring_set, write_json
 
-from self1e.data.families import FAMILIES, DataConfig
-from self1e.data.loader import build_mixture
-from self1e.data.mixture import Mixture, pack, unpack
+from self1e.data.families import FAMILIES, select
+from self1e.data.loader import build_mixture, evaluation_keys
+from self1e.data.mixture import Mixture
 from self1e.data.samples import SampleError
 from self1e.data.sets.vqa import QUESTIONS
 from self1e.data.splits import load_split
@@ -28,13 +28,7 @@ def toy(mode="exact", batch_size=4, seg=30, text=50, rates=(1, 1), broken=(), se
 
 
 def is_seg(mixture, place):
-    return mixture.sets[unpack(place)[1]].data.segmentation
-
-
-def test_tokens_round_trip():
-    fields = (4095, 31, (1 << 22) - 1, (1 << 24) - 1)
-    assert unpack(pack(*fields)) == fields and 0 <= pack(*fields) < 1 << 63
-    assert pack(np.int64(1), np.array([2]), np.array([3]), np.array([4])).dtype == np.int64
+    return mixture.sets[place[1]].data.segmentation
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -53,7 +47,7 @@ def test_exact_holds_every_place_once_and_spreads_segmentation():
     mixture = toy("exact", 4, seg=10, text=70, rates=(1, 1))  # 15 of 85 places, 22 micro-batches
     batches = epoch_batches(mixture)
     places = np.concatenate(batches)
-    assert len(set(places.tolist())) == 85 and len(set(ids(mixture, places))) == 85
+    assert len(np.unique(places, axis=0)) == 85 and len(set(ids(mixture, places))) == 85
     assert sum(any(is_seg(mixture, t) for t in batch) for batch in batches) == 15
     mixture = toy("exact", 4, seg=30, text=50)  # 35 places: every micro-batch has one
     assert all(any(is_seg(mixture, t) for t in batch) for batch in epoch_batches(mixture))
@@ -63,12 +57,12 @@ def test_published_gives_the_last_place_to_segmentation():
     mixture = toy("published", 4, seg=30, text=500, rates=(2, 1))
     batches = epoch_batches(mixture)
     assert all(is_seg(mixture, batch[-1]) for batch in batches)
-    others = [t for batch in batches for t in batch[:-1]]
-    assert len(set(others)) == len(others)  # a shuffle: nothing twice but the last places
+    others = np.concatenate([batch[:-1] for batch in batches])
+    assert len(np.unique(others, axis=0)) == len(others)  # a shuffle: nothing twice but the last places
     lasts = Counter(ids(mixture, [batch[-1] for batch in batches]))
     assert len(lasts) > 25 and max(lasts.values()) < len(batches) / 4
-    places = [int(t) for batch in batches for t in batch]
-    assert len(set(places)) == len(places)  # an item met twice is drawn anew
+    places = np.concatenate(batches)
+    assert len(np.unique(places, axis=0)) == len(places)  # an item met twice is drawn anew
 
 
 def test_no_constraint_at_batch_size_one_or_without_segmentation():
@@ -107,16 +101,16 @@ def test_samples_are_a_function_of_seed_and_token():
         return [mixture[t].conversations for t in places[:10]]
 
     assert first(toy()) == first(toy()) != first(toy(seed=1))
-    assert toy()[places[3]].conversations == toy()[int(places[3])].conversations
+    assert toy()[places[3]].conversations == toy()[tuple(places[3])].conversations
     next_epoch = np.concatenate(epoch_batches(toy(), epoch=1))
     assert ids(toy(), places) != ids(toy(), next_epoch)
-    assert toy()[pack(0, 0, 3, 0)].conversations != toy()[pack(0, 0, 3, 1)].conversations
-    assert toy()[pack(0, 0, 3, 0)].conversations != toy()[pack(1, 0, 3, 0)].conversations
+    assert toy()[0, 0, 3, 0].conversations != toy()[0, 0, 3, 1].conversations
+    assert toy()[0, 0, 3, 0].conversations != toy()[1, 0, 3, 0].conversations
 
 
 def test_broken_samples_are_replaced_logged_once_and_listed(caplog):
     mixture = toy(broken=range(1, 30))  # seg: only item 0 is whole
-    place = pack(0, 0, 7, 0)
+    place = (0, 0, 7, 0)
     with caplog.at_level(logging.WARNING):
         sample = mixture[place]
         assert mixture[place].id == sample.id
@@ -129,22 +123,22 @@ def test_broken_samples_are_replaced_logged_once_and_listed(caplog):
 
 def test_a_broken_kind_falls_back_to_its_own_kind_then_stops():
     mixture = toy(broken=range(30))
-    assert {mixture[pack(0, 0, item, 0)].id.split("/")[0] for item in range(10)} == {"seg2"}
+    assert {mixture[0, 0, item, 0].id.split("/")[0] for item in range(10)} == {"seg2"}
 
     def refuse(sample):
         raise SampleError(sample.id, f"too long after {len(sample.replaced)}")
 
     with pytest.raises(UserError, match="21 samples tried.*\n.*text/4: too long after 0\ntext/.*after 1") as error:
-        toy().build(pack(0, 2, 4, 0), refuse)
+        toy().build((0, 2, 4, 0), refuse)
     assert str(error.value).count("\n") == 21
 
 
 def test_a_sample_without_a_usable_label_is_served_by_the_next():
     mixture = Mixture([([Numbers("a", 5, empty=(1, 2, 4))], 1)], batch_size=1, seed=0)
-    assert [mixture[pack(0, 0, item, 0)].id for item in range(5)] == ["a/0", "a/3", "a/3", "a/3", "a/0"]
+    assert [mixture[0, 0, item, 0].id for item in range(5)] == ["a/0", "a/3", "a/3", "a/3", "a/0"]
     empty = Mixture([([Numbers("a", 2, empty=(0, 1))], 1)], batch_size=1, seed=0)
     with pytest.raises(UserError, match="no image of this set has a usable label"):
-        empty[pack(0, 0, 0, 0)]
+        empty[0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("token", ["[SEG]", "[SEGT]", "<image>", "<img>", "<IMG>", "<|im_end|>", "\ud800"])
@@ -155,10 +149,10 @@ def test_control_tokens_in_texts_break_a_sample_and_an_evaluated_photo(tmp_path,
     referring_set(tmp_path, "refcoco", [reference(1, 7, 1, s, text) for s in ("train", "val")], square)
     mixture = build(tmp_path, dataset="refer_seg", refer_seg_data="refcoco")
     if token in ("[SEG]", "[SEGT]"):
-        assert text.lower() in mixture[0].conversations[0][0]
+        assert text.lower() in mixture[0, 0, 0, 0].conversations[0][0]
         return
     with pytest.raises(UserError, match="reserved token|no Unicode"):
-        mixture[0]
+        mixture[0, 0, 0, 0]
     with pytest.raises(SampleError, match=r"\.jpg: .*(reserved token|no Unicode)"):
         load_split("refcoco|unc|val", tmp_path)[0]
 
@@ -176,7 +170,7 @@ def tree(root):
     write_json(paco, instances([(7, f"train2017/{7:012d}.jpg")], [square]))
     write_json(root / "vlpart/pascal_part/train.json", instances([(7, "x.jpg")], [square]))
     photo(root / "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages/x.jpg")
-    for name in FAMILIES["refer_seg"].sets:
+    for name in FAMILIES["refer_seg"]:
         refs = [reference(1, 7, 1, "train", "a"), reference(2, 9, 1, "train", "b")]
         refs += [reference(3, 7, 1, "val", "c")] if name in ("refcoco", "refclef") else []
         referring_set(root, name, refs, [square])
@@ -190,9 +184,9 @@ def tree(root):
     return root
 
 
-def build(root, *, seed=0, mode="published", **flags):
-    config = DataConfig.parse(dataset_dir=root, data_dir=root / "data", **flags)
-    return build_mixture(config, batch_size=3, seed=seed, mode=mode)
+def build(root, *, seed=0, mode="published", excluded=None, **flags):
+    selection = select(dataset_dir=root, data_dir=root / "data", **flags)
+    return build_mixture(selection, batch_size=3, seed=seed, mode=mode, excluded=excluded)
 
 
 FROM_VQA = ("llava_instruct_150k", "vqav2", "okvqa", "textvqa", "vizwiz", "gqa")
@@ -236,7 +230,6 @@ def test_rates_go_with_names_and_spare_the_question_sets(tmp_path):
         ({"reason_seg_data": "ReasonSeg|dev"}, ["unknown ReasonSeg split 'dev'", "train"]),
         ({"vqa_data": ""}, ["--vqa_data", "gqa"]),
         ({"explanatory": 3}, ["--explanatory"]),
-        ({"num_classes_per_sample": 0}, ["--num_classes_per_sample"]),
     ],
 )
 def test_bad_flags_are_named(tmp_path, arguments, words):
@@ -247,8 +240,8 @@ def test_bad_flags_are_named(tmp_path, arguments, words):
 
 def test_excluded_photos_are_matched_across_sets(tmp_path):
     root = tree(tmp_path)
-    plain = build(root, reason_seg_data="ReasonSeg|train_val", exclude_val=False).sizes
-    strict = build(root, reason_seg_data="ReasonSeg|train_val", exclude_val=True)
+    plain = build(root, reason_seg_data="ReasonSeg|train_val").sizes
+    strict = build(root, reason_seg_data="ReasonSeg|train_val", excluded=evaluation_keys(root))
     # COCO photo 7 (refcoco's val) leaves every COCO set, 7/images/7.jpg refclef, val.jpg ReasonSeg.
     dropped = {name: plain[name] - strict.sizes[name] for name in plain if plain[name] != strict.sizes[name]}
     coco = ("cocostuff", "paco_lvis", "refcoco", "refcoco+", "refcocog", "llava_instruct_150k", "refclef", "ReasonSeg")
@@ -259,7 +252,7 @@ def test_excluded_photos_are_matched_across_sets(tmp_path):
 
 @pytest.mark.parametrize("mode", ["published", "exact"])
 def test_the_miniature_sets_mix(miniature, mode):
-    config = DataConfig.parse(
+    selection = select(
         dataset_dir=miniature / "dataset",
         data_dir=miniature / "data",
         sample_rates="2,1,3,0.5",
@@ -267,7 +260,7 @@ def test_the_miniature_sets_mix(miniature, mode):
         refer_seg_data="refclef||refcoco||refcoco+||refcocog||grefcoco",
         sem_seg_data="ade20k||cocostuff||pascal_part||paco_lvis||mapillary",
     )
-    mixture = build_mixture(config, batch_size=5, seed=1, mode=mode)
+    mixture = build_mixture(selection, batch_size=5, seed=1, mode=mode)
     for batch in epoch_batches(mixture, world=2, epoch=2):
         for sample in map(mixture.__getitem__, batch):
             assert not sample.replaced and len(sample.conversations) == len(sample.masks) <= 3

@@ -22,7 +22,7 @@ def annotation(id, image_id, *polygons):
 
 
 def train(root, name, conversations=3):
-    return FAMILIES["refer_seg"].sets[name](name, root, conversations=conversations)
+    return FAMILIES["refer_seg"][name](name, root, num_classes_per_sample=conversations)
 
 
 def units(split):
@@ -138,7 +138,7 @@ def test_units_and_masks_equal_the_published_loaders(name):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", FAMILIES["refer_seg"].sets)
+@pytest.mark.parametrize("name", FAMILIES["refer_seg"])
 def test_training_counts_equal_the_published_loaders(name):
     counts = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"][f"ReferSegDatasetSeq|{name}"]
     data = train(SHARED / "minidata" / "dataset", name)

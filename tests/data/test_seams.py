@@ -7,7 +7,7 @@ import pytest
 from trees import label_map, photo
 
 from self1e.apps import check_data
-from self1e.data.families import FAMILIES, DataConfig, Family
+from self1e.data.families import DEFAULTS, FAMILIES, select
 from self1e.data.loader import build_mixture
 from self1e.data.splits import SPLITS, SplitEntry, load_split
 from self1e.evaluation.segmentation.run import evaluate_splits
@@ -58,7 +58,7 @@ class Frames(TrainingSet, EvalSplit):
 
     def unit(self, index):
         name = self.names[index]
-        return EvalImage(name, ["left half"], [False], [name], [False], True, lambda: self.load(index))
+        return EvalImage(name, ["left half"], [False], [name], [False], ["<image>\\nIt?"], lambda: self.load(index))
 '''
 
 
@@ -70,8 +70,9 @@ def extension(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "extension", module)
     spec.loader.exec_module(module)
-    monkeypatch.setitem(FAMILIES["sem_seg"].sets, "toys", module.Toys)
-    monkeypatch.setitem(FAMILIES, "video_seg", Family({"frames": module.Frames}, "frames", "sets of video frames"))
+    monkeypatch.setitem(FAMILIES["sem_seg"], "toys", module.Toys)
+    monkeypatch.setitem(FAMILIES, "video_seg", {"frames": module.Frames})
+    monkeypatch.setitem(DEFAULTS, "video_seg", "frames")
     monkeypatch.setitem(SPLITS, "frames|val", SplitEntry(reader=module.Frames, default=False))
     return module
 
@@ -87,8 +88,8 @@ def root(tmp_path):
 
 def test_a_new_set_and_a_new_family_are_mixed(extension, root):
     flags = {"dataset": "sem_seg||video_seg", "sem_seg_data": "toys", "sample_rates": "1,2"}
-    config = DataConfig.parse(dataset_dir=root, data_dir=root, **flags)
-    mixture = build_mixture(config, batch_size=2, seed=0)
+    selection = select(dataset_dir=root, data_dir=root, **flags)
+    mixture = build_mixture(selection, batch_size=2, seed=0)
     assert mixture.sizes == {"toys": 3, "frames": 3} and mixture.epoch_size == 9
     samples = [mixture[place] for batch in mixture.micro_batches(0, rank=0, world_size=1) for place in batch]
     assert {sample.id.split("/")[0] for sample in samples} == {"toys", "frames"}
@@ -99,7 +100,7 @@ def test_a_new_family_has_its_flag(extension):
     needed = ["--version", "v", "--exp_name", "e"]
     assert parse(needed).video_seg_data == "frames"
     args = parse([*needed, "--dataset", "video_seg", "--video_seg_data", "frames||frames"])
-    (family,) = DataConfig.parse(**vars(args)).families
+    ((family, _),) = select(**vars(args))
     assert [choice.training_set for choice in family] == [extension.Frames] * 2
 
 

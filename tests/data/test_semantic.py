@@ -12,12 +12,12 @@ from self1e.data.samples import SampleError
 from self1e.data.sets.semantic import class_names
 from self1e.errors import UserError
 
-SETS = FAMILIES["sem_seg"].sets
+SETS = FAMILIES["sem_seg"]
 PUBLISHED = ("ade20k", "cocostuff", "mapillary", "paco_lvis", "pascal_part")
 
 
 def make(root, name, conversations=3):
-    return SETS[name](name, root, conversations=conversations)
+    return SETS[name](name, root, num_classes_per_sample=conversations)
 
 
 def asked_for(question):

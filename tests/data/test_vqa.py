@@ -12,7 +12,7 @@ from self1e.data.families import FAMILIES, Choice
 from self1e.data.sets.vqa import QUESTIONS, QuestionSet
 from self1e.errors import UserError
 
-SETS = FAMILIES["vqa"].sets
+SETS = FAMILIES["vqa"]
 
 
 def make(root, name):

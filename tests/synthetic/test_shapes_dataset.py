@@ -180,7 +180,7 @@ def test_every_training_set_and_split_reads_the_tree(tree, tmp_path, monkeypatch
     monkeypatch.setenv("SELF1E_CACHE", str(tmp_path))
     dataset, photos = tree / "dataset", tree / "data"
     for family in FAMILIES.values():
-        for own, training_set in family.sets.items():
+        for own, training_set in family.items():
             if not training_set.paths(own, dataset, photos)[0].exists():  # a set of the reader's own
                 continue
             data = training_set(own, dataset, photos, **{option: 0.5 for option in family.options})

@@ -26,7 +26,7 @@ from self1e.data.paths import OWN_DATA, inside, list_names
 from self1e.data.readers import counted, fields, json_lines, stream_json
 from self1e.data.samples import image_key
 from self1e.data.sets.expressions import Expression, ExpressionSet
-from self1e.data.tables import Writer, open_tables
+from self1e.data.tables import Records, open_tables
 from self1e.errors import UserError
 from self1e.model.prompts import is_blank, looks_like_sentence
 
@@ -38,24 +38,27 @@ LISTED = 50  # problems in one error message
 Target = tuple[str, list[int] | None, list[str], Any, str]  # photo, [height, width] or None, sentences, mask, location
 
 
-def read_source(path: Path, out: Writer) -> None:
-    """Table `photos`: [name, [height, width] or null, [[sentences, number of the mask, location], ...]] of each photo
-    that has a sentence, in file order; table `masks`: a segmentation, or {file, value}; meta `faulty`, "<location>:
-    <what>" of each record that is left out, and `problems`, what contradicts itself.
+def read_source(path: Path) -> Records:
+    """Tables `photos`: [name, [height, width] or null, [[sentences, number of the mask, location], ...]] of each photo
+    that has a sentence, in file order; `masks`: a segmentation, or {file, value}; `faulty`: "<location>: <what>" of
+    each record that is left out; `problems`: what contradicts itself.
     """
     faulty: list[str] = []
     problems: dict[str, list] = defaultdict(list)
     photos: dict[str, tuple[list[int] | None, list]] = {}
     read = _annotations if path.suffix.lower() == ".json" else _rows
-    for image, size, sentences, mask, location in read(path, faulty):
+    for number, (image, size, sentences, mask, location) in enumerate(read(path, faulty)):
         if size is not None:
             if problem := contradiction(mask, *size):
                 problems[problem].append(location)
             mask = mask["segmentation"]
-        photos.setdefault(image, (size, []))[1].append([sentences, out.add("masks", mask), location])
+        yield "masks", mask
+        photos.setdefault(image, (size, []))[1].append([sentences, number, location])
     for name, (size, targets) in photos.items():
-        out.add("photos", [name, size, targets])
-    out.meta["faulty"], out.meta["problems"] = faulty, counted(problems)
+        yield "photos", [name, size, targets]
+    for fault in faulty:
+        yield "faulty", fault
+    yield from counted(problems)
 
 
 @contextmanager
@@ -168,9 +171,8 @@ class Custom(ExpressionSet):
     def open(self, source: Path, *, strict: bool = True) -> None:
         self.source, self.name = source, f"custom|{source.name}"
         tables = open_tables(source, read_source)
-        self._photos, self._masks = tables.records("photos"), tables.records("masks")
-        faulty, problems = tables.meta["faulty"], tables.meta["problems"]
-        self.problems = [*faulty, *(f"{source.name}: {problem}" for problem in problems)]
+        self._photos, self._masks, faulty = tables["photos"], tables["masks"], list(tables["faulty"])
+        self.problems = [*faulty, *(f"{source.name}: {problem}" for problem in tables["problems"])]
         self.doubts: list[str] = []
         if strict:
             self._check(faulty)

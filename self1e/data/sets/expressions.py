@@ -86,6 +86,6 @@ class ExpressionSet(TrainingSet, EvalSplit):
             is_sentence=[each.is_sentence for each in expressions],
             unit_ids=[f"{id}#{ids[:k].count(id)}" if id in ids[:k] else id for k, id in enumerate(ids)],
             no_target=[each.no_target for each in expressions],
-            lower=self.lower,
+            prompts=[prompts.evaluation_prompt(each.text, each.is_sentence, self.lower) for each in expressions],
             load=partial(self.load, index, [each.targets for each in expressions]),
         )

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from self1e.data.coco import CocoIndex
 from self1e.data.masks import decode_segmentation
-from self1e.data.readers import read_refs
+from self1e.data.readers import CocoIndex, read_refs
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import open_tables
 
@@ -46,11 +45,11 @@ class Referring(ExpressionSet):
         self.folder, self.coco = photos, CocoIndex(instances)
         self.problems = self.coco.problems
         tables = open_tables(refs, read_refs)
-        self._groups = tables.records("groups")
-        parts = [np.arange(a, b) for known, a, b in tables.meta["splits"] if _in_split(known, split, self.name)]
-        groups = np.concatenate([np.zeros(0, np.int64), *parts])
+        self._groups = tables["groups"]
+        keys = tables["keys"][0]
+        groups = np.array([k for k, (known, _) in enumerate(keys) if _in_split(known, split, self.name)], np.int64)
         # An image can belong to several raw splits (testA and testB make up test): one entry, its groups together.
-        images = tables.array("group_images")[groups]
+        images = np.array([image for _, image in keys], np.int64)[groups]
         order = np.argsort(images, kind="stable")
         self._order = groups[order]
         image_ids, self._starts = np.unique(images[order], return_index=True)
@@ -62,7 +61,7 @@ class Referring(ExpressionSet):
     def references(self, index: int) -> list[tuple[int, list[int], list[tuple[int, str]]]]:
         """(ref id, annotation ids, [(sentence id, sentence), ...]) of each reference of an image."""
         stop = self._starts[index + 1] if index + 1 < len(self) else len(self._order)
-        return [ref for group in self._order[self._starts[index] : stop] for ref in self._groups[int(group)][1]]
+        return [ref for group in self._order[self._starts[index] : stop] for ref in self._groups[int(group)]]
 
     def expressions(self, index: int) -> list[Expression]:
         return [

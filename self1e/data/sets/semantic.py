@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from self1e.data.coco import CocoIndex
 from self1e.data.masks import IGNORED, decode_segmentation, load_label_map, orient
 from self1e.data.paths import list_names
-from self1e.data.readers import fields
+from self1e.data.readers import CocoIndex, fields
 from self1e.data.samples import Sample, TrainingSet, draw
 from self1e.errors import UserError
 from self1e.files import read_json

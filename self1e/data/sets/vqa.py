@@ -53,7 +53,7 @@ class LLaVAInstruct(TextSet):
     redrawn = True
 
     def open(self, source: Path, photos: Path) -> None:
-        self.records, self.folder = open_tables(source, read_instructions).records("items"), photos
+        self.records, self.folder = open_tables(source, read_instructions)["items"], photos
 
     def id(self, index: int) -> str:
         return f"{self.name}/{self.records[index][2]}"
@@ -80,7 +80,7 @@ class QuestionSet(TextSet):
         return [data_dir / QUESTIONS[name]]
 
     def open(self, source: Path) -> None:
-        self.records, self.folder = open_tables(source, read_questions).records("items"), source.parents[1]
+        self.records, self.folder = open_tables(source, read_questions)["items"], source.parents[1]
         if self.records:  # whether the photos are there at all
             require_paths([(self.name, (self.folder / self.file_name(0)).parent)])
 

@@ -16,8 +16,7 @@ from self1e import distributed
 from self1e.data.masks import encode_mask
 from self1e.data.paths import missing, require_paths
 from self1e.data.samples import EvalImage, SampleError
-from self1e.data.splits import file_stem, get_splits, load_split, split_paths
-from self1e.data.totals import completeness
+from self1e.data.splits import completeness, file_stem, get_splits, load_split, split_paths
 from self1e.errors import UserError
 from self1e.evaluation.loop import prepared
 from self1e.evaluation.results import Results, claim_folder, make_settings
