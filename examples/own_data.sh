@@ -17,8 +17,8 @@ PROMPT=${PROMPT:-the red star}
 
 set -euo pipefail
 
-# 1. Check the data, look at the contact sheet, and hold out a fifth of the photos.
-self1e check-data "$DATA/all.csv" --split 0.2
+# 1. Check the data, look at the contact sheet, and hold out a fifth of the photos, once.
+[ -e "$DATA/all_val.csv" ] || self1e check-data "$DATA/all.csv" --split 0.2
 # | set          | read | photos | sentences | masks | empty | problems |
 # | mine/all.csv |   20 |     20 |        60 |    60 |     0 |        0 |
 # look at runs/check_data/contact_sheet.png

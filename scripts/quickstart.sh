@@ -14,6 +14,7 @@ if [ -n "$(ls -A "$output" 2>/dev/null)" ] && [ ! -e "$output/.quickstart" ]; th
     exit 2
 fi
 use_environment -r requirements.txt -e .
+output=$(realpath -m --relative-base="$PWD" "$output") # short in what is printed, where it lies in this folder
 
 started=$SECONDS
 export SELF1E_CACHE="$output/cache" TOKENIZERS_PARALLELISM=false
@@ -28,7 +29,7 @@ echo "== 1/3  a tiny InternVL3 and synthetic scenes"
 self1e make-tiny "$output/base"
 self1e make-shapes "$output/shapes" --simple --size 112 --val 50
 
-echo "== 2/3  training"
+echo "== 2/3  training, 1,200 steps"
 torchrun --standalone --nproc_per_node "$processes" train_hf_ivl_seq.py --config configs/quickstart.yaml --batch_size $((8 / processes)) \
     --version "$output/base" --dataset_dir "$output/shapes/dataset" --data_dir "$output/shapes/data" --no_eval \
     --exp_name shapes --log_base_dir "$output/runs"
@@ -38,7 +39,7 @@ bash eval_all.sh "$run" --dataset_dir "$output/shapes/dataset" --val_dataset "re
 
 # A sentence of middling IoU, from the evaluation's own record.
 python - "$run" "$output" "$((SECONDS - started))" <<'PYTHON'
-import json, shlex, sys
+import json, os, shlex, sys
 from pathlib import Path
 
 run, output, seconds = sys.argv[1:]
@@ -48,9 +49,10 @@ found = sorted((unit["I"] / unit["U"], unit["image"], unit["text"]) for unit in 
 iou, image, text = found[len(found) // 2]
 phrase = text.removeprefix("What is ").split(" in this image?")[0]
 photo = f"{output}/shapes/dataset/refer_seg/images/mscoco/images/train2014/{image}"
-command = ["self1e", "segment", "--version", f"{run}/ckpt_model", "--image", photo, "--prompt", phrase, "--output", f"{output}/masks"]
+command = ["self1e", "segment", "--version", run, "--image", photo, "--prompt", phrase, "--output", f"{output}/masks"]
 print(f"\ncIoU of held-out scenes: {ciou:.3f} (at least 0.5 expected), {seconds} s after the installation")
-print(f"curves: {run}/curves.png; pictures, worst first: {run}/eval/refcoco_unc_testA")
-print(f"a mask of IoU {iou:.2f} with its annotation, in this environment (source .venv/bin/activate):\n  {shlex.join(command)}")
+print(f"look at {run}/curves.png, and at {run}/eval/refcoco_unc_testA/overview.png, the worst sentences first")
+activate = f"{os.path.relpath(os.environ['VIRTUAL_ENV'])}/bin/activate"
+print(f"in {Path.cwd()} this writes a mask, whose IoU with its annotation is {iou:.2f}:\n  source {activate}\n  {shlex.join(command)}")
 sys.exit(ciou < 0.5)
 PYTHON

@@ -49,7 +49,8 @@ def evaluate(argv: Sequence[str]) -> int:
         return 2
     given = {flag.split("=")[0] for flag in flags}
     if flags and not flags[0].startswith("-"):
-        run = Path(flags.pop(0)).absolute()
+        run = Path(flags.pop(0))
+        run = run.absolute() if run.name in ("", "..") else run
         if "--version" not in given and not (run / "ckpt_model").is_dir():
             raise UserError(f"{run} holds no ckpt_model; name the folder of a run, or --version V --exp_name E")
         flags += ["--log_base_dir", str(run.parent), "--exp_name", run.name]
@@ -61,9 +62,9 @@ def evaluate(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code, 2 when there is no such command."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):  # a log file gets each line at once
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter ends no run
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # matplotlib draws a box in its place
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name in ("-h", "--help"):

@@ -61,6 +61,8 @@ def say(text: str) -> None:
 
 def progress(total: int, **options: Any) -> tqdm:
     """tqdm's bar on the first process alone; in a log file, where nothing can move a cursor, a line per tenth."""
+    if world_size() > 1:
+        options["desc"] += f", process 1 of {world_size()}"
     if not sys.stderr.isatty():
         write = lambda text: text.strip() and print(text.strip(), file=sys.stderr)  # noqa: E731
         lines = SimpleNamespace(write=write, flush=sys.stderr.flush)

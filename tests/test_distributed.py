@@ -74,7 +74,7 @@ def test_whoever_meets_an_error_ends_the_run_and_says_so_once(program, what, cod
         done.stderr
     )  # Gloo of torch 2.8 prints, too
     ours = done.stderr.split("ChildFailedError")[0]  # torchrun adds a report of its own
-    assert ours.count("photos: ") == 10 and "photos: 30 of 30 photos" in ours and "\r" not in ours
+    assert ours.count("photos, process 1 of 2: ") == 10 and "2: 30 of 30 photos" in ours and "\r" not in ours
     ours = ours[ours.rindex("left\n") + 5 :]
     assert ours.count(says) >= 1 and (what == "bug" or ours.count(f"{says}\n") <= 1)
 

@@ -50,7 +50,7 @@ def marked(prompts: Sequence[str], replies: Sequence[Reply]) -> tuple[list[tuple
         first, *rest = reply.text.split(SEG)
         text.append((f"{prompt}: {first}", None))
         for mask, score, piece in zip(reply.masks, reply.scores, rest):
-            label = f"{len(colors) + 1}: {mask.mean():.1%}, {score or 0:.2f}"
+            label = f"{len(colors) + 1}: " + ("empty" if score is None else f"{mask.mean():.1%}, {score:.2f}")
             colors[label] = "#{:02x}{:02x}{:02x}".format(*PALETTE[len(colors) % len(PALETTE)])
             text += [(SEG, label), (piece, None)]
         text.append(("\n", None))

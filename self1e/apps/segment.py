@@ -316,7 +316,7 @@ def run(
         workers = args.workers
         if workers is None:
             workers = distributed.share_cores() if model.device.type == "cuda" else 1
-        bar = distributed.progress(len(own), desc="photos", unit="photo")
+        bar = distributed.progress(len(own), desc="done", unit="photo")
         begin = before = time.monotonic()
         writing: list[Future[list[dict]]] = []
         with StopRequest() as stop, ThreadPoolExecutor(WRITERS) as pool, bar:
@@ -344,8 +344,8 @@ def run(
     if left:
         done = len(left) - bad
         distributed.say(
-            f"the masks of {done} photos are in {args.output}: {spent:.1f} s, {done / spent:.1f} photos per second, "
-            f"{waited / spent:.0%} of the time waiting for data"
+            f"the masks of {done} photo{'s' * (done != 1)} are in {args.output}: {spent:.1f} s, "
+            f"{done / spent:.1f} photos per second, {waited / spent:.0%} of the time waiting for data"
         )
     if bad and distributed.is_main():
         print(f"{bad} of {len(left)} photos could not be read, see above", file=sys.stderr)

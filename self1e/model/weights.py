@@ -253,6 +253,7 @@ def weights_identity(version: str | Path, weights: str | Path | None = None) -> 
     check_source(str(version))
     folder = Path(version)
     if not folder.is_dir():
+        Self1EConfig.get_config_dict(version)  # where the hub has none, its UserError says what there is
         commit = Path(str(cached_file(version, "config.json"))).parent.name
         return {"weights": f"{version}@{commit}", "base": None}
     own = read_json(folder / "config.json", dict).get("weights_id")

@@ -150,7 +150,7 @@ def test_colours_of_answers_are_those_of_masks():
     replies = [Reply("[SEG] & [SEG].", masks, masks, [0.9, None]), Reply("No.", masks[:0], masks[:0], [])]
     words, colors = marked(["a", "b"], replies)
     assert "".join(word for word, _ in words) == "a: [SEG] & [SEG].\nb: No.\n"
-    assert colors == {"1: 10.0%, 0.90": "#009e73", "2: 0.0%, 0.00": "#e69f00"}
+    assert colors == {"1: 10.0%, 0.90": "#009e73", "2: empty": "#e69f00"}
     assert [label for _, label in words if label] == list(colors)
 
 

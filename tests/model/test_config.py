@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from self1e import Self1EConfig, Self1EForSegmentation
 from self1e.errors import UserError
 from self1e.model.config import LOSS_WEIGHTS, SWITCHES, original_config
+from self1e.model.weights import weights_identity
 
 # Published sizes: LLM (type, width, layers, heads, key/value heads, MLP width, vocabulary) over InternViT-300M.
 RELEASES = {
@@ -188,3 +189,5 @@ def test_a_repository_of_several_checkpoints_lists_them(monkeypatch):
     monkeypatch.setattr("self1e.model.config.HfApi.list_repo_files", lambda self, name: files)
     with pytest.raises(UserError, match=r"several checkpoints, large, small; hf download nobody/nothing"):
         Self1EConfig.from_pretrained("nobody/nothing")
+    with pytest.raises(UserError, match="several checkpoints"):
+        weights_identity("nobody/nothing")
