@@ -35,7 +35,7 @@ bash eval_all.sh --version "$VERSION" --model_weights "$WEIGHTS" --exp_name "$RU
 python train_hf_ivl_seq.py --config configs/small.yaml --version "$VERSION" --model_weights "$WEIGHTS" \
     --dataset custom --custom_data "$DATA/all_train.csv" --val_dataset "$val" --exp_name "$RUN" --no_eval "$@"
 # an epoch: 16 samples, 4 steps of 4 x 1 x 1 photos (batch x micro-batches x ranks)
-# step 80  epoch 20.000  loss 0.7146 (ce 0.2690, bce 0.0936, dice 0.5169)  ...
+# step 80  epoch 20.000  loss 0.7146 (ce 0.2690, mask_bce 0.0936, mask_dice 0.5169)  ...
 # saved runs/mine/ckpt_model, the curves are in runs/mine/curves.png
 
 # 4. The same figures after it, and pictures of every sentence. If they are lower than in 2, train fewer epochs.
