@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from self1e.errors import UserError
+from self1e.stop import REQUEUE, Stopped
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
@@ -127,13 +128,6 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
 def on_main(work: Callable[[], T]) -> T:
     """Do `work` on the first rank while the others wait; its result (any picklable object) on all ranks."""
     return gather(work() if is_main() else None)[0]  # type: ignore[return-value]
@@ -149,8 +143,9 @@ def ignore_signals(worker: int = 0) -> None:
 def run_program(program: Callable[[], int]) -> int:
     """Run a program's body and return its exit code.
 
-    UserError is one line and exit code 1, KeyboardInterrupt one line and 130; all else keeps its traceback. Under a
-    launcher all but the first rank's UserError wait, because what they met may follow from another rank's end.
+    UserError is one line and exit code 1, Stopped one line and 75, KeyboardInterrupt one line and 130; all else keeps
+    its traceback. Under a launcher all but the first rank's UserError wait, because what they met may follow from
+    another rank's end.
     """
     if not launched():
         for name in VARIABLES:  # libraries would take what is left of them for a launcher's
@@ -163,6 +158,9 @@ def run_program(program: Callable[[], int]) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()  # without it, torch can abort at the exit
         return code
+    except Stopped as stop:
+        say(f"stopped on request; {stop if stop.args else 'the same command continues'}")
+        code = REQUEUE
     except KeyboardInterrupt as stop:
         if launched():  # it passes on what the terminal has sent already
             signal.signal(signal.SIGINT, signal.SIG_IGN)

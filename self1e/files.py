@@ -15,44 +15,39 @@ T = TypeVar("T")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends without an error, else is removed.
+def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new file, or an empty folder, that takes the place of `path` when the block ends without an error.
 
-    Missing folders are made.
+    Until then it lies beside `path` under a hidden name. Missing folders are made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """As `replacing`, an empty folder."""
     partial, previous = (path.with_name(f".{path.name}.{word}") for word in ("partial", "previous"))
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        _remove(partial)
+        if folder:
+            partial.mkdir()
         yield partial
-        sync_folder(partial)
-        if path.exists():
-            shutil.rmtree(previous, ignore_errors=True)
+        sync(partial)
+        if folder and path.exists():
+            _remove(previous)
             path.rename(previous)
-        partial.rename(path)
+        partial.replace(path)
         _sync(path.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove(previous)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
 
 
-def sync_folder(folder: Path) -> None:
-    """Put a folder and everything in it on the disk, so that a rename that follows cannot outrun the contents."""
-    for place in [*folder.rglob("*"), folder]:
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Put a file, or a folder and all in it, on the disk, so that a rename that follows cannot outrun the contents."""
+    for place in [*path.rglob("*"), path]:
         _sync(place)
 
 
@@ -110,13 +105,9 @@ def check_utf8(folder: str | Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Try whether a folder can be made and written in, before the work whose results go there; else UserError.
-
-    What is missing of it is made in a temporary folder: other processes may be making the folder at this moment.
-    """
-    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    """Make a folder and try to write in it, before the work whose results go there; else UserError."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".writable.", dir=existing) as probe:
-            Path(probe, folder.relative_to(existing), "made").mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from error

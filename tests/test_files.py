@@ -5,7 +5,7 @@ import json
 import pytest
 
 from self1e.errors import UserError
-from self1e.files import check_utf8, check_writable, read_json, replacing, replacing_folder, to_jsonl, write_text
+from self1e.files import check_utf8, check_writable, read_json, replacing, to_jsonl, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -18,20 +18,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_failed_folder_leaves_the_old_one(tmp_path):
-    with replacing_folder(tmp_path / "model") as folder:
+    with replacing(tmp_path / "model", folder=True) as folder:
         (folder / "weights").write_text("old")
-    with pytest.raises(RuntimeError), replacing_folder(tmp_path / "model") as folder:
+    with pytest.raises(RuntimeError), replacing(tmp_path / "model", folder=True) as folder:
         (folder / "weights").write_text("new")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "weights").read_text() == "old"
 
 
-def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
-    (tmp_path / "full").mkdir()
-    for folder in (tmp_path / "full", tmp_path / "new" / "newer", tmp_path):
-        check_writable(folder)
-    assert [path.name for path in tmp_path.rglob("*")] == ["full"]
+def test_a_folder_is_tried_and_nothing_is_left_in_it(tmp_path):
+    check_writable(tmp_path / "new" / "newer")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "newer"]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

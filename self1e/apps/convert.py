@@ -39,7 +39,7 @@ from transformers.utils import cached_file
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
-from self1e.files import check_utf8, check_writable, replacing_folder, write_json
+from self1e.files import check_utf8, check_writable, replacing, write_json
 from self1e.model.config import DTYPES
 from self1e.model.processor import CHAT_TEMPLATE, MEAN, STD
 from self1e.model.prompts import END_OF_TURN, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING, SEG, SEGT
@@ -70,7 +70,7 @@ def convert(
     if with_head and not model.trained_head:
         raise UserError(f"{source} is a base model without a head, which layout {layout} needs; train it first")
     expected = outputs(model, model.config, masks=with_head)
-    with replacing_folder(target) as partial:
+    with replacing(target, folder=True) as partial:
         write(model, texts, partial, layout)
         if layout == "hf":
             with quiet():
@@ -85,8 +85,8 @@ def convert(
         difference = (outputs(copy, model.config, masks=with_head) - expected).abs().max() / expected.abs().max()
         if not difference <= TOLERANCE[precision]:
             raise RuntimeError(f"outputs differ by {difference:.1e} (relative) from {source}")
-        if layout == "self1e":
-            write_card(partial, title=target.name, base_model=version)
+    if layout == "self1e":
+        write_card(target, base_model=version)
 
 
 def load(source: str, version: str | None, dtype: torch.dtype | str):

@@ -35,7 +35,7 @@ from torch.func import functional_call
 
 from self1e.apps.loading import load
 from self1e.errors import UserError
-from self1e.files import replacing_folder, write_json
+from self1e.files import replacing, write_json
 from self1e.model.attention import perception_mask
 from self1e.model.grids import stitch_tiles
 from self1e.model.modeling import without_dynamic_rope
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, processor = load(args)
     most = HIGH_RES_TILES if args.high_res else 1
     grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
-    with replacing_folder(args.target) as folder:
+    with replacing(args.target, folder=True) as folder:
         for grid in grids:
             difference, largest = write_graph(model, processor, grid, folder)
             print(f"{grid[0]} x {grid[1]} tiles: logits up to {largest:.0f}, within {difference:.0e} of PyTorch's")

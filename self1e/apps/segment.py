@@ -44,13 +44,13 @@ from self1e.data.paths import inside
 from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
-from self1e.evaluation.results import Stopped, claim_folder
+from self1e.evaluation.results import claim_folder
 from self1e.files import check_writable, replacing, to_jsonl
 from self1e.model.inference import Masks, Reply, logit_of, masks_of, question
 from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER, check_prompt
 from self1e.model.weights import weights_identity
-from self1e.stop import REQUEUE, StopRequest
+from self1e.stop import StopRequest
 from self1e.visualize import overlay
 
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".ppm", ".pgm", ".heic", ".heif"}
@@ -333,9 +333,6 @@ def run(
                     bar.update(len(group))
                     before = time.monotonic()
                     bar.set_postfix(waiting_for_data=f"{waited / (before - begin):.0%}", refresh=False)
-            except Stopped:
-                distributed.say("stopped on request; the same command continues")
-                return REQUEUE
             finally:
                 output.append(chain.from_iterable(future.result() for future in writing))
         spent = time.monotonic() - begin

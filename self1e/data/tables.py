@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 
 from self1e.errors import UserError
-from self1e.files import check_fetched, replacing_folder
+from self1e.files import check_fetched, replacing
 
 log = logging.getLogger(__name__)
 VERSION = 7  # of what the readers write
@@ -63,7 +63,7 @@ def open_tables(source: Path, read: Callable[[Path], Records]) -> dict[str, Sequ
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / f"{name}.lock"):
                 if not folder.is_dir():
-                    with replacing_folder(folder) as partial:
+                    with replacing(folder, folder=True) as partial:
                         _write(read(source), partial)
         except UserError as error:
             check_fetched(source)

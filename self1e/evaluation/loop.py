@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, default_convert
 
 from self1e import distributed
 from self1e.data.samples import SampleError
-from self1e.evaluation.results import Stopped
+from self1e.stop import Stopped
 
 T = TypeVar("T")
 WAIT = timedelta(days=1)  # that a rank may wait for the share of another one

@@ -25,10 +25,6 @@ DECIDING = ("model", "data", "evaluation")  # the packages whose code decides fi
 REMEDY = "Use the same settings to continue, another --exp_name to keep both, or --overwrite_eval to evaluate anew"
 
 
-class Stopped(Exception):
-    """An evaluation ended before its last photo or question because it was asked to; what it has is on the disk."""
-
-
 def code_hash() -> str:
     """16 hexadecimal digits that are others as soon as one file of `self1e/{model,data,evaluation}` is."""
     digest = hashlib.sha256()

@@ -32,7 +32,7 @@ from transformers.utils import (
 
 from self1e import distributed
 from self1e.errors import UserError, check_known
-from self1e.files import read_json, replacing_folder, write_json
+from self1e.files import read_json, replacing, write_json
 from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, check_source, original_config
 from self1e.model.processor import HUB_OPTIONS, Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
@@ -223,7 +223,7 @@ def save_checkpoint(model: Any, processor, folder: str | Path, *, published: boo
     """
     if published and model.config.mask_features != "rfa":
         raise UserError("the layout published holds the full method only, mask_features rfa")
-    with replacing_folder(Path(folder)) as partial, quiet():
+    with replacing(Path(folder), folder=True) as partial, quiet():
         if published:  # whatever names the model was read under
             model._weight_conversions = published_names()
         model.save_pretrained(partial, save_original_format=published)

@@ -67,11 +67,11 @@ def train_added_tokens(model: PreTrainedModel, first: int) -> None:
     them back. Tied matrices share them, too.
     """
     added: dict[int, nn.Parameter] = {}  # by matrix
-    for module, hook in zip(_matrices(model), (_embed, _score), strict=True):
+    for module in _matrices(model):
         matrix = module.weight.requires_grad_(False)
         own = added.setdefault(id(matrix), nn.Parameter(matrix.detach()[first:].clone()))
         module.register_parameter(ADDED, own)
-        module.added_tokens_hook = module.register_forward_hook(partial(hook, first))
+        module.added_tokens_hook = module.register_forward_hook(partial(_replace, first))
 
 
 def merge_added_tokens(model: PreTrainedModel) -> None:
@@ -89,17 +89,13 @@ def _matrices(model: PreTrainedModel) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
-def _embed(first: int, module: nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor:
-    """Replace the vectors (..., C) of added tokens among those of `ids` (...)."""
-    (ids,) = inputs
-    added = F.embedding((ids - first).clamp(min=0), getattr(module, ADDED))
-    return torch.where((ids >= first).unsqueeze(-1), added, embedded)
-
-
-def _score(first: int, module: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
-    """Replace the logits (..., vocabulary) of added tokens for states (..., C)."""
-    (states,) = inputs
-    return torch.cat([logits[..., :first], F.linear(states, getattr(module, ADDED))], dim=-1)
+def _replace(first: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Replace what added tokens have: the vectors (..., C) of ids (...), or the logits (..., vocabulary) of states."""
+    (x,) = inputs
+    added = getattr(module, ADDED)
+    if isinstance(module, nn.Embedding):
+        return torch.where((x >= first).unsqueeze(-1), F.embedding((x - first).clamp(min=0), added), output)
+    return torch.cat([output[..., :first], F.linear(x, added)], dim=-1)
 
 
 def keep_frozen_in(dtype: torch.dtype, model: nn.Module) -> None:

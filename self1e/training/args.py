@@ -8,7 +8,6 @@ import argparse
 import importlib.util
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
 from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, check_source
 from self1e.model.weights import checkpoint_folder
-from self1e.training.deepspeed_config import read_deepspeed, zero_stage
+from self1e.training.deepspeed_config import read_deepspeed
 
 ROOT = Path(__file__).resolve().parents[2]
-METAVARS = {int: "N", float: "X", Path: "PATH"}
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", checkpoint_folder: "PATH"}
 YES, NO, UNSET = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")  # words of YAML
 # Flags that `adapt` takes, by their names.
 ADAPTERS = (
@@ -33,19 +32,12 @@ ADAPTERS = (
 ).split()
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults where there are some; the help says what an unset flag means."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 # fmt: off
 def make_parser() -> argparse.ArgumentParser:
     """All flags, in groups."""
     here = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(prog=here if here.startswith("train") else "self1e train", allow_abbrev=False,
-        usage="%(prog)s --version PATH --exp_name NAME [flags]", formatter_class=partial(Help, width=119),
+        usage="%(prog)s --version PATH --exp_name NAME [flags]",
         description="Fine-tune InternVL3 to segment by itself, then evaluate it.")
     parser.add_argument("--config", type=Path, nargs="+", default=[],
         help="YAML files of flags; a later file overrides an earlier one, the command line overrides all")
@@ -57,15 +49,15 @@ def make_parser() -> argparse.ArgumentParser:
     def flag(name: str, default: Any, help: str, **options: Any) -> None:
         """Of the default's type; a bool makes `--NAME` and `--no-NAME`."""
         kind = options.pop("type", str if default is None else type(default))
-        value: dict[str, Any] = {"type": kind, "metavar": METAVARS.get(kind)}
+        value: dict[str, Any] = {"type": kind, "metavar": None if "choices" in options else METAVARS.get(kind)}
         value = {"action": argparse.BooleanOptionalAction} if kind is bool else value
-        add(f"--{name}", help=help, default=default, **value | options)
+        shown = help if default is None or kind is bool else f"{help} (default: {default})"
+        add(f"--{name}", help=shown, default=default, **value | options)
 
     add = group("model")
     flag("version", None, "checkpoint: its folder, its run's folder or a hub id (InternVL3, -hf, or Self1E); an "
-        "evaluation of a run that holds its model needs none", type=checkpoint_folder, metavar="PATH")
-    flag("model_weights", None, "folder whose weights replace those of --version", type=checkpoint_folder,
-        metavar="PATH")
+        "evaluation of a run that holds its model needs none", type=checkpoint_folder)
+    flag("model_weights", None, "folder whose weights replace those of --version", type=checkpoint_folder)
     flag("precision", None, "precision of the computation; unset: bf16, but fp32 when evaluating on a CPU",
         choices=("fp32", "bf16", "fp16"))
     flag("model_max_length", 512, "the most tokens of a conversation")
@@ -86,8 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("lora_r", 128, "rank of the adapters")
     flag("lora_alpha", None, "scale of the adapters; unset: twice --lora_r", type=int)
     flag("lora_dropout", 0.05, "share of its inputs that an adapter drops")
-    flag("lora_target_modules", None, "linears of the LLM with adapters, joined by commas; unset: all",
-        metavar="NAMES")
+    flag("lora_target_modules", None, "linears of the LLM with adapters, joined by commas; unset: all")
     flag("lora_from_layer", 0, "the first LLM layer with adapters")
     flag("trainable_embeddings", "all", "rows of the token embeddings and of lm_head that train: all, or those of the "
         "added tokens only", choices=("all", "new"))
@@ -95,11 +86,10 @@ def make_parser() -> argparse.ArgumentParser:
     add = group("data")
     flag("dataset_dir", Path("dataset"), "folder of the segmentation sets and LLaVA-Instruct", type=Path)
     flag("data_dir", Path("data"), "folder of the VQA sets", type=Path)
-    flag("dataset", DEFAULT_FAMILIES, "families of training sets, joined by ||; the family custom is own data",
-        metavar="FAMILIES")
+    flag("dataset", DEFAULT_FAMILIES, "families of training sets, joined by ||; the family custom is own data")
     for name in FAMILIES:
-        flag(f"{name}_data", DEFAULTS.get(name), f"sets of the family {name}, joined by ||", metavar="SETS")
-    flag("sample_rates", None, "one rate per family, joined by commas; unset: 1 for each", metavar="RATES")
+        flag(f"{name}_data", DEFAULTS.get(name), f"sets of the family {name}, joined by ||")
+    flag("sample_rates", None, "one rate per family, joined by commas; unset: 1 for each")
     flag("explanatory", -1.0, "share of the explained samples that are text only; -1 turns explanations off")
     flag("num_classes_per_sample", 3, "the most conversations per photo")
     flag("exclude_val", False, "leave out training photos that an evaluation split uses")
@@ -131,13 +121,13 @@ def make_parser() -> argparse.ArgumentParser:
     flag("deepspeed", None, "DeepSpeed JSON, or none; unset: configs/zero2.json under a launcher", type=Path)
 
     add = group("logging and checkpoints")
-    add("--exp_name", required=True, help="name of the run: its files go to LOG_BASE_DIR/EXP_NAME")
+    flag("exp_name", None, "name of the run: its files go to LOG_BASE_DIR/EXP_NAME")
     flag("log_base_dir", Path("runs"), "folder of all runs", type=Path)
     flag("report_to", "tensorboard", "where the curves go", choices=("tensorboard", "wandb", "none"))
     flag("print_freq", 10, "steps between log lines")
     flag("save_steps", 200, "steps between checkpoints")
     flag("save_total_limit", 1, "how many of the latest checkpoints are kept")
-    flag("keep_best", None, "also keep the best checkpoint by this split's headline figure", metavar="SPLIT")
+    flag("keep_best", None, "also keep the best checkpoint by this split's headline figure")
     flag("resume", None, "the checkpoint-N folder to continue from", type=Path)
     flag("auto_resume", False, "continue from the last checkpoint, if any")
     flag("resume_anyway", False, "continue although settings of the run differ")
@@ -146,8 +136,8 @@ def make_parser() -> argparse.ArgumentParser:
     flag("timeout", 1800.0, "seconds that a rank waits for its data or for the other ranks")
 
     add = group("evaluation")
-    flag("val_dataset", "ReasonSeg|val", "splits to validate on while training, joined by ||; custom|PATH is own data",
-        metavar="SPLITS")
+    flag("val_dataset", None, "splits to validate on while training, joined by ||; custom|PATH is own data; unset: "
+        "ReasonSeg|val")
     flag("eval_steps", 200, "steps between validations")
     add("--no_eval", action="store_true", help="do not validate while training, nor evaluate after it")
     flag("eval_only", False, "evaluate --val_dataset without training")
@@ -170,7 +160,7 @@ def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     known = parser._option_string_actions
     flags = []
     for name, value in values.items():
-        if f"--{name}" not in known or name == "config" or not isinstance(value, str):
+        if f"--{name}" not in known or not isinstance(value, str):
             parser.error(f"--config {path}: {name}: {value} is no flag with one value; see --help")
         takes_none = known[f"--{name}"].nargs in (0, "?")  # a switch, or gradient_checkpointing
         if takes_none and value.lower() in YES:
@@ -187,24 +177,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser()
     if not distributed.is_main():
         parser._print_message = lambda *_: None  # type: ignore[method-assign]
-    config = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    config.add_argument("--config", type=Path, nargs="+", default=[])
-    configured = [flag for file in config.parse_known_args(argv)[0].config for flag in yaml_flags(file, parser)]
+    configured = [flag for file in parser.parse_known_args(argv)[0].config for flag in yaml_flags(file, parser)]
     args = parser.parse_args(configured + argv)
-    typed, given = ({word.split("=")[0].removeprefix("--") for word in words} for words in (argv, configured + argv))
 
+    if args.exp_name is None:
+        parser.error("--exp_name is needed: a name for the run")
     args.run_dir = args.log_base_dir / args.exp_name
     if args.eval_all_only:
         args.eval_only = args.eval_all_datasets = True
-    args.splits = list(DEFAULT_SPLITS) if args.eval_all_datasets else args.val_dataset.split("||")
+    args.splits = [*DEFAULT_SPLITS] if args.eval_all_datasets else (args.val_dataset or "ReasonSeg|val").split("||")
     if args.version is None and args.eval_only and (args.run_dir / "ckpt_model" / "config.json").is_file():
         args.version = str(args.run_dir / "ckpt_model")
     if str(args.deepspeed) == "none":
         args.deepspeed = None
     elif distributed.launched() and args.deepspeed is None:
         args.deepspeed = ROOT / "configs" / "zero2.json"
-    args.zero_stage = zero_stage(read_deepspeed(args.deepspeed)) if args.deepspeed else 0
-    for wrong, message in contradictions(args, typed, given):
+    args.zero_stage = read_deepspeed(args.deepspeed)["zero_optimization"]["stage"] if args.deepspeed else 0
+    for wrong, message in contradictions(args):
         if wrong:
             parser.error(message)
     if args.eval_only:
@@ -215,15 +204,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     args.precision = args.precision or "bf16"
     args.workers = distributed.share_cores(args.workers)
-    launcher = "python" if not distributed.launched() else "torchrun" if args.local_rank is None else "deepspeed"
-    words = [word for word in argv if not word.startswith("--local_rank")]
-    args.command = shlex.join([launcher, "train_hf_ivl_seq.py", *words])  # for the model card
+    args.command = shlex.join(["train_hf_ivl_seq.py", *(x for x in argv if not x.startswith("--local_rank"))])
     return args
 
 
-def contradictions(args: argparse.Namespace, typed: set[str], given: set[str]) -> list[tuple[Any, str]]:
-    """What flags cannot say together: whether they do, and the message. given: typed, or in a YAML file."""
-    lora = {name for name in ADAPTERS if name.startswith("lora_")}
+def contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
+    """What flags cannot say together: whether they do, and the message."""
+    families = args.dataset.split("||")
     return [
         (args.version is None, "--version is needed: a checkpoint's folder or hub id"),
         (args.overwrite and (args.resume or args.auto_resume),
@@ -234,17 +221,13 @@ def contradictions(args: argparse.Namespace, typed: set[str], given: set[str]) -
          f"--keep_best {args.keep_best}: the split must be one of --val_dataset, which is validated"),
         (args.use_vision_lora and not args.optimize_vision,
          "--use_vision_lora adapts a ViT that stays frozen without --optimize_vision: add it"),
-        (args.freeze_llm and args.use_llm_lora,
-         "--freeze_llm keeps the LLM's layers as they are, --use_llm_lora adapts them: give one of them"),
-        (typed & lora and not (args.use_llm_lora or args.use_vision_lora),
-         f"--{', --'.join(sorted(typed & lora))}: add --use_llm_lora, or --optimize_vision --use_vision_lora"),
         (args.compile and (args.gradient_checkpointing == "selective" or args.zero_stage == 3),
          "--compile: compiled layers ignore --gradient_checkpointing selective, and ZeRO-3 works within them"),
         (args.report_to == "wandb" and importlib.util.find_spec("wandb") is None,
          "--report_to wandb: the package is not installed; pip install wandb"),
-        (args.custom_data and "custom" not in args.dataset.split("||"),
+        (args.custom_data and "custom" not in families,
          '--custom_data is read by the family custom: name it in --dataset, e.g. --dataset "custom||vqa"'),
-        (args.dataset == "custom" and not args.no_eval and "val_dataset" not in given,
+        (families == ["custom"] and not (args.no_eval or args.val_dataset),
          '--dataset custom: say with --val_dataset "custom|PATH" what to validate on, or --no_eval; the default, '
          "ReasonSeg, is part of the data tree"),
         (args.deepspeed and not distributed.launched(),

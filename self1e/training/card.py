@@ -2,9 +2,8 @@
 
     self1e card runs/exp        # after an evaluation, to fill in its figures
 
-Training writes the card with the weights, and `hf upload USER/NAME runs/exp/ckpt_model` carries both to the hub. Its
-figures are those of evaluations of these very weights. What you write into the card stays; only its header and the
-section "Evaluation" are renewed.
+Training writes the card with the weights, and `hf upload USER/NAME runs/exp/ckpt_model` carries both to the hub. What
+you write into the card stays; only its header and the section "Evaluation" are renewed.
 """
 
 import argparse
@@ -12,13 +11,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from self1e.files import read_json
 from self1e.model.config import Self1EConfig
 from self1e.model.weights import checkpoint_folder, weights_identity
 
-TEXT = """
+TEXT = """---
+library_name: transformers
+pipeline_tag: image-segmentation
+tags: [self1e, referring-segmentation, reasoning-segmentation]
+---
 # {title}
 
 A multimodal LLM that segments by itself: one `[SEG]` token, no mask decoder (SELF1E, arXiv 2603.19026).
@@ -43,36 +46,27 @@ result.mask, result.score                     # bool (height, width), mean foreg
 EVALUATION = "\n## Evaluation\n"
 
 
-def write_card(
-    folder: str | Path,
-    *,
-    command: str | None = None,
-    title: str | None = None,
-    **header: str | list[str] | None,
-) -> Path:
+def write_card(folder: str | Path, *, command: str | None = None, **header: str | list[str] | None) -> Path:
     """Write or renew `README.md` in the folder of a checkpoint, layout `self1e`; returns its path.
 
-    command: that trained it, for a new card. title: of a new card; default: the folder's name, or the run's around a
-    `ckpt_model`. header: the hub's `base_model`, `license`, `datasets`; those that are None stay as they are.
+    command: that trained it, for a new card. header: the hub's `base_model`, `license`, `datasets`; those that are
+    None stay as they are.
     """
     folder = Path(folder).resolve()
     path, config = folder / "README.md", Self1EConfig.from_pretrained(folder)
-    title = title or (folder.parent.name if folder.name == "ckpt_model" else folder.name)
     if path.is_file():
         card = ModelCard.load(path)
     else:
+        title = folder.parent.name if folder.name == "ckpt_model" else folder.name
         training = f"```bash\n{command}\n```" if command else "The command is not known."
-        text = TEXT.format(title=title, config=config, training=training)
-        tags = ["self1e", "referring-segmentation", "reasoning-segmentation"]
-        data = ModelCardData(library_name="transformers", pipeline_tag="image-segmentation", tags=tags)
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+        card = ModelCard(TEXT.format(title=title, config=config, training=training))
     for name, value in header.items():
         if value:
             local = isinstance(value, str) and Path(value).is_dir()  # a path of this machine tells nobody anything
             card.data[name] = Path(str(value)).name if local else value
     before, _, after = card.text.partition(EVALUATION)
-    rest = after[after.find("\n## ") :] if "\n## " in after else ""
-    card.text = f"{before.rstrip()}\n{EVALUATION}\n{evaluation(folder)}\n{rest}"
+    _, more, rest = after.partition("\n## ")
+    card.text = f"{before.rstrip()}\n{EVALUATION}\n{evaluation(folder)}\n{more}{rest}"
     card.save(path)
     return path
 
@@ -80,10 +74,9 @@ def write_card(
 def evaluation(folder: Path) -> str:
     """The section's text: the results beside the checkpoint that its own weights made."""
     mine, tables = weights_identity(folder)["weights"], ""
-    for title, name in {"Segmentation": "eval", "Visual question answering": "eval_vqa"}.items():
-        place = folder.parent / name
-        table = place / "summary.md"
-        if table.is_file() and read_json(place / "settings.json", dict).get("weights") == mine:
+    for title, place in {"Segmentation": "eval", "Visual question answering": "eval_vqa"}.items():
+        table, settings = (folder.parent / place / name for name in ("summary.md", "settings.json"))
+        if table.is_file() and read_json(settings, dict).get("weights") == mine:
             tables += f"### {title}\n\n{table.read_text(encoding='utf-8')}\n"
     return tables or "These weights have not been evaluated yet.\n"
 

@@ -25,11 +25,12 @@ from torch.serialization import add_safe_globals
 
 from self1e import distributed
 from self1e.errors import UserError
-from self1e.files import read_json, sync_folder, write_json
+from self1e.files import read_json, sync, write_json
 from self1e.model.config import LOSS_FLAGS, SWITCHES
 from self1e.training.args import ADAPTERS, ROOT
 
 ARGS, STATE, ENGINE, BEST, PARTIAL = "args.yaml", "state.pt", "engine", "best.json", "partial"
+RESULTS = ("checkpoints/checkpoint-*", "ckpt_model*", "eval/*.json")  # of a run, which cannot be had in a moment
 WRITTEN = ("checkpoints", "ckpt_model", "ckpt_model_published", "tensorboard", "validation", "eval")  # by a run
 # With other values of these flags the checkpoint is another run's.
 DECIDING = ["dataset", "sample_rates", "seed", "start_epoch", "batch_size", "trainable_embeddings", "precision"]
@@ -76,41 +77,33 @@ def commit() -> str | None:
 
 def find(args: Namespace) -> Path | None:
     """The checkpoint that `--resume` names or `--auto_resume` finds, or None to start anew."""
-    if args.resume:
-        if not (args.resume / ARGS).is_file() or args.resume not in checkpoints_in(args.resume.parent):
-            raise UserError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
-        return args.resume
+    if args.resume and args.resume not in checkpoints_in(args.resume.parent):
+        raise UserError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
     found = checkpoints_in(args.run_dir / "checkpoints") if args.auto_resume else []
-    return found[-1] if found else None
+    return args.resume or (found[-1] if found else None)
 
 
-def check_resumable(checkpoint: Path, now: dict[str, Any], *, max_steps: int | None, anyway: bool) -> None:
+def check_resumable(checkpoint: Path, now: dict[str, Any], *, anyway: bool) -> None:
     """Raise UserError for a checkpoint of another run, unless `anyway`, and print every setting that differs.
 
     now: `settings_of` this run.
     """
     then = yaml.safe_load((checkpoint / ARGS).read_text(encoding="utf-8"))
-    if max_steps is not None and step_of(checkpoint) > max_steps:
-        raise UserError(f"{checkpoint} is beyond --max_steps {max_steps}: raise it, or start anew with --overwrite")
-    engines = then["engine"], now["engine"]
-    if engines[0] != engines[1] and any(engine["deepspeed"] for engine in engines):
-        lines = "\n".join(differences(*engines))
-        raise UserError(f"{checkpoint}: DeepSpeed continues on as many ranks and with the stage that it had:\n{lines}")
-    other = differences(then["run"], now["run"])
-    if other and not anyway:
+
+    def changed(*parts: str) -> str:
+        """A line for each entry of these parts that is not the same."""
+        old, new = ({name: x for part in parts for name, x in settings[part].items()} for settings in (then, now))
+        names = [name for name in old | new if old.get(name) != new.get(name)]
+        return "".join(f"\n  {name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in names)
+
+    if changed("engine") and (then["engine"]["deepspeed"] or now["engine"]["deepspeed"]):
+        raise UserError(f"{checkpoint}: DeepSpeed continues with its ranks and its stage:{changed('engine')}")
+    if changed("run") and not anyway:
         raise UserError(
             f"{checkpoint} was written by another run; give the same settings or another --exp_name, or "
-            "--resume_anyway to continue as another run:\n" + "\n".join(other)
+            f"--resume_anyway to continue as another run:{changed('run')}"
         )
-    every = [{name: x for part in settings.values() for name, x in part.items()} for settings in (then, now)]
-    if changed := differences(*every):
-        distributed.say("\n".join([f"settings that differ from those of {checkpoint}:", *changed]))
-
-
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each entry that two dictionaries do not share: `  name: old then, new now`."""
-    pairs = {name: (then.get(name), now.get(name)) for name in then | now}
-    return [f"  {name}: {old!r} then, {new!r} now" for name, (old, new) in pairs.items() if old != new]
+    distributed.say(f"settings that differ from those of {checkpoint}:{changed(*now) or ' none'}")
 
 
 def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Accelerator, model, optimizer) -> None:
@@ -136,13 +129,13 @@ def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Acce
     torch.save(states, partial / f"random_{distributed.rank()}.pt")
     if distributed.is_main():
         (partial / ARGS).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    sync_folder(partial)
+    sync(partial)
     distributed.gather(None)
 
     def publish() -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
         partial.rename(folder / name)
-        sync_folder(folder / name)
+        sync(folder / name)
 
     distributed.on_main(publish)
 
@@ -174,11 +167,16 @@ def load(checkpoint: Path, *, accelerator: Accelerator, model, optimizer) -> Non
             torch.cuda.set_rng_state(states["cuda"])
 
 
+def best_of(folder: Path) -> dict[str, Any]:
+    """Step and figure of the best validation so far."""
+    return read_json(folder / BEST, dict) if (folder / BEST).is_file() else {"step": None, "value": -1.0}
+
+
 def remember_best(folder: Path, step: int, value: float) -> bool:
     """Note the step of the best validation so far; returns whether this one is it."""
-    earlier = read_json(folder / BEST, dict) if (folder / BEST).is_file() else None
+    best = best_of(folder)
     # A run that was killed in between has the note without the checkpoint, and comes here again.
-    if earlier is not None and value <= earlier["value"] and (folder / f"checkpoint-{earlier['step']}").is_dir():
+    if value <= best["value"] and (folder / f"checkpoint-{best['step']}").is_dir():
         return False
     write_json(folder / BEST, {"step": step, "value": value})
     return True
@@ -186,9 +184,8 @@ def remember_best(folder: Path, step: int, value: float) -> bool:
 
 def prune(folder: Path, limit: int) -> None:
     """Keep the latest `limit` checkpoints and the best one. A folder that cannot be removed is left."""
-    best = read_json(folder / BEST, dict)["step"] if (folder / BEST).is_file() else None
     for old in checkpoints_in(folder)[:-limit]:
-        if step_of(old) != best:
+        if step_of(old) != best_of(folder)["step"]:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -199,35 +196,27 @@ def alone_in(run_dir: Path, *, patience: float = 10) -> Iterator[None]:
     patience: seconds in which the data workers of a killed run end, and with them its hold on the folder.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock")
+    lock = run_dir / ".lock"
     try:
-        lock.acquire(timeout=patience)
-    except NotImplementedError:
-        distributed.say(f"{run_dir}: this file system has no locks: nothing keeps a second training out of the folder")
+        held = FileLock(lock).acquire(timeout=patience)
     except Timeout:
         raise UserError(
             f"{run_dir}: another training is at work in this folder; wait for its end, or give another --exp_name. "
-            f"If there is none, its machine went down: remove {run_dir / '.lock'}"
+            f"If its machine went down, remove {lock}"
         ) from None
-    try:
-        shutil.rmtree(run_dir / "checkpoints" / PARTIAL, ignore_errors=True)  # of a run that was killed
+    with held:
         yield
-    finally:
-        (run_dir / ".lock").unlink(missing_ok=True)
-        lock.release()
 
 
-def check_unused(run_dir: Path, *, overwrite: bool, starts_from: list[str | None]) -> None:
-    """Refuse to train anew over an earlier run, or over `starts_from`, which are `--version` and `--model_weights`."""
-    checkpoints = checkpoints_in(run_dir / "checkpoints")
-    left = [*checkpoints, *run_dir.glob("ckpt_model*"), *run_dir.glob("eval/*.json")]
+def check_unused(run_dir: Path, *sources: str | None, overwrite: bool) -> None:
+    """Refuse to train anew over an earlier run, or over `sources`, from which the run starts."""
+    left = [path for results in RESULTS for path in run_dir.glob(results)]
     if left and not overwrite:
-        ways = "continue it with --auto_resume, " if checkpoints else ""
         raise UserError(
-            f"{run_dir} holds an earlier run ({left[0].relative_to(run_dir)}): {ways}replace it with --overwrite, or "
-            "give another --exp_name"
+            f"{run_dir} holds an earlier run ({left[0].name}): continue it with --auto_resume, replace it with "
+            "--overwrite, or give another --exp_name"
         )
-    for source in starts_from:
+    for source in sources:
         if source is not None and Path(source).resolve().is_relative_to(run_dir.resolve()):
             raise UserError(f"{source} is part of {run_dir}, which --overwrite replaces: give another --exp_name")
 

@@ -12,26 +12,26 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from self1e.distributed import is_main
-from self1e.files import replacing, to_jsonl, write_text
+from self1e.files import to_jsonl, write_text
 from self1e.model.config import LOSS_WEIGHTS
 
 
 class Record:
     """What a run says while it trains: its lines on the terminal, `log.jsonl`, and TensorBoard or W&B."""
 
-    def __init__(self, args: Namespace, accelerator: Accelerator, per_epoch: int):  # steps of an epoch
+    def __init__(self, args: Namespace, accelerator: Accelerator, per_epoch: int, step: int, flags: dict[str, Any]):
+        """Begin behind the lines that the log has up to `step`. per_epoch: steps of an epoch."""
         self.args, self.accelerator, self.per_epoch = args, accelerator, per_epoch
         self.path = args.run_dir / "log.jsonl"
-
-    def open(self, earlier: Path, step: int, flags: dict[str, Any]) -> None:
-        """Begin behind the lines that the log `earlier` has up to `step`. For the first rank."""
-        write_text(self.path, to_jsonl(line for line in read_log(earlier) if line["step"] <= step))
-        if self.args.report_to == "wandb":
-            own = {"name": self.args.exp_name, "dir": str(self.args.run_dir)}
+        if not is_main():
+            return
+        write_text(self.path, to_jsonl(line for line in read_log(self.path) if line["step"] <= step))
+        if args.report_to == "wandb":
+            own = {"name": args.exp_name, "dir": str(args.run_dir)}
             project = os.environ.get("WANDB_PROJECT", "self1e")
-            self.accelerator.init_trackers(project, config=flags, init_kwargs={"wandb": own})
-        elif self.args.report_to == "tensorboard":
-            self.accelerator.init_trackers("tensorboard")  # the folder's name
+            accelerator.init_trackers(project, config=flags, init_kwargs={"wandb": own})
+        elif args.report_to == "tensorboard":
+            accelerator.init_trackers("tensorboard")  # the folder's name
 
     def log(self, figures: dict[str, float]) -> None:
         """Write figures of a step, which they hold as `step`; those of a validation begin with `eval_`."""
@@ -87,14 +87,10 @@ def draw_curves(log: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     table = pd.DataFrame(log).set_index("step")
     panels = {"loss": table.filter(["loss", *LOSS_WEIGHTS])}
-    for title, start in {"learning rate": "lr_", "validation": "eval_"}.items():
-        panels[title] = lines = table.filter(regex=f"^{start}")
-        lines.columns = lines.columns.str.removeprefix(start)
+    panels |= {"learning rate": table.filter(regex="^lr_"), "validation": table.filter(regex="^eval_")}
     panels = {title: lines.dropna(how="all") for title, lines in panels.items() if not lines.empty}
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         style = ["-", "--"] * len(lines.columns)  # dashes show what they cover
         lines.plot(ax=axes, title=title, xlabel="optimizer step", logy=title == "loss", style=style, grid=True)
-        axes.legend(fontsize=7)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    figure.savefig(path, dpi=120)

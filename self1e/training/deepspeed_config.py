@@ -13,21 +13,16 @@ def read_deepspeed(path: Path) -> dict[str, Any]:
     values = read_json(path, dict)
     for section in values.keys() & {"optimizer", "scheduler"}:
         raise UserError(f"{path}: remove the section {section!r}; flags decide, such as --lr and --warmup_steps")
-    offloaded = offloads(values, "offload_optimizer") or offloads(values, "offload_param")
-    if offloaded and zero_stage(values) != 3:
+    zero = values["zero_optimization"] = {"stage": 0} | values.get("zero_optimization", {})
+    if zero["stage"] != 3 and (offloads(values, "offload_optimizer") or offloads(values, "offload_param")):
         # Only there the CPU optimizer was seen to follow both groups' rates, their betas and their schedule.
         raise UserError(f"{path}: offloading is for stage 3 here; start from configs/zero3_offload.json")
     return values
 
 
-def zero_stage(values: dict[str, Any]) -> int:
-    """The ZeRO stage that a configuration asks for, 0 to 3."""
-    return values.get("zero_optimization", {}).get("stage", 0)
-
-
 def offloads(values: dict[str, Any], section: str) -> bool:
     """Whether the optimizer ("offload_optimizer") or the parameters ("offload_param") are kept off the GPU."""
-    return (values.get("zero_optimization", {}).get(section) or {}).get("device", "none") != "none"
+    return (values["zero_optimization"].get(section) or {}).get("device", "none") != "none"
 
 
 def fill(values: dict[str, Any], args: Namespace, *, ranks: int, clip: float) -> dict[str, Any]:
@@ -44,4 +39,4 @@ def fill(values: dict[str, Any], args: Namespace, *, ranks: int, clip: float) ->
     for name, value in (known | {kind: args.precision == kind for kind in ("bf16", "fp16")}).items():
         if said[name] not in ("auto", value):
             raise UserError(f'{args.deepspeed}: {name} is {said[name]}, the flags say {value}; write "auto"')
-    return values | known | {"zero_optimization": {"stage": 0, **values.get("zero_optimization", {})}}
+    return values | known

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from self1e.stop import StopRequest
 from self1e.training.adapters import optimizer_groups
 from self1e.training.curves import speed_line
 from self1e.training.deepspeed_config import fill, offloads, read_deepspeed
-from self1e.training.speed import Work, peak_flops, peak_memory, spare_memory
+from self1e.training.speed import Work, advice, peak_flops, peak_memory
 
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on
 CLIP = 1.0
@@ -111,38 +111,32 @@ def note(path: Path, ids: list[str]) -> None:
     path.write_text(", ".join(ids) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def agree(
-    step: list[tuple[list[str], dict]], seen: int, broken: list, stop: StopRequest, device: torch.device
-) -> bool:
-    """The one exchange of all ranks per step, before it is taken: whether any of them was asked to stop.
+def agree(step: list[tuple[list[str], dict]], seen: int, broken: list, stop: StopRequest) -> tuple[bool, list]:
+    """The one exchange of all ranks per step, before it is taken: whether any was asked to stop, and all `broken`.
 
     step: ids and loss terms of each of this rank's micro-batches. seen, broken: samples that it read, and (id, cause)
     of those that could not be. Raises UserError on all ranks when a loss is not finite or too many are broken.
     """
-    finite = torch.stack([terms["loss"].isfinite() for _, terms in step])
-    own = torch.tensor([seen, len(broken), stop.signal is not None, 0], dtype=torch.float64)
-    together = own.to(device, non_blocking=True)
-    together[3] = (~finite).sum()
-    all_seen, all_broken, stops, infinite = distributed.total(together).tolist()
-    if infinite:
-        causes = [
-            f"  {', '.join(f'{name} {value.item():.4g}' for name, value in terms.items())} in {', '.join(ids)}"
-            for ids, terms in step
-            if not terms["loss"].isfinite()
-        ]
-        lines = "\n".join(line for part in distributed.gather(causes) for line in part)
-        raise UserError(f"the loss is not finite; the samples of the micro-batch:\n{lines}")
-    if all_broken > BROKEN_SHARE * max(all_seen, BROKEN_AFTER):
-        share = f"{all_broken:.0f} broken samples met in reading {all_seen:.0f}, more than {BROKEN_SHARE:.0%}"
-        raise UserError(f"{share}:\n{broken_list(broken)}")
-    return stops > 0
+    infinite = [
+        f"  {', '.join(f'{name} {value.item():.4g}' for name, value in terms.items())} in {', '.join(ids)}"
+        for ids, terms in step
+        if not terms["loss"].isfinite()
+    ]
+    ranks = distributed.gather((seen, broken, stop.signal is not None, infinite))
+    all_seen, all_broken, stops, all_infinite = zip(*ranks)
+    if lines := [*chain(*all_infinite)]:
+        raise UserError("\n".join(["the loss is not finite; the samples of the micro-batch:", *lines]))
+    together = [*chain(*all_broken)]
+    if len(together) > BROKEN_SHARE * max(sum(all_seen), BROKEN_AFTER):
+        share = f"{len(together)} broken samples met in reading {sum(all_seen)}, more than {BROKEN_SHARE:.0%}"
+        raise UserError(f"{share}:\n{broken_list(together)}")
+    return any(stops), together
 
 
-def broken_list(broken: list[tuple[str, str]], *, lines: int = 30) -> str:
-    """One line per broken sample of all ranks, those drawn most often first: how often, id, cause."""
-    counts = Counter(pair for part in distributed.gather(broken) for pair in part).most_common()
-    rest = [f"  and {len(counts) - lines:,} more"] if len(counts) > lines else []
-    return "\n".join([f"  {times} x {id}: {cause}" for (id, cause), times in counts[:lines]] + rest)
+def broken_list(broken: list[tuple[str, str]]) -> str:
+    """A line for each of the 30 broken samples that were drawn most often: how often, id, cause."""
+    most = Counter(broken).most_common(30)
+    return "\n".join(f"  {times} x {id}: {cause}" for (id, cause), times in most)
 
 
 def means_of(losses: Counter) -> dict[str, float]:
@@ -154,14 +148,15 @@ def means_of(losses: Counter) -> dict[str, float]:
 def speed_of(use: Counter, peak: float) -> dict[str, float]:
     """How fast the run is, from the seconds, samples and operations of each rank; peak: of a device, per second."""
     ranks = pd.DataFrame(distributed.gather({**use, "memory": peak_memory()}))
-    total, seconds = ranks.sum(), ranks["seconds"].mean()
-    rate = total["flops"] / total["seconds"]  # of a device
-    figures = {
-        "samples_per_second": total["samples"] / seconds,
-        "waiting_for_data": total["waited"] / total["seconds"],
+    total = ranks.sum()
+    rate = float(total["flops"] / total["seconds"])  # of a device
+    return {
+        "samples_per_second": float(total["samples"] / ranks["seconds"].mean()),
+        "waiting_for_data": float(total["waited"] / total["seconds"]),
+        "tflops": rate / 1e12,
+        "utilisation": rate / peak,
+        "peak_memory": float(ranks["memory"].max()),
     }
-    figures |= {"tflops": rate / 1e12, "utilisation": rate / peak, "peak_memory": ranks["memory"].max()}
-    return {name: float(value) for name, value in figures.items()}
 
 
 def fit(
@@ -190,9 +185,10 @@ def fit(
     peak, highest = peak_flops(device, args.precision), {"llm": args.lr, "vision_and_head": args.vision_lr}
     seen = 0  # samples
     broken: list[tuple[str, str]] = []  # (id, cause) of those that could not be read
+    all_broken: list[tuple[str, str]] = []  # on any rank
     losses: Any = Counter()  # sums since the last log line
-    use: Any = Counter()  # seconds, samples and operations since then
-    whole: Any = Counter()  # and in all
+    use: Any = Counter()  # seconds, samples and operations since then, and in all
+    whole: Any = Counter()
     bar = tqdm(total=steps, initial=step, unit="step", disable=not distributed.is_main() or not sys.stderr.isatty())
     model.train()
     clock = time.perf_counter()
@@ -218,7 +214,7 @@ def fit(
                     losses.update({name: value.double() for name, value in terms.items()} | {"micro_batches": 1})
                     use.update(samples=len(ids), flops=work.take())
                     if last:
-                        stopped = agree(done, seen, broken, stop, device)
+                        stopped, all_broken = agree(done, seen, broken, stop)
                     loss = output.loss / (members if args.grad_accumulation_reduction == "mean" else 1)
                     accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
             norm = accelerator.clip_grad_norm_(model.parameters(), CLIP)
@@ -233,11 +229,12 @@ def fit(
                 share = rate_at(step, warmup=args.warmup_steps, steps=steps)
                 figures = {"step": step, **means} | ({} if norm is None else {"grad_norm": float(norm)})
                 figures |= {f"lr_{group['name']}": highest[group["name"]] * share for group in optimizer.param_groups}
-                log(figures | speed_of(use, peak) | {"broken_samples": sum(distributed.gather(len(broken)))})
+                log(figures | speed_of(use, peak) | {"broken_samples": len(all_broken)})
                 whole.update(use)
                 losses, use = Counter(), Counter()
             if step == ADVICE_AT and device.type == "cuda":
-                distributed.say(work.advice(args.gradient_checkpointing, spare_memory()))
+                spare = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
+                distributed.say(advice(args.gradient_checkpointing, work.largest, spare))
             if stopped or step % args.save_steps == 0 or step == steps:
                 save(step)
             if validate and not stopped and (step % args.eval_steps == 0 or step == steps):
@@ -248,6 +245,6 @@ def fit(
     whole.update(use)
     if whole:
         distributed.say(f"trained for {whole['seconds']:,.0f} s: {speed_line(speed_of(whole, peak))}")
-    if listed := broken_list(broken):
-        distributed.say(f"broken samples replaced:\n{listed}")
+    if all_broken:
+        distributed.say(f"{len(all_broken)} broken samples replaced:\n{broken_list(all_broken)}")
     return not stopped

@@ -19,18 +19,16 @@ from transformers.utils.logging import disable_progress_bar
 from self1e import distributed
 from self1e.data.families import paths_of, select
 from self1e.data.loader import Stream, build_mixture, evaluation_keys
-from self1e.data.mixture import Mixture
-from self1e.data.paths import missing, require_paths
+from self1e.data.paths import require_paths
 from self1e.data.splits import get_splits, load_split, split_paths
 from self1e.errors import UserError
-from self1e.evaluation.results import Stopped
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.files import check_utf8, check_writable
 from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.weights import save_checkpoint, weights_identity
-from self1e.stop import REQUEUE, StopRequest, mark_requeue
+from self1e.stop import Stopped, StopRequest
 from self1e.training import checkpoints
 from self1e.training.adapters import adapt, count_parameters, keep_frozen_in, merge_added_tokens, train_added_tokens
 from self1e.training.args import ADAPTERS, parse
@@ -55,35 +53,23 @@ def run(args: Namespace) -> int:
     if main:
         check_utf8(args.run_dir)
         check_writable(args.run_dir)
-    with StopRequest() as stop, checkpoints.alone_in(args.run_dir) if trains and main else contextlib.nullcontext():
-        if main:
-            mark_requeue(args.run_dir, False)
-        finished = not trains or train(args, stop)
-        gc.collect()  # the trained model goes before the evaluation loads its own
-        if finished and trains and not args.no_eval:
+    alone = checkpoints.alone_in(args.run_dir) if trains and main else contextlib.nullcontext()
+    with alone, StopRequest(args.run_dir) as stop:
+        if trains:
+            train(args, stop)
+            gc.collect()  # the trained model goes before the evaluation loads its own
             args.splits, args.model_weights = args.final_splits, None
-            args.version = str(args.run_dir / "ckpt_model")
-        present = [name for name in args.splits if not missing(split_paths([name], args.dataset_dir))]
-        if finished and not args.no_eval and (present or not trains):  # a training without any split's data is done
-            finished = evaluate(args, stop, skip_missing=trains or args.eval_all_datasets)
-        if not finished:
-            if main:
-                mark_requeue(args.run_dir)
-            how = "continue with --auto_resume" if trains else "the same command continues"
-            distributed.say(f"stopped by {stop.signal or 'a request to another rank'}; {how}")
-    return 0 if finished else REQUEUE
+        if not args.no_eval:
+            evaluate(args, stop)
+    return 0
 
 
 def prepare_libraries() -> None:
     """Leave one rank's voice, drop warnings that a user can do nothing about, and let batches differ in size."""
     first = distributed.is_main()
-    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING if first else logging.ERROR, format="%(message)s")
     logging.getLogger("self1e").setLevel(logging.INFO if first else logging.WARNING)  # broken samples of any rank
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the hub's requests
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
-    warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset", UserWarning)  # it is set, they say
-    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # --workers suits a larger machine
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)  # of 5.23 on
     disable_progress_bar()  # of loading and writing shards, amid our own
     if not torch.cuda.is_available():
@@ -92,24 +78,22 @@ def prepare_libraries() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def train(args: Namespace, stop: StopRequest) -> bool:
-    """Train and write `<run_dir>/ckpt_model`; returns False when the run was asked to stop before its last step."""
+def train(args: Namespace, stop: StopRequest) -> None:
+    """Train and write `<run_dir>/ckpt_model`. Raises `Stopped` when asked to stop before the last step."""
     # Everything that can be wrong is looked at first: before the model is loaded and an earlier run is removed.
     distributed.start(timeout=timedelta(seconds=args.timeout))
     checkpoint = distributed.on_main(lambda: checkpoints.find(args))  # on a shared disk nodes may see different ones
     if checkpoint is None and distributed.is_main():
-        sources = [args.version, args.model_weights]
-        checkpoints.check_unused(args.run_dir, overwrite=args.overwrite, starts_from=sources)
-    stream, splits = open_data(args)
+        checkpoints.check_unused(args.run_dir, args.version, args.model_weights, overwrite=args.overwrite)
+    splits = [] if args.no_eval else args.splits
+    stream = open_data(args, splits)
     processor, mixture, ranks = stream.processor, stream.mixture, distributed.world_size()
     per_epoch = -(-mixture.epoch_size // (args.batch_size * ranks * args.grad_accumulation_steps))
-    if args.steps_per_epoch and args.steps_per_epoch > per_epoch:
-        raise UserError(f"--steps_per_epoch {args.steps_per_epoch}: an epoch has {per_epoch} steps; lower or unset it")
-    per_epoch = args.steps_per_epoch or per_epoch
+    per_epoch = min(per_epoch, args.steps_per_epoch or per_epoch)
     steps = args.max_steps or per_epoch * (args.epochs - args.start_epoch)
     settings = checkpoints.settings_of(args, sets=mixture.sizes, ranks=ranks)
     if checkpoint is not None:
-        checkpoints.check_resumable(checkpoint, settings, max_steps=args.max_steps, anyway=args.resume_anyway)
+        checkpoints.check_resumable(checkpoint, settings, anyway=args.resume_anyway)
 
     set_seed(args.seed)  # the fresh head is the same on every rank
     model = load_model(args, torch.float32 if not args.deepspeed else DTYPES[args.precision])
@@ -124,9 +108,8 @@ def train(args: Namespace, stop: StopRequest) -> bool:
     )
     if steps < args.warmup_steps:
         distributed.say(
-            f"warning: the run has {steps} steps, fewer than --warmup_steps {args.warmup_steps}: the learning rate "
-            "never reaches its peak. For little data see configs/small.yaml: more --epochs, a smaller "
-            "--grad_accumulation_steps, a shorter warm-up"
+            f"warning: the run has {steps} steps, fewer than --warmup_steps {args.warmup_steps}, so that the learning "
+            "rate never reaches its peak; for little data see configs/small.yaml"
         )
     accelerator = make_accelerator(args)
     engine, optimizer = accelerator.prepare(model, make_optimizer(model, args))
@@ -138,9 +121,7 @@ def train(args: Namespace, stop: StopRequest) -> bool:
     else:
         checkpoints.load(checkpoint, **tensors)
         step = checkpoints.step_of(checkpoint)
-    record = Record(args, accelerator, per_epoch)
-    earlier = (checkpoint.parent if checkpoint else folder).with_name(record.path.name)
-    distributed.on_main(lambda: record.open(earlier, step, settings["flags"]))
+    record = Record(args, accelerator, per_epoch, step, settings["flags"])
     saved = {step}
 
     def save(step: int) -> None:
@@ -161,8 +142,9 @@ def train(args: Namespace, stop: StopRequest) -> bool:
         figures = {f"eval_{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
         record.log({"step": step, **figures})
         if args.keep_best:
-            best = figures[f"eval_{args.keep_best}_{get_splits([args.keep_best])[args.keep_best].headline[0]}"]
-            if distributed.on_main(lambda: checkpoints.remember_best(folder, step, best)):
+            headline = get_splits([args.keep_best])[args.keep_best].headline[0]
+            value = results[args.keep_best][headline]
+            if distributed.on_main(lambda: checkpoints.remember_best(folder, step, value)):
                 save(step)
         return False
 
@@ -176,40 +158,34 @@ def train(args: Namespace, stop: StopRequest) -> bool:
         distributed.say(f"saved {args.run_dir / 'ckpt_model'}, the curves are in {args.run_dir / 'curves.png'}")
     distributed.on_main(record.close)
     accelerator.free_memory()
-    return finished
+    if not finished:
+        raise Stopped("continue with --auto_resume")
 
 
-def open_data(args: Namespace) -> tuple[Stream, list[str]]:
-    """The stream of encoded samples, and the splits of validation; all of them checked."""
-    splits = [] if args.no_eval else args.splits
+def open_data(args: Namespace, splits: list[str]) -> Stream:
+    """The stream of encoded samples, checked, and so are the splits of validation."""
     selection = select(**vars(args))
     require_paths(paths_of(selection) + split_paths(splits, args.dataset_dir))
     processor = load_processor(args)
-
-    def read() -> Mixture:
-        for split in splits:  # a faulty one fails here and not hours later
-            load_split(split, args.dataset_dir, allow_outside=args.allow_outside)
-        excluded = evaluation_keys(args.dataset_dir) if args.exclude_val else None
-        options = {"batch_size": args.batch_size, "seed": args.seed, "mode": args.mixture, "excluded": excluded}
-        return build_mixture(selection, **options)
-
-    if distributed.local_rank() == 0:  # it builds the index of the data on its node, the others find it
-        mixture = read()
-    distributed.gather(None)
-    mixture = mixture if distributed.local_rank() == 0 else read()
-    return Stream(mixture, processor, args.model_max_length, HIGH_RES_TILES if args.high_res else 1), splits
+    first = distributed.local_rank() == 0  # it builds the index of the data on its node, the others find it
+    if not first:
+        distributed.gather(None)
+    for split in splits:  # a faulty one fails here and not hours later
+        load_split(split, args.dataset_dir, allow_outside=args.allow_outside)
+    excluded = evaluation_keys(args.dataset_dir) if args.exclude_val else None
+    options = {"batch_size": args.batch_size, "seed": args.seed, "mode": args.mixture, "excluded": excluded}
+    mixture = build_mixture(selection, **options)
+    if first:
+        distributed.gather(None)
+    return Stream(mixture, processor, args.model_max_length, HIGH_RES_TILES if args.high_res else 1)
 
 
 def load_processor(args: Namespace) -> Self1EProcessor:
     """The processor of `--version`. Raises UserError for a length limit that no conversation can keep."""
     processor = Self1EProcessor.from_pretrained(args.version)
-    tiles = HIGH_RES_TILES if args.high_res else 1
-    least = tiles * processor.tile_tokens + CHAT_TOKENS
+    least = processor.tile_tokens * (HIGH_RES_TILES if args.high_res else 1) + CHAT_TOKENS
     if args.model_max_length < least:
-        raise UserError(
-            f"--model_max_length {args.model_max_length} cannot hold {tiles} tiles of {processor.tile_tokens} image "
-            f"tokens and a question; give at least {least}"
-        )
+        raise UserError(f"--model_max_length {args.model_max_length} cannot hold an image and a question: {least} can")
     return processor
 
 
@@ -278,16 +254,14 @@ def score(args: Namespace, model, processor: Self1EProcessor, splits: list[str],
     return evaluate_splits(model, processor, splits, output_dir=place, **flags, **options)
 
 
-def evaluate(args: Namespace, stop: StopRequest, *, skip_missing: bool) -> bool:
-    """Evaluate `args.splits` and write `<run_dir>/eval`; returns whether it came to its end before a request to stop.
+def evaluate(args: Namespace, stop: StopRequest) -> None:
+    """Evaluate `args.splits` and write `<run_dir>/eval`. Raises `Stopped` when asked to stop.
 
     Weights: `--model_weights`, else `<run_dir>/ckpt_model` if it is there, else the head inside `--version`.
     """
     trained = args.run_dir / "ckpt_model"
     if args.model_weights is None and trained.is_dir():
         args.version = str(trained)
-    if not skip_missing:
-        require_paths(split_paths(args.splits, args.dataset_dir))  # before a model is loaded
     processor = load_processor(args)
     device = distributed.device()
     if device.type == "cpu":
@@ -300,16 +274,12 @@ def evaluate(args: Namespace, stop: StopRequest, *, skip_missing: bool) -> bool:
             "or name trained weights with --model_weights"
         )
     distributed.say(f"evaluating {args.model_weights or args.version} on {', '.join(args.splits)}")
-    try:
-        score(
-            args, model, processor, args.splits, args.run_dir / "eval", visualize=args.eval_visualize,
-            skip_missing=skip_missing,
-            weights=weights_identity(args.version, args.model_weights),
-            overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
-            asked_to_stop=lambda: stop.signal is not None,
-        )  # fmt: skip
-    except Stopped:
-        return False
+    score(
+        args, model, processor, args.splits, args.run_dir / "eval", visualize=args.eval_visualize,
+        skip_missing=args.eval_all_datasets or not args.eval_only,
+        weights=weights_identity(args.version, args.model_weights),
+        overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
+        asked_to_stop=lambda: stop.signal is not None,
+    )  # fmt: skip
     if args.version == str(trained) and distributed.is_main():
         write_card(trained)  # with the table
-    return True

@@ -62,8 +62,6 @@ def test_what_is_no_other_run_may_change_and_is_printed(run, tiny_version, shape
     assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["checkpoint-4", "checkpoint-5"]
     assert [line["step"] for line in history(run)] == [1, 2, 5]
     assert {path.name for path in (run / "validation").iterdir()} == {"step_4", "step_5"}  # the last one always
-    train(tiny_version, shapes, run.parent, "run", "--max_steps", "3", "--no_eval", "--auto_resume", code=1)
-    assert "checkpoint-5 is beyond --max_steps 3" in capsys.readouterr().err
 
 
 def test_a_checkpoint_says_what_wrote_it(run):
@@ -89,9 +87,9 @@ def test_ranks_may_change_only_without_deepspeed(run, deepspeed):
     now = settings | {"engine": engine | {"ranks": 2}}  # and half the accumulation: the product is the same
     if deepspeed:
         with pytest.raises(UserError, match="ranks: 1 then, 2 now"):
-            check_resumable(folder, now, max_steps=None, anyway=True)
+            check_resumable(folder, now, anyway=True)
     else:
-        check_resumable(folder, now, max_steps=None, anyway=False)
+        check_resumable(folder, now, anyway=False)
 
 
 class Evil:

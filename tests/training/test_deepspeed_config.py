@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, read_json
 
 from self1e.errors import UserError
-from self1e.training.deepspeed_config import fill, offloads, read_deepspeed, zero_stage
+from self1e.training.deepspeed_config import fill, offloads, read_deepspeed
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
@@ -18,7 +18,7 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 )
 def test_our_own_files_are_read(name, stage, offloaded):
     values = read_deepspeed(ROOT / "configs" / f"{name}.json")
-    assert zero_stage(values) == stage
+    assert values["zero_optimization"]["stage"] == stage
     assert offloads(values, "offload_optimizer") == offloads(values, "offload_param") == offloaded
     assert values["data_types"] == {"grad_accum_dtype": "fp32"}  # bf16 sums of many micro-batches lose digits
 

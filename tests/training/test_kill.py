@@ -9,7 +9,7 @@ from self1e.training.checkpoints import checkpoints_in
 FLAGS = ("--max_steps", "3", "--save_steps", "1", "--no_eval", "--report_to", "none")
 KILLED = {  # what the run is about to do, and how often it did so before
     "in the third step": ("self1e.training.loop:agree", 2),
-    "in the second checkpoint": ("self1e.training.checkpoints:sync_folder", 2),
+    "in the second checkpoint": ("self1e.training.checkpoints:sync", 2),
     "in the merge": ("self1e.training.train:save_checkpoint", 0),
 }
 
@@ -41,7 +41,7 @@ def test_a_kill_changes_nothing(whole, tiny_version, shapes, tmp_path, point):
 REQUESTS = {  # the function at one of whose calls the request comes, the call's number, how, the step that is saved
     "step": ("self1e.training.loop:note", 1, terminate, 1),
     "validation": ("self1e.evaluation.results:Results.append", 0, terminate, 1),
-    "saving": ("self1e.training.checkpoints:sync_folder", 0, tell_by_sigusr1, 3),
+    "saving": ("self1e.training.checkpoints:sync", 0, tell_by_sigusr1, 3),
 }
 
 

@@ -71,7 +71,9 @@ def test_kills_stops_and_zero3_give_the_same_run(tiny_version, shapes, runs, fla
     os.kill(stopped.pid, signal.SIGTERM)
     psutil.wait_procs(trained, timeout=200)
     printed += stopped.communicate(timeout=60)[0]
-    assert "stopped by" in printed and saved(folder)[-1] in ("checkpoint-3", "checkpoint-4", "checkpoint-5"), printed
+    assert "stopped on request" in printed and saved(folder)[-1] in ("checkpoint-3", "checkpoint-4", "checkpoint-5"), (
+        printed
+    )
     assert (folder / "requeue").is_file() and losses(folder)[:3] == before
 
     validated = [*(flag for flag in flags if flag != "--no_eval"), "--eval_steps", "6"]

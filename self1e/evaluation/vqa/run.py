@@ -19,7 +19,7 @@ from self1e.data.paths import inside
 from self1e.data.samples import check_texts
 from self1e.errors import UserError, check_known
 from self1e.evaluation.loop import WAIT
-from self1e.evaluation.results import Stopped, claim_folder, make_settings
+from self1e.evaluation.results import claim_folder, make_settings
 from self1e.evaluation.vqa.base import Answer, Question
 from self1e.evaluation.vqa.generation import answer_questions, replies_of
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
@@ -30,7 +30,7 @@ from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
 from self1e.model.weights import checkpoint_folder, weights_identity
-from self1e.stop import REQUEUE, StopRequest, mark_requeue
+from self1e.stop import StopRequest
 
 Questions = Mapping[str, list[Question]]  # of each benchmark
 
@@ -178,18 +178,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {name}: {fault} (data/README.md says what goes where)", file=sys.stderr, flush=True)
     if not questions:
         raise UserError(f"nothing was evaluated: no benchmark has its files in {args.data_dir} (--data_dir)")
-    with StopRequest() as stop:
-        mark_requeue(args.run_dir, wanted=False)
-        try:
-            if not args.score_only:
-                answer(args, folder, model, questions, stop)
-            elif distributed.is_main():
-                for name, asked in questions.items():
-                    score(name, folder, model, asked, args.data_dir)
-        except Stopped:
-            mark_requeue(args.run_dir)
-            distributed.say(f"\nstopped by {stop.signal or 'a request to another rank'}; the same command continues")
-            return REQUEUE
+    with StopRequest(args.run_dir) as stop:
+        if not args.score_only:
+            answer(args, folder, model, questions, stop)
+        elif distributed.is_main():
+            for name, asked in questions.items():
+                score(name, folder, model, asked, args.data_dir)
     if distributed.is_main():
         write_summary(folder, {"label": model, "version": args.version, "weights": args.model_weights}, faults)
     return 1 if faults else 0

@@ -5,9 +5,9 @@ from helpers import read_json
 from segmentation_trees import GREF, REASON, contents, evaluate
 
 from self1e.errors import UserError
-from self1e.evaluation.results import Stopped
 from self1e.evaluation.segmentation import run as module
 from self1e.evaluation.segmentation.run import evaluate_splits
+from self1e.stop import Stopped
 
 SPLITS = [REASON, GREF]  # two photos, three photos
 
