@@ -27,7 +27,7 @@ from self1e.data.readers import counted, fields, json_lines, stream_json
 from self1e.data.samples import image_key
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import Records, open_tables
-from self1e.errors import UserError
+from self1e.errors import UserError, check_known
 from self1e.model.prompts import is_blank, looks_like_sentence
 
 log = logging.getLogger(__name__)
@@ -46,12 +46,8 @@ def read_source(path: Path) -> Records:
     faulty: list[str] = []
     problems: dict[str, list] = defaultdict(list)
     photos: dict[str, tuple[list[int] | None, list]] = {}
-    read = _annotations if path.suffix.lower() == ".json" else _rows
-    for number, (image, size, sentences, mask, location) in enumerate(read(path, faulty)):
-        if size is not None:
-            if problem := contradiction(mask, *size):
-                problems[problem].append(location)
-            mask = mask["segmentation"]
+    own = _annotations(path, faulty, problems) if path.suffix.lower() == ".json" else _rows(path, faulty)
+    for number, (image, size, sentences, mask, location) in enumerate(own):
         yield "masks", mask
         photos.setdefault(image, (size, []))[1].append([sentences, number, location])
     for name, (size, targets) in photos.items():
@@ -70,42 +66,39 @@ def _noting(faulty: list[str]) -> Iterator[None]:
         faulty.append(str(error))
 
 
-def _rows(path: Path, faulty: list[str]) -> Iterator[Target]:
-    """The rows of a CSV or JSONL."""
-    for location, row in _csv_rows(path) if path.suffix.lower() == ".csv" else json_lines(path):
-        with _noting(faulty):
-            if not isinstance(row, dict) or None in row:
-                raise UserError(f"{location}: not one value for each column; quote a prompt that holds a comma")
-            cells = {name: "" if row.get(name) is None else str(row[name]).strip() for name in (*COLUMNS, "value")}
-            empty = [f"{name} is empty" for name in COLUMNS if is_blank(cells[name])]
-            if empty:
-                raise UserError(f"{location}: {', '.join(empty)}")
-            image, mask, prompt, value = cells.values()
-            number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
-            if number and not number.isdecimal():
-                raise UserError(f"{location}: value {value!r:.80} is no whole number of a pixel")
-            yield image, None, [prompt], {"file": mask, "value": int(number) if number else None}, location
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
+def table_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(location, {column: value}) of each line of a CSV or JSONL. Raises UserError when it is no such file."""
+    if path.suffix.lower() != ".csv":
+        yield from json_lines(path)
+        return
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, skipinitialspace=True, strict=True)
-            header = [name.strip() for name in rows.fieldnames or []]
-            rows.fieldnames = [name.lower() for name in header]
-            absent = [name for name in COLUMNS if name not in rows.fieldnames]
-            if absent:
-                raise UserError(
-                    f"line 1: no column {', '.join(absent)}; found {', '.join(header) or 'nothing':.200}; "
-                    f"expected {','.join(COLUMNS)} and, if wanted, value, separated by commas ({OWN_DATA})"
-                )
+            rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
+            check_known(f"line 1 should be {','.join(COLUMNS)} and holds no", COLUMNS, rows.fieldnames)
             for row in rows:
                 yield f"line {rows.line_num}", row
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"no UTF-8 CSV ({error}); save it as one") from error
 
 
-def _annotations(path: Path, faulty: list[str]) -> Iterator[Target]:
+def _rows(path: Path, faulty: list[str]) -> Iterator[Target]:
+    """The lines of a CSV or JSONL."""
+    for location, row in table_rows(path):
+        with _noting(faulty):
+            if not isinstance(row, dict) or None in row:
+                raise UserError(f"{location}: not one value for each column; quote a prompt that holds a comma")
+            cells = ["" if row.get(name) is None else str(row[name]).strip() for name in (*COLUMNS, "value")]
+            if empty := [f"{name} is empty" for name, cell in zip(COLUMNS, cells) if is_blank(cell)]:
+                raise UserError(f"{location}: {', '.join(empty)}")
+            image, mask, prompt, value = cells
+            number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
+            if number and not number.isdecimal():
+                raise UserError(f"{location}: value {value!r:.80} is no whole number of a pixel")
+            yield image, None, [prompt], {"file": mask, "value": int(number) if number else None}, location
+
+
+def _annotations(path: Path, faulty: list[str], problems: dict[str, list]) -> Iterator[Target]:
     """The annotations of a COCO-style JSON; the file is read once for each of its three lists, never held whole."""
     images: dict[int | str, tuple[str, list[int]]] = {}
     categories: dict[int | str, str] = {}
@@ -126,7 +119,10 @@ def _annotations(path: Path, faulty: list[str]) -> Iterator[Target]:
                 raise UserError(f"{location}: image_id {image_id!r} is not among the images")
             if not segmentation and record.get("bbox") and record.get("area"):
                 raise UserError(f"{location}: segmentation is empty beside a bbox and an area; a box is no outline")
-            yield *images[image_id], _sentences(record, categories, location), record, location
+            sentences = _sentences(record, categories, location)
+            if problem := contradiction(record, *images[image_id][1]):
+                problems[problem].append(location)
+            yield *images[image_id], sentences, segmentation, location
 
 
 def _sentences(annotation: dict, categories: dict[int | str, str], location: str) -> list[str]:
@@ -144,13 +140,9 @@ def _sentences(annotation: dict, categories: dict[int | str, str], location: str
 def find_source(path: str | Path) -> Path:
     """The file that `path` is or, a folder, holds; one that does not exist comes back as it is. Raises UserError."""
     path = Path(path)
-    if path.is_dir():
-        found = list_names(path, ".csv")
-        if len(found) != 1:
-            names = ", ".join(found[:5]) or "none"
-            raise UserError(f"{path} should hold one .csv, found {names}; name a {', '.join(SUFFIXES)} ({OWN_DATA})")
+    if path.is_dir() and len(found := list_names(path, ".csv")) == 1:
         return path / found[0]
-    if path.exists() and path.suffix.lower() not in SUFFIXES:
+    if path.is_dir() or (path.exists() and path.suffix.lower() not in SUFFIXES):
         raise UserError(f"{path}: expected a {', '.join(SUFFIXES)}, or a folder with one .csv ({OWN_DATA})")
     return path
 
@@ -158,11 +150,13 @@ def find_source(path: str | Path) -> Path:
 class Custom(ExpressionSet):
     """The photos of one source, "custom|<path>", that have sentences, in file order; `name` holds no folder.
 
-    A target is (number of a mask, its location in the file). Which expressions mean nothing only their masks know.
+    A target is the location of a mask in the file. Which expressions mean nothing only their masks know.
 
-    strict: refuse a source with faulty records or missing files; otherwise `problems` lists the records left out
-    doubts: "<location>: <what>" of what was read so far and may not be what its record means
+    strict: refuse a source with faulty records or missing files; otherwise `problems` lists the records left out. It
+            grows by records that were read and may not mean what they say.
     """
+
+    problems: list[str]
 
     @classmethod
     def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
@@ -173,7 +167,6 @@ class Custom(ExpressionSet):
         tables = open_tables(source, read_source)
         self._photos, self._masks, faulty = tables["photos"], tables["masks"], list(tables["faulty"])
         self.problems = [*faulty, *(f"{source.name}: {problem}" for problem in tables["problems"])]
-        self.doubts: list[str] = []
         if strict:
             self._check(faulty)
 
@@ -181,30 +174,29 @@ class Custom(ExpressionSet):
         """Raise one UserError that names the faulty records, and every photo and mask file that is not on disk."""
         files: dict[tuple[str, str], str] = {}  # name, folder that it may be in -> where it is met first
         for photo, _, targets in self._photos:
-            files.setdefault((photo, "images"), f"{targets[0][2]}: image")
+            files.setdefault((photo, "images"), targets[0][2])
             for _, number, location in targets:
                 if "file" in (mask := self._masks[number]):
-                    files.setdefault((mask["file"], "masks"), f"{location}: mask")
-        for (name, below), where in tqdm(files.items(), f"files of {self.source.name}", leave=False, disable=None):
+                    files.setdefault((mask["file"], "masks"), location)
+        for (name, below), location in tqdm(files.items(), f"files of {self.source.name}", leave=False, disable=None):
             with _noting(faults):
-                self._find(name, below, where)
+                self._find(name, below, location)
         if faults:
             listed = faults[:LISTED] + [f"and {len(faults) - LISTED} more"] * (len(faults) > LISTED)
             raise UserError("\n  ".join([f"{self.source}, problems: {len(faults)} ({OWN_DATA}):", *listed]))
         if not len(self):
             raise UserError(f"{self.source} holds no photo with a sentence and a mask ({OWN_DATA})")
 
-    def _find(self, name: str, below: str, where: str) -> Path:
-        """Where a file is: beside the source or in the folder `below`. Raises UserError where it is not."""
+    def _find(self, name: str, below: str, location: str) -> Path:
+        """A file beside the source or in the folder `below`. Raises UserError where it is in neither."""
         folder = self.source.parent
-        for parent in folder, folder / below:
-            try:
-                path = inside(parent, name, allow_outside=self.allow_outside)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
-            if path.is_file():
-                return path
-        raise UserError(f"{where}: {name} is neither in {folder} nor in {folder / below}")
+        try:
+            for place in folder, folder / below:
+                if (path := inside(place, name, allow_outside=self.allow_outside)).is_file():
+                    return path
+        except UserError as error:
+            raise UserError(f"{location}: {error}") from error
+        raise UserError(f"{location}: {name} is neither in {folder} nor in {folder / below}")
 
     def __len__(self) -> int:
         return len(self._photos)
@@ -219,41 +211,39 @@ class Custom(ExpressionSet):
 
     def photo(self, index: int) -> Path:
         name, _, targets = self._photos[index]
-        return self._find(name, "images", f"{targets[0][2]}: image")
+        return self._find(name, "images", targets[0][2])
 
     def expressions(self, index: int) -> list[Expression]:
         """Sentences that are asked in the same words are one."""
-        found: dict[str, tuple[str, list]] = {}
-        for sentences, number, location in self._photos[index][2]:
+        found: dict[str, Expression] = {}
+        for sentences, _, location in self._photos[index][2]:
             for text in sentences:
-                asked = text if looks_like_sentence(text) else text.lower()
-                found.setdefault(asked, (text, []))[1].append((number, location))
-        return [
-            Expression(text, targets, f"/{k}", looks_like_sentence(text))
-            for k, (text, targets) in enumerate(found.values())
-        ]
+                is_sentence = looks_like_sentence(text)
+                asked = text if is_sentence else text.lower()
+                expression = found.setdefault(asked, Expression(text, [], f"/{len(found)}", is_sentence))
+                expression.targets.append(location)
+        return list(found.values())
 
-    def where(self, target: tuple[int, str]) -> str:
-        return target[1]
+    def where(self, target: str) -> str:
+        return target
 
-    def mask(self, index: int, target: tuple[int, str], image: Image.Image) -> np.ndarray:
-        number, location = target
+    def mask(self, index: int, target: str, image: Image.Image) -> np.ndarray:
         _, size, targets = self._photos[index]
-        mask = self._masks[number]
+        mask = self._masks[next(number for _, number, location in targets if location == target)]
         if size is not None:
             if size == [image.width, image.height] != [image.height, image.width]:
                 self._doubt(targets[0][2], "the size is the photo's before EXIF turns it; its masks are turned, too")
-            return decode_segmentation(mask, size[0], size[1], location)
-        file, value = mask["file"], mask["value"]
-        labels = load_label_map(self._find(file, "masks", f"{location}: mask"))
-        found = labels > 0 if value is None else labels == value
-        if value is not None and not found.any():
-            self._doubt(location, "no pixel", f" of {file} has the value {value}")
-        return found.astype(np.uint8)
+            return decode_segmentation(mask, size[0], size[1], target)
+        value, labels = mask["value"], load_label_map(self._find(mask["file"], "masks", target))
+        if value is None:
+            return (labels > 0).astype(np.uint8)
+        if value not in labels:
+            self._doubt(target, "no pixel", f" of {mask['file']} has the value {value}")
+        return (labels == value).astype(np.uint8)
 
     def _doubt(self, location: str, kind: str, more: str = "") -> None:
         problem = f"{location}: {kind}{more}"
-        if not any(kind in doubt for doubt in self.doubts):  # each kind is said once
+        if not any(kind in known for known in self.problems):  # each kind is said once
             log.warning("%s: %s", self.name, problem)
-        if problem not in self.doubts:
-            self.doubts.append(problem)
+        if problem not in self.problems:
+            self.problems.append(problem)

@@ -95,13 +95,12 @@ class ReasonSeg(ExpressionSet):
         if not alone and not rng.integers(2):
             return super().read(index, rng)
         chosen = draw(expressions, self.conversations, rng)
+        conversations = [
+            [f"{prompts.IMAGE_TAG}\n{each.text}", explanation]
+            if alone
+            else [prompts.explanatory_question(each.text, rng), f"{prompts.answer(rng)} {explanation}"]
+            for each in chosen
+        ]
         image, masks = self.load(index, [each.targets for each in chosen])
-        if alone:
-            conversations = [[f"{prompts.IMAGE_TAG}\n{each.text}", explanation] for each in chosen]
-        else:
-            conversations = [
-                [prompts.explanatory_question(each.text, rng), f"{prompts.answer(rng)} {explanation}"]
-                for each in chosen
-            ]
         targets = (masks == 1).astype(np.uint8)[:, None]
         return Sample(self.id(index), image, conversations, list(targets[:, : not alone]))

@@ -8,6 +8,7 @@ For evaluation also R-RefCOCO (rrefcoco, rrefcoco+, rrefcocog) and Ref-ZOM (refz
 mscoco/images/trainval2014), where a sentence may mean nothing, as in gRefCOCO.
 """
 
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -45,23 +46,21 @@ class Referring(ExpressionSet):
         self.folder, self.coco = photos, CocoIndex(instances)
         self.problems = self.coco.problems
         tables = open_tables(refs, read_refs)
-        self._groups = tables["groups"]
-        keys = tables["keys"][0]
-        groups = np.array([k for k, (known, _) in enumerate(keys) if _in_split(known, split, self.name)], np.int64)
+        self._records = tables["groups"]
         # An image can belong to several raw splits (testA and testB make up test): one entry, its groups together.
-        images = np.array([image for _, image in keys], np.int64)[groups]
-        order = np.argsort(images, kind="stable")
-        self._order = groups[order]
-        image_ids, self._starts = np.unique(images[order], return_index=True)
-        self._images = self.coco.image_numbers(image_ids)
+        groups: dict[int, list[int]] = defaultdict(list)
+        for number, (known, image) in enumerate(tables["keys"][0]):
+            if _in_split(known, split, self.name):
+                groups[image].append(number)
+        self._groups = [groups[image] for image in sorted(groups)]
+        self._images = self.coco.image_numbers(np.array(sorted(groups), np.int64))
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._groups)
 
     def references(self, index: int) -> list[tuple[int, list[int], list[tuple[int, str]]]]:
         """(ref id, annotation ids, [(sentence id, sentence), ...]) of each reference of an image."""
-        stop = self._starts[index + 1] if index + 1 < len(self) else len(self._order)
-        return [ref for group in self._order[self._starts[index] : stop] for ref in self._groups[int(group)]]
+        return [ref for group in self._groups[index] for ref in self._records[group]]
 
     def expressions(self, index: int) -> list[Expression]:
         return [

@@ -31,10 +31,9 @@ class LabelMapSet(TrainingSet):
     """
 
     suffixes = ".png", ".jpg"  # of label maps and of photos
-    first_label = 0  # label of the first class; smaller ones are ignored
 
     def read_names(self, *others: Path) -> list[str]:
-        """Class names in label order, "" for those that nobody asks for; others: what `files` names besides."""
+        """Names of the labels from 0 on, "" for those that nobody asks for; others: what `files` names besides."""
         return class_names(self.name)
 
     def open(self, labels: Path, photos: Path, *others: Path) -> None:
@@ -52,25 +51,24 @@ class LabelMapSet(TrainingSet):
 
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
         labels = load_label_map(self.labels / f"{self.stems[index]}{self.suffixes[0]}")
-        present = [v for v in np.unique(labels).tolist() if self.first_label <= v != IGNORED]
-        if present and present[-1] - self.first_label >= len(self.names):
+        present = [value for value in np.unique(labels).tolist() if value != IGNORED]
+        if present and present[-1] >= len(self.names):
             raise UserError(f"its label map holds {present[-1]}, which is no class of {self.name}")
-        present = [v for v in present if self.names[v - self.first_label]]
-        if not present:
+        asked = [value for value in present if self.names[value]]
+        if not asked:
             return None
         image, orientation = read_picture(self.folder / self.file_name(index))
-        labels = orient(labels, image, orientation)
-        conversations, masks = [], []
-        for value in draw(present, self.conversations, rng):
-            name = self.names[value - self.first_label]
-            conversations.append([prompts.question(name, rng, is_sentence=False), prompts.answer(rng)])
-            masks.append((labels == value).astype(np.uint8)[None])
-        return Sample(self.id(index), image, conversations, masks)
+        labels, drawn = orient(labels, image, orientation), draw(asked, self.conversations, rng)
+        names = [self.names[value] for value in drawn]
+        conversations = [[prompts.question(name, rng, is_sentence=False), prompts.answer(rng)] for name in names]
+        return Sample(self.id(index), image, conversations, [(labels == v).astype(np.uint8)[None] for v in drawn])
 
 
 class ADE20K(LabelMapSet):
     files = "ade20k/annotations/training", "ade20k/images/training"
-    first_label = 1  # 0 = other
+
+    def read_names(self, *others: Path) -> list[str]:
+        return ["", *class_names(self.name)]  # 0 = other
 
 
 class COCOStuff(LabelMapSet):
@@ -120,10 +118,9 @@ class PartSet(TrainingSet):
         image, orientation = read_picture(self.photo(index))
         conversations, masks = [], []
         for annotation in draw(usable, self.conversations, rng):
-            where = f"annotation {annotation['id']}"
-            if annotation["category_id"] not in self.names:
+            where, names = f"annotation {annotation['id']}", self.names.get(annotation["category_id"])
+            if names is None:
                 raise UserError(f"{where}: unknown category {annotation['category_id']}")
-            names = self.names[annotation["category_id"]]
             phrases = (" ".join(names), f"the {names[1]} of the {names[0]}") if len(names) == 2 else names
             name = phrases[rng.integers(len(phrases))]
             conversations.append([prompts.question(name, rng, is_sentence=False), prompts.answer(rng)])
