@@ -36,11 +36,6 @@ def read_figures(folder: Path) -> dict[str, dict]:
     return {figures["split"]: figures for figures in found}
 
 
-def units_path(folder: Path, split: str) -> Path:
-    """The JSONL of a split in a results folder."""
-    return folder / f"{file_stem(split)}.jsonl"
-
-
 def summary_table(results: Mapping[str, dict]) -> str:
     """Ours beside the published figures, in percent, and the figures that only some splits have.
 

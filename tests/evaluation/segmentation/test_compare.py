@@ -1,13 +1,9 @@
-"""`self1e score`: one row per run, mean and deviation over seeds, and the comparison of two runs."""
+"""`self1e score`: one row per run, mean and deviation over seeds."""
 
 import json
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from self1e.cli import main as self1e
-from self1e.evaluation.segmentation.compare import compare
 from self1e.evaluation.segmentation.metrics import Unit, score
 from self1e.files import to_jsonl, write_json, write_text
 
@@ -58,26 +54,3 @@ def test_mean_and_deviation_over_runs_that_differ_in_the_seed_alone(tmp_path, ca
     assert table[-1][-1] == "81.0 ± 1.0"
     assert self1e(["score", *map(str, runs), "--latex"]) == 0
     assert r"81.0 $\pm$ 1.0 \\" in capsys.readouterr().out
-
-
-def test_two_runs_are_compared_sentence_by_sentence(tmp_path, capsys):
-    first, second = write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1)
-    assert self1e(["score", str(first), str(second), "--compare"]) == 0
-    row = rows(capsys.readouterr().out)[-1]
-    assert row[:2] == ["refcoco unc val", "8"] and float(row[4]) > 0 and row[5].startswith("+")
-    (second / "eval/refcoco_unc_val.jsonl").write_text(json.dumps(vars(unit("z", 1))) + "\n")
-    assert self1e(["score", str(first), str(second), "--compare"]) == 1
-    assert "share no sentence" in capsys.readouterr().err
-
-
-def test_pairing_narrows_the_interval():
-    hits = np.random.default_rng(0).integers(0, 10, size=100)
-    pairs = [(unit(str(n), int(I)), unit(str(n), int(I) + 1)) for n, I in enumerate(hits)]  # B is a little better
-    n, (a, b), (low, high) = compare(*zip(*pairs))
-    assert n == 100 and 0 < low < b - a < high < 20  # what is hard for both does not blur it
-
-
-def test_a_comparison_takes_two_runs():
-    with pytest.raises(SystemExit) as stop:
-        self1e(["score", "a", "--compare"])
-    assert stop.value.code == 2
