@@ -1,12 +1,10 @@
-"""Pictures of masks: overlays, captioned panels, contact sheets, and the worst predictions of an evaluation first.
+"""Pictures of masks: overlays, captioned panels, and contact sheets.
 
 Everything takes and returns RGB `PIL.Image`s; masks are (H, W) or (n, H, W) at the size of the upright photo.
 """
 
-import re
 import textwrap
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -66,7 +64,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
     return lines or [""]
 
 
-def panel(pictures: dict[str, Image.Image], caption: str = "", note: str = "", *, width: int = 1200) -> Image.Image:
+def panel(pictures: dict[str, Image.Image], caption: str, note: str, *, width: int = 1200) -> Image.Image:
     """Pictures side by side at one height, each with its name below it, under a wrapped caption.
 
     pictures: name -> picture. note: a few words at the right of the caption, such as the IoU.
@@ -77,10 +75,9 @@ def panel(pictures: dict[str, Image.Image], caption: str = "", note: str = "", *
     height = min(room / sum(p.width / p.height for p in pictures.values()), 0.75 * width)
     sizes = [(max(1, round(height * p.width / p.height)), max(1, round(height))) for p in pictures.values()]
     tiles = [p.convert("RGB").resize(size, Image.Resampling.LANCZOS) for p, size in zip(pictures.values(), sizes)]
-    note_width = round(big.getlength(note)) + MARGIN if note else 0
-    lines = _wrap(caption, big, width - 2 * MARGIN - note_width) if caption or note else []
+    lines = _wrap(caption, big, width - 3 * MARGIN - round(big.getlength(note)))
     line = round(width / 34)
-    top = MARGIN + line * len(lines) + (MARGIN // 2 if lines else 0)
+    top = MARGIN + line * len(lines) + MARGIN // 2
 
     canvas = Image.new("RGB", (width, top + tiles[0].height + line + MARGIN // 2), PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -95,17 +92,6 @@ def panel(pictures: dict[str, Image.Image], caption: str = "", note: str = "", *
     return canvas
 
 
-def compare(
-    image: Image.Image, target: np.ndarray, prediction: np.ndarray, sentence: str, iou: float, *, width: int = 1200
-) -> Image.Image:
-    """Photo, ground truth and prediction of one sentence, with the sentence and the IoU above them."""
-    truth = "ground truth" if (target == 1).any() else "ground truth: nothing"
-    truth += " (grey: ignored)" if (target == 255).any() else ""
-    guess = "prediction" if prediction.any() else "prediction: nothing"
-    marked, found = overlay(image, target, [GROUND_TRUTH]), overlay(image, prediction, [PREDICTION])
-    return panel({"photo": image, truth: marked, guess: found}, sentence, f"IoU {iou:.2f}", width=width)
-
-
 def grid(pictures: Sequence[Image.Image], columns: int = 2, *, cell: int = 900) -> Image.Image:
     """A contact sheet: pictures scaled to `cell` pixels of width, row by row, each row as high as its highest."""
     cells = [ImageOps.contain(p.convert("RGB"), (cell, 4 * cell)) for p in pictures]
@@ -117,27 +103,3 @@ def grid(pictures: Sequence[Image.Image], columns: int = 2, *, cell: int = 900) 
             left = MARGIN + column * (cell + MARGIN) + (cell - picture.width) // 2
             canvas.paste(picture, (left, MARGIN + sum(heights[:number])))
     return canvas
-
-
-def safe_name(text: str, length: int = 80) -> str:
-    """The end of `text` as a file name that every file system takes; image suffixes inside it are dropped."""
-    text = re.sub(r"\.(jpe?g|png)\b", "", text, flags=re.IGNORECASE)
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", text)[-length:].strip("._-") or "unnamed"
-
-
-def save_worst_first(
-    folder: Path, ious: Sequence[float], names: Sequence[str], draw: Callable[[int], Image.Image], *, most: int = 200
-) -> Path:
-    """Save `NNNN_iouX.XX_<name>.jpg` from the lowest IoU up, at most `most`, in the place of an earlier run's.
-
-    draw: index -> its picture; called for one picture at a time, so memory does not grow with the evaluation.
-    Returns the path of `overview.png`, which shows the eight worst and the four best.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("[0-9]*_iou*.jpg"):
-        stale.unlink()
-    order = sorted(range(len(ious)), key=lambda index: (ious[index], index))
-    for rank, index in enumerate(order[:most], 1):
-        draw(index).save(folder / f"{rank:04d}_iou{ious[index]:.2f}_{safe_name(names[index])}.jpg", quality=90)
-    grid([draw(index) for index in order[:8] + order[max(8, len(order) - 4) :]]).save(folder / "overview.png")
-    return folder / "overview.png"

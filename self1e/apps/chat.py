@@ -35,6 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         replies = model.chat(processor, made["image"], job.prompts, **options)
         for prompt, reply in zip(job.prompts, replies):
             print(f"{prompt}: {reply.text}")
-        return [lambda: replies]
+        return [replies]
 
     return run(args, prepare, ask, {"max_new_tokens": args.max_new_tokens})

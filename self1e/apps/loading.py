@@ -4,7 +4,7 @@ import argparse
 from importlib.util import find_spec
 from typing import Any
 
-import torch
+from transformers import BitsAndBytesConfig
 
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.errors import UserError
@@ -29,22 +29,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def quantization(bits: int, dtype: torch.dtype) -> Any:
-    """bitsandbytes' 8- or 4-bit (NF4) weights for `from_pretrained(quantization_config=...)`; `dtype` computes."""
-    from transformers import BitsAndBytesConfig
-
-    if find_spec("bitsandbytes") is None:
-        raise UserError(f"--quantize {bits} needs bitsandbytes: pip install bitsandbytes")
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    return BitsAndBytesConfig(**four if bits == 4 else {"load_in_8bit": True}, llm_int8_skip_modules=UNQUANTIZED)
-
-
 def load(args: argparse.Namespace) -> tuple[Self1EForSegmentation, Self1EProcessor]:
     """Model and processor that the flags of `add_model_flags` name, ready to predict; UserError without a head."""
     place = distributed.device(args.device)
-    options: dict[str, Any] = {"dtype": DTYPES[args.dtype or ("bf16" if place.type == "cuda" else "fp32")]}
+    dtype = DTYPES[args.dtype or ("bf16" if place.type == "cuda" else "fp32")]
+    options: dict[str, Any] = {"dtype": dtype}
     if args.quantize:
-        options |= {"quantization_config": quantization(args.quantize, options["dtype"]), "device_map": {"": place}}
+        if find_spec("bitsandbytes") is None:
+            raise UserError(f"--quantize {args.quantize} needs bitsandbytes: pip install bitsandbytes")
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        bits = four if args.quantize == 4 else {"load_in_8bit": True}
+        config = BitsAndBytesConfig(**bits, llm_int8_skip_modules=UNQUANTIZED)
+        options |= {"quantization_config": config, "device_map": {"": place}}
     model = Self1EForSegmentation.from_pretrained(args.version, weights=args.model_weights, **options)
     check_head(model)
     processor = Self1EProcessor.from_pretrained(args.version)

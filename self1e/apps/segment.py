@@ -17,7 +17,6 @@ A photo that cannot be read is one line on the screen and the run goes on; the e
 
 import argparse
 import hashlib
-import heapq
 import json
 import os
 import re
@@ -45,8 +44,8 @@ from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
 from self1e.evaluation.results import claim_folder
-from self1e.files import check_writable, replacing, to_jsonl
-from self1e.model.inference import Masks, Reply, logit_of, masks_of, question
+from self1e.files import check_writable, to_jsonl, write_json, write_text
+from self1e.model.inference import Reply, logit_of, masks_of, question
 from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER, check_prompt
 from self1e.model.weights import weights_identity
@@ -54,8 +53,6 @@ from self1e.stop import StopRequest
 from self1e.visualize import overlay
 
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".ppm", ".pgm", ".heic", ".heif"}
-AS_JSON: Any = {"encoding": "utf-8", "errors": "backslashreplace"}  # "\udcff" of a file name is JSON's own way
-LISTS = (".txt", ".csv", ".jsonl")
 FEW = 100  # photos that get masks and overlays unless the flags say otherwise
 TOGETHER = 16  # photos in one forward pass, at most
 WRITERS = 2  # threads that write the photos of a forward pass during the next one
@@ -102,28 +99,30 @@ def lines_of(flag: str, path: Path) -> list[str]:
         raise UserError(f"{flag} {path}: {error}") from error
 
 
-def listed(path: Path) -> Iterator[tuple[Path, str]]:
-    """The photos of a .txt, .csv or .jsonl, with the prompts that they have there, or ""."""
+def photos_of(path: Path, output: Path) -> list[tuple[Path, str]]:
+    """The photos that a path of `--image` stands for, each with the prompt that it has there, or "".
+
+    Of a folder those in its subfolders, too, without hidden files and what lies in `output`.
+    """
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.suffix.lower() in PHOTOS]
+        shown = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
+        return [(file, "") for file in shown if output not in file.resolve().parents]
     try:
         if path.suffix.lower() == ".txt":
             table = pd.DataFrame({"image": lines_of("--image", path)})
         elif path.suffix.lower() == ".csv":
             table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-        else:
+        elif path.suffix.lower() == ".jsonl":
             table = pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig")
+        else:
+            return [(path, "")]
         table.columns = table.columns.str.strip().str.lower()
-        for name, own in zip(table["image"], table["prompt"].fillna("") if "prompt" in table else [""] * len(table)):
-            yield Path(os.path.normpath(inside(path.parent, name, allow_outside=True))), own
+        places = [inside(path.parent, name, allow_outside=True) for name in table["image"]]
+        own = table["prompt"].fillna("") if "prompt" in table else [""] * len(table)
+        return [(Path(os.path.normpath(place)), prompt) for place, prompt in zip(places, own)]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--image {path}: no list of photos with a column `image` ({error})") from error
-
-
-def found_in(folder: Path, output: Path) -> Iterator[tuple[Path, str]]:
-    """The photos of a folder and its subfolders, without hidden files and what lies in `output`."""
-    for file in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in PHOTOS and not hidden and output.resolve() not in file.resolve().parents:
-            yield file, ""
 
 
 def find_jobs(args: argparse.Namespace) -> list[Job]:
@@ -132,10 +131,7 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
     common = [*args.prompt, *(lines_of("--prompts_file", args.prompts_file) if args.prompts_file else ())]
     jobs: dict[Path, dict[str, None]] = {}
     for text in args.image:
-        path = Path(os.path.abspath(text))
-        photos = [(path, "")]
-        if path.is_dir() or path.suffix.lower() in LISTS:
-            photos = [*(found_in(path, args.output) if path.is_dir() else listed(path))]
+        photos = photos_of(Path(os.path.abspath(text)), args.output.resolve())
         if not photos:
             raise UserError(f"--image {text}: no photos in it, outside of --output ({', '.join(sorted(PHOTOS))})")
         for photo, own in photos:
@@ -169,7 +165,7 @@ class Output:
 
     records.jsonl has one line per photo and prompt: image, width, height, prompt, text, overlay and masks; a mask has
     COCO's segmentation, bbox (x, y, width, height in pixels), area and score (the mean foreground probability, 0 for
-    an empty mask), and the names of its files. Until `write_coco` each process has a file of its own.
+    an empty mask), and the names of its files. Until `merge` each process has a file of its own.
 
     photos: of this run, by which names are told apart. done: (image, prompt) of the records from before.
     """
@@ -179,7 +175,6 @@ class Output:
         masks: bool = True, overlays: bool = True,
     ):  # fmt: skip
         self.folder, self.masks, self.overlays = folder, masks, overlays
-        self.path = folder / "records.jsonl"
         self.done = distributed.on_main(partial(self._begin, settings, overwrite))
         images = {*map(str, photos), *(image for image, _ in self.done)}
         stems = Counter(slug(Path(image).stem).casefold() for image in images)
@@ -188,33 +183,23 @@ class Output:
     def _begin(self, settings: dict, overwrite: bool) -> set[tuple[str, str]]:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("records*.jsonl") if overwrite else ():
-            for record in self.read(path):
+            for record in read(path):
                 files = [record.get("overlay"), *(mask.get("mask") for mask in record["masks"])]
                 for name in filter(None, files):
                     (self.folder / name).unlink(missing_ok=True)
             path.unlink()
         claim_folder(self.folder, settings, overwrite=False, remedy="Choose another folder, or --overwrite")
-        return self._merge()
+        return {(record["image"], record["prompt"]) for record in self.merge()}
 
-    @staticmethod
-    def read(path: Path) -> Iterator[dict]:
-        """The records in a file, without a last line that was being written when its run ended."""
-        if path.exists():
-            with open(path, encoding="utf-8") as file:
-                yield from (json.loads(line) for line in file if line.endswith("\n"))
-
-    def _merge(self) -> set[tuple[str, str]]:
-        """Move what the processes have written to records.jsonl, in the order of the photos; returns `done`."""
-        parts, done = sorted(self.folder.glob("records.rank*.jsonl")), set()
-        with replacing(self.path) as new, open(new, "w", **AS_JSON) as file:
-            merged = heapq.merge(*map(self.read, parts), key=lambda record: record["image"])
-            for record in chain(self.read(self.path), merged):
-                if (key := (record["image"], record["prompt"])) not in done:
-                    file.write(to_jsonl([record]))
-                    done.add(key)
+    def merge(self) -> list[dict]:
+        """Move what the processes have written to records.jsonl, in the order of the photos; returns all records."""
+        whole, parts = self.folder / "records.jsonl", sorted(self.folder.glob("records.rank*.jsonl"))
+        new = sorted(chain.from_iterable(map(read, parts)), key=lambda record: record["image"])
+        records = {(record["image"], record["prompt"]): record for record in chain(read(whole), new)}
+        write_text(whole, to_jsonl(records.values()))
         for part in parts:
             part.unlink()
-        return done
+        return [*records.values()]
 
     def save(self, path: str | Path, image: Any, prompt: str, reply: Reply) -> dict:
         """Write the files of one reply; returns its record. Threads may call it."""
@@ -240,34 +225,43 @@ class Output:
 
     def append(self, records: Iterable[dict]) -> None:
         """Write records whose files are there."""
-        with open(self.folder / f"records.rank{distributed.rank()}.jsonl", "a", **AS_JSON) as file:
+        with open(self.folder / f"records.rank{distributed.rank()}.jsonl", "a", encoding="utf-8") as file:
             file.write(to_jsonl(records))
 
     def write_coco(self) -> None:
         """coco.json: all records as a COCO data set, file names relative to the folder that holds all the photos.
 
-        For one process, after all have written. The masks go from file to file, one by one.
+        For one process, after all have written.
         """
-        self._merge()
-        images: dict[str, dict] = {}
-        categories: dict[str, int] = {}
-        for record in self.read(self.path):
-            size = {name: record[name] for name in ("width", "height")}
-            images.setdefault(record["image"], {"id": len(images) + 1, "file_name": record["image"], **size})
-            categories.setdefault(record["prompt"], len(categories) + 1)
+        records = self.merge()
+        images = {record["image"]: record for record in records}
+        image_ids = {image: number for number, image in enumerate(images, 1)}
+        prompts = dict.fromkeys(record["prompt"] for record in records)
+        category_ids = {prompt: number for number, prompt in enumerate(prompts, 1)}
         root = os.path.commonpath([os.path.dirname(path) for path in images]) if images else ""
-        for image in images.values():
-            image["file_name"] = Path(os.path.relpath(image["file_name"], root)).as_posix()
-        head = {"info": {"description": "masks of Self1E"}, "images": list(images.values())}
-        head["categories"] = [{"id": number, "name": prompt} for prompt, number in categories.items()]
-        with replacing(self.folder / "coco.json") as new, open(new, "w", **AS_JSON) as file:
-            file.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "annotations": [')
-            found = ((record, mask) for record in self.read(self.path) for mask in record["masks"] if mask["area"])
-            for number, (record, mask) in enumerate(found, 1):
-                owner = {"image_id": images[record["image"]]["id"], "category_id": categories[record["prompt"]]}
-                entry = json.dumps({"id": number, **owner, "iscrowd": 0, **mask}, ensure_ascii=False)
-                file.write(f"{',' if number > 1 else ''}\n{entry}")
-            file.write("]}\n")
+        names = {path: Path(os.path.relpath(path, root)).as_posix() for path in images}
+        found = [(record, mask) for record in records for mask in record["masks"] if mask["area"]]
+        data = {
+            "info": {"description": "masks of Self1E"},
+            "images": [
+                {"id": image_ids[path], "file_name": names[path], "width": one["width"], "height": one["height"]}
+                for path, one in images.items()
+            ],
+            "categories": [{"id": number, "name": prompt} for prompt, number in category_ids.items()],
+            "annotations": [
+                {"id": number, "image_id": image_ids[one["image"]], "category_id": category_ids[one["prompt"]]}
+                | {"iscrowd": 0, **mask}
+                for number, (one, mask) in enumerate(found, 1)
+            ],
+        }
+        write_json(self.folder / "coco.json", data, indent=None)
+
+
+def read(path: Path) -> Iterator[dict]:
+    """The records in a file, without a last line that was being written when its run ended."""
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def slug(text: str) -> str:
@@ -279,14 +273,14 @@ def slug(text: str) -> str:
 def run(
     args: argparse.Namespace,
     prepare: Callable[[Self1EProcessor, bool, Job], dict],
-    ask: Callable[[Self1EForSegmentation, Self1EProcessor, list[tuple[Job, dict]]], list[Callable[[], list[Reply]]]],
+    ask: Callable[[Self1EForSegmentation, Self1EProcessor, list[tuple[Job, dict]]], list[Iterable[Reply]]],
     settings: dict,
     budget: int = 0,
 ) -> int:
     """Ask every prompt of every photo, write what comes, and return the exit code.
 
     prepare: (processor, whether `image` is wanted, job) -> what workers make of a photo.
-    ask: -> per photo a function that gives its replies; other threads call it.
+    ask: -> the replies about each photo; other threads iterate over them.
     settings: what, beside the flags of both commands, makes other masks. budget: of `groups`.
     """
     distributed.start("gloo", timeout=WAIT)
@@ -306,18 +300,17 @@ def run(
         broken.append(error)
         tqdm.write(f"skipped: {error.cause}", file=sys.stderr)
 
-    def save(job: Job, made: dict, replies: Callable[[], list[Reply]]) -> list[dict]:
-        pairs = zip(job.prompts, replies(), strict=True)
+    def save(job: Job, made: dict, replies: Iterable[Reply]) -> list[dict]:
+        pairs = zip(job.prompts, replies, strict=True)
         return [output.save(job.path, made["image"], prompt, reply) for prompt, reply in pairs]
 
-    own, waited = left[distributed.rank() :: distributed.world_size()], 0.0
     if left:
+        own = left[distributed.rank() :: distributed.world_size()]
         model, processor = load(args)
         workers = args.workers
         if workers is None:
             workers = distributed.share_cores() if model.device.type == "cuda" else 1
-        bar = distributed.progress(len(own), desc="done", unit="photo")
-        begin = before = time.monotonic()
+        bar, begin = distributed.progress(len(own), desc="done", unit="photo"), time.monotonic()
         writing: list[Future[list[dict]]] = []
         with StopRequest() as stop, ThreadPoolExecutor(WRITERS) as pool, bar:
             photos = prepared(
@@ -326,13 +319,10 @@ def run(
             )  # fmt: skip
             try:
                 for group in groups(photos, budget):
-                    waited += time.monotonic() - before
                     answers = ask(model, processor, group)
                     output.append(chain.from_iterable(future.result() for future in writing))
                     writing = [pool.submit(save, *photo, replies) for photo, replies in zip(group, answers)]
                     bar.update(len(group))
-                    before = time.monotonic()
-                    bar.set_postfix(waiting_for_data=f"{waited / (before - begin):.0%}", refresh=False)
             finally:
                 output.append(chain.from_iterable(future.result() for future in writing))
         spent = time.monotonic() - begin
@@ -340,10 +330,8 @@ def run(
     distributed.on_main(output.write_coco)
     if left:
         done = len(left) - bad
-        distributed.say(
-            f"the masks of {done} photo{'s' * (done != 1)} are in {args.output}: {spent:.1f} s, "
-            f"{done / spent:.1f} photos per second, {waited / spent:.0%} of the time waiting for data"
-        )
+        speed = f"{spent:.1f} s, {done / spent:.1f} photos per second"
+        distributed.say(f"the masks of {done} photo{'s' * (done != 1)} are in {args.output}: {speed}")
     if bad and distributed.is_main():
         print(f"{bad} of {len(left)} photos could not be read, see above", file=sys.stderr)
     return 1 if bad else 0
@@ -357,10 +345,6 @@ def prepare_segment(
     made = processor.encode(image, conversations, max_tiles=max_tiles)
     lengths, size = [len(ids) for ids, _ in made["texts"]], (image.height, image.width)
     return made | {"lengths": lengths, "size": size, "image": np.array(image) if with_image else None}
-
-
-def replies_of(found: list[Masks]) -> list[Reply]:
-    return [x.reply(ANSWER) for x in found]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -379,7 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit = max(1, args.batch_tokens // batch["input_ids"].shape[1])
         options = {"threshold": args.threshold, "conversations_per_forward": limit}
         found = iter(masks_of(model, batch, [made["size"] for _, made in photos], **options))
-        return [partial(replies_of, [next(found) for _ in job.prompts]) for job, _ in photos]
+        own = [[next(found) for _ in job.prompts] for job, _ in photos]
+        return [(masks.reply(ANSWER) for masks in each) for each in own]
 
     kind = {"phrase": False, "sentence": True}.get(args.prompt_kind)
     prepare = partial(prepare_segment, kind, HIGH_RES_TILES if args.high_res else 1)

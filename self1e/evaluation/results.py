@@ -7,8 +7,7 @@ complete, each process appends to a file of its own, `<stem>.rank<r>.jsonl`.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -56,16 +55,16 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool, 
             differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
             raise UserError(f"{folder} holds results of other settings: {changes}. {remedy}")
-        for old in held:
-            for file in (old, *figure_files(folder, old.name.removesuffix(".jsonl").split(".rank")[0])):
-                file.unlink(missing_ok=True)
+        for stem in {old.name.removesuffix(".jsonl").split(".rank")[0] for old in held}:
+            for file in files_of(folder, stem):
+                file.unlink()
     if before != now:
         write_json(path, now)
 
 
-def figure_files(folder: Path, stem: str) -> list[Path]:
-    """Where the figures of a split or of a benchmark are written."""
-    return [folder / f"{stem}.json", folder / f"{stem}.scores.json"]
+def files_of(folder: Path, stem: str) -> list[Path]:
+    """All files of a split or benchmark: its results, those of each process, and its figures."""
+    return sorted(folder.glob(f"{escape(stem)}.*"))
 
 
 class Results:
@@ -78,13 +77,6 @@ class Results:
     def __init__(self, folder: Path, stem: str, asked: Mapping[Any, Mapping[str, Any]], *, key: str = "id"):
         self.path, self.asked, self.key = folder / f"{stem}.jsonl", asked, key
         self.found: dict[Any, dict] = {}
-        self.new: dict[Any, dict] = {}  # of this rank
-
-    def _rank_path(self, rank: int) -> Path:
-        return self.path.with_name(f"{self.path.stem}.rank{rank}.jsonl")
-
-    def _rank_paths(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{escape(self.path.stem)}.rank*.jsonl"))
 
     def read(self) -> dict[Any, dict]:
         """The records on the disk by their key. A last line that was torn when a run ended is left out.
@@ -92,49 +84,53 @@ class Results:
         Raises UserError for a line that is no record, or one of other data.
         """
         found = {}
-        for path in [self.path, *self._rank_paths()]:
-            lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-            for number, line in enumerate(lines, 1):
+        for path in (path for path in files_of(self.path.parent, self.path.stem) if path.suffix == ".jsonl"):
+            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
                 try:
                     record = json.loads(line)
-                    same = self.asked[record[self.key]].items() <= record.items()
-                except (ValueError, TypeError, KeyError):
-                    same = False
-                if not same:
+                    if not self.asked[record[self.key]].items() <= record.items():
+                        raise ValueError("it answers another question")
+                except (ValueError, TypeError, KeyError) as error:
                     raise UserError(
                         f"{path}, line {number} is damaged or of other data than is evaluated now. {REMEDY}"
-                    )
+                    ) from error
                 found[record[self.key]] = record
         return found
 
+    def _write(self, path: Path, records: Iterable[dict]) -> None:
+        """Write a file that takes the place of all others of this split or benchmark."""
+        write_text(path, to_jsonl(records))
+        for other in files_of(path.parent, self.path.stem):
+            if other != path:
+                other.unlink()
+
+    def _own(self) -> Path:
+        return self.path.with_name(f"{self.path.stem}.rank{distributed.rank()}.jsonl")
+
     def open(self, *, overwrite: bool) -> None:
         """Take over what is on the disk, nothing with `overwrite`. For all ranks, before any appends."""
-        self.found = distributed.on_main(partial(self._begin, overwrite))
 
-    def _begin(self, overwrite: bool) -> dict[Any, dict]:
-        found = {} if overwrite else self.read()
-        if len(found) < len(self.asked):
-            write_text(self._rank_path(0), to_jsonl(found.values()))  # where the earlier ones end is a whole line
-            stale = {self.path, *self._rank_paths(), *figure_files(self.path.parent, self.path.stem)}
-            for path in stale - {self._rank_path(0)}:
-                path.unlink(missing_ok=True)
-        return found
+        def begin() -> dict[Any, dict]:
+            found = {} if overwrite else self.read()
+            if len(found) < len(self.asked):
+                self._write(self._own(), found.values())  # where the earlier ones end is a whole line
+            return found
+
+        self.found = distributed.on_main(begin)
 
     def append(self, new: Mapping[Any, Mapping[str, Any]]) -> None:
         """Write what this rank has found out, by key."""
-        records = {key: {self.key: key, **self.asked[key], **values} for key, values in new.items()}
-        self.new |= records
-        with open(self._rank_path(distributed.rank()), "a", encoding="utf-8") as file:
-            file.write(to_jsonl(records.values()))
+        with open(self._own(), "a", encoding="utf-8") as file:
+            file.write(to_jsonl({self.key: key, **self.asked[key], **values} for key, values in new.items()))
 
     def finish(self) -> list[dict]:
-        """Write the complete file. For all ranks; returns its records, in the order of `asked`, on each."""
-        together = {
-            key: record for part in [self.found, *distributed.gather(self.new)] for key, record in part.items()
-        }
-        records = [together[key] for key in self.asked]
-        if distributed.is_main():
-            write_text(self.path, to_jsonl(records))
-            for path in self._rank_paths():
-                path.unlink()
-        return records
+        """Write the complete file, when all ranks have come here; its records, in the order of `asked`, on each."""
+
+        def complete() -> list[dict]:
+            found = self.read()
+            records = [found[key] for key in self.asked]
+            self._write(self.path, records)
+            return records
+
+        distributed.gather(None)
+        return distributed.on_main(complete)

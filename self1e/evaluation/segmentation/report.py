@@ -4,19 +4,24 @@ In the results folder, `<split>.jsonl` holds one line per unit (see `metrics.Uni
 `summary.md` and `summary.json` those of all splits that the folder holds.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from self1e import distributed
-from self1e.data.masks import decode_segmentation
+from self1e.data.masks import IGNORED, decode_segmentation
 from self1e.data.samples import EvalImage
 from self1e.data.splits import MODELS, SPLITS, file_stem, get_splits
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.evaluation.tables import markdown_table, percent
 from self1e.files import read_json, write_json, write_text
-from self1e.visualize import compare, save_worst_first
+from self1e.visualize import GROUND_TRUTH, PREDICTION, grid, overlay, panel
+
+RELA = {"gIoU": "giou", "cIoU": "ciou", "Pr@0.7": "pr@0.7", "Pr@0.8": "pr@0.8", "Pr@0.9": "pr@0.9",
+        "N-acc": "n_acc", "T-acc": "t_acc"}  # fmt: skip
+REASONING = ["reasoning", "gIoU, 95% interval", "cIoU, 95% interval", "short gIoU / cIoU", "long gIoU / cIoU"]
 
 
 def save_figures(folder: Path, figures: dict) -> None:
@@ -45,47 +50,58 @@ def summary_table(results: Mapping[str, dict]) -> str:
     title = {name: name.replace("|", " ") for name in results}  # "|" would end a cell
     whole = {name: entries[name].published for name, figures in results.items() if figures["data"] == "complete"}
     models = [model for model in MODELS if any(model in published for published in whole.values())]
-    rows = []
+    rows, rela, reasoning = [], [], []
     for name, figures in results.items():
         published = [whole.get(name, {}).get(model, ()) for model in models]
         theirs = (" / ".join(f"{value:.1f}" for value in values) or "-" for values in published)
         rows.append([title[name], str(figures["n"]), percent(figures["giou"]), percent(figures["ciou"]), *theirs])
+        if "rela" in figures:
+            rela.append([title[name], *(percent(figures["rela"][key]) for key in RELA.values())])
+        if "bootstrap" in figures:
+            intervals = [" to ".join(map(percent, figures["bootstrap"][key])) for key in ("giou", "ciou")]
+            parts = [f"{percent(figures[q]['giou'])} / {percent(figures[q]['ciou'])}" for q in ("short", "long")]
+            reasoning.append([title[name], *intervals, *parts])
     text = markdown_table(["split", "n", "gIoU", "cIoU", *models], rows)
     if models:
         text += f"\n{models[0]} to {models[-1]}: published figures, cIoU; on ReasonSeg gIoU / cIoU.\n"
     partial = [f"{title[name]} ({f['data']})" for name, f in results.items() if f["data"] not in ("-", "complete")]
     if partial:
         text += f"\nNot the whole benchmark: {', '.join(partial)}.\n"
-    rela = {title[name]: figures["rela"] for name, figures in results.items() if "rela" in figures}
-    if rela:
-        keys = ("giou", "ciou", "pr@0.7", "pr@0.8", "pr@0.9", "n_acc", "t_acc")
-        rows = [[name, *(percent(figures[key]) for key in keys)] for name, figures in rela.items()]
-        header = ["ReLA protocol", "gIoU", "cIoU", "Pr@0.7", "Pr@0.8", "Pr@0.9", "N-acc", "T-acc"]
-        text += "\n" + markdown_table(header, rows)
-    reasoning = {title[name]: figures for name, figures in results.items() if "bootstrap" in figures}
-    if reasoning:
-        rows = []
-        for name, figures in reasoning.items():
-            intervals = [" to ".join(map(percent, figures["bootstrap"][key])) for key in ("giou", "ciou")]
-            parts = [f"{percent(figures[q]['giou'])} / {percent(figures[q]['ciou'])}" for q in ("short", "long")]
-            rows.append([name, *intervals, *parts])
-        header = ["reasoning", "gIoU, 95% interval", "cIoU, 95% interval", "short gIoU / cIoU", "long gIoU / cIoU"]
-        text += "\n" + markdown_table(header, rows)
+    for header, more in ((["ReLA protocol", *RELA], rela), (REASONING, reasoning)):
+        text += "\n" + markdown_table(header, more) if more else ""
     return text
 
 
 def save_pictures(folder: Path, split: Sequence[EvalImage], units: Sequence[Unit]) -> None:
-    """Photo, ground truth and prediction of the worst units of a split, and an overview, in `folder`."""
+    """Draw the worst units of a split, at most 200, to `NNNN_iouX.XX_<id>.jpg`, in the place of an earlier run's.
+
+    `overview.png` shows the eight worst and the four best. Photos are read and drawn one at a time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("[0-9]*_iou*.jpg"):
+        stale.unlink()
     where = [(number, sentence) for number, photo in enumerate(split) for sentence in range(len(photo.unit_ids))]
 
     def draw(index: int) -> Image.Image:
         number, sentence = where[index]
-        photo, unit = split[number], units[index]
-        image, targets = photo.load()
-        height, width = targets.shape[1:]
-        image = image.resize((width, height))  # annotations are not always at the photo's size
-        prediction = decode_segmentation(unit.mask or [], height, width).astype(bool)
-        return compare(image, targets[sentence], prediction, photo.sentences[sentence], unit.iou, width=1200)
+        return draw_unit(split[number], sentence, units[index])
 
-    values, names = [unit.iou for unit in units], [unit.id for unit in units]
-    distributed.say(f"pictures, worst first: {save_worst_first(folder, values, names, draw)}")
+    order = sorted(range(len(units)), key=lambda index: units[index].iou)
+    for rank, index in enumerate(order[:200], 1):
+        name = re.sub(r"[^A-Za-z0-9-]+", "_", units[index].id)[-80:]
+        draw(index).save(folder / f"{rank:04d}_iou{units[index].iou:.2f}_{name}.jpg", quality=90)
+    grid([draw(index) for index in order[:8] + order[max(8, len(order) - 4) :]]).save(folder / "overview.png")
+    distributed.say(f"pictures, worst first: {folder / 'overview.png'}")
+
+
+def draw_unit(photo: EvalImage, sentence: int, unit: Unit) -> Image.Image:
+    """Photo, ground truth and prediction of one sentence, with the sentence and the IoU above them."""
+    image, targets = photo.load()
+    target = targets[sentence]
+    image = image.resize(target.shape[::-1])  # annotations are not always at the photo's size
+    prediction = decode_segmentation(unit.mask or [], *target.shape)
+    truth = "ground truth" if (target == 1).any() else "ground truth: nothing"
+    truth += " (grey: ignored)" if (target == IGNORED).any() else ""
+    guess = "prediction" if prediction.any() else "prediction: nothing"
+    marked, found = overlay(image, target, [GROUND_TRUTH]), overlay(image, prediction, [PREDICTION])
+    return panel({"photo": image, truth: marked, guess: found}, photo.sentences[sentence], f"IoU {unit.iou:.2f}")

@@ -20,7 +20,7 @@ from self1e.data.splits import completeness, file_stem, get_splits, load_split, 
 from self1e.errors import UserError
 from self1e.evaluation.loop import prepared
 from self1e.evaluation.results import Results, claim_folder, make_settings
-from self1e.evaluation.segmentation.metrics import MARKS, Unit, count_pixels, iou, score
+from self1e.evaluation.segmentation.metrics import MARKS, Unit, count_pixels, score
 from self1e.evaluation.segmentation.report import save_figures, save_pictures, summary_table
 from self1e.model.config import SWITCHES
 from self1e.model.inference import evaluating, masks_of
@@ -107,22 +107,15 @@ def evaluate_units(
     """
     ids = [photo.unit_ids for photo in split]
     sentences = {number: len(own) for number, own in enumerate(ids) if not results.found.keys() >= set(own)}
-    world = distributed.world_size()
-    schedule = make_schedule(sentences, distributed.rank(), world, conversations_per_forward)
+    schedule = make_schedule(sentences, distributed.rank(), distributed.world_size(), conversations_per_forward)
     limits = {"max_tiles": HIGH_RES_TILES if high_res else 1, "max_length": model_max_length}
-    done = (len(ids) - len(sentences)) // world
-    I, U = (sum(record[name] for record in results.found.values()) for name in "IU")
-    with distributed.progress(done + len(schedule), initial=done, desc=title, unit="photo") as bar:
-        prepare = partial(prepare_photo, split, processor, limits)
-        for visit, (batch, targets) in prepared(schedule, prepare, **workers):
+    with distributed.progress(len(schedule), desc=title, unit="photo") as bar:
+        for visit, (batch, targets) in prepared(schedule, partial(prepare_photo, split, processor, limits), **workers):
             passes = {"conversations_per_forward": conversations_per_forward, "forwards": visit.forwards}
             predicted = masks_of(model, batch, [targets.shape[1:]], **passes)
             masks = torch.stack([one.foreground[-1] for one in predicted])  # the answer's [SEG] is the last
             if visit.counts:
-                new = measure(split[visit.photo], protocol, masks.cpu().numpy(), np.asarray(targets))
-                results.append(new)
-                I, U = I + sum(counts["I"] for counts in new.values()), U + sum(counts["U"] for counts in new.values())
-                bar.set_postfix(cIoU=f"{iou(I, U):.3f}", refresh=False)
+                results.append(measure(split[visit.photo], protocol, masks.cpu().numpy(), np.asarray(targets)))
             bar.update()
     return [Unit(**record) for record in results.finish()]
 
@@ -147,17 +140,14 @@ def evaluate_splits(
     Args:
         splits: names of `SPLITS`, or with one of `PREFIXES`. dataset_dir: root of the segmentation data.
         allow_outside: photos may lie outside the folders of their split (see `data.paths.inside`).
-        visualize: pictures of the worst sentences in `<output_dir>/<split>/`, and an overview.
+        visualize: draw the worst sentences, see `save_pictures`.
         skip_missing: leave out splits whose data is absent, with a message, instead of raising.
         weights: `weights_identity` of the model, by which what `output_dir` holds of the same settings is continued.
-            None: everything is evaluated anew.
-        overwrite: evaluate anew what `output_dir` holds of `splits`, and delete what it holds of other settings.
+        overwrite: evaluate `splits` anew, and delete results of other settings; so does `weights=None`.
         options: of `evaluate_units` and of `prepared`.
 
-    Returns split -> figures (`metrics.score`), the same on every rank.
-
-    Raises UserError (unknown split, absent data, no data at all, results of other settings in `output_dir`),
-    SampleError for a broken photo or a sentence that is too long, and `Stopped`. What was written before is kept.
+    Returns split -> figures (`metrics.score`), the same on every rank. Raises UserError, SampleError for a photo that
+    is broken or a sentence that is too long, and `Stopped`. What was written before is kept.
     """
     entries, output_dir = get_splits(splits), Path(output_dir)
     absent = missing(split_paths(entries, dataset_dir))
@@ -171,11 +161,10 @@ def evaluate_splits(
         distributed.say(f"skipped, because their data is not in {dataset_dir}: {skipped}")
     available = {name: load_split(name, dataset_dir, allow_outside=allow_outside) for name in splits}
     fresh = overwrite or weights is None
-    precision, config = str(model.dtype).removeprefix("torch."), model.config
-    deciding = {name: getattr(config, name) for name in SWITCHES if not name.startswith("auxiliary_")}
+    deciding = {name: getattr(model.config, name) for name in SWITCHES if not name.startswith("auxiliary_")}
     settings = make_settings(
-        weights, precision=precision, attn_implementation=config._attn_implementation, **deciding,
-        high_res=options.get("high_res", False),
+        weights, precision=str(model.dtype).removeprefix("torch."), **deciding,
+        attn_implementation=model.config._attn_implementation, high_res=options.get("high_res", False),
     )  # fmt: skip
     distributed.on_main(partial(claim_folder, output_dir, settings, overwrite=fresh))
     figures = {}

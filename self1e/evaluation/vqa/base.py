@@ -9,7 +9,7 @@ Scores are those of the official programs, so that figures can be compared with 
 import io
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,11 +41,8 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """The figures of a benchmark, and notes on what a reader of them must know."""
-
     summary: dict[str, float]  # lines of the table, the headline first, percent unless the name says otherwise
     details: dict  # everything, in the official programs' names and units
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +59,11 @@ class MissingFile(UserError):
     """A file of a benchmark is not there."""
 
 
-def require(record: Any, where: str, *fields: str) -> None:
-    """Raise UserError for a record that is no object with all `fields`."""
-    if missing := [name for name in fields if not isinstance(record, dict) or name not in record]:
-        raise UserError(f"{where} has no {', '.join(missing)}")
+def require(path: Path, records: Iterable[Any], *fields: str) -> None:
+    """Raise UserError for one of the records of a file that is no object with all `fields`."""
+    for number, record in enumerate(records, 1):
+        if missing := [name for name in fields if not isinstance(record, dict) or name not in record]:
+            raise UserError(f"{path}: record {number} has no {', '.join(missing)}")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -77,14 +75,11 @@ def read_lines(path: Path) -> list[str]:
 
 def read_jsonl(path: Path, *fields: str) -> list[dict]:
     """Records of a file with one JSON object per line; each must have all `fields`."""
-    records = []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}: record {number} is not JSON ({error})") from error
-        require(record, f"{path}: record {number}", *fields)
-        records.append(record)
+    try:
+        records = [json.loads(line) for line in read_lines(path)]
+    except ValueError as error:
+        raise UserError(f"{path} holds a line that is not JSON ({error})") from error
+    require(path, records, *fields)
     if not records:
         raise UserError(f"{path} holds no record")
     return records

@@ -22,9 +22,7 @@ def replies_of(folder: Path, name: str, questions: Sequence[Question]) -> Result
 
 def make_batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> list[list[int]]:
     """Indices in batches of `size`, questions of one photo next to each other (it is encoded once per batch)."""
-    first: dict[Any, int] = {}
-    for index in indices:
-        first.setdefault(questions[index].image, index)
+    first = {questions[index].image: index for index in reversed(indices)}
     order = sorted(indices, key=lambda index: first[questions[index].image])
     return [order[start : start + size] for start in range(0, len(order), size)]
 

@@ -24,18 +24,12 @@ def accuracy(predictions: Mapping[str, str], questions: Mapping[str, Mapping]) -
     missing = [key for key in balanced if key not in predictions]
     if missing:
         raise UserError(f"{len(missing)} balanced GQA questions have no prediction, the first is {missing[0]}")
-    hits: dict[bool, list[bool]] = {True: [], False: []}  # by "is an open question"
-    for key, question in balanced.items():
-        hits[question["types"]["structural"] == "query"].append(predictions[key] == question["answer"])
-    return {
-        "n": len(balanced), "n_open": len(hits[True]), "n_binary": len(hits[False]),
-        "accuracy": 100 * mean(hits[True] + hits[False]),
-        "open": 100 * mean(hits[True]),
-        "binary": 100 * mean(hits[False]),
-    }  # fmt: skip
-
-
-_QUESTIONS = ("gqa/testdev_balanced_questions.json", "gqa/testdev_balanced_all_questions.json")
+    hits = {key: predictions[key] == question["answer"] for key, question in balanced.items()}
+    open_hits = [hit for key, hit in hits.items() if balanced[key]["types"]["structural"] == "query"]
+    binary_hits = [hit for key, hit in hits.items() if balanced[key]["types"]["structural"] != "query"]
+    parts = {"accuracy": hits.values(), "open": open_hits, "binary": binary_hits}
+    counts = {"n": len(hits), "n_open": len(open_hits), "n_binary": len(binary_hits)}
+    return counts | {name: 100 * mean(part) for name, part in parts.items()}
 
 
 def _predictions(answers: list[Answer]) -> dict[str, str]:
@@ -44,18 +38,13 @@ def _predictions(answers: list[Answer]) -> dict[str, str]:
 
 def score(answers: list[Answer], data_dir: Path) -> Scores:
     """Exact match on the balanced testdev questions; their file goes by either of two names."""
-    paths = [data_dir / name for name in _QUESTIONS]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise UserError(f"{paths[0]} is missing (so is {paths[1].name}, its other name)")
+    paths = [data_dir / "gqa" / f"testdev_balanced_{name}.json" for name in ("questions", "all_questions")]
+    path = next(filter(Path.is_file, paths), paths[0])
     questions = read_json(path, dict)
-    for key, question in questions.items():
-        require(question, f"{path}: question {key}", "isBalanced", "types", "answer")
-        require(question["types"], f"{path}: types of question {key}", "structural")
+    require(path, questions.values(), "isBalanced", "types", "answer")
+    require(path, [question["types"] for question in questions.values()], "structural")
     details = accuracy(_predictions(answers), questions)
-    empty = [kind for kind in ("open", "binary") if not details[f"n_{kind}"]]
-    notes = [f"no {kind} question: {kind} accuracy is given as 0" for kind in empty]
-    return Scores({name: details[name] for name in ("accuracy", "open", "binary")}, details, notes)
+    return Scores({name: details[name] for name in ("accuracy", "open", "binary")}, details)
 
 
 def export(answers: list[Answer], folder: Path, model: str) -> None:

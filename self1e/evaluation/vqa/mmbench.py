@@ -14,8 +14,7 @@ from pathlib import Path
 import pandas as pd
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-from self1e.errors import UserError
-from self1e.evaluation.vqa.base import Answer, MissingFile, Question, Scores, VQABenchmark
+from self1e.evaluation.vqa.base import Answer, MissingFile, Question, Scores, VQABenchmark, require
 
 OPTIONS = "ABCDE"
 CIRCULAR_STEP = 1_000_000  # a copy with the options rotated by k has the index of its question plus k times this
@@ -41,10 +40,9 @@ def options_of(record: Mapping) -> dict[str, str]:
 
 
 def read_prediction(reply: str, options: Mapping[str, str]) -> str:
-    """What InternVL writes to the submission for a reply: mostly a letter.
+    """What InternVL writes to the submission for a reply.
 
-    Any reply that begins with an option's letter gives that letter (`Blue` is B), else the first option whose text
-    stands in the reply, else the reply. An empty reply stays empty.
+    An option's letter that it begins with (`Blue` is B), else that of the first option whose text it holds, else all.
     """
     reply = reply.strip()
     if len(reply) < 2 or reply[0] in options:
@@ -81,10 +79,9 @@ def to_xlsx(submission: pd.DataFrame) -> bytes:
 
 
 def read_choices(table: pd.DataFrame) -> list[str | None]:
-    """`read_choice` of every record of a table with `index`, the option columns and `prediction`.
+    """`read_choice` of every record of a table with `index`, the option columns and `prediction`, by way of Excel.
 
-    The official scorer reads the submission from Excel, where pandas turns some cells into others (`None` becomes nan,
-    a column of digits numbers); so does this function. An empty prediction is no choice.
+    The official scorer reads Excel, too, and pandas turns some cells into others (`None` to nan, digits to numbers).
     """
     read = pd.read_excel(io.BytesIO(to_xlsx(table)), engine="openpyxl")
     return [
@@ -119,29 +116,26 @@ def accuracy(table: pd.DataFrame) -> dict:
 
 
 _SUBMITTED = ("index", "question", *OPTIONS, "prediction", "answer", "split")
-_LETTER_ONLY = {
-    "en": "Answer with the option's letter from the given choices directly.",
-    "cn": "请直接回答选项字母。",
-}
+_LETTER_ONLY = {"en": "Answer with the option's letter from the given choices directly.", "cn": "请直接回答选项字母。"}
 
 
-def read_questions(data_dir: Path, *, key: str, language: str) -> list[Question]:
+def read_questions(data_dir: Path, *, key: str, instruction: str) -> list[Question]:
     """The table, circular copies included, read with pandas' defaults (so an option `None` counts as absent)."""
     path = data_dir / "mmbench" / f"{key}.tsv"
     if not path.is_file():
         raise MissingFile(f"{path} is missing")
     table = pd.read_csv(path, sep="\t")
     columns = ("index", "question", "A", "split", "hint", "category", "source", "image", "comment", "l2-category")
-    if missing := [name for name in columns if name not in table]:
-        raise UserError(f"{path} is malformed: no column {', '.join(missing)}")
+    records = table.to_dict("records")
+    require(path, records[:1], *columns)
     questions, images = [], {}
-    for record in table.to_dict("records"):
+    for record in records:
         code = record.pop("image")
         if code not in images:  # shared by the circular copies
             images[code] = base64.b64decode(code)
         hint = "" if pd.isna(record["hint"]) else f"{record['hint']}\n"
         options = "".join(f"\n{letter}. {text}" for letter, text in options_of(record).items())
-        prompt = f"{hint}{record['question']}{options}\n{_LETTER_ONLY[language]}"
+        prompt = f"{hint}{record['question']}{options}\n{instruction}"
         questions.append(Question(record["index"], images[code], prompt, record))
     return questions
 
@@ -172,18 +166,18 @@ def export(answers: list[Answer], folder: Path, model: str, *, key: str) -> None
     (folder / f"{key}.xlsx").write_bytes(to_xlsx(table[[column for column in _SUBMITTED if column in table]]))
 
 
-def _benchmark(key: str, language: str, scored: bool) -> VQABenchmark:
-    return VQABenchmark(
-        questions=partial(read_questions, key=key, language=language),
+_KEYS = {
+    "dev-en": "mmbench_dev_20230712",
+    "dev-cn": "mmbench_dev_cn_20231003",
+    "test-en": "mmbench_test_en_20231003",
+    "test-cn": "mmbench_test_cn_20231003",
+}
+BENCHMARKS = {
+    f"mmbench-{name}": VQABenchmark(
+        questions=partial(read_questions, key=key, instruction=_LETTER_ONLY[name[-2:]]),
         max_new_tokens=100,
-        metric=score if scored else None,
+        metric=score if name.startswith("dev") else None,
         export=partial(export, key=key),
     )
-
-
-BENCHMARKS = {
-    "mmbench-dev-en": _benchmark("mmbench_dev_20230712", "en", scored=True),
-    "mmbench-dev-cn": _benchmark("mmbench_dev_cn_20231003", "cn", scored=True),
-    "mmbench-test-en": _benchmark("mmbench_test_en_20231003", "en", scored=False),
-    "mmbench-test-cn": _benchmark("mmbench_test_cn_20231003", "cn", scored=False),
+    for name, key in _KEYS.items()
 }

@@ -1,7 +1,7 @@
 """MME: two yes/no questions per photo in 14 tables; points per table are 100 acc + 100 acc+."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from self1e.errors import UserError
@@ -44,29 +44,27 @@ def table_scores(replies: Sequence[tuple[str, str]]) -> dict:
     return {"score": score, "acc": acc, "acc_plus": acc_plus, "rows": len(right), "rows_skipped": skipped}
 
 
-def _questions(table: str, data_dir: Path) -> Iterator[tuple[str, ...]]:
-    """(photo, question, answer) of one table: InternVL's `Your_Results/<table>.txt`, else the release's own files,
-    `<photo>.txt` beside the photos (or below, where a release sorts them into subfolders)."""
+def _lines(table: str, data_dir: Path) -> list[list[str]]:
+    """Photo, question and answer of each line of a table: InternVL's `Your_Results/<table>.txt`, else the release's
+    own files, `<photo>.txt` beside the photos (or below, where a release sorts them into subfolders)."""
     path = data_dir / "mme" / "Your_Results" / f"{table}.txt"
     if path.is_file():
-        for line in read_lines(path):
-            yield tuple(line.split("\t"))
-        return
+        return [line.split("\t") for line in read_lines(path)]
     release = data_dir / "mme" / "MME_Benchmark_release_version" / table
     photos = {p.stem: p.name for p in release.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"}}
     files = sorted(release.rglob("[!.]*.txt"), key=lambda p: p.stem)  # not the ._x.txt of a Mac
     if not files:
         raise MissingFile(f"{path} is missing, and {release} holds no <photo>.txt")
-    for file in files:
-        for line in read_lines(file):
-            yield photos.get(file.stem, f"{file.stem}.jpg"), *line.split("\t")
+    return [
+        [photos.get(file.stem, f"{file.stem}.jpg"), *line.split("\t")] for file in files for line in read_lines(file)
+    ]
 
 
 def read_questions(data_dir: Path) -> list[Question]:
     """The questions of the 14 tables, all of which must be there."""
     questions = []
     for table in (table for tables in TABLES.values() for table in tables):
-        found = list(_questions(table, data_dir))
+        found = _lines(table, data_dir)
         if wrong := [cells for cells in found if len(cells) != 3]:
             raise UserError(f"MME table {table} is malformed: {wrong[0]} are not photo, question and answer")
         photos = [photo for photo, _, _ in found]
@@ -91,20 +89,15 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
         summary[f"{part.lower()} (points of {200 * len(names)})"] = totals[part]
     summary["total (points of 2800)"] = sum(totals.values())
     summary |= {f"{name} (points of 200)": scores["score"] for name, scores in tables.items()}
-    skipped = sum(scores["rows_skipped"] for scores in tables.values())
-    notes = [f"{skipped} replies hold a tab; the official scorer skips such rows"] if skipped else []
-    return Scores(summary, {"totals": totals, "tables": tables}, notes)
+    return Scores(summary, {"totals": totals, "tables": tables})
 
 
 def export(answers: list[Answer], folder: Path, model: str) -> None:
     """`mme/<table>.txt` with lines photo, question, truth, cleaned reply: what InternVL's `calculation.py` reads."""
-    tables: dict[str, str] = {}
-    for question, reply in answers:
-        record = question.record
-        line = "\t".join((record["photo"], question.prompt, record["truth"], clean_reply(reply)))
-        tables[record["table"]] = tables.get(record["table"], "") + line + "\n"
-    for table, text in tables.items():
-        write_text(folder / "mme" / f"{table}.txt", text)
+    for table in {question.record["table"] for question, _ in answers}:
+        own = [(q, reply) for q, reply in answers if q.record["table"] == table]
+        lines = ["\t".join((q.record["photo"], q.prompt, q.record["truth"], clean_reply(reply))) for q, reply in own]
+        write_text(folder / "mme" / f"{table}.txt", "\n".join(lines) + "\n")
 
 
 BENCHMARKS = {"mme": VQABenchmark(questions=read_questions, max_new_tokens=20, metric=score, export=export)}

@@ -100,8 +100,7 @@ def vqa_accuracy(
 ) -> dict:
     """Both scorers over one benchmark; types are the annotation's `answer_type` and `question_type`.
 
-    Returns `eval_script_accuracy` (0..1), `vqa_official_overall_percent` and the same per answer and question type,
-    percents rounded to two digits as the official evaluator does.
+    A percent is rounded to two digits as the official evaluator does.
     """
     official = [vqa_score_official(answer, ten) for answer, ten in zip(answers, references)]
 
@@ -122,8 +121,7 @@ def score(answers: list[Answer], data_dir: Path, *, annotations: str) -> Scores:
     """Agreement with the ten annotators whose answers are in the annotation file."""
     path = data_dir / annotations
     annotated = read_json(path, dict).get("annotations", [])
-    for number, entry in enumerate(annotated, 1):
-        require(entry, f"{path}: annotation {number}", "question_id", "answers")
+    require(path, annotated, "question_id", "answers")
     by_id = {entry["question_id"]: entry for entry in annotated}
     missing = [answer.question.id for answer in answers if answer.question.id not in by_id]
     if missing:
@@ -140,7 +138,7 @@ def score(answers: list[Answer], data_dir: Path, *, annotations: str) -> Scores:
 
 
 def export(answers: list[Answer], folder: Path, model: str, *, key: str) -> None:
-    rows = [{"question": a.question.prompt, "question_id": a.question.id, "answer": a.reply} for a in answers]
+    rows = [{"question": q.prompt, "question_id": q.id, "answer": reply} for q, reply in answers]
     write_json(folder / f"{key}.json", rows)
 
 

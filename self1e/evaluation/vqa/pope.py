@@ -48,38 +48,26 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
 
     Quirk kept: replies pair with label lines by position inside their category, not by id.
     """
-    categories, notes = {}, []
+    categories = {}
     for category in CATEGORIES:
         asked = [answer for answer in answers if answer.question.record["category"] == category]
-        if not asked:
-            notes.append(f"{category}: no question")
-            continue
         path = data_dir / "pope" / "coco" / f"coco_pope_{category}.json"
-        labels = read_jsonl(path, "image", "label")
+        labels = read_jsonl(path, "label")
         if len(labels) != len(asked):
             raise UserError(f"{path}: {len(labels)} labels for {len(asked)} {category} questions")
-        scores = category_scores([read_reply(answer.reply) for answer in asked], [label["label"] for label in labels])
-        strangers = sum(answer.question.record["image"] != label["image"] for answer, label in zip(asked, labels))
-        categories[category] = scores
-        if strangers:
-            notes.append(f"{category}: {strangers} labels are of another image than the question at their place")
-        if not scores["TP"] + scores["FP"]:
-            notes.append(f"{category}: nothing answered yes, precision is given as 0")
-        if not scores["TP"] + scores["FN"]:
-            notes.append(f"{category}: nothing labelled yes, recall is given as 0")
+        replies = [read_reply(answer.reply) for answer in asked]
+        categories[category] = category_scores(replies, [label["label"] for label in labels])
     names = ("f1", "accuracy", "precision", "recall", "yes_ratio")
     overall = {name: mean(scores[name] for scores in categories.values()) for name in names}
     groups = {"overall": overall, **categories}
     summary = {f"{name} ({group})": 100 * scores[name] for group, scores in groups.items() for name in names}
     printed = {"overall_f1_printed_percent": round(100 * overall["f1"], 2)}
-    return Scores(summary, {"categories": categories, "overall": overall, **printed}, notes)
+    return Scores(summary, {"categories": categories, "overall": overall, **printed})
 
 
 def export(answers: list[Answer], folder: Path, model: str) -> None:
-    records: list[dict] = [
-        {"question_id": a.question.id, "text": a.reply, "text_orig": a.reply, "model_id": model, "metadata": {}}
-        for a in answers
-    ]
+    own = {"model_id": model, "metadata": {}}
+    records = [{"question_id": q.id, "text": reply, "text_orig": reply, **own} for q, reply in answers]
     write_json(folder / "pope.json", records)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,9 @@ from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.data.samples import SampleError
 from self1e.data.splits import DEFAULT_SPLITS, SPLITS, load_split
 from self1e.errors import UserError
-from self1e.evaluation.segmentation.metrics import PROTOCOLS, read_units, score
-from self1e.evaluation.segmentation.report import summary_table
+from self1e.evaluation.segmentation.metrics import PROTOCOLS, Unit, read_units, score
+from self1e.evaluation.segmentation.report import draw_unit, summary_table
 from self1e.evaluation.segmentation.run import evaluate_splits, evaluate_units, make_schedule, units_of
-from self1e.visualize import safe_name
 
 
 def test_registry_is_complete():
@@ -77,7 +77,7 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
         pictures = sorted(path.name for path in (tmp_path / name).glob("*.jpg"))
         assert len(pictures) == written["n"] and (tmp_path / name / "overview.png").exists()
         worst = min(units, key=lambda unit: unit.iou)
-        assert pictures[0] == f"0001_iou{worst.iou:.2f}_{safe_name(worst.id)}.jpg"
+        assert pictures[0].startswith(f"0001_iou{worst.iou:.2f}_{worst.id[:5]}")
     assert results[REASON]["protocol"] == "reasonseg" and results[REASON]["long"]["n"] == 1
     assert results[GREF]["rela"]["n_no_target"] == 2
     table = (tmp_path / "summary.md").read_text()
@@ -85,6 +85,15 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
     assert table == summary_table(results) and table in printed and str(tmp_path / "summary.md") in printed
     assert "59.4" not in table and "N-acc" in table and "ReasonSeg val (partly: 2 of 200 images)" in table
     assert read_json(tmp_path / "summary.json") == results and not list(tmp_path.glob(".*"))
+
+
+def test_a_picture_marks_truth_and_prediction(dataset):
+    photo = load_split(REASON, dataset)[0]
+    unit = Unit(id="a", image="a", text="a", I=0, U=1, target_pixels=1, predicted_pixels=0)
+    drawn = [draw_unit(replace(photo, load=lambda mask=mask: (photo.load()[0], mask)), 0, unit)
+             for mask in (photo.load()[1], 0 * photo.load()[1])]  # fmt: skip
+    green = [any(g > 1.2 * r and g > 1.2 * b for _, (r, g, b) in p.getcolors(2**24)) for p in drawn]
+    assert drawn[0].size == drawn[1].size and green == [True, False]  # green outlines the ground truth
 
 
 def test_absent_data_is_listed_or_skipped_and_nothing_at_all_is_an_error(tiny, dataset, tmp_path, capsys):

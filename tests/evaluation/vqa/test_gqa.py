@@ -23,5 +23,5 @@ def test_what_the_official_file_lacks_is_named(tmp_path):
     (tmp_path / "gqa").mkdir()
     path = tmp_path / "gqa/testdev_balanced_questions.json"
     path.write_text(json.dumps({"7": {"isBalanced": True, "types": {}, "answer": "no"}}))
-    with pytest.raises(UserError, match=f"{path}: types of question 7 has no structural"):
+    with pytest.raises(UserError, match=f"{path}: record 1 has no structural"):
         gqa.score([], tmp_path)

@@ -184,7 +184,7 @@ def test_the_weights_of_the_run_are_taken(tiny, tmp_path):
     assert run(tmp_path, tiny, "--overwrite_eval") == 0 and path.read_text() == tuned_answers
 
 
-@pytest.mark.parametrize("flags", [["--batch_size", "0"], ["--score_only", "--overwrite_eval"], ["--nope"]])
+@pytest.mark.parametrize("flags", [["--score_only", "--overwrite_eval"], ["--nope"]])
 def test_wrong_flags_exit_with_2(flags):
     with pytest.raises(SystemExit) as stop:
         main(["--version", "v", "--exp_name", "e", *flags])
