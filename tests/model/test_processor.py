@@ -1,11 +1,12 @@
 """Images to tiles, conversations to ids and labels, both to a padded batch."""
 
+import shutil
 import unicodedata
 
 import numpy as np
 import pytest
 import torch
-from helpers import noise
+from helpers import PACKS, noise
 from PIL import Image
 
 from self1e import Self1EProcessor
@@ -218,9 +219,9 @@ def test_rows_are_shrunk_first_where_they_lose_twice_as_many_pixels(height, rows
     assert np.array_equal(np.asarray(resize_bicubic(image, 100, 100)), expected)
 
 
-def test_a_tokenizer_without_image_tokens_is_refused(tiny_version, tmp_path):
+def test_a_tokenizer_without_image_tokens_is_refused(tmp_path):
     for name in ("config.json", "vocab.json", "merges.txt"):
-        (tmp_path / name).write_bytes((tiny_version / name).read_bytes())
+        shutil.copy(PACKS[0] / "base_internvl_chat" / name, tmp_path)
     with pytest.raises(UserError, match="lacks.*<IMG_CONTEXT>.*InternVL3's tokenizer"):
         Self1EProcessor.from_pretrained(tmp_path)
 
