@@ -21,9 +21,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AddedToken,
@@ -35,12 +35,11 @@ from transformers import (
     InternVLVideoProcessor,
     Qwen2Tokenizer,
 )
-from transformers.utils import cached_file
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
 from self1e.files import check_utf8, check_writable, replacing, write_json
-from self1e.model.config import DTYPES
+from self1e.model.config import DTYPES, of_model
 from self1e.model.processor import CHAT_TEMPLATE, MEAN, STD
 from self1e.model.prompts import END_OF_TURN, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING, SEG, SEGT
 from self1e.model.weights import HEAD, checkpoint_folder, quiet, save_checkpoint
@@ -53,14 +52,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def convert(
-    source: str, target: Path, layout: str, *, version: str | None = None, drop_head: bool = False,
-    dtype: str | None = None,
-) -> None:  # fmt: skip
-    """Convert; see the top of the file.
-
-    Raises UserError when the target exists, a head would be lost unasked or invented, or weights do not fit, and
-    RuntimeError when tensors or outputs of the copy differ; the target is not written then.
-    """
+    source: str, target: Path, layout: str, *, version: str | None = None, drop_head=False, dtype: str | None = None
+) -> None:
+    """Convert. Raises RuntimeError when tensors or outputs of the copy differ; the target is not written then."""
     if target.exists():
         raise UserError(f"{target} exists; choose another folder or remove it")
     model, texts = load(source, version, DTYPES[dtype] if dtype else "auto")
@@ -74,9 +68,9 @@ def convert(
         write(model, texts, partial, layout)
         if layout == "hf":
             with quiet():
-                copy = InternVLForConditionalGeneration.from_pretrained(partial, dtype=precision).eval()
+                copy = InternVLForConditionalGeneration.from_pretrained(partial, dtype=precision)
         else:
-            copy = load(str(partial), None, precision)[0]
+            copy, _ = load(str(partial), None, precision)
         before, after = model.state_dict(), copy.state_dict()
         names = {name for name in before.keys() | after.keys() if with_head or not name.startswith(HEAD)}
         changed = [x for x in names if x not in before or x not in after or not before[x].equal(after[x])]
@@ -95,23 +89,15 @@ def load(source: str, version: str | None, dtype: torch.dtype | str):
         model = Self1EForSegmentation.from_pretrained(version, weights=source, dtype=dtype)
         return model, Self1EProcessor.from_pretrained(version)
     config = Self1EConfig.from_pretrained(source)
-    if config.seg_token_id is not None or has_head(source):
-        processor = Self1EProcessor.from_pretrained(source)  # first: it tells when --version is needed
-        return Self1EForSegmentation.from_pretrained(source, dtype=dtype), processor
-    tokenizer = Qwen2Tokenizer.from_pretrained(source)
-    config.image_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
+    if config.seg_token_id is not None:
+        return Self1EForSegmentation.from_pretrained(source, dtype=dtype), Self1EProcessor.from_pretrained(source)
     config.seg_token_id = -1  # set, so that loading leaves the vocabulary alone; no token has it
-    return Self1EForSegmentation.from_pretrained(source, config=config, dtype=dtype), tokenizer
-
-
-def has_head(source: str) -> bool:
-    """Whether a checkpoint's weights hold a segmentation head."""
-    if index := cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False):
-        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    else:
-        with safe_open(cached_file(source, "model.safetensors"), framework="pt") as file:
-            names = file.keys()
-    return any(name.startswith(("combine_decode_proj", HEAD)) for name in names)
+    model = Self1EForSegmentation.from_pretrained(source, config=config, dtype=dtype)
+    if model.trained_head:  # layout `published`, once more with its tokens
+        return load(source, source, dtype)
+    tokenizer = Qwen2Tokenizer.from_pretrained(source)
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
+    return model, tokenizer
 
 
 @torch.inference_mode()
@@ -148,10 +134,8 @@ def write(model: Self1EForSegmentation, texts, folder: Path, layout: str) -> Non
     if layout == "internvl":
         config = json.loads((folder / "config.json").read_text()) | {"architectures": ["InternVLChatModel"]}
     else:
-        known = InternVLConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
-        values = {name: value for name, value in model.config.to_dict().items() if name in known}
-        values["image_seq_length"] = model.config.tile_tokens
-        config = InternVLConfig(**values, architectures=["InternVLForConditionalGeneration"]).to_dict()
+        config = of_model(model.config.to_dict(), InternVLConfig) | {"image_seq_length": model.config.tile_tokens}
+        config |= {"model_type": "internvl", "architectures": ["InternVLForConditionalGeneration"]}
     write_json(folder / "config.json", config, indent=2)
 
 
@@ -168,11 +152,11 @@ def stock_processor(folder: Path, config: Self1EConfig) -> InternVLProcessor:
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in learnt])
     size = {"height": config.tile_size, "width": config.tile_size}
     images = GotOcr2ImageProcessor(size=size, image_mean=MEAN, image_std=STD, max_patches=1)
-    template = CHAT_TEMPLATE.replace(IMAGE_TAG, IMG_CONTEXT)
-    return InternVLProcessor(
-        images, tokenizer, InternVLVideoProcessor(size=size), image_seq_length=config.tile_tokens,
-        chat_template=template,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "image_seq_length": config.tile_tokens,
+        "chat_template": CHAT_TEMPLATE.replace(IMAGE_TAG, IMG_CONTEXT),
+    }
+    return InternVLProcessor(images, tokenizer, InternVLVideoProcessor(size=size), **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,16 +6,14 @@
 DST receives `grid_ROWSxCOLUMNS.onnx`, `weights.bin` for all of them, `tokenizer.json`, and `export.json` with grids,
 prompts and ids; `examples/run_onnx.py` reads all four. A graph answers R conversations about a photo of T tiles:
 
-| input           | shape, type                |                                                            |
-|-----------------|----------------------------|------------------------------------------------------------|
-| pixel_values    | (T, 3, size, size) float32 | tiles, row by row, normalised by `export.json`'s mean, std |
-| input_ids       | (R, N) int64               | padded at their ends                                       |
-| image_positions | (R, T * tile_tokens) int64 | of the image tokens in each conversation                   |
-| seg_positions   | (m, 2) int64               | of each `[SEG]`: its conversation, and its place there     |
+    pixel_values     (T, 3, size, size) float32   tiles, row by row, normalised by `export.json`'s mean and std
+    input_ids        (R, N) int64                 padded at their ends
+    image_positions  (R, T * tile_tokens) int64   of the image tokens in each conversation
+    seg_positions    (m, 2) int64                 of each `[SEG]`: its conversation, and its place there
+    -> mask_logits   (m, h, w) float32            stretch them to the photo bilinearly; foreground is above 0
 
-by `mask_logits`, (m, h, w) float32: stretch them to the photo bilinearly, foreground is above 0. A graph takes half a
-minute, and three times the weights in memory. `--dtype bf16` halves the files; sums stay in fp32, since
-onnxruntime has no bf16 convolution for CPUs.
+A graph takes half a minute, and three times the weights in memory. `--dtype bf16` halves the files; sums stay in fp32,
+since onnxruntime has no bf16 convolution for CPUs.
 """
 
 import argparse
@@ -60,14 +58,8 @@ class MaskGraph(nn.Module):
         embeds = model.get_input_embeddings()(input_ids)
         embeds = embeds.index_put(image, photo.v1.flatten(0, 2).expand(count, -1, -1))
         kinds = {"is_image": input_ids == config.image_token_id, "is_seg": input_ids == config.seg_token_id}
-        options = {
-            "config": config.text_config,
-            "embeds": embeds,
-            "padding_mask": None,
-        }  # nothing sees what comes after it
-        masks = dict.fromkeys(
-            config.text_config.layer_types, perception_mask(config.attention_pathway, **options, **kinds)
-        )
+        kinds |= {"config": config.text_config, "embeds": embeds, "padding_mask": None}  # padding comes last, unseen
+        masks = dict.fromkeys(config.text_config.layer_types, perception_mask(config.attention_pathway, **kinds))
         states = model.model.language_model(inputs_embeds=embeds, attention_mask=masks, use_cache=False)[0]  # R N C
         img = rearrange(states[image], "r (t h w) c -> (r t) h w c", h=config.tile_side, w=config.tile_side)
         *sides, query = head.project(photo.v1, photo.vhq, img, states[row, seg - 1])
@@ -95,11 +87,6 @@ def inputs_of(batch, processor) -> dict[str, Tensor]:
     return {"pixel_values": batch["pixel_values"], "input_ids": ids, **positions}
 
 
-def content(value) -> tuple:
-    """What tells the numbers of an initializer from others."""
-    return value.dtype, tuple(value.shape), hashlib.blake2b(value.const_value.tobytes()).digest()
-
-
 @torch.no_grad()
 def write_graph(model, processor, grid: tuple[int, int], folder: Path) -> tuple[float, float]:
     """Write the graph of a grid. Returns its largest difference from the model, and the model's largest logit.
@@ -113,22 +100,25 @@ def write_graph(model, processor, grid: tuple[int, int], folder: Path) -> tuple[
     noise = Image.effect_noise((grid[1] * processor.image_size, grid[0] * processor.image_size), 100)
     texts = [[f"{IMAGE_TAG}\n{text}", ANSWER] for text in ("the car", "What is it?", "Which of them can fly?")]
     batch = processor([noise], [texts], max_tiles=grid[0] * grid[1])
-    module, inputs, many = Widened(MaskGraph(model, grid)), inputs_of(batch, processor), {0: "conversations"}
-    sizes = dict(zip(inputs, (None, many | {1: "tokens"}, many, {0: "masks"})))
-    options: dict[str, Any] = {
-        "dynamic_shapes": {"inputs": sizes},
-        "input_names": [*inputs],
-        "output_names": ["mask_logits"],
-    }
+    inputs = inputs_of(batch, processor)
+    sizes: Any = {"pixel_values": None, "input_ids": {0: "conversations", 1: "tokens"}}
+    sizes |= {"image_positions": {0: "conversations"}, "seg_positions": {0: "masks"}}
     with without_dynamic_rope(model.model.language_model.rotary_emb, 0), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about the library's code
-        program: Any = torch.onnx.export(module, kwargs=inputs, dynamo=True, verbose=False, **options)
+        program: Any = torch.onnx.export(
+            Widened(MaskGraph(model, grid)), kwargs=inputs, dynamic_shapes={"inputs": sizes}, dynamo=True,
+            input_names=[*inputs], output_names=["mask_logits"], verbose=False,
+        )  # fmt: skip
     onnx = ClearMetadataAndDocStringPass()(program.model).model
     path, first = folder / "grid_{}x{}.onnx".format(*grid), next(folder.glob("*.onnx"), None)
     if first:  # by content: the exporter transposes some weights and names them anew
-        known = {content(value): value.const_value for value in ir.load(first).graph.initializers.values()}
-        for value in onnx.graph.initializers.values():
-            value.const_value = known.get(content(value), value.const_value)
+
+        def content(x) -> tuple:
+            return x.dtype, tuple(x.shape), hashlib.blake2b(x.const_value.tobytes()).digest()
+
+        known = {content(x): x.const_value for x in ir.load(first).graph.initializers.values()}
+        for x in onnx.graph.initializers.values():
+            x.const_value = known.get(content(x), x.const_value)
     ir.save(onnx, path, external_data=None if first else "weights.bin")
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

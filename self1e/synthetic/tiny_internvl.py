@@ -4,6 +4,7 @@ The command is in `apps.make`.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,8 @@ def initialise(model: Self1EForSegmentation, seed: int) -> None:
     vision positions are fixed 2-D sines; the exceptions are in `STD`. Norms, biases and layer scales stay.
     """
     generator = torch.Generator().manual_seed(seed)
-    vision, text = model.config.vision_config, model.config.text_config
+    vision: Any = model.config.vision_config
+    text: Any = model.config.text_config
     for name, weight in model.named_parameters():
         layer = name.removesuffix(".weight").split(".")[-1]
         if weight.ndim > 1:
@@ -94,8 +96,8 @@ def make_tiny_internvl(
     config = Self1EConfig(
         text_config=text, vision_config=vision, drop_path_rate=drop_path_rate, tie_word_embeddings=tie_word_embeddings
     )
-    model = Self1EForSegmentation(config)
-    model.segmentation_head = nn.Module()  # type: ignore[assignment]  # a base model has none
+    model: Any = Self1EForSegmentation(config)
+    model.segmentation_head = nn.Module()  # a base model has none
     initialise(model, seed)
     model.bfloat16()
     size = sum(weight.nbytes for weight in model.parameters())

@@ -1,6 +1,7 @@
 """A small byte-level tokenizer with the added tokens of InternVL3's, learned from the synthetic words."""
 
 import json
+from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
@@ -31,13 +32,13 @@ Answer with the option's letter from the given choices directly. A. B. C. D. A B
 red green blue yellow purple orange circle square triangle star cross ring shape shapes
 left right leftmost rightmost top bottom largest smallest larger smaller thing picture
 that is on the side to above below next behind in front and or both all two three four one of them everything but
-How many shapes are there? Which colour color does it have? Is there a an any? Describe this picture. This picture shows.
+How many shapes are there? Which colour color does it have? Is there a an any? Describe this picture. This shows.
 because it its has have with without only no corners five points round hole arms sides 0 1 2 3 4 5 6 7 8 9
 """
 
 
 def make_tokenizer(vocab_size: int) -> Qwen2Tokenizer:
-    """Qwen2's rule for splitting, 256 byte symbols (`!` is id 0) and merges, `vocab_size` at most, and added tokens."""
+    """256 byte symbols (`!` is id 0) and merges, `vocab_size` at most, then the added tokens."""
     trained = Tokenizer(BPE())
     trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -46,8 +47,8 @@ def make_tokenizer(vocab_size: int) -> Qwen2Tokenizer:
         lines + [f" {line}" for line in lines],
         BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False),
     )
-    model = json.loads(trained.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]])
+    merges: Any = map(tuple, json.loads(trained.to_str())["model"]["merges"])
+    tokenizer = Qwen2Tokenizer(trained.get_vocab(), list(merges))
     tokenizer.add_tokens(ADDED_TOKENS, special_tokens=True)
     tokenizer.eos_token = END_OF_TURN
     return tokenizer

@@ -68,7 +68,7 @@ def test_head_is_dropped_on_request_only(sources, tmp_path, layout):
         convert(str(sources["self1e"]), tmp_path / "out", layout)
     assert not (tmp_path / "out").exists()
     convert(str(sources["self1e"]), tmp_path / "out", layout, drop_head=True)
-    assert not converter.has_head(str(tmp_path / "out"))
+    assert not converter.load(str(tmp_path / "out"), None, "auto")[0].trained_head
     assert not Self1EForSegmentation.from_pretrained(tmp_path / "out").trained_head
 
 
