@@ -34,10 +34,8 @@ def write_reasoning(root: Path, groups: dict[str, list[Scene]], seed: int) -> No
             write(root / split / f"{name}.jpg", scene.jpeg)
             write(root / split / f"{name}.json", record)
             if split == "train" and i % 2:
-                reason = f"The {kind} is meant, because {reason}."
-                explained.append(
-                    {"query": question, "outputs": reason, "image": f"{name}.jpg", "json": f"{name}.json"}
-                )
+                files = {"image": f"{name}.jpg", "json": f"{name}.json"}
+                explained.append({"query": question, "outputs": f"The {kind} is meant, because {reason}.", **files})
     write(root / "explanatory/train.json", explained)
 
 

@@ -1,7 +1,6 @@
 """The referring sets: refcoco, refcoco+, refcocog, grefcoco on COCO photos, refclef on SAIAPR TC-12 photos."""
 
 import pickle
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,60 +9,43 @@ from self1e.synthetic.annotations import annotation, annotation_id, categories, 
 from self1e.synthetic.scenes import CATEGORY, Scene, Shape
 from self1e.synthetic.words import absent, phrases, sentence
 
-
-class Referring(list[dict]):
-    """The refs of one referring set; ids of sentences count up from `next_sentence`."""
-
-    def __init__(self, next_sentence: int):
-        self.next_sentence = next_sentence
-
-    def add(self, scene: Scene, split: str, shapes: list[Shape], texts: list[str], *, generalised: bool = False):
-        sentences = []
-        for text in texts:
-            plain = text.lower().rstrip(".")
-            sentences.append({"tokens": plain.split(), "raw": text, "sent_id": self.next_sentence, "sent": plain})
-            self.next_sentence += 1
-        ann_ids: list = [annotation_id(scene, shape) for shape in shapes] or [-1]
-        classes: list = [CATEGORY[shape.kind] for shape in shapes] or [-1]
-        name = scene.coco_name if generalised else scene.coco_name.replace(".jpg", f"_{ann_ids[0]}.jpg")
-        self.append({
-            "sent_ids": [entry["sent_id"] for entry in sentences], "file_name": name, "ref_id": len(self) + 1,
-            "image_id": scene.id, "split": split, "sentences": sentences,
-            "ann_id": ann_ids if generalised else ann_ids[0],
-            "category_id": classes if generalised else classes[0],
-            **({"no_target": not shapes} if generalised else {}),
-        })  # fmt: skip
+FILES = dict.fromkeys(("refclef", "refcoco", "refcoco+"), "refs(unc).p")
+FILES |= {"refcocog": "refs(umd).p", "grefcoco": "grefs(unc).json"}
 
 
 def write_referring(root: Path, groups: dict[str, list[Scene]], seed: int) -> None:
-    """refcoco, refcoco+, refcocog, grefcoco, refclef: two expressions per shape in every set but grefcoco.
+    """All sets: two expressions per shape, but for grefcoco, and for refclef, which has one in a quarter of scenes.
 
     The first names colour and kind; the second is another look, or, where the set allows it, a place.
     """
-    sets = {
-        name: Referring(10**6 * i)
-        for i, name in enumerate(("refcoco", "refcoco+", "refcocog", "grefcoco", "refclef"), start=1)
-    }
-    images, annotations = [], []
+    refs: dict[str, list[dict]] = {name: [] for name in FILES}
+    coco, saiapr = {}, {}
     for split, scenes in groups.items():
         for scene in scenes:
-            rng = np.random.default_rng([seed, scene.id, 1])
-            write(root / "images/mscoco/images/train2014" / scene.coco_name, scene.jpeg)
-            images.append(image_entry(scene, scene.coco_name))
-            annotations += [annotation(shape, annotation_id(scene, shape), scene.id) for shape in scene.shapes]
-            refer(rng, scene, split, sets)
-    instances = {"images": images, "annotations": annotations, "categories": categories()}
-    for name in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
-        write(root / name / "instances.json", instances)
-    write_refclef(root, groups, sets["refclef"], seed)
-    # Protocol 2, as on the web.
-    write(root / "refcoco/refs(unc).p", pickle.dumps(list(sets["refcoco"]), protocol=2))
-    write(root / "refcoco+/refs(unc).p", pickle.dumps(list(sets["refcoco+"]), protocol=2))
-    write(root / "refcocog/refs(umd).p", pickle.dumps(list(sets["refcocog"]), protocol=2))
-    write(root / "grefcoco/grefs(unc).json", sets["grefcoco"])
+            coco[scene.coco_name] = scene
+            refer(np.random.default_rng([seed, scene.id, 1]), scene, split, refs)
+        for scene in share(scenes, 4) if split != "testB" else ():
+            saiapr[f"{scene.id % 40:02d}/images/{scene.id}.jpg"] = scene
+            rng = np.random.default_rng([seed, scene.id, 2])
+            for shape in scene.shapes:
+                texts = sum(phrases(scene, shape), [])
+                add(refs["refclef"], scene, split.removesuffix("A"), [shape], [texts[rng.integers(len(texts))]])
+    for names, folder, photos in (
+        (["refcoco", "refcoco+", "refcocog", "grefcoco"], "mscoco/images/train2014", coco),
+        (["refclef"], "saiapr_tc-12", saiapr),
+    ):
+        instances: dict[str, list] = {"images": [], "annotations": [], "categories": categories()}
+        for name, scene in photos.items():
+            write(root / "images" / folder / name, scene.jpeg)
+            instances["images"].append(image_entry(scene, name))
+            instances["annotations"] += [annotation(x, annotation_id(scene, x), scene.id) for x in scene.shapes]
+        for name in names:
+            write(root / name / "instances.json", instances)
+            pickled = FILES[name].endswith(".p")  # by protocol 2, as on the web
+            write(root / name / FILES[name], pickle.dumps(refs[name], protocol=2) if pickled else refs[name])
 
 
-def refer(rng: np.random.Generator, scene: Scene, split: str, sets: dict[str, Referring]) -> None:
+def refer(rng: np.random.Generator, scene: Scene, split: str, refs: dict[str, list[dict]]) -> None:
     """Add one scene's expressions to the four sets on COCO photos."""
 
     def pick(texts: list[str]) -> list[str]:
@@ -71,33 +53,35 @@ def refer(rng: np.random.Generator, scene: Scene, split: str, sets: dict[str, Re
 
     for shape in scene.shapes:
         look, place = phrases(scene, shape)
-        sets["refcoco"].add(scene, split, [shape], [shape.name, *pick(look[1:] + place)])
-        sets["refcoco+"].add(scene, split, [shape], [shape.name, *pick(look[1:])])
+        add(refs["refcoco"], scene, split, [shape], [shape.name, *pick(look[1:] + place)])
+        add(refs["refcoco+"], scene, split, [shape], [shape.name, *pick(look[1:])])
         umd = {"testA": "test", "testB": "test"}.get(split, split)
-        sets["refcocog"].add(scene, umd, [shape], [f"The {shape.name}.", sentence(rng, scene, shape)])
-
-    add = partial(sets["grefcoco"].add, scene, split, generalised=True)
+        add(refs["refcocog"], scene, umd, [shape], [f"The {shape.name}.", sentence(rng, scene, shape)])
     one, two = (scene.shapes[i] for i in rng.choice(len(scene.shapes), 2, replace=False))
     rest = [shape for shape in scene.shapes if shape is not one]
-    add([one], [one.name])
-    add([one, two], [f"the {one.name} and the {two.name}"])
-    add(rest, [f"everything but the {one.name}"])
-    add([], [" ".join(absent(rng, scene))])
+    for shapes, text in (
+        ([one], one.name),
+        ([one, two], f"the {one.name} and the {two.name}"),
+        (rest, f"everything but the {one.name}"),
+        ([], " ".join(absent(rng, scene))),
+    ):
+        add(refs["grefcoco"], scene, split, shapes, [text], generalised=True)
 
 
-def write_refclef(root: Path, groups: dict[str, list[Scene]], refs: Referring, seed: int) -> None:
-    """refclef: a quarter of the scenes again, as SAIAPR TC-12 photos."""
-    images, annotations = [], []
-    for split, name in (("train", "train"), ("val", "val"), ("testA", "test")):
-        for scene in share(groups[split], 4):
-            rng = np.random.default_rng([seed, scene.id, 2])
-            file_name = f"{scene.id % 40:02d}/images/{scene.id}.jpg"
-            write(root / "images/saiapr_tc-12" / file_name, scene.jpeg)
-            images.append(image_entry(scene, file_name))
-            for shape in scene.shapes:
-                annotations.append(annotation(shape, annotation_id(scene, shape), scene.id))
-                texts = [text for texts in phrases(scene, shape) for text in texts]
-                refs.add(scene, name, [shape], [texts[rng.integers(len(texts))]])
-                refs[-1]["file_name"] = f"{scene.id}_{annotation_id(scene, shape)}.jpg"
-    write(root / "refclef/instances.json", {"images": images, "annotations": annotations, "categories": categories()})
-    write(root / "refclef/refs(unc).p", pickle.dumps(list(refs), protocol=2))
+def add(refs: list[dict], scene: Scene, split: str, shapes: list[Shape], texts: list[str], *, generalised=False):
+    """Add a ref to those of a set; a generalised one means any number of shapes."""
+    plain = [text.lower().rstrip(".") for text in texts]
+    sentences = [
+        {"tokens": sent.split(), "raw": raw, "sent_id": 10 * len(refs) + i, "sent": sent}
+        for i, (raw, sent) in enumerate(zip(texts, plain))
+    ]
+    ann_ids: list = [annotation_id(scene, shape) for shape in shapes] or [-1]
+    classes: list = [CATEGORY[shape.kind] for shape in shapes] or [-1]
+    refs.append({
+        "sent_ids": [x["sent_id"] for x in sentences], "ref_id": len(refs) + 1, "image_id": scene.id, "split": split,
+        "file_name": scene.coco_name if generalised else scene.coco_name.replace(".jpg", f"_{ann_ids[0]}.jpg"),
+        "sentences": sentences,
+        "ann_id": ann_ids if generalised else ann_ids[0],
+        "category_id": classes if generalised else classes[0],
+        **({"no_target": not shapes} if generalised else {}),
+    })  # fmt: skip

@@ -67,18 +67,13 @@ def draw_scene(scene_id: int, *, seed: int, size: int, simple: bool = False) -> 
     sides = [(size, size), (size * 3 // 4, size), (size, size * 3 // 4)]
     height, width = sides[rng.integers(3)]
     shapes, masks = place_shapes(rng, height, width, simple)
-    return Scene(scene_id, height, width, render(rng, shapes, masks), shapes, simple)
-
-
-def render(rng: np.random.Generator, shapes: list[Shape], masks: np.ndarray) -> bytes:
-    """Paint the whole masks uint8 (N, H, W) of the shapes, from back to front, over a background; JPEG bytes."""
-    height, width = masks.shape[1:]
     photo = background(rng, height, width)
     for shape, mask in zip(shapes, masks):
         paint(rng, photo, mask, COLOURS[shape.colour])
     photo += 5 * rng.standard_normal((height, width, 1), dtype=np.float32)  # grain
     bgr = np.clip(photo, 0, 255).astype(np.uint8)[..., ::-1]
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
+    jpeg = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
+    return Scene(scene_id, height, width, jpeg, shapes, simple)
 
 
 def place_shapes(rng: np.random.Generator, height: int, width: int, simple: bool) -> tuple[list[Shape], np.ndarray]:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from self1e.synthetic.annotations import annotation, image_entry, share, write, write_png
-from self1e.synthetic.scenes import COLOURS, KINDS, Scene
+from self1e.synthetic.scenes import COLOURS, KINDS, Scene, Shape
 
 ADE20K = {"circle": 119, "square": 41, "triangle": 114, "star": 82, "cross": 43, "ring": 112, "background": 0}
 COCOSTUFF = {"red": 52, "green": 55, "blue": 154, "yellow": 51, "purple": 118, "orange": 54, "background": 172}
@@ -36,49 +36,44 @@ def write_semantic(root: Path, scenes: list[Scene]) -> None:
         write(root / f"mapillary/training/images/shapes_{scene.id}.jpg", scene.jpeg)
         labels = label_map(scene, paints, "colour", paints["background"])
         write_png(root / f"mapillary/training/v2.0/labels/shapes_{scene.id}.png", labels)
-    names = [(f"object--paint--{colour}", f"{colour.title()} Paint", rgb) for colour, rgb in COLOURS.items()]
-    names.append(("construction--barrier--wall", "Wall", (128, 128, 128)))
-    paint_labels = [
-        {"name": name, "readable": readable, "color": list(rgb), "evaluate": True, "instances": False}
-        for name, readable, rgb in names
+    shown = [(f"object--paint--{colour}", f"{colour.title()} Paint", rgb) for colour, rgb in COLOURS.items()]
+    readable = [
+        {"name": name, "readable": text, "color": rgb, "evaluate": True, "instances": False}
+        for name, text, rgb in [*shown, ("construction--barrier--wall", "Wall", (128, 128, 128))]
     ]
-    write(root / "mapillary/config_v2.0.json", {"version": "2.0", "labels": paint_labels})
+    write(root / "mapillary/config_v2.0.json", {"version": "2.0", "labels": readable})
+
+
+def halves(shape: Shape, centre: float, axis: int) -> list[np.ndarray]:
+    """The visible pixels of a shape before and behind the centre in y (axis 0) or x (axis 1)."""
+    before = np.arange(shape.mask.shape[axis]) < round(centre)
+    before = before[:, None] if axis == 0 else before
+    return [shape.mask * before, shape.mask * ~before]
 
 
 def write_parts(root: Path, scenes: list[Scene]) -> None:
     """paco_lvis (whole shapes, upper and lower halves) and pascal_part (left and right halves), 1/16 of the scenes."""
-    paco: dict[str, list] = {"images": [], "annotations": [], "categories": []}
-    pascal: dict[str, list] = {"images": [], "annotations": [], "categories": []}
-    for i, kind in enumerate(KINDS):
-        paco["categories"] += [
-            {"id": 3 * i + 1, "name": f"{kind}_(shape)", "supercategory": "OBJECT"},
-            {"id": 3 * i + 2, "name": f"{kind}_(shape):upper_half_(part)", "supercategory": "PART"},
-            {"id": 3 * i + 3, "name": f"{kind}_(shape):lower_half_(part)", "supercategory": "PART"},
+    for file, photos, name, parts, masks in (
+        (
+            "vlpart/paco/annotations/paco_lvis_v1_train.json", "coco", "train2017/{:012d}.jpg",
+            ("_(shape)", "_(shape):upper_half_(part)", "_(shape):lower_half_(part)"),
+            lambda shape: [None, *halves(shape, shape.y, 0)],
+        ),
+        (
+            "vlpart/pascal_part/train.json", "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages", "2010_{:06d}.jpg",
+            (":left half", ":right half"), lambda shape: halves(shape, shape.x, 1),
+        ),
+    ):  # fmt: skip
+        names = [kind + part for kind in KINDS for part in parts]
+        kinds = [
+            {"id": i, "name": x, "supercategory": ("OBJECT", "PART")[":" in x]} for i, x in enumerate(names, start=1)
         ]
-        pascal["categories"] += [
-            {"id": 2 * i + 1, "name": f"{kind}:left half", "supercategory": "PART"},
-            {"id": 2 * i + 2, "name": f"{kind}:right half", "supercategory": "PART"},
-        ]
-    for scene in share(scenes, 16):
-        file_name = f"{scene.id:012d}.jpg"
-        write(root / "coco/train2017" / file_name, scene.jpeg)
-        paco["images"].append(image_entry(scene, f"train2017/{file_name}"))
-        voc_name = f"2010_{scene.id:06d}.jpg"
-        write(root / "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages" / voc_name, scene.jpeg)
-        pascal["images"].append(image_entry(scene, voc_name))
-        for shape in scene.shapes:
-            mask, first = shape.mask, KINDS.index(shape.kind)
-            upper, left = np.zeros_like(mask), np.zeros_like(mask)
-            upper[: round(shape.y)], left[:, : round(shape.x)] = 1, 1
-            for i, part in enumerate((None, mask & upper, mask & ~upper & 1)):
-                ann_id = len(paco["annotations"]) + 1
-                entry = annotation(shape, ann_id, scene.id, part, category_id=3 * first + 1 + i)
-                # `obj_ann_id` is the id of the whole shape.
-                paco["annotations"].append(
-                    entry | {"obj_ann_id": ann_id - i, "attribute_ids": [], "dom_color_ids": []}
-                )
-            for i, part in enumerate((mask & left, mask & ~left & 1)):
-                ann_id = len(pascal["annotations"]) + 1
-                pascal["annotations"].append(annotation(shape, ann_id, scene.id, part, category_id=2 * first + 1 + i))
-    write(root / "vlpart/paco/annotations/paco_lvis_v1_train.json", paco)
-    write(root / "vlpart/pascal_part/train.json", pascal)
+        made: dict[str, list] = {"images": [], "annotations": [], "categories": kinds}
+        for scene in share(scenes, 16):
+            write(root / photos / name.format(scene.id), scene.jpeg)
+            made["images"].append(image_entry(scene, name.format(scene.id)))
+            for shape in scene.shapes:
+                for i, mask in enumerate(masks(shape)):
+                    ann_id, category = len(made["annotations"]) + 1, KINDS.index(shape.kind) * len(parts) + i + 1
+                    made["annotations"].append(annotation(shape, ann_id, scene.id, mask, category_id=category))
+        write(root / file, made)

@@ -133,7 +133,6 @@ def write_mme(root: Path, scenes: list[Scene], seed: int) -> None:
 
 def write_mmbench(root: Path, scenes: list[Scene], seed: int) -> None:
     """Dev and test, English and Chinese, every question once per rotation of its four options."""
-    columns = "index question hint A B C D answer category image source l2-category comment split".split()
     english, chinese = "Which of these is in the image?", "图中有下面哪一个？"
     for name, question in (
         ("dev_20230712", english),
@@ -141,20 +140,19 @@ def write_mmbench(root: Path, scenes: list[Scene], seed: int) -> None:
         ("test_en_20231003", english),
         ("test_cn_20231003", chinese),
     ):
-        split = name.split("_")[0]
-        kept = [column for column in columns if split == "dev" or column != "answer"]
-        lines = ["\t".join(kept)]
+        split, rows = name.split("_")[0], []
         for i, scene in enumerate(scenes):
             rng = np.random.default_rng([seed, scene.id, 9])
             options = [scene.shapes[-1].name]
             while len(options) < 4:
                 options += {" ".join(absent(rng, scene))} - set(options)
             for k in range(4):
-                row = {
-                    "index": 1 + i + k * 1_000_000, "question": question, "hint": "", "comment": "", "split": split,
-                    **dict(zip("ABCD", options[k:] + options[:k])), "answer": "ABCD"[-k % 4],
-                    "category": "object_localization", "l2-category": "finegrained_perception (instance-level)",
+                rows.append({
+                    "index": 1 + i + k * 1_000_000, "question": question, "hint": "",
+                    **dict(zip("ABCD", options[k:] + options[:k])),
+                    **({"answer": "ABCD"[-k % 4]} if split == "dev" else {}), "category": "object_localization",
                     "image": base64.b64encode(scene.jpeg).decode(), "source": "shapes",
-                }  # fmt: skip
-                lines.append("\t".join(str(row[column]) for column in kept))
+                    "l2-category": "finegrained_perception (instance-level)", "comment": "", "split": split,
+                })  # fmt: skip
+        lines = ["\t".join(map(str, cells)) for cells in (rows[0], *(row.values() for row in rows))]
         write(root / f"mmbench_{name}.tsv", "\n".join(lines) + "\n")

@@ -44,17 +44,15 @@ def phrases(scene: Scene, shape: Shape) -> tuple[list[str], list[str]]:
         return [shape.name], []
     others = [other for other in scene.shapes if other is not shape]
     same_kind = [other for other in others if other.kind == shape.kind]
-    size, place = extremes(scene, shape, others)
-    look = [shape.name]
+    look, spots = [shape.name], []
     if not same_kind:
         look.append(shape.kind)
     if shape.colour not in {other.colour for other in others}:
         look.append(f"{shape.colour} shape")
-    look += [f"{word} shape" for word in size]
-    spots = [f"{word} shape" for word in place]
-    size, place = extremes(scene, shape, same_kind)
-    look += [f"{word} {shape.kind}" for word in size]
-    spots += [f"{word} {shape.kind}" for word in place]
+    for noun, rivals in (("shape", others), (shape.kind, same_kind)):
+        size, place = extremes(scene, shape, rivals)
+        look += [f"{word} {noun}" for word in size]
+        spots += [f"{word} {noun}" for word in place]
     return look, spots
 
 
