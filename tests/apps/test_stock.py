@@ -27,7 +27,7 @@ TILES = 6  # the photo is cut into 1 x 2 tiles, and its thumbnail is a third
 
 def make_speaking(folder, llm: str):
     """A trained checkpoint whose answer to QUESTION holds `[SEG]`."""
-    make_trained(folder, llm=llm, image_size=56)
+    make_trained(folder, llm=llm, image_size=56, seed=1)
     model, processor = Self1EForSegmentation.from_pretrained(folder), Self1EProcessor.from_pretrained(folder)
     states = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
