@@ -194,7 +194,7 @@ def train(recipe: Recipe) -> Figures:
     step = partial(train_step, model, batch)
     flops = flops_of(step)  # without checkpointing, so that recomputation counts for nothing
     for kind, options in CHECKPOINTING.items():
-        if options is not None:
+        if options:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         figures = measure(step)
         figures |= {

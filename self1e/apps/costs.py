@@ -1,11 +1,7 @@
 """What the model costs at full depth: floating-point operations and memory, counted on tensors without values.
 
-The model is built on the `meta` device and trains or evaluates there. Every operation runs with its real shapes, so
-that the counts are those of a real step; only attention is taken to be a GPU's kernel, which keeps no scores.
-
-    from self1e.apps.costs import evaluation_cost, training_cost
-    training_cost("2B", "selective")    # one micro-batch of the recipe: 5 images x 3 conversations of 309 tokens
-    evaluation_cost("2B", sentences=7)  # one image
+The model is built on the `meta` device and trains or evaluates there, with the shapes of a real step; only attention
+is taken to be a GPU's kernel, which keeps no scores. `scripts/benchmark.py --meta` prints what it says of all sizes.
 """
 
 import weakref
@@ -31,8 +27,8 @@ SIZES = {"1B": (896, 24, 14, 2, 4864), "2B": (1536, 28, 12, 2, 8960), "8B": (358
 IMAGE_TOKEN, SEG_TOKEN, VOCABULARY = 151667, 151674, 151676
 TEXT, ANSWER = 53, 5  # tokens of a conversation beside its image, and of them the supervised ones
 PHOTO = (480, 640)  # pixels of a mask, as most of COCO
-CHECKPOINTING: dict[str, dict[str, Any] | None] = {
-    "none": None,
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "none": {},
     "selective": selective_checkpointing_kwargs(),
     "full": {"use_reentrant": False},
 }
@@ -74,19 +70,22 @@ def configuration(size: str) -> Self1EConfig:
     vit = {"model_type": "internvl_vision", "hidden_size": 1024, "num_hidden_layers": 24, "image_size": [448, 448]}
     vit |= {"num_attention_heads": 16, "intermediate_size": 4096, "patch_size": [14, 14], "attention_bias": True}
     ids: dict[str, Any] = {"image_token_id": IMAGE_TOKEN, "seg_token_id": SEG_TOKEN}
-    config = Self1EConfig(text_config=llm, vision_config=vit, drop_path_rate=0.1, **ids)
-    config._attn_implementation = "sdpa"
-    return config
+    return Self1EConfig(text_config=llm, vision_config=vit, drop_path_rate=0.1, **ids)
 
 
-def build(size: str, *, images: int, each: int, tiles: int) -> tuple[Self1EForSegmentation, dict[str, Tensor]]:
-    """The full method in bfloat16 without values, and a batch of `images * each` conversations with one `[SEG]`."""
+def build(size: str, *, images: int, each: int, tiles: int, training: bool) -> tuple[Any, dict[str, Tensor]]:
+    """The full method in bfloat16 without values, and a batch of `images * each` conversations with one `[SEG]`.
+
+    training: with adapters on both towers by the recipe, head and embeddings train whole.
+    """
     config = configuration(size)
     with torch.device("meta"):
-        model = Self1EForSegmentation(config).to(torch.bfloat16)  # type: ignore[arg-type]  # the library's `to`
+        model: Any = Self1EForSegmentation._from_config(config, attn_implementation="sdpa")
+        if training:
+            adapt(model, use_llm_lora=True, use_vision_lora=True, optimize_vision=True)
     ids = torch.full((images * each, tiles * config.tile_tokens + TEXT), 100)
     ids[:, 1 : 1 + tiles * config.tile_tokens], ids[:, -3] = IMAGE_TOKEN, SEG_TOKEN
-    return model, {
+    return model.to(torch.bfloat16).train(training), {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.empty(images * tiles, 3, config.tile_size, config.tile_size, device="meta"),
@@ -98,15 +97,12 @@ def build(size: str, *, images: int, each: int, tiles: int) -> tuple[Self1EForSe
 def training_cost(
     size: str, checkpointing: str = "none", *, images: int = 5, conversations: int = 3, tiles: int = 1
 ) -> Cost:
-    """Forward and backward pass of a micro-batch by the recipe: adapters on both towers, head and embeddings whole.
+    """Forward and backward pass of a micro-batch by the recipe.
 
     checkpointing: a key of `CHECKPOINTING`. conversations: about each image.
     """
-    model, batch = build(size, images=images, each=conversations, tiles=tiles)
-    with torch.device("meta"):
-        adapt(model, use_llm_lora=True, use_vision_lora=True, optimize_vision=True)
-    model.to(torch.bfloat16).train()  # type: ignore[arg-type]
-    if (kwargs := CHECKPOINTING[checkpointing]) is not None:
+    model, batch = build(size, images=images, each=conversations, tiles=tiles, training=True)
+    if kwargs := CHECKPOINTING[checkpointing]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -119,8 +115,7 @@ def training_cost(
 
 def evaluation_cost(size: str, *, sentences: int = 7, tiles: int = 1) -> Cost:
     """The masks of sentences about one image."""
-    model, batch = build(size, images=1, each=sentences, tiles=tiles)
-    model.eval()
+    model, batch = build(size, images=1, each=sentences, tiles=tiles, training=False)
     with patch.object(inference, "check_finite"):  # there are no values
         return count(model, lambda: inference.masks_of(model, batch, [PHOTO]))
 

@@ -62,7 +62,7 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
     import gradio as gr
 
     def answer(path: str | None, text: str, mode: str) -> Iterator[tuple]:
-        """After every few prompts: overlay, answers, files, "8 of 30", and (8, 30) for Cancel."""
+        """After every few prompts: overlay, answers, files, "8 of 30"."""
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
         try:
             if path is None or not 0 < len(prompts) <= PROMPTS:
@@ -73,12 +73,11 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
         except (SampleError, UserError) as error:  # the former names a file of this machine
             message = str(error) if isinstance(error, UserError) else "This file is no photo that can be read."
             raise gr.Error(html.escape(message), print_exception=False) from None
-        count, tiles = len(prompts), HIGH_RES_TILES if high_res else 1
-        replies: list[Any] = []
-        yield image, None, None, f"0 of {count}", (0, count)
+        tiles, replies = HIGH_RES_TILES if high_res else 1, []
+        yield image, None, None, f"0 of {len(prompts)}"
         with tempfile.TemporaryDirectory(prefix="self1e_") as folder:
             output = Output(Path(folder), {}, overlays=False)
-            for start in range(0, count, TOGETHER):
+            for start in range(0, len(prompts), TOGETHER):
                 some = prompts[start : start + TOGETHER]
                 if mode == CHAT:
                     replies += model.chat(processor, image, some, max_tiles=tiles)
@@ -90,18 +89,19 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
                 made = [output.folder / "coco.json", *sorted(output.folder.glob("*.png"))]
                 masks = [mask for reply in replies for mask in reply.masks]
                 words, colors = marked(prompts, replies)
-                done = len(replies)
-                yield (
-                    overlay(image, masks) if masks else image, gr.HighlightedText(words, color_map=colors),
-                    list(map(str, made)), f"{done} of {count}", (done, count) if done < count else None,
-                )  # fmt: skip
+                answers = gr.HighlightedText(words, color_map=colors)
+                shown = overlay(image, masks) if masks else image
+                yield shown, answers, list(map(str, made)), f"{len(replies)} of {len(prompts)}"
+
+    def cancelled(status: str) -> str:
+        done, _, count = status.partition(" of ")
+        return f"cancelled: {status} done" if done.isdigit() and done != count else status
 
     folder = files("self1e.apps") / "demo_examples"
     examples = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     # fmt: off
     with gr.Blocks(title="Self1E", analytics_enabled=False, delete_cache=(KEEP, KEEP)) as page:
         gr.Markdown(f"## Self1E\nA multimodal LLM that segments by itself. Model: {html.escape(name)}")
-        progress = gr.State(None, time_to_live=KEEP)
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label="Photo", type="filepath", image_mode=None, height=380, elem_id="photo",
@@ -121,12 +121,11 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
                 downloads = gr.Files(label="Masks, and all as COCO", interactive=False, height=200, elem_id="files")
         gr.Examples([[str(folder / name), "\n".join(lines)] for name, lines in examples.items()], [image, prompts],
                     cache_examples=False)
-        work = run.click(answer, [image, prompts, mode], [result, answers, downloads, status, progress],
-                         api_name="answer", show_progress_on=result)
+        work = run.click(answer, [image, prompts, mode], [result, answers, downloads, status], api_name="answer",
+                         show_progress_on=result)
         run.click(None, js="() => document.querySelector('#overlay').scrollIntoView({block: 'nearest'})")
         stopped = cancel.click(None, cancels=[work], queue=False, api_visibility="private")
-        stopped.then(lambda done: f"cancelled: {done[0]} of {done[1]} done" if done else "", progress, status,
-                     queue=False, api_visibility="private")
+        stopped.then(cancelled, status, status, queue=False, api_visibility="private")
     # fmt: on
     return page
 
@@ -149,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     model, processor = load(args)
-    name = Path(args.model_weights or args.version).resolve()
+    name = "/".join(Path(args.model_weights or args.version).resolve().parts[-2:])
     with tempfile.TemporaryDirectory(prefix="self1e_demo_", ignore_cleanup_errors=True) as folder:
         # Gradio asks itself for its page: no proxy may stand between. It reads its own variables when imported.
         os.environ |= {"NO_PROXY": "*", "no_proxy": "*"}
@@ -157,8 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tempfile.tempdir = folder
         import gradio as gr
 
-        title = name.parent.name if name.name == "ckpt_model" else name.name
-        page = build(model, processor, title, high_res=args.high_res)
+        page = build(model, processor, name, high_res=args.high_res)
         page.queue(max_size=args.queue, default_concurrency_limit=1)
         page.launch(
             server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True, css=CSS,

@@ -6,8 +6,8 @@ lmms-eval finds the model through the entry point `lmms_eval.models` of this pac
 Replies are generated and decoded as `eval_vqas.sh --dynamic` does.
 """
 
-import json
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -64,23 +64,21 @@ class Self1EChat(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """The replies, in the order of the requests. Raises ValueError for a document without exactly one photo."""
-        replies: dict[int, str] = {}
-        groups: dict[str, list[int]] = {}  # a batch shares its generation options
-        for number, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(number)
-        for numbers in tqdm(groups.values(), desc="Self1E", disable=self.rank > 0):
-            for start in range(0, len(numbers), self.batch_size):
-                chunk = numbers[start : start + self.batch_size]
-                replies |= zip(chunk, self._answer([requests[number] for number in chunk]))
-        return [replies[number] for number in range(len(requests))]
+        replies: list[str] = []
+        with tqdm(total=len(requests), desc="Self1E", disable=self.rank > 0) as bar:
+            for options, group in groupby(requests, key=lambda request: request.args[2]):  # a batch shares its options
+                alike = list(group)
+                for start in range(0, len(alike), self.batch_size):
+                    replies += self._answer(alike[start : start + self.batch_size], options)
+                    bar.update(len(replies) - bar.n)
+        return replies
 
     def loglikelihood(self, requests):
         raise NotImplementedError("self1e answers tasks of the kind generate_until alone")
 
     generate_until_multi_round = loglikelihood
 
-    def _answer(self, requests: Sequence[Instance]) -> list[str]:
-        options = requests[0].args[2]
+    def _answer(self, requests: Sequence[Instance], options: dict[str, Any]) -> list[str]:
         photos, turns = zip(*map(self._read, requests))
         tiling = {"max_tiles": self.max_tiles, "thumbnail": self.max_tiles > 1}
         batch = dict(self.processor(photos, [[conversation] for conversation in turns], padding_side="left", **tiling))
@@ -96,11 +94,9 @@ class Self1EChat(lmms):
         images, *others = messages.extract_media()
         if len(images) != 1 or any(others):
             raise ValueError(f"task {task}, document {document}: self1e answers questions about exactly one picture")
-        texts: list[Any] = [
-            {"role": x.role, "content": [y.model_dump() for y in x.content]} for x in messages.messages
-        ]
-        photo = images[0]
-        return photo if isinstance(photo, Image.Image) else Image.open(photo), conversation_turns(texts)
+        turns = [{"role": x.role, "content": [y.model_dump() for y in x.content]} for x in messages.messages]
+        photo = images[0] if isinstance(images[0], Image.Image) else Image.open(images[0])
+        return photo, conversation_turns(turns)
 
 
 def sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -54,15 +54,11 @@ def make_tiny_internvl(
     *,
     llm: str = "qwen2",
     image_size: int = 112,
-    patch_size: int = 14,
     width: int = 96,
     layers: int = 4,
     heads: int = 4,
-    kv_heads: int = 2,
     vision_width: int = 96,
     vision_layers: int = 4,
-    vision_heads: int = 4,
-    layer_scale: float = 1.0,
     drop_path_rate: float = 0.0,
     vocab_size: int = 2048,
     tie_word_embeddings: bool = False,
@@ -73,10 +69,10 @@ def make_tiny_internvl(
 
     Args:
         llm: `qwen2`, or `qwen3` (q and k norms, no bias in q, k, v).
-        image_size, patch_size: pixels per side of a tile and of a patch, of which a tile holds an even number.
-        width, layers, heads, kv_heads: the LLM; its MLP is 3 times as wide.
-        vision_width, vision_layers, vision_heads: the ViT; its MLP is 4 times as wide.
-        layer_scale: initial layer scale of the ViT's branches. drop_path_rate: stochastic depth of its last layer.
+        image_size: pixels per side of a tile, a multiple of 28: patches have 14.
+        width, layers: of the LLM, its MLP is 3 times as wide. vision_width, vision_layers: of the ViT, its 4 times.
+        heads: of both; the LLM has half as many for keys and values.
+        drop_path_rate: stochastic depth of the ViT's last layer.
         vocab_size: byte symbols and merges at most.
         tie_word_embeddings: no lm_head of its own, like Qwen2 0.5B.
         shards: weight files, about.
@@ -84,14 +80,14 @@ def make_tiny_internvl(
     tokenizer = make_tokenizer(vocab_size)
     text = {
         "model_type": llm, "vocab_size": len(tokenizer), "hidden_size": width, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width // heads,
+        "num_attention_heads": heads, "num_key_value_heads": heads // 2, "head_dim": width // heads,
         "intermediate_size": 3 * width, "tie_word_embeddings": tie_word_embeddings, "rope_theta": 1e6,
         "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
     }  # fmt: skip
     vision = {
-        "model_type": "internvl_vision", "image_size": [image_size] * 2, "patch_size": [patch_size] * 2,
-        "hidden_size": vision_width, "num_hidden_layers": vision_layers, "num_attention_heads": vision_heads,
-        "intermediate_size": 4 * vision_width, "attention_bias": True, "layer_scale_init_value": layer_scale,
+        "model_type": "internvl_vision", "image_size": [image_size] * 2, "patch_size": [14, 14],
+        "hidden_size": vision_width, "num_hidden_layers": vision_layers, "num_attention_heads": heads,
+        "intermediate_size": 4 * vision_width, "attention_bias": True, "layer_scale_init_value": 1.0,
     }  # fmt: skip
     config = Self1EConfig(
         text_config=text, vision_config=vision, drop_path_rate=drop_path_rate, tie_word_embeddings=tie_word_embeddings

@@ -101,7 +101,7 @@ def test_quantized_model_segments(tmp_path, image, bits):
 
     The widths are multiples of 64, as every released model's are: bitsandbytes' 4-bit blocks hold 64 weights.
     """
-    wide = {"width": 64, "heads": 2, "kv_heads": 2, "vision_width": 64}
+    wide = {"width": 64, "heads": 2, "vision_width": 64}
     folder = make_trained(tmp_path / "wide", **wide)
     flags = {"version": str(folder), "model_weights": None, "device": "cpu", "dtype": None}
     full, processor = load(Namespace(**flags, quantize=None))

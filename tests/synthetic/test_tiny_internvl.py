@@ -38,8 +38,8 @@ def test_checkpoint_is_seeded(tmp_path, checkpoint):
 
 @needs_shared
 def test_layout_is_the_golden_checkpoints(tmp_path):
-    heads = {"width": 16, "vision_width": 16, "layers": 2, "vision_layers": 2, "vision_heads": 2}
-    folder = tiny.make_tiny_internvl(tmp_path, image_size=448, **heads)
+    sizes = {"width": 16, "vision_width": 16, "layers": 2, "vision_layers": 2}
+    folder = tiny.make_tiny_internvl(tmp_path, image_size=448, **sizes)
     golden, ours = load_file(GOLDEN / "model.safetensors"), load_file(folder / "model.safetensors")
     assert set(ours) == set(golden)
     differ = {name for name in golden if golden[name].shape != ours[name].shape}
