@@ -142,8 +142,7 @@ def write(model: Self1EForSegmentation, texts, folder: Path, layout: str) -> Non
 def stock_processor(folder: Path, config: Self1EConfig) -> InternVLProcessor:
     """The processor that transformers' own InternVL needs, for the tokenizer in `folder`: text and tiles as ours.
 
-    Its image tag is the image token. It cuts a photo into tiles when it is called with `max_patches`. The model knows
-    no videos; the padding token stands where the class wants a token for them.
+    Its image tag is the image token. The model knows no videos; the padding token stands for one, as the class asks.
     """
     named = {"start_image_token": IMG_START, "end_image_token": IMG_END, "context_image_token": IMG_CONTEXT}
     tokenizer = Qwen2Tokenizer.from_pretrained(folder, extra_special_tokens=named | {"video_token": PADDING})

@@ -89,9 +89,9 @@ def inputs_of(batch, processor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_graph(model, processor, grid: tuple[int, int], folder: Path) -> tuple[float, float]:
-    """Write the graph of a grid. Returns its largest difference from the model, and the model's largest logit.
+    """Write the graph of a grid; the first of a folder brings `weights.bin`, the others refer to it.
 
-    The first graph of a folder brings `weights.bin`, the others refer to it.
+    Returns its largest difference from the model, and the model's largest logit.
     """
     import onnx_ir as ir  # an optional package, as onnxruntime
     import onnxruntime

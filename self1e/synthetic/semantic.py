@@ -8,6 +8,8 @@ import numpy as np
 from self1e.synthetic.annotations import annotation, image_entry, share, write, write_png
 from self1e.synthetic.scenes import COLOURS, KINDS, Scene, Shape
 
+# Indices: ball, box, tent, light, signboard, basket, wall; apple, broccoli, sea, banana, flower, orange, wall-other.
+# mapillary has "Red Paint" ... in the order of COLOURS, then "Wall".
 ADE20K = {"circle": 119, "square": 41, "triangle": 114, "star": 82, "cross": 43, "ring": 112, "background": 0}
 COCOSTUFF = {"red": 52, "green": 55, "blue": 154, "yellow": 51, "purple": 118, "orange": 54, "background": 172}
 

@@ -1,12 +1,4 @@
-"""A synthetic dataset tree in the real formats: coloured shapes on photo-like backgrounds; see `apps.make`.
-
-What the semantic sets call the shapes (index in the set's class list):
-    ade20k     by kind:   circle ball 119, square box 41, triangle tent 114, star light 82, cross signboard 43,
-                          ring basket 112, background wall 0; outlines are `other`
-    cocostuff  by colour: red apple 52, green broccoli 55, blue sea 154, yellow banana 51, purple flower 118,
-                          orange orange 54, background wall-other 172; outlines are 255
-    mapillary  by colour: "Red Paint" ..., in the order of COLOURS, then "Wall"
-"""
+"""A synthetic dataset tree in the real formats: coloured shapes on photo-like backgrounds; see `apps.make`."""
 
 from pathlib import Path
 

@@ -18,24 +18,16 @@ def a(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def extremes(scene: Scene, shape: Shape, rivals: list[Shape]) -> tuple[list[str], list[str]]:
-    """Size words and place words that single out `shape` among `rivals` by a clear margin."""
-    margin = 0.12 * max(scene.height, scene.width)
-    ratios = {
-        "largest": [shape.radius / other.radius for other in rivals],
-        "smallest": [other.radius / shape.radius for other in rivals],
-    }
+def places(scene: Scene, shape: Shape, rivals: list[Shape]) -> list[str]:
+    """Words for where `shape` is, that single it out among `rivals` by a clear margin."""
     gaps = {
         "leftmost": [other.x - shape.x for other in rivals],
         "rightmost": [shape.x - other.x for other in rivals],
         "top": [other.y - shape.y for other in rivals],
         "bottom": [shape.y - other.y for other in rivals],
     }
-    size, place = (
-        [word for word, values in found.items() if rivals and min(values) > limit]
-        for found, limit in ((ratios, 1.2), (gaps, margin))
-    )
-    return size, place
+    margin = 0.12 * max(scene.height, scene.width)
+    return [word for word, values in gaps.items() if min(values, default=0) > margin]
 
 
 def phrases(scene: Scene, shape: Shape) -> tuple[list[str], list[str]]:
@@ -44,25 +36,20 @@ def phrases(scene: Scene, shape: Shape) -> tuple[list[str], list[str]]:
         return [shape.name], []
     others = [other for other in scene.shapes if other is not shape]
     same_kind = [other for other in others if other.kind == shape.kind]
-    look, spots = [shape.name], []
+    look = [shape.name]
     if not same_kind:
         look.append(shape.kind)
     if shape.colour not in {other.colour for other in others}:
         look.append(f"{shape.colour} shape")
-    for noun, rivals in (("shape", others), (shape.kind, same_kind)):
-        size, place = extremes(scene, shape, rivals)
-        look += [f"{word} {noun}" for word in size]
-        spots += [f"{word} {noun}" for word in place]
-    return look, spots
+    spots = [f"{word} shape" for word in places(scene, shape, others)]
+    return look, spots + [f"{word} {shape.kind}" for word in places(scene, shape, same_kind)]
 
 
 def sentence(rng: np.random.Generator, scene: Scene, shape: Shape) -> str:
     """A long RefCOCOg-like description."""
     other = scene.shapes[rng.choice([i for i, s in enumerate(scene.shapes) if s is not shape])]
-    size, place = extremes(scene, shape, [other])
     spots = {"leftmost": "to the left of", "rightmost": "to the right of", "top": "above", "bottom": "below"}
-    relations = [f"{spots[word]} the {other.name}" for word in place]
-    relations += [f"that is {word.replace('est', 'er')} than the {other.name}" for word in size]
+    relations = [f"{spots[word]} the {other.name}" for word in places(scene, shape, [other])]
     relations.append(f"in the picture with the {other.name}")
     return f"The {shape.name} {relations[rng.integers(len(relations))]}."
 
