@@ -206,7 +206,7 @@ def table(sources: list[Source]) -> str:
     for source in sources:
         read = f"{source.checked:,}" + (f" of {source.records:,}" if source.checked < source.records else "")
         numbers = [f"{number:,}" for number in (source.photos, *source.counts, len(source.problems))]
-        rows.append([source.name.replace("|", " "), read, *numbers, source.totals.removeprefix("partly: ")])
+        rows.append([source.name.replace("|", " "), read, *numbers, source.totals])
     columns = -1 if all(source.totals == "-" for source in sources) else None  # own data has no known totals
     return markdown_table(header[:columns], [row[:columns] for row in rows])
 

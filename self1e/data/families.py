@@ -1,9 +1,5 @@
 """What to train on: the families of data sets, and what the flags select among them.
 
-    roots = {"dataset_dir": Path("dataset"), "data_dir": Path("data")}
-    selection = select(dataset="refer_seg||vqa", sample_rates="2,1", **roots)
-    mixture = build_mixture(selection, batch_size=5, seed=0)
-
 To add a data set, write one class (see `samples.TrainingSet`) and enter it in its family. To add a family, add one
 entry to FAMILIES and one to DEFAULTS; its flag is `--<family>_data`.
 """
@@ -43,7 +39,6 @@ DEFAULTS = {  # what the flag of a family selects where it is not given; own dat
     "vqa": SEPARATOR.join(FAMILIES["vqa"]),
 }
 DEFAULT_FAMILIES = "sem_seg||refer_seg||reason_seg||vqa"
-OPTIONS = ("dataset_dir", "data_dir", "num_classes_per_sample", "allow_outside")  # flags that every set takes
 
 
 class Choice(NamedTuple):
@@ -51,15 +46,15 @@ class Choice(NamedTuple):
 
     name: str
     training_set: type[TrainingSet]
-    options: Mapping[str, Any]  # of its constructor, among them dataset_dir and data_dir
+    flags: Mapping[str, Any]  # of training, among them dataset_dir and data_dir
 
     def paths(self) -> list[Path]:
         """Files and folders that must exist before it is opened; the first is its own."""
-        return self.training_set.paths(self.name, self.options["dataset_dir"], self.options["data_dir"])
+        return self.training_set.paths(self.name, self.flags["dataset_dir"], self.flags["data_dir"])
 
     def open(self) -> TrainingSet:
         """The set. Raises UserError for files of another schema, and for a set without samples."""
-        data = self.training_set(self.name, **self.options)
+        data = self.training_set(self.name, **self.flags)
         if not len(data):
             raise UserError(f"{data.name}: no training samples in {self.paths()[0]}")
         return data
@@ -80,19 +75,13 @@ def select(*, dataset: str = DEFAULT_FAMILIES, sample_rates: str | None = None, 
             own, known = [f"custom|{path.strip()}" for path in value.split(SEPARATOR)], {"custom": Custom}
         else:
             own = _names(value, known, f"--{name}_data")
-        choices = []
-        for each in own:
-            training_set = known[each.split("|")[0]]
-            options = {flag: flags[flag] for flag in (*OPTIONS, *training_set.flags) if flag in flags}
-            choices.append(Choice(each, training_set, options))
-        selection.append((choices, rate))
+        selection.append(([Choice(each, known[each.split("|")[0]], flags) for each in own], rate))
     return selection
 
 
 def paths_of(selection: Selection) -> list[tuple[str, Path]]:
     """(set, path) of every file and folder that the selected sets need."""
-    choices = [choice for family, _ in selection for choice in family]
-    return [(choice.name.split("|")[0], path) for choice in choices for path in choice.paths()]
+    return [(choice.name, path) for choices, _ in selection for choice in choices for path in choice.paths()]
 
 
 def _names(value: str, known: Iterable[str], flag: str) -> list[str]:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ class Stream(Dataset):
     processor: Any
     max_length: int  # tokens of a conversation
     max_tiles: int  # of a photo
+    groups: int = 2  # of conversations of similar length in a batch, at most
 
     def __getitem__(self, slot: Iterable[int]) -> dict:
         return self.mixture.build(slot, self.encode)
@@ -63,26 +63,23 @@ class Stream(Dataset):
             encoded = self.processor.encode(sample.image, sample.conversations, sample.masks, **limits)
         return encoded | {"id": sample.id, "replaced": sample.replaced}
 
-    def collate(self, encoded: list[dict], groups: int) -> dict:
+    def collate(self, encoded: list[dict]) -> dict:
         """Join encoded samples to a batch that also names its samples and the broken ones that they replace."""
         ids, replaced = [entry["id"] for entry in encoded], [pair for entry in encoded for pair in entry["replaced"]]
-        return dict(self.processor.collate(encoded, groups=groups)) | {"ids": ids, "replaced": replaced}
+        return dict(self.processor.collate(encoded, groups=self.groups)) | {"ids": ids, "replaced": replaced}
 
 
-def make_loader(
-    stream: Stream, plan: Sequence[Any], *, workers: int = 0, timeout: float = 0, groups: int = 2
-) -> DataLoader:
+def make_loader(stream: Stream, plan: Sequence[Any], *, workers: int = 0, timeout: float = 0) -> DataLoader:
     """The batches of planned micro-batches: what `processor.collate` makes, with `ids` and `replaced`.
 
     plan:    of `Mixture.micro_batches`
     workers: processes that read and encode; 0: this one does
     timeout: seconds after which a worker that gives nothing is an error; 0: never
-    groups:  of conversations of similar length in a batch, at most (see `processor.collate`)
     """
     return DataLoader(
         stream,
         batch_sampler=plan,
-        collate_fn=partial(stream.collate, groups=groups),
+        collate_fn=stream.collate,
         num_workers=workers,
         timeout=timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),

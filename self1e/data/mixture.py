@@ -55,7 +55,6 @@ class Mixture:
             segmentation slot of the epoch, and the items of redrawn sets are drawn with replacement; "exact": each
             slot once, arranged so that as many micro-batches as possible hold a segmentation sample. Neither
             constrains batches of size 1, or without segmentation sets
-    excluded: `image_key`s of photos whose samples do not take part
     """
 
     def __init__(
@@ -65,27 +64,27 @@ class Mixture:
         batch_size: int,
         seed: int,
         mode: str = "published",
-        excluded: np.ndarray | None = None,
+        excluded: np.ndarray | None = None,  # `image_key`s of photos whose samples do not take part
     ):
-        self.groups = [([Records(data, excluded) for data in sets], rate) for sets, rate in groups]
-        self.sets = [records for members, _ in self.groups for records in members]
         self.batch_size, self.seed, self.mode = batch_size, seed, mode
-        self._logged: set[str] = set()
+        self.groups: list[tuple[list[Records], int, int]] = []  # sets, passes, samples of one more
+        self.epoch_size = 0  # slots
+        for sets, rate in groups:
+            members = [Records(data, excluded) for data in sets]
+            total = sum(records.per_pass for records in members)
+            share = int((rate % 1) * total + 0.5)
+            self.groups.append((members, int(rate), share))
+            self.epoch_size += int(rate) * total + share
+        self.sets = [records for members, *_ in self.groups for records in members]
         if not self.epoch_size:
             raise UserError("the mixture is empty: check --sample_rates, --exclude_val and the datasets")
-
-    @property
-    def epoch_size(self) -> int:
-        """Slots (samples) in an epoch, the same in every epoch."""
-        totals = [(sum(records.per_pass for records in members), rate) for members, rate in self.groups]
-        return sum(int(rate) * total + _share(total, rate) for total, rate in totals)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Samples of each set that take part, before rates; a name that occurs again gets a number."""
         names = [records.data.name for records in self.sets]
         names = [f"{name} #{names[:k].count(name)}" if name in names[:k] else name for k, name in enumerate(names)]
-        return {name: records.per_pass for name, records in zip(names, self.sets, strict=True)}
+        return {name: records.per_pass for name, records in zip(names, self.sets)}
 
     def _rng(self, *numbers: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *numbers])
@@ -93,11 +92,11 @@ class Mixture:
     def _slots(self, epoch: int) -> np.ndarray:
         """Slots of an epoch in the order of the groups, int64 (n, 4)."""
         slots, first = [], 0
-        share, redraw = self._rng(epoch, SHARE), self._rng(epoch, REDRAW)
-        for members, rate in self.groups:
+        fraction, redraw = self._rng(epoch, SHARE), self._rng(epoch, REDRAW)
+        for members, whole, share in self.groups:
             sizes = [records.per_pass for records in members]
-            total, whole = sum(sizes), int(rate)
-            part = np.sort(share.choice(max(total, 1), _share(total, rate), replace=False))
+            total = sum(sizes)
+            part = np.sort(fraction.choice(max(total, 1), share, replace=False))
             flat = np.concatenate([np.tile(np.arange(total), whole), part]).astype(np.int64)
             draws = repetitions = np.repeat(np.arange(whole + 1), [total] * whole + [len(part)])
             if members[0].data.redrawn and self.mode == "published" and total:
@@ -153,9 +152,9 @@ class Mixture:
     def build(self, slot: Iterable[int], transform: Callable[[Sample], Any]) -> Any:
         """What `transform` makes of the sample of a slot.
 
-        A broken one (SampleError from its set or from `transform`) is logged once by its id, and others, drawn from
-        (seed, slot, attempt), are tried instead: first of the same set, then of all sets of its kind, with or without
-        masks. What replaced it lists it in `Sample.replaced`. Raises UserError after ATTEMPTS broken ones.
+        A broken one (SampleError from its set or from `transform`) is logged, and others, drawn from (seed, slot,
+        attempt), are tried instead: first of the same set, then of all sets of its kind, with or without masks. What
+        replaced it lists it in `Sample.replaced`. Raises UserError after ATTEMPTS broken ones.
         """
         epoch, number, item, draw = map(int, slot)
         key = ((epoch << 5 | number) << 22 | item) << 24 | draw  # a single integer, for the seeds of replacements
@@ -174,13 +173,6 @@ class Mixture:
                 return transform(dataclasses.replace(sample, replaced=replaced))
             except SampleError as error:
                 replaced += ((error.id, error.cause),)
-                if error.id not in self._logged:
-                    self._logged.add(error.id)
-                    log.warning("broken sample %s: %s; another one replaces it", error.id, error.cause)
+                log.warning("broken sample %s: %s; another one replaces it", error.id, error.cause)
         causes = "\n".join(f"{id}: {cause}" for id, cause in replaced)
         raise UserError(f"{len(replaced)} samples tried for one slot are all broken:\n{causes}")
-
-
-def _share(total: int, rate: float) -> int:
-    """Samples that the fraction of a rate takes of `total`."""
-    return int((rate % 1) * total + 0.5)

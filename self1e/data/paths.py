@@ -27,10 +27,7 @@ def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
 
 
 def list_names(folder: Path, suffix: str) -> list[str]:
-    """Sorted names of the files of a folder that end with `suffix`, such as ".jpg".
-
-    Hidden ones, such as the `._x.jpg` that a Mac puts beside x.jpg, are left out.
-    """
+    """Sorted names of the files of a folder that end with `suffix`, without hidden ones such as a Mac's `._x.jpg`."""
     return sorted(path.name for path in folder.glob(f"[!.]*{suffix}"))
 
 

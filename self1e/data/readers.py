@@ -10,7 +10,7 @@ import pickle
 import reprlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,13 @@ def stream_json(path: Path, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """("line 3", value) of each line of a JSONL file that is not blank. Raises UserError naming the line."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
                 if line.strip():
-                    yield f"line {number}", json.loads(line)
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"line {number}: no UTF-8 JSONL ({error})") from error
+                    yield f"line {number}", json.loads(line.removeprefix(codecs.BOM_UTF8))
+            except ValueError as error:  # no JSON, or no UTF-8
+                raise UserError(f"line {number}: no UTF-8 JSONL ({error})") from error
 
 
 def fields(record: Any, location: str, **kinds: type | tuple[type, ...]) -> list[Any]:
@@ -55,10 +54,8 @@ def fields(record: Any, location: str, **kinds: type | tuple[type, ...]) -> list
 
     Raises UserError that names `location` and a field that is absent or of another type.
     """
-    if not isinstance(record, dict):
-        raise UserError(f"{location}: {reprlib.repr(record)} is no object with {', '.join(kinds)}")
     for name, kind in kinds.items():
-        if name not in record:
+        if not isinstance(record, dict) or name not in record:
             raise UserError(f"{location}: it has no {name}")
         if type(record[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
             raise UserError(f"{location}: {name} is {reprlib.repr(record[name])}")
@@ -68,8 +65,7 @@ def fields(record: Any, location: str, **kinds: type | tuple[type, ...]) -> list
 def counted(problems: dict[str, list]) -> Records:
     """Table `problems`: one line for each kind of problem, from the places where it was met."""
     for kind, places in problems.items():
-        if places:
-            yield "problems", f"{len(places):,} x {kind} (first: {places[0]})"
+        yield "problems", f"{len(places):,} x {kind} (first: {places[0]})"
 
 
 def read_coco(path: Path) -> Records:
@@ -103,16 +99,14 @@ def read_coco(path: Path) -> Records:
         raise UserError(f"it has no images or no annotations; is this the right file? See {DATASETS}")
     for what, ids in ("image", image_ids), ("annotation", annotation_ids):
         found, times = np.unique(ids, return_counts=True)
-        problems[f"{what} id that occurs twice"] += found[times > 1].tolist()
+        for id in found[times > 1].tolist():
+            problems[f"{what} id that occurs twice"].append(id)
     yield "ids", [list(ids) for ids in (image_ids, annotation_ids, owners)]
     yield from counted(problems)
 
 
 class CocoIndex:
-    """Images and annotations of a COCO-style file (see `read_coco`); numbers are places in the file.
-
-    problems: what contradicts itself in the file
-    """
+    """Images and annotations of a COCO-style file (see `read_coco`); numbers are places in the file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -174,11 +168,10 @@ def read_refs(path: Path) -> Records:
     [split, image id] of each. Sentences of R-RefCOCO that are marked as meaning nothing (`exist` is false) are a
     reference of their own, without annotations; Ref-ZOM has its sentences under `raw`.
     """
-    records: Iterable[tuple[str, Any]] = stream_json(path)
-    if path.suffix != ".json":
-        records = ((f"record {number} counted from 0", ref) for number, ref in enumerate(load_plain_pickle(path)))
+    refs = [ref for _, ref in stream_json(path)] if path.suffix == ".json" else load_plain_pickle(path)
     groups: dict[tuple[str, int], list] = defaultdict(list)
-    for location, ref in records:
+    for number, ref in enumerate(refs):
+        location = f"record {number} counted from 0"
         ref_id, image_id, split = fields(ref, location, ref_id=int, image_id=int, split=str)
         ids, found = fields(ref, location, ann_id=(int, list, tuple), sentences=(list, tuple))
         filled = [{"sent": each.get("raw"), "sent_id": k, "exist": True} | each for k, each in enumerate(found)]

@@ -85,28 +85,25 @@ def draw(items: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any
 
 
 class PhotoSet(ABC):
-    """Numbered records about photos.
-
-    name: as it is selected: "ade20k", "refcoco|unc|val", "custom|own/t.csv"; `open` may shorten it for logs
-    num_classes_per_sample: the most conversations of a training sample
-    allow_outside: photos may lie elsewhere (see `paths.inside`)
-    """
+    """Numbered records about photos; of the flags of training it takes those that it knows."""
 
     files: tuple[str, ...] = ()  # what must exist below dataset_dir before the set is opened; the first is its own
+    options: tuple[str, ...] = ()  # further flags, which `open` takes
     folder: Path  # photos are named relative to it
     problems: Sequence[str] = ()  # what is wrong with its files as a whole; said by training and by check-data
 
     def __init__(
         self,
-        name: str,
+        name: str,  # as selected: "ade20k", "refcoco|unc|val", "custom|own/t.csv"; `open` may shorten it for logs
         dataset_dir: Path | str,
         data_dir: Path | str = "",
         *,
-        num_classes_per_sample: int = 3,
-        allow_outside: bool = False,
-        **options: Any,
+        num_classes_per_sample: int = 3,  # the most conversations of a training sample
+        allow_outside: bool = False,  # photos may lie elsewhere (see `paths.inside`)
+        **flags: Any,
     ):
         self.name, self.conversations, self.allow_outside = name, num_classes_per_sample, allow_outside
+        options = {option: flags[option] for option in self.options if option in flags}
         self.open(*self.paths(name, Path(dataset_dir), Path(data_dir)), **options)
 
     @classmethod
@@ -142,7 +139,6 @@ class PhotoSet(ABC):
 class TrainingSet(PhotoSet):
     """Numbered training samples; a sub-class and its entry in `families.FAMILIES` are all that a new set takes."""
 
-    flags: tuple[str, ...] = ()  # further flags of training that `open` takes
     cap: int | None = None  # samples that one pass over the set takes at most; each pass draws its own
     segmentation = True  # its samples carry masks
     rated = True  # the rate of its family multiplies it; otherwise it counts once
@@ -188,8 +184,6 @@ class EvalSplit(PhotoSet, Sequence[EvalImage]):
 
     def __getitem__(self, index: int) -> EvalImage:  # type: ignore[override]  # a split is never sliced
         """As `unit`. Raises SampleError, also for control tokens in a text."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         with naming(self.id(index)):
             photo = self.unit(index)
             check_texts(self.id(index), (prompt.removeprefix(IMAGE_TAG) for prompt in photo.prompts))

@@ -7,8 +7,8 @@ To add a split, add one entry to SPLITS. PREFIXES holds the kinds of splits whos
 
 Published figures are percentages of the SELF1E paper (arXiv 2603.19026): `2B` and `8B` were trained on the base
 mixture, `SEG-2B` and `SEG-8B` on the segmentation mixture. They are cIoU except where an entry says otherwise.
-`totals.json` holds images, expressions (refs), sentences, questions and conversations per training set and split, as
-the sets' own documentation and the loaders of other projects state them.
+TOTALS holds the known numbers of images, expressions (refs), sentences, questions and conversations per training set
+and split, as the sets' own documentation and the loaders of other projects state them.
 """
 
 import hashlib
@@ -79,7 +79,6 @@ PREFIXES: dict[str, SplitEntry] = {
     "parquet": SplitEntry(reader=ParquetSplit, default=False),
 }
 
-# Set or split -> what is counted -> the known total.
 TOTALS: dict[str, dict[str, int]] = json.loads(
     files("self1e.data").joinpath("totals.json").read_text(encoding="utf-8")
 )
@@ -119,15 +118,13 @@ def file_stem(split: str) -> str:
 
 
 def completeness(name: str, data: PhotoSet) -> str:
-    """ "complete", "partly: 1,499 of 1,500 images", "another version: ...", or "-" where no total is known."""
-    known = TOTALS.get(name)
-    if not known:
+    """ "complete", what differs from the known total, "1,499 of 1,500 images", or "-" where none is known."""
+    if name not in TOTALS:
         return "-"
     counts = {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
     if isinstance(data, Referring):
         counts = data.counts()
-    differing = sorted((counts[what] <= total, what) for what, total in known.items() if counts[what] != total)
-    if not differing:
-        return "complete"
-    fewer, what = differing[0]
-    return f"{'partly' if fewer else 'another version'}: {counts[what]:,} of {known[what]:,} {what}"
+    for what, total in TOTALS[name].items():
+        if counts[what] != total:
+            return f"{counts[what]:,} of {total:,} {what}"
+    return "complete"

@@ -87,8 +87,7 @@ def micro_batches(stream: Stream, args: Namespace, *, step: int, per_epoch: int)
     for epoch in count(step // per_epoch):
         plan = stream.mixture.micro_batches(args.start_epoch + epoch, **ranks)
         plan = plan[max(0, step - epoch * per_epoch) * accumulation : per_epoch * accumulation]
-        groups = 1 if args.zero_stage == 3 else 2
-        loader = make_loader(stream, plan, workers=args.workers, timeout=args.timeout, groups=groups)
+        loader = make_loader(stream, plan, workers=args.workers, timeout=args.timeout)
         for index, batch in enumerate(loader):
             members = min(accumulation, len(loader) - index // accumulation * accumulation)  # fewer at an epoch's end
             yield batch, members, (index + 1) % accumulation == 0 or index + 1 == len(loader)

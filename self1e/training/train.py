@@ -177,7 +177,8 @@ def open_data(args: Namespace, splits: list[str]) -> Stream:
     mixture = build_mixture(selection, **options)
     if first:
         distributed.gather(None)
-    return Stream(mixture, processor, args.model_max_length, HIGH_RES_TILES if args.high_res else 1)
+    tiles, groups = HIGH_RES_TILES if args.high_res else 1, 1 if args.zero_stage == 3 else 2
+    return Stream(mixture, processor, args.model_max_length, tiles, groups)
 
 
 def load_processor(args: Namespace) -> Self1EProcessor:

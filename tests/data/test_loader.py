@@ -60,11 +60,10 @@ def test_batches_name_their_samples_and_the_broken_ones_they_replace(stream):
     assert all(isinstance(batch["labels"], torch.Tensor) and len(batch["input_ids"]) == 2 for batch in batches)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_set_that_is_broken_throughout_says_so(stream, workers):
+def test_a_set_that_is_broken_throughout_says_so(stream):
     data = stream(broken=range(12))
-    with pytest.raises(UserError, match="21 samples tried for one slot are all broken:\na/[0-9]+: torn"):
-        read(data, plan(data), workers=workers)
+    with pytest.raises(UserError, match="^21 samples tried for one slot are all broken:\na/[0-9]+: torn"):
+        read(data, plan(data))
 
 
 def test_a_conversation_too_long_counts_as_broken(stream):

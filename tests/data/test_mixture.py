@@ -108,17 +108,16 @@ def test_samples_are_a_function_of_seed_and_token():
     assert toy()[0, 0, 3, 0].conversations != toy()[1, 0, 3, 0].conversations
 
 
-def test_broken_samples_are_replaced_logged_once_and_listed(caplog):
+def test_broken_samples_are_replaced_logged_and_listed(caplog):
     mixture = toy(broken=range(1, 30))  # seg: only item 0 is whole
     place = (0, 0, 7, 0)
     with caplog.at_level(logging.WARNING):
         sample = mixture[place]
-        assert mixture[place].id == sample.id
     assert sample.id == "seg/0" or sample.id.startswith("seg2/")
     assert sample.replaced[0] == ("seg/7", "torn") and len(sample.replaced) <= 20
     logged = [record.getMessage() for record in caplog.records]
     assert toy(broken=range(1, 30))[place].replaced == sample.replaced
-    assert len(logged) == len(set(logged)) == len({id for id, _ in sample.replaced})
+    assert len(logged) == len(sample.replaced) and all(id in text for (id, _), text in zip(sample.replaced, logged))
 
 
 def test_a_broken_kind_falls_back_to_its_own_kind_then_stops():

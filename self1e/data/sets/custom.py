@@ -156,6 +156,7 @@ class Custom(ExpressionSet):
             grows by records that were read and may not mean what they say.
     """
 
+    options = ("strict",)
     problems: list[str]
 
     @classmethod

@@ -30,7 +30,7 @@ class ReasonSeg(ExpressionSet):
                  half [SEG] alone, half [SEG] followed by the explanation.
     """
 
-    flags = ("explanatory",)
+    options = ("explanatory",)
     redrawn = True
     lower = stored = False
     asked = 1

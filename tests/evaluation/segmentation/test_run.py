@@ -72,7 +72,7 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
     for split, name in ((GREF, "grefcoco_unc_val"), (REASON, "ReasonSeg_val")):
         units = read_units(tmp_path / f"{name}.jsonl")
         written = read_json(tmp_path / f"{name}.json")
-        data = {REASON: "partly: 2 of 200 images", GREF: "-"}[split]
+        data = {REASON: "2 of 200 images", GREF: "-"}[split]
         assert written == results[split] == {"split": split, "data": data, **score(units)}
         pictures = sorted(path.name for path in (tmp_path / name).glob("*.jpg"))
         assert len(pictures) == written["n"] and (tmp_path / name / "overview.png").exists()
@@ -83,7 +83,7 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
     table = (tmp_path / "summary.md").read_text()
     printed = capsys.readouterr().out
     assert table == summary_table(results) and table in printed and str(tmp_path / "summary.md") in printed
-    assert "59.4" not in table and "N-acc" in table and "ReasonSeg val (partly: 2 of 200 images)" in table
+    assert "59.4" not in table and "N-acc" in table and "ReasonSeg val (2 of 200 images)" in table
     assert read_json(tmp_path / "summary.json") == results and not list(tmp_path.glob(".*"))
 
 
