@@ -173,7 +173,8 @@ def run_program(program: Callable[[], int]) -> int:
             raise
         if launched() and not (told and is_main()):
             time.sleep(PATIENCE)
-        print(f"\nerror: {error}" if told else traceback.format_exc(), file=sys.stderr)
+        cause = str(error).rpartition("errors.UserError: ")[2]  # without the traceback that data workers put before it
+        print(f"\nerror: {cause}" if told else traceback.format_exc(), file=sys.stderr)
         code = 1
     finally:
         # Data workers that a traceback still holds: Python would send them a SIGTERM, which they ignore.

@@ -183,7 +183,7 @@ def test_every_training_set_and_split_reads_the_tree(tree, tmp_path, monkeypatch
         for own, training_set in family.items():
             if not training_set.paths(own, dataset, photos)[0].exists():  # a set of the reader's own
                 continue
-            data = training_set(own, dataset, photos, **{option: 0.5 for option in family.options})
+            data = training_set(own, dataset, photos, **{option: 0.5 for option in training_set.options})
             for i in range(len(data)):
                 sample = data.sample(i, np.random.default_rng(i))
                 for row, masks in zip(sample.conversations, sample.masks, strict=True):
