@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, make_trained, read_json
 from segmentation_trees import GREF, REASON, make_dataset
+from torch.distributed import run
 from vqa_trees import write_vqav2
 
 PHOTOS = 80  # enough that an evaluation is met at work
@@ -27,7 +28,11 @@ def vqa(tmp_path: Path) -> tuple[list, Path]:
     return [*command, "--batch_size", "1"], tmp_path / "runs/e/eval_vqa/vqa-vqav2-val.jsonl"
 
 
-@pytest.mark.parametrize("program, ask", [(segmentation, signal.SIGTERM), (vqa, signal.SIGUSR1)])
+PASSES_ON = "signals_to_handle" in Path(run.__file__).read_text(encoding="utf-8")
+ASKED = signal.SIGUSR1 if PASSES_ON else signal.SIGTERM  # torch 2.8 passes the latter on alone
+
+
+@pytest.mark.parametrize("program, ask", [(segmentation, signal.SIGTERM), (vqa, ASKED)])
 def test_an_evaluation_that_is_asked_to_stop_says_so_and_continues(program, ask, tmp_path):
     version = make_trained(tmp_path / "trained", image_size=56)
     (script, *flags), complete = program(tmp_path)
