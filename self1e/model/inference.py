@@ -20,14 +20,7 @@ from torch.nn.functional import interpolate
 from self1e.errors import UserError
 from self1e.model.batch import pack
 from self1e.model.photos import Photo, photo_of
-from self1e.model.prompts import (
-    ANSWER,
-    END_OF_TURN,
-    IMAGE_TAG,
-    SEG,
-    check_prompt,
-    evaluation_prompt,
-)
+from self1e.model.prompts import ANSWER, END_OF_TURN, IMAGE_TAG, SEG, check_prompt, evaluation_prompt
 
 TEXT = "input_ids", "attention_mask", "row_image"
 Conversation = str | Sequence[dict[str, Any]]
