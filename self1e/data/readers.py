@@ -8,7 +8,6 @@ import codecs
 import json
 import pickle
 import reprlib
-from array import array
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,37 +70,33 @@ def counted(problems: dict[str, list]) -> Records:
 def read_coco(path: Path) -> Records:
     """COCO-style annotations (instances.json, PACO, PASCAL-Part).
 
-    Tables `images` [file_name, height, width], `annotations` {id, category_id, segmentation}, `categories` [id, name],
-    and `problems`, what contradicts itself in the file; `ids`: one record, the ids of the images, of the annotations,
-    and of each annotation's image.
+    Tables `images` [file_name, height, width] with their id as key, `annotations` {id, category_id, segmentation} with
+    their id and that of their image, `categories` [id, name], and `problems`, what contradicts itself in the file.
     """
-    image_ids, annotation_ids, owners = array("q"), array("q"), array("q")
-    sizes = {}
+    sizes: dict[int, list[int]] = {}
+    seen: set[int] = set()  # ids of annotations
     problems: dict[str, list] = defaultdict(list)
     for location, image in stream_json(path, "images"):
         id, *entry = fields(image, location, id=int, file_name=str, height=int, width=int)
-        yield "images", entry
-        image_ids.append(id)
+        yield "images", entry, id
+        if id in sizes:
+            problems["image id that occurs twice"].append(id)
         sizes[id] = entry[1:]
     for location, annotation in stream_json(path, "annotations"):
         id, owner, category = fields(annotation, location, id=int, image_id=int, category_id=int)
         (segmentation,) = fields(annotation, location, segmentation=(list, dict))
-        yield "annotations", {"id": id, "category_id": category, "segmentation": segmentation}
-        annotation_ids.append(id)
-        owners.append(owner)
+        yield "annotations", {"id": id, "category_id": category, "segmentation": segmentation}, id, owner
+        if id in seen:
+            problems["annotation id that occurs twice"].append(id)
+        seen.add(id)
         if owner not in sizes:
             problems["annotation of an image that is not among the images"].append(f"annotation {id}")
         elif problem := contradiction(annotation, *sizes[owner]):
             problems[problem].append(f"annotation {id}")
     for location, category in stream_json(path, "categories"):
         yield "categories", fields(category, location, id=int, name=str)
-    if not image_ids or not annotation_ids:
+    if not sizes or not seen:
         raise UserError(f"it has no images or no annotations; is this the right file? See {DATASETS}")
-    for what, ids in ("image", image_ids), ("annotation", annotation_ids):
-        found, times = np.unique(ids, return_counts=True)
-        for id in found[times > 1].tolist():
-            problems[f"{what} id that occurs twice"].append(id)
-    yield "ids", [list(ids) for ids in (image_ids, annotation_ids, owners)]
     yield from counted(problems)
 
 
@@ -114,7 +109,7 @@ class CocoIndex:
         self._images, self._annotations = tables["images"], tables["annotations"]
         self.categories: dict[int, str] = dict(map(tuple, tables["categories"]))
         self.problems = [f"{path.name}: {problem}" for problem in tables["problems"]]
-        self.image_ids, self._ids, self._owners = (np.array(ids, np.int64) for ids in tables["ids"][0])
+        self.image_ids, self._ids, self._owners = map(np.array, (*self._images.keys.T, *self._annotations.keys.T))
         self._image_order, self._order, self._owner_order = (
             np.argsort(ids, kind="stable") for ids in (self.image_ids, self._ids, self._owners)
         )

@@ -1,8 +1,8 @@
 """Records of large annotation files, parsed once and memory-mapped by every rank and worker.
 
 Each file is read once, by one of `readers`, into a folder of the cache (env SELF1E_CACHE, else ~/.cache/self1e):
-`texts` holds one JSON text after another, and `<table>.npy` where the records of a table begin and end in it. The
-folder's name holds a hash of the source's path, size and modification time and of VERSION.
+`texts` holds one JSON text after another, and `<table>.npy` where the records of a table begin and end in it, and the
+keys of each. The folder's name holds a hash of the source's path, size and modification time and of VERSION.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from self1e.errors import UserError
 from self1e.files import check_fetched, replacing
 
 log = logging.getLogger(__name__)
-VERSION = 7  # of what the readers write
-Records = Iterable[tuple[str, Any]]  # of a reader: table, what JSON can hold
+VERSION = 8  # of what the readers write
+Records = Iterable[tuple[str, Any, *tuple[int, ...]]]  # of a reader: table, what JSON can hold, integer keys
 
 
 class Table(Sequence[Any]):
@@ -31,7 +31,8 @@ class Table(Sequence[Any]):
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
-        self._bounds = np.load(folder / f"{name}.npy", mmap_mode="r")  # int64 (records, 2)
+        numbers = np.load(folder / f"{name}.npy", mmap_mode="r")
+        self._bounds, self.keys = numbers[:, :2], numbers[:, 2:]  # int64 (records, 2), (records, keys of each)
         self._texts = np.memmap(folder / "texts", mode="r")
 
     def __reduce__(self):
@@ -45,7 +46,7 @@ class Table(Sequence[Any]):
         return json.loads(self._texts[begin:end].tobytes())
 
 
-def open_tables(source: Path, read: Callable[[Path], Records]) -> dict[str, Sequence[Any]]:
+def open_tables(source: Path, read: Callable[[Path], Records]) -> dict[str, Any]:
     """The tables of `source`, built by `read` (one of `readers`) unless the cache holds them.
 
     One process of a machine builds, the others wait for it; a folder appears under its final name only when complete.
@@ -75,11 +76,12 @@ def open_tables(source: Path, read: Callable[[Path], Records]) -> dict[str, Sequ
 
 
 def _write(records: Records, folder: Path) -> None:
-    bounds: dict[str, array] = defaultdict(lambda: array("q"))
-    end = 0
+    numbers: dict[str, array] = defaultdict(lambda: array("q"))
+    widths, end = {}, 0
     with open(folder / "texts", "wb") as texts:
-        for table, record in records:
+        for table, record, *keys in records:
             begin, end = end, end + texts.write(json.dumps(record, separators=(",", ":")).encode())
-            bounds[table].extend((begin, end))
-    for table, pairs in bounds.items():
-        np.save(folder / f"{table}.npy", np.array(pairs).reshape(-1, 2))
+            numbers[table].extend((begin, end, *keys))
+            widths[table] = 2 + len(keys)
+    for table, width in widths.items():
+        np.save(folder / f"{table}.npy", np.array(numbers[table]).reshape(-1, width))
