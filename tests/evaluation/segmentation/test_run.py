@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import SHARED, needs_shared, read_json
+from PIL import Image
 from segmentation_trees import GREF, REASON, SECOND, TRAIN2014, contents, evaluate
 
 from self1e import Self1EForSegmentation, Self1EProcessor
@@ -77,7 +78,7 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
         pictures = sorted(path.name for path in (tmp_path / name).glob("*.jpg"))
         assert len(pictures) == written["n"] and (tmp_path / name / "overview.png").exists()
         worst = min(units, key=lambda unit: unit.iou)
-        assert pictures[0].startswith(f"0001_iou{worst.iou:.2f}_{worst.id[:5]}")
+        assert pictures[0].startswith(f"0001_iou{worst.iou:.2f}_")
     assert results[REASON]["protocol"] == "reasonseg" and results[REASON]["long"]["n"] == 1
     assert results[GREF]["rela"]["n_no_target"] == 2
     table = (tmp_path / "summary.md").read_text()
@@ -90,8 +91,9 @@ def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
 def test_a_picture_marks_truth_and_prediction(dataset):
     photo = load_split(REASON, dataset)[0]
     unit = Unit(id="a", image="a", text="a", I=0, U=1, target_pixels=1, predicted_pixels=0)
-    drawn = [draw_unit(replace(photo, load=lambda mask=mask: (photo.load()[0], mask)), 0, unit)
-             for mask in (photo.load()[1], 0 * photo.load()[1])]  # fmt: skip
+    targets = photo.load()[1]
+    purple = Image.new("RGB", targets.shape[:0:-1], (140, 60, 200))
+    drawn = [draw_unit(replace(photo, load=lambda x=x: (purple, x)), 0, unit) for x in (targets, 0 * targets)]
     green = [any(g > 1.2 * r and g > 1.2 * b for _, (r, g, b) in p.getcolors(2**24)) for p in drawn]
     assert drawn[0].size == drawn[1].size and green == [True, False]  # green outlines the ground truth
 
