@@ -193,7 +193,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     elif distributed.launched() and args.deepspeed is None:
         args.deepspeed = ROOT / "configs" / "zero2.json"
     args.zero_stage = read_deepspeed(args.deepspeed)["zero_optimization"]["stage"] if args.deepspeed else 0
-    for wrong, message in contradictions(args):
+    for wrong, message in contradictions(args, argv):
         if wrong:
             parser.error(message)
     if args.eval_only:
@@ -208,9 +208,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
+def contradictions(args: argparse.Namespace, argv: list[str]) -> list[tuple[Any, str]]:
     """What flags cannot say together: whether they do, and the message."""
-    families = args.dataset.split("||")
+    families, lora = args.dataset.split("||"), [word for word in argv if word.startswith("--lora_")]
     return [
         (args.version is None, "--version is needed: a checkpoint's folder or hub id"),
         (args.overwrite and (args.resume or args.auto_resume),
@@ -221,6 +221,10 @@ def contradictions(args: argparse.Namespace) -> list[tuple[Any, str]]:
          f"--keep_best {args.keep_best}: the split must be one of --val_dataset, which is validated"),
         (args.use_vision_lora and not args.optimize_vision,
          "--use_vision_lora adapts a ViT that stays frozen without --optimize_vision: add it"),
+        (args.freeze_llm and args.use_llm_lora,
+         "--freeze_llm keeps the LLM's layers as they are, --use_llm_lora adapts them: give one of them"),
+        (lora and not (args.use_llm_lora or args.use_vision_lora),
+         f"{lora[:1]} is about adapters: add --use_llm_lora, or --optimize_vision --use_vision_lora"),
         (args.compile and (args.gradient_checkpointing == "selective" or args.zero_stage == 3),
          "--compile: compiled layers ignore --gradient_checkpointing selective, and ZeRO-3 works within them"),
         (args.report_to == "wandb" and importlib.util.find_spec("wandb") is None,

@@ -110,31 +110,35 @@ def note(path: Path, ids: list[str]) -> None:
     path.write_text(", ".join(ids) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def agree(step: list[tuple[list[str], dict]], seen: int, broken: list, stop: StopRequest) -> tuple[bool, list]:
-    """The one exchange of all ranks per step, before it is taken: whether any was asked to stop, and all `broken`.
+def agree(
+    accelerator: Accelerator, step: list[tuple[list[str], dict]], seen: int, broken: list, stop: StopRequest
+) -> tuple[bool, int]:
+    """The one all-reduce per step, before it is taken: whether any rank was asked to stop, and all broken samples.
 
     step: ids and loss terms of each of this rank's micro-batches. seen, broken: samples that it read, and (id, cause)
     of those that could not be. Raises UserError on all ranks when a loss is not finite or too many are broken.
     """
-    infinite = [
-        f"  {', '.join(f'{name} {value.item():.4g}' for name, value in terms.items())} in {', '.join(ids)}"
-        for ids, terms in step
-        if not terms["loss"].isfinite()
-    ]
-    ranks = distributed.gather((seen, broken, stop.signal is not None, infinite))
-    all_seen, all_broken, stops, all_infinite = zip(*ranks)
-    if lines := [*chain(*all_infinite)]:
+    infinite = (~torch.stack([terms["loss"].isfinite() for _, terms in step])).sum(0, keepdim=True)
+    counts = torch.tensor([seen, len(broken), stop.signal is not None], dtype=torch.float64)
+    together = torch.cat([counts.to(accelerator.device, non_blocking=True), infinite])
+    all_seen, all_broken, stops, all_infinite = map(int, accelerator.reduce(together, "sum").tolist())
+    if all_infinite:
+        causes = [
+            f"  {', '.join(f'{name} {value.item():.4g}' for name, value in terms.items())} in {', '.join(ids)}"
+            for ids, terms in step
+            if not terms["loss"].isfinite()
+        ]
+        lines = chain(*distributed.gather(causes))
         raise UserError("\n".join(["the loss is not finite; the samples of the micro-batch:", *lines]))
-    together = [*chain(*all_broken)]
-    if len(together) > BROKEN_SHARE * max(sum(all_seen), BROKEN_AFTER):
-        share = f"{len(together)} broken samples met in reading {sum(all_seen)}, more than {BROKEN_SHARE:.0%}"
-        raise UserError(f"{share}:\n{broken_list(together)}")
-    return any(stops), together
+    if all_broken > BROKEN_SHARE * max(all_seen, BROKEN_AFTER):
+        share = f"{all_broken} broken samples met in reading {all_seen}, more than {BROKEN_SHARE:.0%}"
+        raise UserError(f"{share}:\n{broken_list(broken)}")
+    return stops > 0, all_broken
 
 
 def broken_list(broken: list[tuple[str, str]]) -> str:
-    """A line for each of the 30 broken samples that were drawn most often: how often, id, cause."""
-    most = Counter(broken).most_common(30)
+    """A line for each of the 30 broken samples that all ranks drew most often: how often, id, cause."""
+    most = Counter(chain(*distributed.gather(broken))).most_common(30)
     return "\n".join(f"  {times} x {id}: {cause}" for (id, cause), times in most)
 
 
@@ -182,9 +186,8 @@ def fit(
     """
     deepspeed, device, stopped = args.deepspeed is not None, accelerator.device, False
     peak, highest = peak_flops(device, args.precision), {"llm": args.lr, "vision_and_head": args.vision_lr}
-    seen = 0  # samples
+    seen = all_broken = 0  # samples that this rank read, and that no rank could read
     broken: list[tuple[str, str]] = []  # (id, cause) of those that could not be read
-    all_broken: list[tuple[str, str]] = []  # on any rank
     losses: Any = Counter()  # sums since the last log line
     use: Any = Counter()  # seconds, samples and operations since then, and in all
     whole: Any = Counter()
@@ -213,7 +216,7 @@ def fit(
                     losses.update({name: value.double() for name, value in terms.items()} | {"micro_batches": 1})
                     use.update(samples=len(ids), flops=work.take())
                     if last:
-                        stopped, all_broken = agree(done, seen, broken, stop)
+                        stopped, all_broken = agree(accelerator, done, seen, broken, stop)
                     loss = output.loss / (members if args.grad_accumulation_reduction == "mean" else 1)
                     accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
             norm = accelerator.clip_grad_norm_(model.parameters(), CLIP)
@@ -228,7 +231,7 @@ def fit(
                 share = rate_at(step, warmup=args.warmup_steps, steps=steps)
                 figures = {"step": step, **means} | ({} if norm is None else {"grad_norm": float(norm)})
                 figures |= {f"lr_{group['name']}": highest[group["name"]] * share for group in optimizer.param_groups}
-                log(figures | speed_of(use, peak) | {"broken_samples": len(all_broken)})
+                log(figures | speed_of(use, peak) | {"broken_samples": all_broken})
                 whole.update(use)
                 losses, use = Counter(), Counter()
             if step == ADVICE_AT and device.type == "cuda":
@@ -245,5 +248,5 @@ def fit(
     if whole:
         distributed.say(f"trained for {whole['seconds']:,.0f} s: {speed_line(speed_of(whole, peak))}")
     if all_broken:
-        distributed.say(f"{len(all_broken)} broken samples replaced:\n{broken_list(all_broken)}")
+        distributed.say(f"{all_broken} broken samples replaced:\n{broken_list(broken)}")
     return not stopped

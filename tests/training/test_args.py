@@ -60,7 +60,7 @@ def test_every_flag_has_a_help(capsys):
 
 
 CONTRADICTIONS = """
---use_vision_lora | --start_epoch 1
+--use_vision_lora | --use_llm_lora --freeze_llm | --lora_r 8 | --lora_from_layer 1 | --start_epoch 1
 --overwrite --auto_resume | --compile --gradient_checkpointing selective | --deepspeed configs/zero2.json
 --keep_best refcoco|unc|val | --custom_data x.json | --dataset custom --custom_data a.csv | --precision fp8
 --attn_implementation flex_attention | --learning_rate 1 | --out_dim 256 | --lora 1
