@@ -257,9 +257,8 @@ def evaluation(recipe: Recipe) -> Figures:
 def chat(recipe: Recipe) -> Figures:
     found, model, tokens = {}, recipe.model(training=False), 8 if recipe.tiny else 64
     for count in 1, 8:
-        images, questions = [photo()] * count, ["What is it?"] * count
         options = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        figures = measure(partial(model.chat, recipe.processor, images, questions, **options), 2)
+        figures = measure(partial(model.chat, recipe.processor, photo(), ["What is it?"] * count, **options), 2)
         figures |= {"tokens_per_second": tokens * count / figures["seconds"]}
         found[f"{count} conversations"] = show(f"chat, {count} conversations, {tokens} tokens each", figures)
     return found
