@@ -45,9 +45,9 @@ from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
 from self1e.evaluation.results import claim_folder
 from self1e.files import check_writable, to_jsonl, write_json, write_text
-from self1e.model.inference import Reply, logit_of, masks_of, question
+from self1e.model.inference import Reply, logit_of, masks_of
 from self1e.model.processor import HIGH_RES_TILES
-from self1e.model.prompts import ANSWER, check_prompt
+from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt
 from self1e.model.weights import weights_identity
 from self1e.stop import StopRequest
 from self1e.visualize import overlay
@@ -341,7 +341,7 @@ def prepare_segment(
     is_sentence: bool | None, max_tiles: int, processor: Self1EProcessor, with_image: bool, job: Job
 ) -> dict:
     image = load_image(job.path)
-    conversations = [[question(prompt, is_sentence), ANSWER] for prompt in job.prompts]
+    conversations = [[evaluation_prompt(prompt, is_sentence, lower=True), ANSWER] for prompt in job.prompts]
     made = processor.encode(image, conversations, max_tiles=max_tiles)
     lengths, size = [len(ids) for ids, _ in made["texts"]], (image.height, image.width)
     return made | {"lengths": lengths, "size": size, "image": np.array(image) if with_image else None}

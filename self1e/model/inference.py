@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,6 +126,7 @@ def resized(logits: Tensor, size: Sequence[int]) -> Tensor:
 class InferenceMixin:
     """`segment` and `chat` for `Self1EForSegmentation`."""
 
+    @torch.no_grad()
     def segment(
         self,
         processor,
@@ -132,6 +134,7 @@ class InferenceMixin:
         prompts: str | Sequence[str] | Sequence[Sequence[str]],
         *,
         is_sentence: bool | None = None,
+        max_tiles: int = 1,
         **options: Any,
     ) -> list[Segmentation] | list[list[Segmentation]]:
         """One mask for every prompt, by the evaluation protocol: a list, for several images one list each.
@@ -149,12 +152,13 @@ class InferenceMixin:
             prompts: one or several, asked of every image; or, for several images, a list for each.
             is_sentence: prompts are sentences ("Which one rolls?") or phrases ("the ball", lower-cased); None: those
                 that end like sentences are.
-            options: `threshold` and `conversations_per_forward` as in `masks_of`; `max_tiles`: 1, or 4 for high
-                resolution (train with it too).
+            max_tiles: 1, or 4 for high resolution (train with it too).
+            options: `threshold` and `conversations_per_forward` as in `masks_of`.
 
         Raises UserError (no trained head, an empty prompt, a control token in it, an image that cannot be read), and
         what `masks_of` raises.
         """
+        check_head(self)
         given: Any = [images] if isinstance(images, Photo) else images
         asked: list = [prompts] if isinstance(prompts, str) else list(prompts)
         if all(isinstance(prompt, str) for prompt in asked):
@@ -163,13 +167,20 @@ class InferenceMixin:
             raise UserError(
                 f"{len(asked)} lists of prompts for {len(given)} images: give one for each, or one for all"
             )
-        results = []
-        for image, texts in zip(given, asked):
-            replies = self._replies(processor, image, [[question(x, is_sentence), ANSWER] for x in texts], **options)
-            masks = [(x.text, x.masks[0], x.logits[0], x.scores[0]) for x in replies]
-            results.append([Segmentation(prompt, *mask) for prompt, mask in zip(texts, masks)])
+        for prompt in chain(*asked):
+            check_prompt(prompt)
+        results: list[list[Segmentation]] = [[] for _ in given]
+        with evaluating(self):
+            for photo, texts, result in zip(map(photo_of, given), asked, results):
+                if texts:
+                    conversations = [[evaluation_prompt(x, is_sentence, lower=True), ANSWER] for x in texts]
+                    batch = processor([photo], [conversations], max_tiles=max_tiles)
+                    for text, masks in zip(texts, masks_of(self, batch, [(photo.height, photo.width)], **options)):
+                        x = masks.reply(ANSWER)
+                        result.append(Segmentation(text, x.text, x.masks[0], x.logits[0], x.scores[0]))
         return results[0] if isinstance(images, Photo) else results
 
+    @torch.no_grad()
     def chat(
         self,
         processor,
@@ -199,49 +210,25 @@ class InferenceMixin:
             max_new_tokens: length limit of an answer.
             generate_kwargs: of `generate`; the default is greedy decoding.
         """
+        check_head(self)
         one = isinstance(messages, str) or not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
-        generate = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
-        replies = self._replies(
-            processor, image, [*map(conversation_turns, conversations)], threshold=threshold, max_tiles=max_tiles,
-            conversations_per_forward=conversations_per_forward, generate=generate,
-        )  # fmt: skip
-        return replies[0] if one else replies
-
-    @torch.no_grad()
-    def _replies(
-        self,
-        processor,
-        image: Photo,
-        conversations: Sequence[list[str]],
-        *,
-        threshold: float = 0.5,
-        max_tiles: int = 1,
-        conversations_per_forward: int = 16,
-        generate: dict[str, Any] | None = None,
-    ) -> list[Reply]:
-        """The replies to conversations about an image, which is encoded once.
-
-        generate: options of the method of this name; None: the last text of each conversation is the reply.
-        """
-        check_head(self)
-        photo, side, features = photo_of(image), "right" if generate is None else "left", None
+        conversations = [conversation_turns(conversation) for conversation in conversations]
+        photo, features = photo_of(image), None
         size, replies = (photo.height, photo.width), []
         with evaluating(self):
             for start in range(0, len(conversations), conversations_per_forward):
                 part = conversations[start : start + conversations_per_forward]
-                batch = processor([photo], [part], max_tiles=max_tiles, padding_side=side)
+                batch = processor([photo], [part], max_tiles=max_tiles, padding_side="left")
                 features = features or self.encode_images(batch["pixel_values"].to(self.device), batch["tile_grids"])
-                answers, n_seg = [texts[-1] for texts in part], [1] * len(part)
-                if generate is not None:
-                    answers, n_seg = self._write(processor.tokenizer, batch, features, generate)
+                options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
+                answers, n_seg = self._write(processor.tokenizer, batch, features, options)
                 found = [Masks(torch.zeros(0, *size, dtype=torch.bool), torch.zeros(0, 1, 1))] * len(part)
                 if any(n_seg):
-                    limits = {"threshold": threshold, "conversations_per_forward": conversations_per_forward}
-                    found = masks_of(self, batch, [size], image_features=features, **limits)
+                    found = masks_of(self, batch, [size], threshold=threshold, image_features=features)
                 for answer, n, masks in zip(answers, n_seg, found):  # without the masks of earlier turns
                     replies.append(Masks(*(x[len(x) - n :] for x in masks)).reply(answer))
-        return replies
+        return replies[0] if one else replies
 
     def _write(self, tokenizer, batch: dict, features, options: dict[str, Any]) -> tuple[list[str], list[int]]:
         """Let the model answer a left-padded batch, to which the answers are added; these, and their `[SEG]`s."""
@@ -285,12 +272,6 @@ def evaluating(model) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def question(prompt: str, is_sentence: bool | None) -> str:
-    """The fixed question of evaluation about a prompt; UserError for one that is empty or holds a control token."""
-    check_prompt(prompt)
-    return evaluation_prompt(prompt, is_sentence, lower=True)
 
 
 def conversation_turns(conversation: Conversation) -> list[str]:

@@ -1,7 +1,6 @@
 """Photos as users have them, turned into RGB pictures that stand upright."""
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -14,9 +13,16 @@ from self1e.files import check_fetched
 T = TypeVar("T")
 Photo = Image.Image | np.ndarray | str | Path  # an array: uint8, (H, W) or (H, W, 3), RGB
 
+try:  # an optional package
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pass
+Image.init()
 # What photos and masks come in. Pillow opens more, and would start Ghostscript for a file that turns out to be EPS.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-MAX_SIDE = 65_535  # pixels, as in JPEG: to shrink a long side, Pillow takes 32 bytes for each of its pixels
+FORMATS = "JPEG MPO PNG WEBP AVIF HEIF BMP GIF TIFF PPM JPEG2000".split()
+FORMATS = [name for name in FORMATS if name in Image.OPEN]
 ORIENTATION_TAG = 0x0112
 TURNS = {  # what each EXIF orientation asks for; 1 and all else: nothing
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,41 +35,18 @@ TURNS = {  # what each EXIF orientation asks for; 1 and all else: nothing
 }
 
 
-@cache
-def _readable() -> tuple[str, ...]:
-    """Those of `FORMATS` that the installed Pillow knows; HEIF comes with the package pillow-heif."""
-    try:
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    except ImportError:
-        pass
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
 def decode(source: Path | str | BinaryIO, read: Callable[[Image.Image], T]) -> T:
     """What `read` makes of a picture file, whatever its name says. Raises UserError that names it and says why."""
     try:
-        with Image.open(source, formats=_readable()) as picture:
-            if max(picture.size) > MAX_SIDE:
-                raise UserError(f"it is {picture.width:,} x {picture.height:,} pixels; a side may have {MAX_SIDE:,}")
+        with Image.open(source, formats=FORMATS) as picture:
             return read(picture)
     except Exception as error:  # Pillow's decoders raise almost anything for a damaged file
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        cause = _what_it_is(source) if isinstance(error, UnidentifiedImageError) else cause
+        if isinstance(error, UnidentifiedImageError):
+            if isinstance(source, (Path, str)):
+                check_fetched(Path(source))
+            cause = "it is no picture of a known format (HEIC needs `pip install pillow-heif`), or an empty file"
         raise UserError(f"cannot read {source}: {cause}") from error
-
-
-def _what_it_is(source: Path | str | BinaryIO) -> str:
-    """What a file that Pillow does not know may be, by its first bytes."""
-    if isinstance(source, (Path, str)):
-        check_fetched(Path(source))
-        with open(source, "rb") as file:
-            head = file.read(11)
-        if head[4:] in (b"ftyphei", b"ftypmif", b"ftyphev"):
-            return "it is a HEIC picture" + (", but damaged" if "HEIF" in _readable() else ": pip install pillow-heif")
-    return "it is no picture of a known format, or an empty file"
 
 
 def read_picture(source: Path | str | BinaryIO) -> tuple[Image.Image, int]:
@@ -83,8 +66,7 @@ def photo_of(given: Photo) -> Image.Image:
     if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.shape[2:] in ((), (3,), (4,)):
         given = Image.fromarray(given)
     if not isinstance(given, Image.Image):
-        found = f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else f"a {type(given).__name__}"
-        raise UserError(f"a photo is a path, a PIL image or a uint8 array (H, W, 3), not {found}")
+        raise UserError(f"a photo is a path, a PIL image or a uint8 array (H, W, 3), not {type(given)}")
     return as_rgb(given)
 
 

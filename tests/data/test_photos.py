@@ -86,9 +86,8 @@ def test_broken_photos_are_named(tmp_path, caplog):
     (tmp_path / "flipped.png").write_bytes(flipped)
     (tmp_path / "text.jpg").write_text("no photo")
     (tmp_path / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
-    Image.new("1", (70_000, 1)).save(tmp_path / "long.png")  # a few bytes that take gigabytes when they are shrunk
     (tmp_path / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n")
-    causes = {"pointer.jpg": "Git LFS", "long.png": "70,000", "absent.jpg": "No such file", "eps.jpg": "no picture"}
+    causes = {"pointer.jpg": "Git LFS", "absent.jpg": "No such file", "eps.jpg": "no picture"}
     with caplog.at_level(logging.WARNING):
         for name in "cut.jpg", "flipped.png", "text.jpg", *causes:
             with pytest.raises(SampleError, match=rf"^set/{name}: .*{name}.*{causes.get(name, '')}"):
