@@ -17,6 +17,7 @@ A photo that cannot be read is one line on the screen and the run goes on; the e
 
 import argparse
 import hashlib
+import heapq
 import json
 import os
 import re
@@ -44,7 +45,7 @@ from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
 from self1e.evaluation.results import claim_folder
-from self1e.files import check_writable, to_jsonl, write_json, write_text
+from self1e.files import check_writable, replacing, to_jsonl
 from self1e.model.inference import Reply, logit_of, masks_of
 from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt
@@ -175,6 +176,7 @@ class Output:
         masks: bool = True, overlays: bool = True,
     ):  # fmt: skip
         self.folder, self.masks, self.overlays = folder, masks, overlays
+        self.path = folder / "records.jsonl"
         self.done = distributed.on_main(partial(self._begin, settings, overwrite))
         images = {*map(str, photos), *(image for image, _ in self.done)}
         stems = Counter(slug(Path(image).stem).casefold() for image in images)
@@ -189,17 +191,20 @@ class Output:
                     (self.folder / name).unlink(missing_ok=True)
             path.unlink()
         claim_folder(self.folder, settings, overwrite=False, remedy="Choose another folder, or --overwrite")
-        return {(record["image"], record["prompt"]) for record in self.merge()}
+        return self.merge()
 
-    def merge(self) -> list[dict]:
-        """Move what the processes have written to records.jsonl, in the order of the photos; returns all records."""
-        whole, parts = self.folder / "records.jsonl", sorted(self.folder.glob("records.rank*.jsonl"))
-        new = sorted(chain.from_iterable(map(read, parts)), key=lambda record: record["image"])
-        records = {(record["image"], record["prompt"]): record for record in chain(read(whole), new)}
-        write_text(whole, to_jsonl(records.values()))
+    def merge(self) -> set[tuple[str, str]]:
+        """Move what the processes have written to records.jsonl, in the order of the photos; returns what is done."""
+        parts, done = sorted(self.folder.glob("records.rank*.jsonl")), set()
+        new = heapq.merge(*map(read, parts), key=lambda record: record["image"])
+        with replacing(self.path) as merged, open(merged, "w", encoding="utf-8") as file:
+            for record in chain(read(self.path), new):
+                if (key := (record["image"], record["prompt"])) not in done:
+                    file.write(to_jsonl([record]))
+                    done.add(key)
         for part in parts:
             part.unlink()
-        return [*records.values()]
+        return done
 
     def save(self, path: str | Path, image: Any, prompt: str, reply: Reply) -> dict:
         """Write the files of one reply; returns its record. Threads may call it."""
@@ -231,30 +236,27 @@ class Output:
     def write_coco(self) -> None:
         """coco.json: all records as a COCO data set, file names relative to the folder that holds all the photos.
 
-        For one process, after all have written.
+        For one process, after all have written. The masks go from file to file, one by one.
         """
-        records = self.merge()
-        images = {record["image"]: record for record in records}
-        image_ids = {image: number for number, image in enumerate(images, 1)}
-        prompts = dict.fromkeys(record["prompt"] for record in records)
-        category_ids = {prompt: number for number, prompt in enumerate(prompts, 1)}
+        self.merge()
+        images: dict[str, dict] = {}
+        categories: dict[str, int] = {}
+        for record in read(self.path):
+            size = {name: record[name] for name in ("width", "height")}
+            images.setdefault(record["image"], {"id": len(images) + 1, **size})
+            categories.setdefault(record["prompt"], len(categories) + 1)
         root = os.path.commonpath([os.path.dirname(path) for path in images]) if images else ""
-        names = {path: Path(os.path.relpath(path, root)).as_posix() for path in images}
-        found = [(record, mask) for record in records for mask in record["masks"] if mask["area"]]
-        data = {
-            "info": {"description": "masks of Self1E"},
-            "images": [
-                {"id": image_ids[path], "file_name": names[path], "width": one["width"], "height": one["height"]}
-                for path, one in images.items()
-            ],
-            "categories": [{"id": number, "name": prompt} for prompt, number in category_ids.items()],
-            "annotations": [
-                {"id": number, "image_id": image_ids[one["image"]], "category_id": category_ids[one["prompt"]]}
-                | {"iscrowd": 0, **mask}
-                for number, (one, mask) in enumerate(found, 1)
-            ],
-        }
-        write_json(self.folder / "coco.json", data, indent=None)
+        for path, image in images.items():
+            image["file_name"] = Path(os.path.relpath(path, root)).as_posix()
+        head = {"info": {"description": "masks of Self1E"}, "images": [*images.values()]}
+        head["categories"] = [{"id": number, "name": prompt} for prompt, number in categories.items()]
+        with replacing(self.folder / "coco.json") as new, open(new, "w", encoding="utf-8") as file:
+            file.write(to_jsonl([head])[:-2] + ', "annotations": [')
+            found = ((record, mask) for record in read(self.path) for mask in record["masks"] if mask["area"])
+            for number, (record, mask) in enumerate(found, 1):
+                owner = {"image_id": images[record["image"]]["id"], "category_id": categories[record["prompt"]]}
+                file.write("," * (number > 1) + "\n" + to_jsonl([{"id": number, **owner, "iscrowd": 0, **mask}])[:-1])
+            file.write("]}\n")
 
 
 def read(path: Path) -> Iterator[dict]:
