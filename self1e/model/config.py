@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from huggingface_hub.dataclasses import strict
 from transformers import InternVLConfig, InternVLVisionConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from self1e.errors import UserError, check_known
-from self1e.files import check_fetched, check_utf8
+from self1e.files import check_fetched
 from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
@@ -103,7 +102,7 @@ class Self1EConfig(InternVLConfig):
         try:
             values, kwargs = super().get_config_dict(source, **kwargs)
         except OSError as error:
-            raise UserError(f"{source}: {why_not_served(source, error)}") from error
+            raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
         return native_config(values, source), kwargs
 
 
@@ -111,33 +110,17 @@ class Self1EConfig(InternVLConfig):
 SWITCHES: dict[str, dict[str, Any]] = {one.name: one.metadata["flag"] for one in fields(Self1EConfig) if one.metadata}
 
 
-def check_source(source: str, subfolder: str | None = None, *, weights: bool = False) -> None:
-    """Raise UserError for a path without a checkpoint or with pointers of Git LFS, before anything asks the hub.
-
-    weights: look at the weights, too, which are not read where others replace them.
-    """
-    check_utf8(source)
+def check_source(source: str, subfolder: str | None = None) -> None:
+    """Raise UserError for a path without a checkpoint or with pointers of Git LFS, before anything asks the hub."""
     path, advice = Path(source), "give a checkpoint's folder, a run's, or a hub id such as OpenGVLab/InternVL3-2B"
     if path.is_dir():
-        if not (path / (subfolder or "") / "config.json").is_file():
+        folder = path / (subfolder or "")
+        if not (folder / "config.json").is_file():
             raise UserError(f"{source} holds no config.json; {advice}")
-        for file in (path / (subfolder or "")).iterdir():
-            if file.is_file() and (weights or file.suffix not in (".safetensors", ".bin")):
-                check_fetched(file)
+        for file in filter(Path.is_file, folder.iterdir()):
+            check_fetched(file)
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) or path.parent.is_dir():
         raise UserError(f"{source} is {'a file' if path.is_file() else 'no folder'}; {advice}")
-
-
-def why_not_served(source: str, error: OSError) -> str:
-    """Why there is no `config.json`; for a repository of the hub that has them in folders of its own, which."""
-    try:
-        files = [] if Path(source).is_dir() else HfApi().list_repo_files(source)
-    except Exception:  # the hub cannot be reached, or knows no such repository: the first error says it
-        files = []
-    found = sorted(name.removesuffix("/config.json") for name in files if name.endswith("/config.json"))
-    if not found:
-        return str(error).splitlines()[0]
-    return f"several checkpoints, {', '.join(found)}; hf download {source} --include '{found[0]}/*' --local-dir FOLDER"
 
 
 SAME_KEYS = (

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import hashlib
 import re
-import sys
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,24 +20,15 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-    logging,
-)
+from transformers.utils import cached_file, logging
 
-from self1e import distributed
 from self1e.errors import UserError, check_known
 from self1e.files import read_json, replacing, write_json
-from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, check_source, original_config
+from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, original_config
 from self1e.model.processor import HUB_OPTIONS, Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
 
 HEAD = "segmentation_head."
-LARGE = 5 * 10**8  # bytes of weights that take seconds to read
 # Applied in this order to every key, reversed on writing: (original, native).
 RENAMINGS = (
     (r"^vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
@@ -112,10 +102,15 @@ class CheckpointMixin:
         base.update(switches | {"loss_weights": base.loss_weights | (loss_weights or {})})
         base.check_switches()
         source = str(version if weights is None else weights)
-        check_files(source, hub)
+        if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+            # The library would load it over the weights.
+            raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        with quiet():
-            model, report = super().from_pretrained(source, *args, config=base, **kwargs)
+        try:
+            with quiet():
+                model, report = super().from_pretrained(source, *args, config=base, **kwargs)
+        except OSError as error:  # a file is missing
+            raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
         model.round_rope()  # loading has computed the frequencies anew
         model.trained_head = check_fit(model, report, source, trained=weights is not None)
         if processor is not None:
@@ -134,32 +129,11 @@ class CheckpointMixin:
         """
         kwargs.setdefault("save_original_format", False)
         self.config.weights_id = uuid.uuid4().hex
-        weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-        for name in (*weights, "adapter_config.json", "adapter_model.safetensors"):
+        for name in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"):
             Path(save_directory, name).unlink(missing_ok=True)
+            Path(save_directory, f"{name}.index.json").unlink(missing_ok=True)
+        Path(save_directory, "adapter_config.json").unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
-
-
-def check_files(source: str, hub: dict[str, Any]) -> None:
-    """Look at the files of a checkpoint before the library does, and say what is loaded where that takes long.
-
-    Raises UserError for weights that it would misread: an adapter, missing shards, pointers of Git LFS.
-    """
-    check_source(source, hub.get("subfolder"), weights=True)
-    if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
-        # The library would load it over the weights.
-        raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
-    folder = Path(str(cached_file(source, "config.json", **hub))).parent
-    files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
-    if Path(source).is_dir():  # of the hub, the cache holds what was needed before
-        for index in folder.glob("*.index.json"):
-            files.update(folder / name for name in read_json(index, dict)["weight_map"].values())
-        absent = sorted(path for path in files if not path.is_file())
-        if absent or not files:
-            raise UserError(f"{absent[0] if absent else 'weights'} missing in {folder}: fetch the whole checkpoint")
-    size = sum(path.stat().st_size for path in files)
-    if size > LARGE and distributed.is_main():
-        print(f"loading {source} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
 
 
 def in_short(names: Iterable[str]) -> list[str]:
@@ -248,12 +222,10 @@ def weights_identity(version: str | Path, weights: str | Path | None = None) -> 
     Raises UserError where there is no checkpoint.
     """
     if weights is not None:
-        check_source(str(weights), weights=True)
         return weights_identity(weights) | {"base": weights_identity(version)["weights"]}
-    check_source(str(version))
+    Self1EConfig.get_config_dict(version)  # checks the folder, or asks the hub
     folder = Path(version)
     if not folder.is_dir():
-        Self1EConfig.get_config_dict(version)  # where the hub has none, its UserError says what there is
         commit = Path(str(cached_file(version, "config.json"))).parent.name
         return {"weights": f"{version}@{commit}", "base": None}
     own = read_json(folder / "config.json", dict).get("weights_id")

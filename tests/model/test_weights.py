@@ -166,12 +166,9 @@ def test_a_given_config_is_left_alone(tiny_version):
     assert same_weights(*models) and models[0].config.seg_token_id is not None
 
 
-def test_loading_names_large_weights_and_is_silent_otherwise(tiny_version, capfd, monkeypatch):
+def test_loading_is_silent(tiny_version, capfd):
     load(tiny_version)
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setattr("self1e.model.weights.LARGE", 1000)
-    load(tiny_version)
-    assert re.fullmatch(rf"loading {re.escape(str(tiny_version))} \(0\.\d GB\)\n", capfd.readouterr().err)
 
 
 def test_unknown_keywords_are_named(tiny_version):
@@ -243,7 +240,7 @@ def test_absent_files_are_named(make_tiny, tiny_version, tmp_path):
         load(shards)
     for path in shards.glob("model*"):
         path.unlink()
-    with pytest.raises(UserError, match="fetch the whole checkpoint"):
+    with pytest.raises(UserError, match="model.safetensors"):
         load(shards)
 
 
@@ -258,7 +255,7 @@ def test_a_fault_of_the_head_keeps_its_traceback(trained, monkeypatch):
         load(trained)
 
 
-def test_adapters_and_pointers_are_refused(copy, tiny_version, trained):
+def test_adapters_and_pointers_are_refused(copy, tiny_version):
     (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somebody/model"}')
     with pytest.raises(UserError, match=f"{copy} holds a PEFT adapter"):
         load(copy)
@@ -270,8 +267,6 @@ def test_adapters_and_pointers_are_refused(copy, tiny_version, trained):
                 load(**given)
         with pytest.raises(UserError, match="git lfs pull"):
             weights_identity(tiny_version, copy)
-        if name == "model.safetensors":  # not read where others replace it
-            assert load(copy, weights=trained).trained_head
 
 
 def test_no_checkpoint_chooses_kernels_or_other_weights(copy):
