@@ -39,9 +39,9 @@ from transformers import (
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
 from self1e.files import check_utf8, check_writable, replacing, write_json
+from self1e.model import prompts
 from self1e.model.config import DTYPES, of_model
-from self1e.model.processor import CHAT_TEMPLATE, MEAN, STD
-from self1e.model.prompts import END_OF_TURN, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING, SEG, SEGT
+from self1e.model.processor import MEAN, STD
 from self1e.model.weights import HEAD, checkpoint_folder, quiet, save_checkpoint
 from self1e.training.card import write_card
 
@@ -96,7 +96,7 @@ def load(source: str, version: str | None, dtype: torch.dtype | str):
     if model.trained_head:  # layout `published`, once more with its tokens
         return load(source, source, dtype)
     tokenizer = Qwen2Tokenizer.from_pretrained(source)
-    model.config.image_token_id = tokenizer.convert_tokens_to_ids(IMG_CONTEXT)
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids(prompts.IMG_CONTEXT)
     return model, tokenizer
 
 
@@ -125,9 +125,9 @@ def write(model: Self1EForSegmentation, texts, folder: Path, layout: str) -> Non
     model.segmentation_head = torch.nn.Module()  # type: ignore[assignment]
     model.config.mask_features = "rfa"  # what the head was does not matter any more
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        eos_token_id=tokenizer.convert_tokens_to_ids(prompts.END_OF_TURN),
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[tokenizer.convert_tokens_to_ids(IMG_CONTEXT)],  # as our own chat
+        suppress_tokens=[tokenizer.convert_tokens_to_ids(prompts.IMG_CONTEXT)],  # as our own chat
     )
     save_checkpoint(model, tokenizer, folder, published=layout == "internvl")
     stock_processor(folder, Self1EConfig.from_pretrained(folder)).save_pretrained(folder)
@@ -144,16 +144,17 @@ def stock_processor(folder: Path, config: Self1EConfig) -> InternVLProcessor:
 
     Its image tag is the image token. The model knows no videos; the padding token stands for one, as the class asks.
     """
-    named = {"start_image_token": IMG_START, "end_image_token": IMG_END, "context_image_token": IMG_CONTEXT}
-    tokenizer = Qwen2Tokenizer.from_pretrained(folder, extra_special_tokens=named | {"video_token": PADDING})
-    learnt = [token for token in (SEG, SEGT) if token in tokenizer.get_vocab()]
+    named = {"start_image_token": prompts.IMG_START, "end_image_token": prompts.IMG_END}
+    named |= {"context_image_token": prompts.IMG_CONTEXT, "video_token": prompts.PADDING}
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder, extra_special_tokens=named)
+    learnt = [token for token in (prompts.SEG, prompts.SEGT) if token in tokenizer.get_vocab()]
     # A pipeline leaves special tokens out of its answers, and these are part of the answer.
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in learnt])
     size = {"height": config.tile_size, "width": config.tile_size}
     images = GotOcr2ImageProcessor(size=size, image_mean=MEAN, image_std=STD, max_patches=1)
     options: dict[str, Any] = {
         "image_seq_length": config.tile_tokens,
-        "chat_template": CHAT_TEMPLATE.replace(IMAGE_TAG, IMG_CONTEXT),
+        "chat_template": prompts.CHAT_TEMPLATE.replace(prompts.IMAGE_TAG, prompts.IMG_CONTEXT),
     }
     return InternVLProcessor(images, tokenizer, InternVLVideoProcessor(size=size), **options)
 

@@ -4,7 +4,6 @@ Text follows the published chat format to the token; the system sentence's gramm
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,33 +15,14 @@ from transformers import BatchFeature, ProcessorMixin, Qwen2Tokenizer
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from self1e.errors import UserError, check_known
-from self1e.files import read_json
 from self1e.model.batch import IGNORE_INDEX, pack
 from self1e.model.config import Self1EConfig
 from self1e.model.photos import as_rgb, resize_bicubic
-from self1e.model.prompts import (
-    END_OF_TURN,
-    IMAGE_TAG,
-    IMG_CONTEXT,
-    IMG_END,
-    IMG_START,
-    SEG,
-    SEGT,
-    START_OF_TURN,
-    SYSTEM,
-)
+from self1e.model.prompts import CHAT_TEMPLATE, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, SEG, SEGT, chat_text
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 HIGH_RES_TILES = 4  # tiles that `--high_res` cuts an image into, at most
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
-CHAT_TEMPLATE = (
-    f"{{{{ '{START_OF_TURN}system\n{SYSTEM}{END_OF_TURN}\n' }}}}"
-    f"{{% for m in messages %}}{{{{ '{START_OF_TURN}' + m['role'] + '\n' }}}}"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    f"{{{{ '{IMAGE_TAG}\n' if part['type'] == 'image' else part['text'] }}}}{{% endfor %}}{{% endif %}}"
-    f"{{{{ '{END_OF_TURN}\n' }}}}{{% endfor %}}"
-    f"{{% if add_generation_prompt %}}{{{{ '{START_OF_TURN}assistant\n' }}}}{{% endif %}}"
-)
 
 
 class ConversationTooLong(UserError):
@@ -93,18 +73,14 @@ class Self1EProcessor(ProcessorMixin):
         """Read the processor of any checkpoint layout; UserError where there is none, or no tokenizer of InternVL3."""
         source = pretrained_model_name_or_path
         check_known("from_pretrained: keyword", kwargs, (*HUB_OPTIONS, "trust_remote_code", "_from_auto"))
-        own = Path(source, "processor_config.json")
-        sizes = read_json(own, dict) if own.is_file() else {}
-        if "tile_tokens" not in sizes:  # not written by our `save_pretrained`
-            config = Self1EConfig.from_pretrained(source, **kwargs)
-            sizes = {"image_size": config.tile_size, "tile_tokens": config.tile_tokens}
+        config = Self1EConfig.from_pretrained(source, **kwargs)
         tokenizer = Qwen2Tokenizer.from_pretrained(source, **kwargs)
         if tokenizer.vocab_size < 256:  # bytes alone are 256: the library makes an empty one where files are absent
             raise UserError(
                 f"{source}: no tokenizer there; a published SELF1E folder goes to --model_weights, with the InternVL3 "
                 "it was trained from as --version"
             )
-        return cls(tokenizer, image_size=sizes["image_size"], tile_tokens=sizes["tile_tokens"])
+        return cls(tokenizer, image_size=config.tile_size, tile_tokens=config.tile_tokens)
 
     def __call__(
         self,
@@ -146,12 +122,11 @@ class Self1EProcessor(ProcessorMixin):
         conversations: Sequence[Sequence[str]],
         masks: Sequence | None = None,
         *,
-        max_tiles: int = 1,
-        thumbnail: bool = False,
         max_length: int | None = None,
+        **tiling,
     ) -> dict:
         """One image and its conversations, ready for `collate`; see `__call__`."""
-        tiles, grid = cut_tiles(image, self.image_size, max_tiles=max_tiles, thumbnail=thumbnail)
+        tiles, grid = cut_tiles(image, self.image_size, **tiling)
         texts = [self.encode_conversation(turns, len(tiles), max_length) for turns in conversations]
         targets = [None] * len(texts) if masks is None else [as_masks(target) for target in masks]
         for turns, (ids, _), target in zip(conversations, texts, targets, strict=True):
@@ -167,12 +142,7 @@ class Self1EProcessor(ProcessorMixin):
         if not turns or IMAGE_TAG not in turns[0]:
             raise UserError(f"the first turn of a conversation must hold {IMAGE_TAG}: {list(turns)}")
         picture = IMG_START + IMG_CONTEXT * (self.tile_tokens * n_tiles) + IMG_END
-        text, answers = f"{START_OF_TURN}system\n{SYSTEM}{END_OF_TURN}\n", []  # characters that are supervised
-        for index, turn in enumerate([turns[0].replace(IMAGE_TAG, picture, 1), *turns[1:]]):
-            text += f"{START_OF_TURN}{'assistant' if index % 2 else 'user'}\n"
-            answers += [range(len(text), len(text) + len(turn + END_OF_TURN))] if index % 2 else []
-            text += f"{turn}{END_OF_TURN}\n"
-        text += f"{START_OF_TURN}assistant\n" if len(turns) % 2 else ""
+        text, answers = chat_text([turns[0].replace(IMAGE_TAG, picture, 1), *turns[1:]])
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         labels = [x if any(start in own for own in answers) else IGNORE_INDEX for x, (start, _) in zip(ids, offsets)]

@@ -5,6 +5,7 @@ Templates are the published ones; `rng` decides which one is taken.
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,6 +19,14 @@ START_OF_TURN, END_OF_TURN, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext
 RESERVED = (SEG, SEGT, IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END, START_OF_TURN, END_OF_TURN, PADDING)
 CONTROL = re.compile("|".join(map(re.escape, RESERVED)) + r"|<\|\w+\|>")  # the last: how Qwen names all of its own
 SYSTEM = "You are an helpful assistant."  # sic: the weights were trained with it
+CHAT_TEMPLATE = (
+    f"{{{{ '{START_OF_TURN}system\n{SYSTEM}{END_OF_TURN}\n' }}}}"
+    f"{{% for m in messages %}}{{{{ '{START_OF_TURN}' + m['role'] + '\n' }}}}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    f"{{{{ '{IMAGE_TAG}\n' if part['type'] == 'image' else part['text'] }}}}{{% endfor %}}{{% endif %}}"
+    f"{{{{ '{END_OF_TURN}\n' }}}}{{% endfor %}}"
+    f"{{% if add_generation_prompt %}}{{{{ '{START_OF_TURN}assistant\n' }}}}{{% endif %}}"
+)
 ANSWER = f"{SEG}."  # the answer that evaluation and `segment` give the model
 
 SHORT_QUESTIONS = (
@@ -77,6 +86,16 @@ def evaluation_prompt(text: str, is_sentence: bool | None, lower: bool) -> str:
 def reserved_in(text: str) -> list[str]:
     """The control tokens in a text as it is or lower-cased, such as `[SEG]` and `<|im_end|>`, each once."""
     return list(dict.fromkeys(CONTROL.findall(text) + CONTROL.findall(text.lower())))
+
+
+def chat_text(turns: Sequence[str]) -> tuple[str, list[range]]:
+    """A conversation in the chat format, and its characters that are supervised: answers and their `<|im_end|>`."""
+    text, answers = f"{START_OF_TURN}system\n{SYSTEM}{END_OF_TURN}\n", []
+    for index, turn in enumerate(turns):
+        text += f"{START_OF_TURN}{'assistant' if index % 2 else 'user'}\n"
+        answers += [range(len(text), len(text) + len(turn + END_OF_TURN))] if index % 2 else []
+        text += f"{turn}{END_OF_TURN}\n"
+    return text + (f"{START_OF_TURN}assistant\n" if len(turns) % 2 else ""), answers
 
 
 def is_blank(text: str) -> bool:
