@@ -31,13 +31,12 @@ from tqdm import tqdm
 
 from self1e.data.families import FAMILIES, Choice
 from self1e.data.paths import list_names, require_paths
-from self1e.data.samples import EvalSplit, Sample, SampleError, TrainingSet, check_texts
+from self1e.data.samples import Sample, SampleError, TrainingSet
 from self1e.data.sets.custom import Custom, find_source, table_rows
-from self1e.data.splits import SPLITS, completeness, load_split, split_paths
+from self1e.data.sets.expressions import ExpressionSet
+from self1e.data.splits import SPLITS, completeness
 from self1e.errors import UserError
 from self1e.evaluation.tables import markdown_table
-from self1e.evaluation.vqa.base import Answer, MissingFile, Question, VQABenchmark
-from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.files import check_writable, read_json, to_jsonl, write_json, write_text
 from self1e.model import prompts
 from self1e.visualize import grid, overlay, panel
@@ -56,15 +55,26 @@ EMPTY_QUESTIONS = {""} | {
 }
 
 
+Read = Callable[[Any, int], Sample | None]  # record of a set -> its sample; None without a label
+
+
+def read_sample(data: TrainingSet, number: int) -> Sample | None:
+    return data.sample(number, np.random.default_rng(number))
+
+
+def read_unit(data: ExpressionSet, number: int) -> Sample:
+    unit = data[number]
+    image, masks = unit.load()
+    return Sample(data.id(number), image, [[text.strip()] for text in unit.sentences], list(masks[:, None]))
+
+
 @dataclass
 class Source:
-    """A set, split or benchmark, and what was found in it."""
+    """A set or split, and what was found in it."""
 
     name: str
     records: int = 0
     photos: int = 0
-    read: Callable[[int], Sample | None] = lambda number: None  # None without a label; raises SampleError
-    said: Sequence[str] = ()  # problems that the set says, also while it is read
     problems: list[str] = field(default_factory=list)
     totals: str = "-"  # how it compares with the known totals
     checked: int = 0
@@ -72,98 +82,60 @@ class Source:
     pictures: list[Image.Image] = field(default_factory=list)
 
 
-def read_sample(data: TrainingSet, number: int) -> Sample | None:
-    return data.sample(number, np.random.default_rng(number))
-
-
-def read_unit(data: EvalSplit, number: int) -> Sample:
-    unit = data[number]
-    image, masks = unit.load()
-    return Sample(data.id(number), image, [[text.strip()] for text in unit.sentences], list(masks[:, None]))
-
-
-def read_question(name: str, questions: list[Question], number: int) -> Sample:
-    question = questions[number]
-    image, id = question.open_image(), f"{name}/{question.id}"
-    check_texts(id, [question.prompt])
-    return Sample(id, image, [[question.prompt]], [np.zeros((0, image.height, image.width), np.uint8)])
-
-
-def open_set(
-    name: str, paths: list[Path], load: Callable[[], Any], read: Callable[[Any, int], Sample | None]
-) -> Source:
-    """A training set, a split or own data. Raises MissingFile where it is absent: its own place is `paths[0]`, or the
-    folder of this file; but the folders of questions (.jsonl) serve benchmarks, too.
-    """
-    place = paths[0].parent if paths[0].suffix in (".p", ".json") else paths[0]
-    if not place.exists():
-        raise MissingFile(name)
-    require_paths([(name, path) for path in paths])
-    data = load()
-    photos, said = len(np.unique(data.image_keys())), data.problems
-    return Source(name, len(data), photos, partial(read, data), said, list(said), completeness(name, data))
-
-
-def open_benchmark(name: str, benchmark: VQABenchmark, data_dir: Path) -> Source:
-    """A benchmark's questions, and what is wrong with the files that it is scored with. Raises MissingFile."""
-    questions, problems = benchmark.questions(data_dir), []
-    if benchmark.metric is not None:
-        try:
-            benchmark.metric([Answer(question, "") for question in questions], data_dir)  # reads its files
-        except UserError as error:
-            problems = [str(error)]
-    photos = len({question.image for question in questions})
-    return Source(name, len(questions), photos, partial(read_question, name, questions), problems=problems)
-
-
-def sources_of(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Source]]]:
-    """(name, function that opens it) of own data, or of a tree's training sets, evaluation splits and benchmarks."""
-    outside = {"allow_outside": args.allow_outside}
+def choices_of(args: argparse.Namespace) -> Iterator[tuple[str, Choice, Read]]:
+    """(name, set, how it is read) of own data, or of a tree's training sets and evaluation splits."""
+    flags = {"dataset_dir": args.path, "data_dir": args.data_dir, "allow_outside": args.allow_outside}
     if not args.tree:
         # Not strict: with faults for which training would refuse it.
-        own = partial(Custom, f"custom|{args.path}", "", **outside, strict=False)
-        yield str(args.path), partial(open_set, str(args.path), [args.path], own, read_unit)
+        yield str(args.path), Choice(f"custom|{args.path}", Custom, flags | {"strict": False}), read_unit
         return
-    options = {"dataset_dir": args.path, "data_dir": args.data_dir, **outside, "num_classes_per_sample": ALL}
     for name, training_set in (each for family in FAMILIES.values() for each in family.items()):
-        choice = Choice(name, training_set, options)
-        yield name, partial(open_set, name, choice.paths(), choice.open, read_sample)
-    for name in SPLITS:
-        paths = [path for _, path in split_paths([name], args.path)]
-        yield name, partial(open_set, name, paths, partial(load_split, name, args.path, **outside), read_unit)
-    for name, benchmark in VQA_BENCHMARKS.items():
-        yield name, partial(open_benchmark, name, benchmark, args.data_dir)
+        yield name, Choice(name, training_set, flags | {"num_classes_per_sample": ALL}), read_sample
+    for name, entry in SPLITS.items():
+        yield name, Choice(name, entry.reader, flags), read_unit
 
 
-def check(source: Source, args: argparse.Namespace) -> None:
-    """Read `limit` records of a set, evenly spread, or all, and draw `samples` of them."""
+def check(source: Source, choice: Choice, read: Read, args: argparse.Namespace) -> bool:
+    """Read `limit` records of a set, evenly spread, or all, and draw `samples` of them; False where it is absent.
+
+    Its own place is its first path, or the folder of this file; but a folder of questions (.jsonl) may be there for an
+    evaluation alone. Raises UserError when it cannot be opened.
+    """
+    paths = choice.paths()
+    if not (paths[0].parent if paths[0].suffix in (".p", ".json") else paths[0]).exists():
+        return False
+    require_paths([(source.name, path) for path in paths])
+    data = choice.open()
+    source.records, source.photos = len(data), len(np.unique(data.image_keys()))
+    source.problems, source.totals = list(data.problems), completeness(choice.name, data)
     source.checked = count = min(source.records, args.limit or source.records)
     numbers = np.linspace(0, source.records - 1, count).astype(int).tolist()
     drawn = {numbers[k] for k in np.random.default_rng(0).permutation(count)[: args.samples]}
-    examine = partial(examined, source, drawn, args.model_max_length)
+    examine = partial(examined, source.name, data, read, drawn, args.model_max_length)
     workers = args.workers if count >= IN_WORKERS else 0
     loader = DataLoader(numbers, batch_size=None, collate_fn=examine, num_workers=workers)
     for counts, problems, pictures in tqdm(loader, source.name, unit=" records", delay=1, leave=False, disable=None):
         source.counts += counts
         source.problems += problems
         source.pictures += pictures
+    return True
 
 
 def examined(
-    source: Source, drawn: set[int], max_length: int, number: int
+    name: str, data: TrainingSet, read: Read, drawn: set[int], max_length: int, number: int
 ) -> tuple[list[int], list[str], list[Image.Image]]:
-    """What a record adds to the counts, problems and pictures of its source; pictures are made of those in `drawn`."""
-    known = len(source.said)
+    """What a record adds to the counts, problems and pictures of its set; pictures are made of those in `drawn`."""
+    known = len(data.problems)  # the set says more while it is read
     try:
-        sample = source.read(number)
+        sample = read(data, number)
     except SampleError as error:
         return [0, 0, 0], [str(error)], []
     if sample is None:  # in training the next photo serves in its place
         return [0, 0, 0], [], []
     masks = [mask for group in sample.masks for mask in group]
     counts = [len(sample.conversations), len(masks), sum(not (mask == 1).any() for mask in masks)]
-    found = dict.fromkeys([*source.said[known:], *problems_of(sample, max_length)])
-    pictures = [picture(source.name, sample, number)] if number in drawn and sample.conversations else []
+    found = dict.fromkeys([*data.problems[known:], *problems_of(sample, max_length)])
+    pictures = [picture(name, sample, number)] if number in drawn and sample.conversations else []
     return counts, [f"{sample.id}: {problem}" for problem in found], pictures
 
 
@@ -273,15 +245,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.samples:
         check_writable(args.output.parent)
     sources, absent = [], []
-    for name, load in sources_of(args):
+    for name, choice, read in choices_of(args):
+        source = Source(name)
         try:
-            source = load()
-        except MissingFile:
-            absent.append(name)
-            continue
+            if not check(source, choice, read, args):
+                absent.append(name)
+                continue
         except UserError as error:
-            source = Source(name, problems=[str(error)])
-        check(source, args)
+            source.problems.append(str(error))
         sources.append(source)
         if source.problems:
             more = len(source.problems) - LISTED

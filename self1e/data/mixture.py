@@ -69,6 +69,7 @@ class Mixture:
         self.batch_size, self.seed, self.mode = batch_size, seed, mode
         self.groups: list[tuple[list[Records], int, int]] = []  # sets, passes, samples of one more
         self.epoch_size = 0  # slots
+        self.sizes: dict[str, int] = {}  # samples of the sets of each name that take part, before rates
         for sets, rate in groups:
             members = [Records(data, excluded) for data in sets]
             total = sum(records.per_pass for records in members)
@@ -76,15 +77,10 @@ class Mixture:
             self.groups.append((members, int(rate), share))
             self.epoch_size += int(rate) * total + share
         self.sets = [records for members, *_ in self.groups for records in members]
+        for records in self.sets:
+            self.sizes[records.data.name] = self.sizes.get(records.data.name, 0) + records.per_pass
         if not self.epoch_size:
             raise UserError("the mixture is empty: check --sample_rates, --exclude_val and the datasets")
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Samples of each set that take part, before rates; a name that occurs again gets a number."""
-        names = [records.data.name for records in self.sets]
-        names = [f"{name} #{names[:k].count(name)}" if name in names[:k] else name for k, name in enumerate(names)]
-        return {name: records.per_pass for name, records in zip(names, self.sets)}
 
     def _rng(self, *numbers: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *numbers])

@@ -160,8 +160,7 @@ def read_refs(path: Path) -> Records:
     """Referring expressions, `refs(*).p` or `grefs(*).json`, grouped by split and image.
 
     Tables `groups` [[ref_id, [ann ids], [[sent_id, sentence], ...]], ...], sorted, and `keys`: one record, the
-    [split, image id] of each. Sentences of R-RefCOCO that are marked as meaning nothing (`exist` is false) are a
-    reference of their own, without annotations; Ref-ZOM has its sentences under `raw`.
+    [split, image id] of each.
     """
     refs = [ref for _, ref in stream_json(path)] if path.suffix == ".json" else load_plain_pickle(path)
     groups: dict[tuple[str, int], list] = defaultdict(list)
@@ -169,12 +168,8 @@ def read_refs(path: Path) -> Records:
         location = f"record {number} counted from 0"
         ref_id, image_id, split = fields(ref, location, ref_id=int, image_id=int, split=str)
         ids, found = fields(ref, location, ann_id=(int, list, tuple), sentences=(list, tuple))
-        filled = [{"sent": each.get("raw"), "sent_id": k, "exist": True} | each for k, each in enumerate(found)]
-        sentences = [fields(each, location, sent_id=int, sent=str, exist=bool) for each in filled]
-        for meant, own in (True, [ids] if isinstance(ids, int) else list(ids)), (False, []):
-            texts = [[sent_id, text] for sent_id, text, exist in sentences if exist == meant]
-            if texts or meant and not sentences:
-                groups[split, image_id].append([ref_id, own, texts])
+        sentences = [fields(each, location, sent_id=int, sent=str) for each in found]
+        groups[split, image_id].append([ref_id, [ids] if isinstance(ids, int) else list(ids), sentences])
     if not groups:
         raise UserError(f"it holds no list of references; is this the right file? See {DATASETS}")
     for key in sorted(groups):

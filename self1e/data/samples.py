@@ -1,7 +1,7 @@
-"""What a data set yields, and the two interfaces of this package.
+"""What a data set yields: numbered samples for training, and for evaluation photos with their sentences and masks.
 
-A `TrainingSet` gives numbered samples, an `EvalSplit` photos with their sentences and masks. Everything downstream
-(mixture, processor, evaluation) knows only these.
+Every set is a `TrainingSet`; an `ExpressionSet` (`sets/expressions.py`) is a sequence of `EvalImage`s, too. Everything
+downstream (mixture, processor, evaluation) knows only these.
 """
 
 import hashlib
@@ -84,9 +84,16 @@ def draw(items: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any
     return [items[i] for i in rng.choice(len(items), min(count, len(items)), replace=False)]
 
 
-class PhotoSet(ABC):
-    """Numbered records about photos; of the flags of training it takes those that it knows."""
+class TrainingSet(ABC):
+    """Numbered samples; a sub-class and its entry in `families.FAMILIES` are all that a new set takes.
 
+    Of the flags of training a set takes those that it knows.
+    """
+
+    cap: int | None = None  # samples that one pass over the set takes at most; each pass draws its own
+    segmentation = True  # its samples carry masks
+    rated = True  # the rate of its family multiplies it; otherwise it counts once
+    redrawn = False  # the mixture "published" draws its samples with replacement
     files: tuple[str, ...] = ()  # what must exist below dataset_dir before the set is opened; the first is its own
     options: tuple[str, ...] = ()  # further flags, which `open` takes
     folder: Path  # photos are named relative to it
@@ -135,15 +142,6 @@ class PhotoSet(ABC):
         """`image_key` of every record's photo, int64 (len,)."""
         return np.fromiter((image_key(self.file_name(index)) for index in range(len(self))), np.int64)
 
-
-class TrainingSet(PhotoSet):
-    """Numbered training samples; a sub-class and its entry in `families.FAMILIES` are all that a new set takes."""
-
-    cap: int | None = None  # samples that one pass over the set takes at most; each pass draws its own
-    segmentation = True  # its samples carry masks
-    rated = True  # the rate of its family multiplies it; otherwise it counts once
-    redrawn = False  # the mixture "published" draws its samples with replacement
-
     @abstractmethod
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
         """The sample of record `index` in [0, len), whose random choices come from `rng` alone.
@@ -173,18 +171,3 @@ class EvalImage:
     prompts: list[str]  # the fixed evaluation question of each unit
     # Photo (RGB, oriented), and masks uint8 (n, H, W) at the annotation's size, 255 = ignored. Raises SampleError.
     load: Callable[[], tuple[Image.Image, np.ndarray]]
-
-
-class EvalSplit(PhotoSet, Sequence[EvalImage]):
-    """The photos of an evaluation split in a fixed order; a sub-class is the reader of an entry of `splits.SPLITS`."""
-
-    @abstractmethod
-    def unit(self, index: int) -> EvalImage:
-        """One photo. Raises UserError when its annotation is broken."""
-
-    def __getitem__(self, index: int) -> EvalImage:  # type: ignore[override]  # a split is never sliced
-        """As `unit`. Raises SampleError, also for control tokens in a text."""
-        with naming(self.id(index)):
-            photo = self.unit(index)
-            check_texts(self.id(index), (prompt.removeprefix(IMAGE_TAG) for prompt in photo.prompts))
-        return photo

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from self1e.data.paths import require_paths
-from self1e.data.samples import EvalSplit, PhotoSet
+from self1e.data.samples import TrainingSet
 from self1e.data.sets.custom import Custom
+from self1e.data.sets.expressions import ExpressionSet
 from self1e.data.sets.parquet import ParquetSplit
 from self1e.data.sets.reasoning import ReasonSeg
 from self1e.data.sets.referring import Referring
@@ -38,7 +39,7 @@ MODELS = ("2B", "SEG-2B", "8B", "SEG-8B")
 class SplitEntry:
     """One split, or one kind of splits."""
 
-    reader: type[EvalSplit]
+    reader: type[ExpressionSet]
     protocol: str = "lisa"  # how it is scored, a key of `metrics.PROTOCOLS`
     headline: tuple[str, ...] = ("ciou",)  # the figures that the paper reports, keys of the result
     published: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # model -> a percentage for each headline
@@ -68,10 +69,6 @@ SPLITS: dict[str, SplitEntry] = {
     "grefcoco|unc|testB": _referring(protocol="rela"),
     "refclef|unc|val": _referring(default=False),
     "refclef|unc|test": _referring(default=False),
-    "rrefcoco|unc|val": _referring(protocol="rela", default=False),
-    "rrefcoco+|unc|val": _referring(protocol="rela", default=False),
-    "rrefcocog|umd|val": _referring(protocol="rela", default=False),
-    "refzom|final|test": _referring(protocol="rela", default=False),
 }
 
 PREFIXES: dict[str, SplitEntry] = {
@@ -99,7 +96,7 @@ def split_paths(names: Iterable[str], dataset_dir: str | Path) -> list[tuple[str
     return [(name, path) for name in entries for path in entries[name].reader.paths(name, Path(dataset_dir), Path())]
 
 
-def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = False) -> EvalSplit:
+def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = False) -> ExpressionSet:
     """The photos of an evaluation split, sorted; allow_outside: see `paths.inside`. Raises UserError."""
     entry = get_splits([name])[name]
     require_paths(split_paths([name], dataset_dir))
@@ -117,7 +114,7 @@ def file_stem(split: str) -> str:
     return f"{stem[-80:]}_{hashlib.sha256(split.encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
-def completeness(name: str, data: PhotoSet) -> str:
+def completeness(name: str, data: TrainingSet) -> str:
     """ "complete", what differs from the known total, "1,499 of 1,500 images", or "-" where none is known."""
     if name not in TOTALS:
         return "-"

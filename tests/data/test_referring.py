@@ -14,7 +14,6 @@ from self1e.errors import UserError
 
 OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]
 AREA = 6 * 6
-BEYOND = ("rrefcoco", "refzom")  # sets that the published loaders do not read
 
 
 def annotation(id, image_id, *polygons):
@@ -111,7 +110,7 @@ def test_broken_annotations_and_photos_are_sample_errors(tmp_path):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", [name for name in SPLITS if not name.startswith(BEYOND)])
+@pytest.mark.parametrize("name", SPLITS)
 def test_units_and_masks_equal_the_published_loaders(name):
     golden = json.loads((SHARED / "golden" / "val_splits.json").read_text())
     ours, ids, images = [], set(), 0
@@ -146,29 +145,3 @@ def test_training_counts_equal_the_published_loaders(name):
     assert len(data) == counts["samples"]
     assert sum(map(len, expressions)) == counts["sentences"]
     assert len({each.place.split("/")[1] for image in expressions for each in image}) == counts["refs"]
-
-
-def test_sentences_that_mean_nothing_are_empty_masks(tmp_path):
-    """R-RefCOCO marks them by `exist`, Ref-ZOM by an empty list of annotations; Ref-ZOM's text is `raw`."""
-    marked = reference(1, 5, 1, "val", "the square", "the dog", "it")
-    marked["sentences"][1]["exist"] = False
-    marked["sentences"][2]["exist"] = True
-    annotations = [{"id": 1, "image_id": 5, "segmentation": [SQUARE]}]
-    referring_set(tmp_path, "rrefcoco", [marked], annotations)
-    (image,) = load_split("rrefcoco|unc|val", tmp_path)
-    assert dict(zip(image.sentences, image.no_target)) == {"the square": False, "it": False, "the dog": True}
-    assert (image.load()[1].sum((1, 2)) > 0).tolist() == [not none for none in image.no_target]
-
-    none = reference(2, 5, [], "test", "a cat")
-    both = reference(3, 5, [1, 1], "test", "the squares")
-    for ref in (none, both):
-        for sentence in ref["sentences"]:
-            del sentence["sent"]
-    referring_set(tmp_path, "refzom", [none, both], annotations)
-    folder = tmp_path / "refer_seg"
-    (folder / "refzom/refs(unc).p").rename(folder / "refzom/refs(final).p")
-    (folder / "images/mscoco/images/train2014").rename(folder / "images/mscoco/images/trainval2014")
-    (image,) = load_split("refzom|final|test", tmp_path)
-    assert dict(zip(image.sentences, image.no_target)) == {"a cat": True, "the squares": False}
-    assert (image.load()[1].sum((1, 2)) > 0).tolist() == [not none for none in image.no_target]
-    assert {SPLITS[name].protocol for name in ("rrefcoco|unc|val", "refzom|final|test")} == {"rela"}

@@ -16,9 +16,8 @@ from self1e.training.args import parse
 MODULE = '''
 import numpy as np
 
-from self1e.data.samples import EvalImage, EvalSplit, Sample, TrainingSet, load_image
+from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.sets.semantic import LabelMapSet
-from self1e.model import prompts
 
 
 class Toys(LabelMapSet):
@@ -30,8 +29,8 @@ class Toys(LabelMapSet):
         return ["Bear", "Ball"]
 
 
-class Frames(TrainingSet, EvalSplit):
-    """A set of another kind, also evaluated: its questions name no class, its masks are the left half."""
+class Frames(ExpressionSet):
+    """A set of another kind, also evaluated: its masks are the left half."""
 
     files = ("frames",)
     redrawn = True
@@ -45,20 +44,13 @@ class Frames(TrainingSet, EvalSplit):
     def file_name(self, index):
         return self.names[index]
 
-    def load(self, index):
-        image = load_image(self.photo(index))
-        mask = np.zeros((1, image.height, image.width), np.uint8)
-        mask[:, :, : image.width // 2] = 1
-        return image, mask
+    def expressions(self, index):
+        return [Expression("left half", [0], "")]
 
-    def read(self, index, rng):
-        image, mask = self.load(index)
-        question = prompts.question("left half", rng, is_sentence=False)
-        return Sample(self.id(index), image, [[question, prompts.answer(rng)]], [mask])
-
-    def unit(self, index):
-        name = self.names[index]
-        return EvalImage(name, ["left half"], [False], [name], [False], ["<image>\\nIt?"], lambda: self.load(index))
+    def mask(self, index, target, image):
+        mask = np.zeros((image.height, image.width), np.uint8)
+        mask[:, : image.width // 2] = 1
+        return mask
 '''
 
 

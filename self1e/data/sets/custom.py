@@ -182,11 +182,11 @@ class Custom(ExpressionSet):
         for (name, below), location in tqdm(files.items(), f"files of {self.source.name}", leave=False, disable=None):
             with _noting(faults):
                 self._find(name, below, location)
+        if not len(self):
+            faults.append("no photo has a sentence and a mask")
         if faults:
             listed = faults[:LISTED] + [f"and {len(faults) - LISTED} more"] * (len(faults) > LISTED)
             raise UserError("\n  ".join([f"{self.source}, problems: {len(faults)} ({OWN_DATA}):", *listed]))
-        if not len(self):
-            raise UserError(f"{self.source} holds no photo with a sentence and a mask ({OWN_DATA})")
 
     def _find(self, name: str, below: str, location: str) -> Path:
         """A file beside the source or in the folder `below`. Raises UserError where it is in neither."""

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.masks import orient
-from self1e.data.samples import EvalImage, EvalSplit, Sample, TrainingSet, draw, naming
+from self1e.data.samples import EvalImage, Sample, TrainingSet, check_texts, draw, naming
 from self1e.errors import UserError
 from self1e.model import prompts
 from self1e.model.photos import read_picture
@@ -29,8 +29,8 @@ class Expression(NamedTuple):
     no_target: bool = False  # the annotations say that nothing in the photo is meant
 
 
-class ExpressionSet(TrainingSet, EvalSplit):
-    """Photos for training and evaluation; a conversation, or a unit, is one expression."""
+class ExpressionSet(TrainingSet):
+    """Photos for training and, in a fixed order, for evaluation; a conversation, or a unit, is one expression."""
 
     asked: int | None = None  # expressions of a photo that are evaluated; None: all
     lower = True  # phrases are lower-cased in evaluation
@@ -75,10 +75,14 @@ class ExpressionSet(TrainingSet, EvalSplit):
         image, masks = self.load(index, [each.targets for each in chosen])
         return Sample(self.id(index), image, conversations, list((masks[:, None] == 1).astype(np.uint8)))
 
-    def unit(self, index: int) -> EvalImage:
-        expressions, file_name = self.expressions(index)[: self.asked], self.file_name(index)
-        if not expressions:
-            raise UserError("it has no sentence")
+    def __getitem__(self, index: int) -> EvalImage:
+        """A photo with what is asked about it. Raises SampleError, also for control tokens in a text."""
+        with naming(self.id(index)):
+            expressions, file_name = self.expressions(index)[: self.asked], self.file_name(index)
+            if not expressions:
+                raise UserError("it has no sentence")
+        asked = [prompts.evaluation_prompt(each.text, each.is_sentence, self.lower) for each in expressions]
+        check_texts(self.id(index), (prompt.removeprefix(prompts.IMAGE_TAG) for prompt in asked))
         ids = [file_name + each.place for each in expressions]
         return EvalImage(
             image_id=file_name,
@@ -86,6 +90,6 @@ class ExpressionSet(TrainingSet, EvalSplit):
             is_sentence=[each.is_sentence for each in expressions],
             unit_ids=[f"{id}#{ids[:k].count(id)}" if id in ids[:k] else id for k, id in enumerate(ids)],
             no_target=[each.no_target for each in expressions],
-            prompts=[prompts.evaluation_prompt(each.text, each.is_sentence, self.lower) for each in expressions],
+            prompts=asked,
             load=partial(self.load, index, [each.targets for each in expressions]),
         )

@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.masks import load_label_map
-from self1e.data.paths import inside
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.errors import UserError, check_known
 from self1e.model.prompts import looks_like_sentence
@@ -76,8 +75,7 @@ class ParquetSplit(ExpressionSet):
         return [Path(parts[1])] if parts[1].endswith(".parquet") or parts[1].count("/") > 1 else []
 
     def open(self, *paths: Path) -> None:
-        _, self.source, split = self.name.split("|")
-        self.rows = open_rows(self.source, split)
+        self.rows = open_rows(*self.name.split("|")[1:])
         groups: dict[str, list[int]] = {}
         for row, photo in enumerate(self._column("image_id")):
             groups.setdefault(str(photo), []).append(row)
@@ -104,24 +102,23 @@ class ParquetSplit(ExpressionSet):
             for text in ([cell] if isinstance(cell, str) else cell)
         ]
 
-    def photo(self, index: int) -> Path | io.BytesIO:
-        return self._file(self.rows[self.photos[index][1][0]]["image"])
+    def photo(self, index: int) -> io.BytesIO:
+        return _file(self.rows[self.photos[index][1][0]]["image"])
 
     def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
         """A mask's cell: an array of rows, or a PNG."""
         cell = self.rows[target]["mask"]
         if not isinstance(cell, list):
-            return (load_label_map(self._file(cell)) > 0).astype(np.uint8)
+            return (load_label_map(_file(cell)) > 0).astype(np.uint8)
         try:
             return (np.array(cell) > 0).astype(np.uint8)
         except ValueError as error:  # rows of different lengths
             raise UserError(f"row {target}: malformed mask ({error})") from error
 
-    def _file(self, cell: Any) -> Path | io.BytesIO:
-        """A picture's cell: bytes, the hub's {bytes, path}, or a path beside the Parquet files."""
-        if isinstance(cell, dict):
-            cell = cell.get("bytes") or cell.get("path")
-        if isinstance(cell, bytes):
-            return io.BytesIO(cell)
-        place = Path(self.source)
-        return inside(place if place.is_dir() else place.parent, str(cell), allow_outside=self.allow_outside)
+
+def _file(cell: Any) -> io.BytesIO:
+    """A picture's cell, bytes or the hub's {bytes, path}. Raises UserError."""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(content, bytes):
+        raise UserError(f"a picture's cell is {content!r:.80}; expected the bytes of a file")
+    return io.BytesIO(content)

@@ -3,9 +3,6 @@
 refer_seg/<set>/{refs(unc).p, refs(umd).p, grefs(unc).json}   expressions
 refer_seg/<set>/instances.json                                masks, COCO style
 refer_seg/images/{mscoco/images/train2014, saiapr_tc-12}      photos
-
-For evaluation also R-RefCOCO (rrefcoco, rrefcoco+, rrefcocog) and Ref-ZOM (refzom, partition "final", photos in
-mscoco/images/trainval2014), where a sentence may mean nothing, as in gRefCOCO.
 """
 
 from collections import defaultdict
@@ -18,8 +15,6 @@ from self1e.data.masks import decode_segmentation
 from self1e.data.readers import CocoIndex, read_refs
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import open_tables
-
-PHOTOS = {"refclef": "saiapr_tc-12", "refzom": "mscoco/images/trainval2014"}  # below refer_seg/images
 
 
 class Referring(ExpressionSet):
@@ -38,8 +33,8 @@ class Referring(ExpressionSet):
         name, partition, _ = _parts(name)
         root = dataset_dir / "refer_seg"
         refs = f"grefs({partition}).json" if name == "grefcoco" else f"refs({partition}).p"
-        photos = root / "images" / PHOTOS.get(name, "mscoco/images/train2014")
-        return [root / name / refs, root / name / "instances.json", photos]
+        photos = "saiapr_tc-12" if name == "refclef" else "mscoco/images/train2014"
+        return [root / name / refs, root / name / "instances.json", root / "images" / photos]
 
     def open(self, refs: Path, instances: Path, photos: Path) -> None:
         self.name, _, split = _parts(self.name)

@@ -24,13 +24,7 @@ def class_names(name: str) -> list[str]:
 
 
 class LabelMapSet(TrainingSet):
-    """Label maps, each with a photo of the same name.
-
-    Sub-classes give `files`, first the folder of label maps, then that of photos, and change what the members below
-    say where it differs.
-    """
-
-    suffixes = ".png", ".jpg"  # of label maps and of photos
+    """Label maps (.png), each with a photo (.jpg) of the same name; `files` are the folders of both."""
 
     def read_names(self, *others: Path) -> list[str]:
         """Names of the labels from 0 on, "" for those that nobody asks for; others: what `files` names besides."""
@@ -39,18 +33,17 @@ class LabelMapSet(TrainingSet):
     def open(self, labels: Path, photos: Path, *others: Path) -> None:
         self.labels, self.folder = labels, photos
         self.names = [name.strip().lower() for name in self.read_names(*others)]
-        suffix = self.suffixes[0]
         # An array, of which forked workers copy nothing.
-        self.stems = np.array(sorted(name.removesuffix(suffix) for name in list_names(labels, suffix)), dtype=str)
+        self.stems = np.array(sorted(name.removesuffix(".png") for name in list_names(labels, ".png")), dtype=str)
 
     def __len__(self) -> int:
         return len(self.stems)
 
     def file_name(self, index: int) -> str:
-        return f"{self.stems[index]}{self.suffixes[1]}"
+        return f"{self.stems[index]}.jpg"
 
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
-        labels = load_label_map(self.labels / f"{self.stems[index]}{self.suffixes[0]}")
+        labels = load_label_map(self.labels / f"{self.stems[index]}.png")
         present = [value for value in np.unique(labels).tolist() if value != IGNORED]
         if present and present[-1] >= len(self.names):
             raise UserError(f"its label map holds {present[-1]}, which is no class of {self.name}")
@@ -91,18 +84,17 @@ class Mapillary(LabelMapSet):
 class PartSet(TrainingSet):
     """Photos with COCO-style part annotations; a conversation is about one annotation with its own mask.
 
-    Sub-classes give `files`, first the annotations, then the folder of photos.
+    `files` are the annotations and the folder of photos; a category is called "object" or "object:part".
     """
 
-    @staticmethod
-    def split_name(name: str) -> tuple[str, ...]:
-        """(object,) or (object, part), lower case."""
-        return tuple(piece.strip().lower() for piece in name.split(":", 1))
+    senses = False  # the names of LVIS carry a sense, "mug_(drinking_vessel):handle": what follows `_(` is dropped
 
     def open(self, annotations: Path, photos: Path, *_: Path) -> None:
         self.folder, self.coco = photos, CocoIndex(annotations)
         self.problems = self.coco.problems
-        self.names = {id: self.split_name(name) for id, name in self.coco.categories.items()}
+        self.names = {id: name.lower().split(":", 1) for id, name in self.coco.categories.items()}
+        if self.senses:
+            self.names = {id: [piece.split("_(", 1)[0] for piece in pieces] for id, pieces in self.names.items()}
 
     def __len__(self) -> int:
         return len(self.coco.image_ids)
@@ -132,11 +124,7 @@ class PartSet(TrainingSet):
 class PACO(PartSet):
     files = "vlpart/paco/annotations/paco_lvis_v1_train.json", "coco", "coco/train2017"  # names begin with train2017/
     cap = 30_000
-
-    @staticmethod
-    def split_name(name: str) -> tuple[str, ...]:
-        """LVIS names carry a sense, "mug_(drinking_vessel):handle": what follows `_(` is dropped."""
-        return tuple(piece.split("_(", 1)[0] for piece in PartSet.split_name(name))
+    senses = True
 
 
 class PascalPart(PartSet):

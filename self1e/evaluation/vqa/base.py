@@ -47,16 +47,12 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class VQABenchmark:
-    """One benchmark; all functions raise UserError naming the file at fault, MissingFile where there is none."""
+    """One benchmark; all functions raise UserError naming the file at fault."""
 
     questions: Callable[[Path], list[Question]]  # of a data folder, in file order
     max_new_tokens: int  # of a reply
     metric: Callable[[list[Answer], Path], Scores] | None  # (answers, data folder); None: only a server can score
     export: Callable[[list[Answer], Path, str], None]  # (answers, folder, model) writes the official program's files
-
-
-class MissingFile(UserError):
-    """A file of a benchmark is not there."""
 
 
 def require(path: Path, records: Iterable[Any], *fields: str) -> None:
@@ -69,7 +65,7 @@ def require(path: Path, records: Iterable[Any], *fields: str) -> None:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
     if not path.is_file():
-        raise MissingFile(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 

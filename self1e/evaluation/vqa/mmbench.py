@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-from self1e.evaluation.vqa.base import Answer, MissingFile, Question, Scores, VQABenchmark, require
+from self1e.errors import UserError
+from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark, require
 
 OPTIONS = "ABCDE"
 CIRCULAR_STEP = 1_000_000  # a copy with the options rotated by k has the index of its question plus k times this
@@ -123,7 +124,7 @@ def read_questions(data_dir: Path, *, key: str, instruction: str) -> list[Questi
     """The table, circular copies included, read with pandas' defaults (so an option `None` counts as absent)."""
     path = data_dir / "mmbench" / f"{key}.tsv"
     if not path.is_file():
-        raise MissingFile(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     table = pd.read_csv(path, sep="\t")
     columns = ("index", "question", "A", "split", "hint", "category", "source", "image", "comment", "l2-category")
     records = table.to_dict("records")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from self1e.errors import UserError
-from self1e.evaluation.vqa.base import Answer, MissingFile, Question, Scores, VQABenchmark, mean, read_lines
+from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark, mean, read_lines
 from self1e.files import write_text
 from self1e.model.prompts import VQA_INSTRUCTION
 
@@ -54,7 +54,7 @@ def _lines(table: str, data_dir: Path) -> list[list[str]]:
     photos = {p.stem: p.name for p in release.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"}}
     files = sorted(release.rglob("[!.]*.txt"), key=lambda p: p.stem)  # not the ._x.txt of a Mac
     if not files:
-        raise MissingFile(f"{path} is missing, and {release} holds no <photo>.txt")
+        raise UserError(f"{path} is missing, and {release} holds no <photo>.txt")
     return [
         [photos.get(file.stem, f"{file.stem}.jpg"), *line.split("\t")] for file in files for line in read_lines(file)
     ]
