@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from self1e.errors import UserError
-from self1e.stop import REQUEUE, Stopped
+from self1e.stop import REQUEUE, SIGNALS, Stopped
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
@@ -135,9 +135,8 @@ def on_main(work: Callable[[], T]) -> T:
 
 def ignore_signals(worker: int = 0) -> None:
     """A data worker's `worker_init_fn`: signals that a terminal or a cluster sends to all concern the program."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, *SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run_program(program: Callable[[], int]) -> int:

@@ -32,7 +32,6 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
             _remove(previous)
             path.rename(previous)
         partial.replace(path)
-        _sync(path.parent)
         _remove(previous)
     finally:
         _remove(partial)
@@ -48,17 +47,10 @@ def _remove(path: Path) -> None:
 def sync(path: Path) -> None:
     """Put a file, or a folder and all in it, on the disk, so that a rename that follows cannot outrun the contents."""
     for place in [*path.rglob("*"), path]:
-        _sync(place)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # which opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if os.name != "nt" or place.is_file():  # Windows opens no folders
+            descriptor = os.open(place, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

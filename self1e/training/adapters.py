@@ -1,6 +1,5 @@
 """What is trained, frozen and adapted (paper, section 4.1): LoRA on LLM and ViT, the rest whole or not at all."""
 
-from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -112,12 +111,3 @@ def optimizer_groups(model: nn.Module, *, lr: float, vision_lr: float) -> list[d
     rest = [parameter for name, parameter in trained.items() if not name.startswith((LLM, "lm_head."))]
     groups = [{"name": "llm", "params": llm, "lr": lr}, {"name": "vision_and_head", "params": rest, "lr": vision_lr}]
     return [group for group in groups if group["params"]]
-
-
-def count_parameters(model: nn.Module) -> Counter:
-    """Number of parameters that are trained whole, as adapters, or frozen."""
-    counts: Counter = Counter()
-    for name, parameter in model.named_parameters():
-        kind = "frozen" if not parameter.requires_grad else "adapters" if ".lora_" in name else "trained whole"
-        counts[kind] += parameter.numel()
-    return counts

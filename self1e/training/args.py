@@ -162,10 +162,9 @@ def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     for name, value in values.items():
         if f"--{name}" not in known or not isinstance(value, str):
             parser.error(f"--config {path}: {name}: {value} is no flag with one value; see --help")
-        takes_none = known[f"--{name}"].nargs in (0, "?")  # a switch, or gradient_checkpointing
-        if takes_none and value.lower() in YES:
+        if value.lower() in YES:
             flags.append(f"--{name}")
-        elif takes_none and value.lower() in NO:
+        elif value.lower() in NO:  # which `--no_eval` and flags with a value have no opposite for
             flags += [f"--no-{name}"] if f"--no-{name}" in known else []
         elif value not in UNSET:
             flags.append(f"--{name}={value}")

@@ -3,11 +3,10 @@
     self1e card runs/exp        # after an evaluation, to fill in its figures
 
 Training writes the card with the weights, and `hf upload USER/NAME runs/exp/ckpt_model` carries both to the hub. What
-you write into the card stays; only its header and the section "Evaluation" are renewed.
+you write into the card stays, such as the license in its header; only the section "Evaluation" is renewed.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,11 +45,10 @@ result.mask, result.score                     # bool (height, width), mean foreg
 EVALUATION = "\n## Evaluation\n"
 
 
-def write_card(folder: str | Path, *, command: str | None = None, **header: str | list[str] | None) -> Path:
+def write_card(folder: str | Path, *, base_model: str | None = None, command: str | None = None) -> Path:
     """Write or renew `README.md` in the folder of a checkpoint, layout `self1e`; returns its path.
 
-    command: that trained it, for a new card. header: the hub's `base_model`, `license`, `datasets`; those that are
-    None stay as they are.
+    For a new card, base_model: the hub id or folder of what the training started from. command: that trained it.
     """
     folder = Path(folder).resolve()
     path, config = folder / "README.md", Self1EConfig.from_pretrained(folder)
@@ -60,10 +58,8 @@ def write_card(folder: str | Path, *, command: str | None = None, **header: str 
         title = folder.parent.name if folder.name == "ckpt_model" else folder.name
         training = f"```bash\n{command}\n```" if command else "The command is not known."
         card = ModelCard(TEXT.format(title=title, config=config, training=training))
-    for name, value in header.items():
-        if value:
-            local = isinstance(value, str) and Path(value).is_dir()  # a path of this machine tells nobody anything
-            card.data[name] = Path(str(value)).name if local else value
+        if base_model:  # of a folder its name: a path of this machine tells nobody anything
+            card.data["base_model"] = Path(base_model).name if Path(base_model).is_dir() else base_model
     before, _, after = card.text.partition(EVALUATION)
     _, more, rest = after.partition("\n## ")
     card.text = f"{before.rstrip()}\n{EVALUATION}\n{evaluation(folder)}\n{more}{rest}"
@@ -83,14 +79,7 @@ def evaluation(folder: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="self1e card", description=__doc__, formatter_class=style, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("folder", type=checkpoint_folder, help="folder of a run, or of its checkpoint")
-    add("--base_model", metavar="ID", help="hub id of what the training started from")
-    add("--license", help="of the weights, as the hub spells it, such as apache-2.0")
-    add("--datasets", nargs="+", metavar="ID", help="hub ids of the training data")
-    args = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
-    print(f"written: {write_card(args.pop('folder'), **args)}")
+    parser = argparse.ArgumentParser(prog="self1e card", description=__doc__, formatter_class=style)
+    parser.add_argument("folder", type=checkpoint_folder, help="folder of a run, or of its checkpoint")
+    print(f"written: {write_card(parser.parse_args(argv).folder)}")
     return 0

@@ -4,15 +4,14 @@
     args.yaml            flags, what makes the run this one, commit and versions of the packages
     state.pt             weights, optimizer and gradient scaler; under DeepSpeed the folder `engine` instead
     random_<rank>.pt     states of torch's random generators of each rank
-<run>/checkpoints/best.json    step and figure of the best validation (`--keep_best`)
 """
 
 import os
 import shutil
 import subprocess
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,11 @@ from torch.serialization import add_safe_globals
 
 from self1e import distributed
 from self1e.errors import UserError
-from self1e.files import read_json, sync, write_json
+from self1e.files import sync
 from self1e.model.config import LOSS_FLAGS, SWITCHES
 from self1e.training.args import ADAPTERS, ROOT
 
-ARGS, STATE, ENGINE, BEST, PARTIAL = "args.yaml", "state.pt", "engine", "best.json", "partial"
+ARGS, STATE, ENGINE, PARTIAL = "args.yaml", "state.pt", "engine", "partial"
 RESULTS = ("checkpoints/checkpoint-*", "ckpt_model*", "eval/*.json")  # of a run, which cannot be had in a moment
 WRITTEN = ("checkpoints", "ckpt_model", "ckpt_model_published", "tensorboard", "validation", "eval")  # by a run
 # With other values of these flags the checkpoint is another run's.
@@ -135,7 +134,6 @@ def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Acce
     def publish() -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
         partial.rename(folder / name)
-        sync(folder / name)
 
     distributed.on_main(publish)
 
@@ -167,45 +165,35 @@ def load(checkpoint: Path, *, accelerator: Accelerator, model, optimizer) -> Non
             torch.cuda.set_rng_state(states["cuda"])
 
 
-def best_of(folder: Path) -> dict[str, Any]:
-    """Step and figure of the best validation so far."""
-    return read_json(folder / BEST, dict) if (folder / BEST).is_file() else {"step": None, "value": -1.0}
+def best_step(folder: Path, figures: Mapping[int, float], now: int | None = None) -> int | None:
+    """The step with the highest of the figures, among those of the checkpoints and `now`; the first of equals.
+
+    figures: of validations, by step. None: no such step has one.
+    """
+    steps = {now, *map(step_of, checkpoints_in(folder))}
+    return max((step for step in figures if step in steps), key=figures.__getitem__, default=None)
 
 
-def remember_best(folder: Path, step: int, value: float) -> bool:
-    """Note the step of the best validation so far; returns whether this one is it."""
-    best = best_of(folder)
-    # A run that was killed in between has the note without the checkpoint, and comes here again.
-    if value <= best["value"] and (folder / f"checkpoint-{best['step']}").is_dir():
-        return False
-    write_json(folder / BEST, {"step": step, "value": value})
-    return True
-
-
-def prune(folder: Path, limit: int) -> None:
-    """Keep the latest `limit` checkpoints and the best one. A folder that cannot be removed is left."""
+def prune(folder: Path, limit: int, best: int | None) -> None:
+    """Keep the latest `limit` checkpoints and that of the step `best`. A folder that cannot be removed is left."""
     for old in checkpoints_in(folder)[:-limit]:
-        if step_of(old) != best_of(folder)["step"]:
+        if step_of(old) != best:
             shutil.rmtree(old, ignore_errors=True)
 
 
-@contextmanager
-def alone_in(run_dir: Path, *, patience: float = 10) -> Iterator[None]:
+def alone_in(run_dir: Path, *, patience: float = 10) -> AbstractContextManager:
     """Keep a second training out of the folder, where each would delete what the other writes. For the first rank.
 
     patience: seconds in which the data workers of a killed run end, and with them its hold on the folder.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     lock = run_dir / ".lock"
     try:
-        held = FileLock(lock).acquire(timeout=patience)
+        return FileLock(lock).acquire(timeout=patience)
     except Timeout:
         raise UserError(
             f"{run_dir}: another training is at work in this folder; wait for its end, or give another --exp_name. "
             f"If its machine went down, remove {lock}"
         ) from None
-    with held:
-        yield
 
 
 def check_unused(run_dir: Path, *sources: str | None, overwrite: bool) -> None:

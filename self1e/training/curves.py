@@ -20,12 +20,16 @@ class Record:
     """What a run says while it trains: its lines on the terminal, `log.jsonl`, and TensorBoard or W&B."""
 
     def __init__(self, args: Namespace, accelerator: Accelerator, per_epoch: int, step: int, flags: dict[str, Any]):
-        """Begin behind the lines that the log has up to `step`. per_epoch: steps of an epoch."""
+        """Begin behind the lines that the log has up to `step`. per_epoch: steps of an epoch.
+
+        lines: of the log, on the first rank.
+        """
         self.args, self.accelerator, self.per_epoch = args, accelerator, per_epoch
         self.path = args.run_dir / "log.jsonl"
         if not is_main():
             return
-        write_text(self.path, to_jsonl(line for line in read_log(self.path) if line["step"] <= step))
+        self.lines = [line for line in read_log(self.path) if line["step"] <= step]
+        write_text(self.path, to_jsonl(self.lines))
         if args.report_to == "wandb":
             own = {"name": args.exp_name, "dir": str(args.run_dir)}
             project = os.environ.get("WANDB_PROJECT", "self1e")
@@ -39,6 +43,7 @@ class Record:
             return
         step = int(figures.pop("step"))
         line = {"step": step, "epoch": self.args.start_epoch + step / self.per_epoch} | figures
+        self.lines.append(line)
         tqdm.write(log_line(line))
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(to_jsonl([line]))
@@ -49,30 +54,13 @@ class Record:
         """Draw `curves.png`. For the first rank."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        if log := read_log(self.path):
-            draw_curves(log, self.args.run_dir / "curves.png")
+        if self.lines:
+            draw_curves(self.lines, self.args.run_dir / "curves.png")
 
 
 def log_line(figures: Mapping[str, Any]) -> str:
-    """One line for the terminal; TensorBoard and `log.jsonl` hold every digit."""
-    start = f"step {figures['step']}  epoch {figures['epoch']:.3f}  "
-    if "loss" not in figures:
-        scores = [f"{name[5:]} {value:.1%}" for name, value in figures.items() if name.startswith("eval_")]
-        return start + "  ".join(["validation:", *scores])
-    losses = ", ".join(f"{name} {figures[name]:.4f}" for name in LOSS_WEIGHTS if name in figures)
-    rates = ", ".join(f"{name[3:]} {value:.2e}" for name, value in figures.items() if name.startswith("lr_"))
-    return (
-        f"{start}loss {figures['loss']:.4f} ({losses})  grad norm {figures.get('grad_norm', float('nan')):.3f}  "
-        f"lr {rates}  {speed_line(figures)}  broken samples {figures['broken_samples']}"
-    )
-
-
-def speed_line(figures: Mapping[str, float]) -> str:
-    """What a log line says of the machine."""
-    return (
-        f"{figures['samples_per_second']:.1f} samples/s  waiting {figures['waiting_for_data']:.0%}  "
-        f"{figures['tflops']:.3g} TFLOP/s ({figures['utilisation']:.0%})  peak {figures['peak_memory'] / 1e9:.1f} GB"
-    )
+    """Figures for the terminal; TensorBoard and `log.jsonl` hold every digit."""
+    return "  ".join(f"{name} {x if isinstance(x, int) else format(x, '.4g')}" for name, x in figures.items())
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

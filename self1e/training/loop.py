@@ -11,7 +11,6 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from self1e.data.loader import Stream, make_loader
 from self1e.errors import UserError
 from self1e.stop import StopRequest
 from self1e.training.adapters import optimizer_groups
-from self1e.training.curves import speed_line
+from self1e.training.curves import log_line
 from self1e.training.deepspeed_config import fill, offloads, read_deepspeed
 from self1e.training.speed import Work, advice, peak_flops, peak_memory
 
@@ -75,9 +74,12 @@ def make_optimizer(model, args: Namespace) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, **options, fused=torch.cuda.is_available())
 
 
-def rate_at(step: int, *, warmup: int, steps: int) -> float:
-    """The share of its peak that a learning rate has after `step` steps: linear warm-up, then linear decay to 0."""
-    return step / max(1, warmup) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
+def set_rates(optimizer, args: Namespace, *, step: int, steps: int) -> None:
+    """The learning rates after `step` of `steps` steps: linear warm-up to their peaks, then linear decay to 0."""
+    warmup, peaks = args.warmup_steps, {"llm": args.lr, "vision_and_head": args.vision_lr}
+    share = step / max(1, warmup) if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
+    for group in optimizer.param_groups:
+        group["lr"] = peaks[group["name"]] * share
 
 
 def micro_batches(stream: Stream, args: Namespace, *, step: int, per_epoch: int) -> Iterator[tuple[dict, int, bool]]:
@@ -94,19 +96,20 @@ def micro_batches(stream: Stream, args: Namespace, *, step: int, per_epoch: int)
 
 
 @contextmanager
-def naming_samples(folder: Path) -> Iterator[Callable[[list[str]], None]]:
-    """Yields what notes the ids of a micro-batch: in this rank's error, and in a file, for when nobody can speak."""
+def naming_samples(folder: Path) -> Iterator[Path]:
+    """Yields the file for `note`: for when nobody can speak, and this rank's errors quote it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank_{distributed.rank()}.txt"
     path.write_text("none yet")
     try:
-        yield partial(note, path)
+        yield path
     except BaseException as error:
         error.add_note(f"rank {distributed.rank()}, last micro-batch read: {path.read_text(encoding='utf-8').strip()}")
         raise
 
 
 def note(path: Path, ids: list[str]) -> None:
+    """Write the ids of a micro-batch over those of the last one."""
     path.write_text(", ".join(ids) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -158,7 +161,7 @@ def speed_of(use: Counter, peak: float) -> dict[str, float]:
         "waiting_for_data": float(total["waited"] / total["seconds"]),
         "tflops": rate / 1e12,
         "utilisation": rate / peak,
-        "peak_memory": float(ranks["memory"].max()),
+        "peak_memory_gb": float(ranks["memory"].max()) / 1e9,
     }
 
 
@@ -185,7 +188,7 @@ def fit(
         save, validate: take the step; called on all ranks. `validate` returns whether it was asked to stop.
     """
     deepspeed, device, stopped = args.deepspeed is not None, accelerator.device, False
-    peak, highest = peak_flops(device, args.precision), {"llm": args.lr, "vision_and_head": args.vision_lr}
+    peak = peak_flops(device, args.precision)
     seen = all_broken = 0  # samples that this rank read, and that no rank could read
     broken: list[tuple[str, str]] = []  # (id, cause) of those that could not be read
     losses: Any = Counter()  # sums since the last log line
@@ -193,12 +196,10 @@ def fit(
     whole: Any = Counter()
     bar = tqdm(total=steps, initial=step, unit="step", disable=not distributed.is_main() or not sys.stderr.isatty())
     model.train()
+    set_rates(optimizer, args, step=step, steps=steps)
     clock = time.perf_counter()
-    with bar, naming_samples(args.run_dir / "ranks") as note_ids:
+    with bar, naming_samples(args.run_dir / "ranks") as notes:
         while step < steps and not stopped:
-            share = rate_at(step, warmup=args.warmup_steps, steps=steps)
-            for group in optimizer.param_groups:
-                group["lr"] = highest[group["name"]] * share
             done, last = [], False
             while not last:
                 asked = time.perf_counter()
@@ -206,7 +207,7 @@ def fit(
                 use["waited"] += time.perf_counter() - asked
                 ids = batch.pop("ids")
                 broken += batch.pop("replaced")
-                note_ids(ids)
+                note(notes, ids)
                 accelerator.sync_gradients = last  # tells DeepSpeed's `backward` to reduce and to take the step
                 with nullcontext() if last or deepspeed else accelerator.no_sync(model):
                     output = model(**send_to_device(batch, device, non_blocking=True))
@@ -223,14 +224,14 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
+            set_rates(optimizer, args, step=step, steps=steps)
             bar.update()
             due = step == 1 or step % args.print_freq == 0 or step == steps
             means = means_of(losses) if due else {}  # waits for the device
             use["seconds"] += time.perf_counter() - clock
             if due:
-                share = rate_at(step, warmup=args.warmup_steps, steps=steps)
                 figures = {"step": step, **means} | ({} if norm is None else {"grad_norm": float(norm)})
-                figures |= {f"lr_{group['name']}": highest[group["name"]] * share for group in optimizer.param_groups}
+                figures |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
                 log(figures | speed_of(use, peak) | {"broken_samples": all_broken})
                 whole.update(use)
                 losses, use = Counter(), Counter()
@@ -246,7 +247,7 @@ def fit(
             clock = time.perf_counter()  # checkpoints and validations are no time of training
     whole.update(use)
     if whole:
-        distributed.say(f"trained for {whole['seconds']:,.0f} s: {speed_line(speed_of(whole, peak))}")
+        distributed.say(f"trained for {whole['seconds']:,.0f} s: {log_line(speed_of(whole, peak))}")
     if all_broken:
         distributed.say(f"{all_broken} broken samples replaced:\n{broken_list(broken)}")
     return not stopped

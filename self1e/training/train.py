@@ -27,17 +27,16 @@ from self1e.files import check_utf8, check_writable
 from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
+from self1e.model.prompts import IMAGE_TAG, SEG
 from self1e.model.weights import save_checkpoint, weights_identity
 from self1e.stop import Stopped, StopRequest
 from self1e.training import checkpoints
-from self1e.training.adapters import adapt, count_parameters, keep_frozen_in, merge_added_tokens, train_added_tokens
+from self1e.training.adapters import adapt, keep_frozen_in, merge_added_tokens, train_added_tokens
 from self1e.training.args import ADAPTERS, parse
 from self1e.training.card import write_card
 from self1e.training.curves import Record
 from self1e.training.loop import fit, make_accelerator, make_optimizer, micro_batches
 from self1e.training.speed import Work, compile_layers
-
-CHAT_TOKENS = 30  # system text, role headers and a few words: the least a conversation needs beside its image
 
 
 def main(argv: list[str]) -> int:
@@ -99,8 +98,9 @@ def train(args: Namespace, stop: StopRequest) -> None:
     model = load_model(args, torch.float32 if not args.deepspeed else DTYPES[args.precision])
     tuner = prepare_model(args, model, processor)
     work = Work(model, DTYPES[args.precision])
+    sizes = [(x.numel() / 1e6, x.requires_grad) for x in model.parameters()]
     distributed.say(
-        f"parameters: {', '.join(f'{kind} {n / 1e6:,.2f} M' for kind, n in count_parameters(model).items())}\n"
+        f"parameters: {sum(n for n, trains in sizes if trains):,.2f} M of {sum(n for n, _ in sizes):,.2f} M train\n"
         f"samples on disk: {', '.join(f'{name} {size:,}' for name, size in mixture.sizes.items())}\n"
         f"an epoch: {mixture.epoch_size:,} samples, {per_epoch:,} steps of "
         f"{args.batch_size} x {args.grad_accumulation_steps} x {ranks} photos (batch x micro-batches x ranks)\n"
@@ -122,13 +122,19 @@ def train(args: Namespace, stop: StopRequest) -> None:
         checkpoints.load(checkpoint, **tensors)
         step = checkpoints.step_of(checkpoint)
     record = Record(args, accelerator, per_epoch, step, settings["flags"])
-    saved = {step}
+    saved, keep = {step}, args.keep_best
+    headline = keep and f"eval_{keep}_{get_splits([keep])[keep].headline[0]}"
+
+    def best(now: int | None = None) -> int | None:
+        """The step whose checkpoint `--keep_best` keeps; for the first rank."""
+        figures = {line["step"]: line[headline] for line in record.lines if headline in line}
+        return checkpoints.best_step(folder, figures, now)
 
     def save(step: int) -> None:
         if step not in saved:
             saved.add(step)
             checkpoints.save(folder, step, settings, **tensors)
-            distributed.on_main(lambda: checkpoints.prune(folder, args.save_total_limit))
+            distributed.on_main(lambda: checkpoints.prune(folder, args.save_total_limit, best()))
 
     def validate(step: int) -> bool:
         # Under ZeRO-3 no rank can leave alone; the step after the validation meets the request.
@@ -141,11 +147,8 @@ def train(args: Namespace, stop: StopRequest) -> None:
             return True
         figures = {f"eval_{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
         record.log({"step": step, **figures})
-        if args.keep_best:
-            headline = get_splits([args.keep_best])[args.keep_best].headline[0]
-            value = results[args.keep_best][headline]
-            if distributed.on_main(lambda: checkpoints.remember_best(folder, step, value)):
-                save(step)
+        if headline and distributed.on_main(lambda: best(step) == step):
+            save(step)
         return False
 
     batches = micro_batches(stream, args, step=step, per_epoch=per_epoch)
@@ -166,7 +169,8 @@ def open_data(args: Namespace, splits: list[str]) -> Stream:
     """The stream of encoded samples, checked, and so are the splits of validation."""
     selection = select(**vars(args))
     require_paths(paths_of(selection) + split_paths(splits, args.dataset_dir))
-    processor = load_processor(args)
+    processor, tiles = Self1EProcessor.from_pretrained(args.version), HIGH_RES_TILES if args.high_res else 1
+    processor.encode_conversation([IMAGE_TAG, SEG], tiles, args.model_max_length)  # raises where no question fits
     first = distributed.local_rank() == 0  # it builds the index of the data on its node, the others find it
     if not first:
         distributed.gather(None)
@@ -177,17 +181,7 @@ def open_data(args: Namespace, splits: list[str]) -> Stream:
     mixture = build_mixture(selection, **options)
     if first:
         distributed.gather(None)
-    tiles, groups = HIGH_RES_TILES if args.high_res else 1, 1 if args.zero_stage == 3 else 2
-    return Stream(mixture, processor, args.model_max_length, tiles, groups)
-
-
-def load_processor(args: Namespace) -> Self1EProcessor:
-    """The processor of `--version`. Raises UserError for a length limit that no conversation can keep."""
-    processor = Self1EProcessor.from_pretrained(args.version)
-    least = processor.tile_tokens * (HIGH_RES_TILES if args.high_res else 1) + CHAT_TOKENS
-    if args.model_max_length < least:
-        raise UserError(f"--model_max_length {args.model_max_length} cannot hold an image and a question: {least} can")
-    return processor
+    return Stream(mixture, processor, args.model_max_length, tiles, groups=1 if args.zero_stage == 3 else 2)
 
 
 def load_model(args: Namespace, dtype: torch.dtype) -> Self1EForSegmentation:
@@ -263,7 +257,7 @@ def evaluate(args: Namespace, stop: StopRequest) -> None:
     trained = args.run_dir / "ckpt_model"
     if args.model_weights is None and trained.is_dir():
         args.version = str(trained)
-    processor = load_processor(args)
+    processor = Self1EProcessor.from_pretrained(args.version)
     device = distributed.device()
     if device.type == "cpu":
         torch.set_num_threads(1)  # figures to the pixel on any number of processes; those are what uses more cores

@@ -32,11 +32,12 @@ def test_a_card_says_how_to_use_it_how_it_was_trained_and_what_it_scored(checkpo
     assert "# exp\n" in card.text and f"```bash\n{command}\n```" in card.text and "not been evaluated yet" in card.text
 
     path = checkpoint / "README.md"
-    path.write_text(path.read_text().replace("## Use", "My own sentence.\n\n## Use") + "\n## Thanks\n\nTo all.\n")
+    text = path.read_text().replace("tags:", "license: mit\ntags:").replace("## Use", "My own sentence.\n\n## Use")
+    path.write_text(text + "\n## Thanks\n\nTo all.\n")
     evaluate(checkpoint)
-    assert main(["card", str(checkpoint.parent), "--license", "mit", "--datasets", "org/a", "org/b"]) == 0
+    assert main(["card", str(checkpoint.parent)]) == 0
     card = ModelCard.load(path)
-    assert (card.data.base_model, card.data.license, card.data.datasets) == ("exp", "mit", ["org/a", "org/b"])
+    assert (card.data.base_model, card.data.license) == ("exp", "mit")
     for text in (TABLE, command, "My own sentence.", "## Thanks\n\nTo all."):
         assert card.text.count(text) == 1
     assert "not been evaluated yet" not in card.text

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, read_json
+from helpers import ROOT
 from runs import history, train
 
 from self1e.errors import UserError
-from self1e.training.checkpoints import alone_in, check_resumable, checkpoints_in, prune, remember_best
+from self1e.training.checkpoints import alone_in, best_step, check_resumable, checkpoints_in, prune
+from self1e.training.curves import read_log
 
 FLAGS = ("--max_steps", "2", "--save_steps", "2", "--no_eval", "--report_to", "none")
 
@@ -140,11 +141,11 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(run, tiny_version, shapes):
 def test_the_latest_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    assert remember_best(tmp_path, 1, 0.4) and remember_best(tmp_path, 2, 0.6) and not remember_best(tmp_path, 3, 0.5)
-    prune(tmp_path, 1)
+    figures = {1: 0.4, 2: 0.6, 3: 0.5, 5: 0.7, 6: 0.7}
+    assert best_step(tmp_path, figures) == 2 and best_step(tmp_path, {}) is None
+    assert [best_step(tmp_path, figures, now) for now in (3, 5, 6)] == [2, 5, 6]  # neither of 5 and 6 is saved
+    prune(tmp_path, 1, 2)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
-    # a run that was killed between the note and the checkpoint validates the step once more
-    assert remember_best(tmp_path, 5, 0.7) and remember_best(tmp_path, 5, 0.7)
 
 
 def test_a_run_keeps_its_best_checkpoint(tiny_version, shapes, tmp_path):
@@ -152,7 +153,8 @@ def test_a_run_keeps_its_best_checkpoint(tiny_version, shapes, tmp_path):
     flags += ("--val_dataset", "refcoco|unc|val", "--keep_best", "refcoco|unc|val")
     train(tiny_version, shapes, tmp_path, "run", *flags)
     names = [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")]
-    best = read_json(tmp_path / "run" / "checkpoints" / "best.json")["step"]
+    log, figure = read_log(tmp_path / "run" / "log.jsonl"), "eval_refcoco|unc|val_ciou"
+    best = max((line for line in log if figure in line), key=lambda line: line[figure])["step"]
     assert names == [f"checkpoint-{step}" for step in sorted({best, 3})]
 
 

@@ -34,14 +34,19 @@ def test_a_run_logs_every_curve(reference):
     assert all(len(values) == 4 and np.isfinite(values).all() and (values > 0).all() for values in terms.values())
     total = sum(LOSS_WEIGHTS[name] * values for name, values in terms.items())
     np.testing.assert_allclose(logged["train/loss"], total, rtol=1e-4)
-    for name in ("grad_norm", "samples_per_second", "waiting_for_data", "peak_memory", "tflops", "utilisation"):
+    for name in ("grad_norm", "samples_per_second", "waiting_for_data", "peak_memory_gb", "tflops", "utilisation"):
         assert len(logged[f"train/{name}"]) == 4 and min(logged[f"train/{name}"]) > 0
     # after each step: two steps of warm-up to 1e-4, then linearly to 0 at the fourth
     for group in ("llm", "vision_and_head"):
         np.testing.assert_allclose(logged[f"train/lr_{group}"], [5e-5, 1e-4, 5e-5, 0], rtol=1e-6, atol=1e-12)
     assert len(logged["eval/ReasonSeg|val_giou"]) == len(logged["eval/ReasonSeg|val_ciou"]) == 2
     assert [line["step"] for line in history(folder)] == [1, 2, 3, 4]
-    assert "step 4  epoch " in printed and "waiting " in printed and "\x1b" not in printed and "\r" not in printed
+    assert (
+        "step 4  epoch " in printed
+        and "waiting_for_data " in printed
+        and "\x1b" not in printed
+        and "\r" not in printed
+    )
 
 
 def test_a_run_leaves_what_it_should(reference):
@@ -199,7 +204,7 @@ def test_added_tokens_alone_train_and_continue(tied, tiny_version, make_tiny, sh
 
 WRONG = {
     "unknown family": (["--dataset", "sem_seg||pictures"], "--dataset: unknown 'pictures'; known: sem_seg"),
-    "short limit for tiles": (["--model_max_length", "40", "--high_res"], "cannot hold an image"),
+    "short limit for tiles": (["--model_max_length", "40", "--high_res"], "does not fit --model_max_length 40"),
     "late layer": (["--lora_from_layer", "9"], "--lora_from_layer 9"),
     "no checkpoint": (["--resume", "."], "no checkpoint there"),
 }
@@ -242,7 +247,7 @@ def test_an_error_in_edited_code_keeps_its_traceback(tiny_version, shapes, tmp_p
 
 
 def test_ids_that_are_no_utf_8_are_noted(tmp_path):
-    with pytest.raises(RuntimeError) as caught, loop.naming_samples(tmp_path) as note:
-        note(["ReasonSeg/caf\udce9.jpg"])
+    with pytest.raises(RuntimeError) as caught, loop.naming_samples(tmp_path) as notes:
+        loop.note(notes, ["ReasonSeg/caf\udce9.jpg"])
         raise RuntimeError
     assert "ReasonSeg/caf" in caught.value.__notes__[0]
