@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from self1e.errors import UserError
-from self1e.model.photos import TURNS, decode
+from self1e.model.photos import TURNS, opened
 
 IGNORED = 255  # value of a pixel that no class or score counts
 
@@ -168,7 +168,8 @@ def _paint(mask: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
 
 def load_label_map(source: Path | BinaryIO) -> np.ndarray:
     """One-channel label image -> integers (H, W), as stored. Raises UserError."""
-    labels, format = decode(source, lambda picture: (np.asarray(picture), picture.format))
+    with opened(source) as picture:
+        labels, format = np.asarray(picture), picture.format
     if format == "JPEG":
         raise UserError(f"{source} is a JPEG, which blurs the labels at every edge; store it as a PNG")
     if labels.ndim != 2:

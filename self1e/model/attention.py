@@ -59,11 +59,8 @@ def perception_mask(
     if make_rule is None:
         skip = padding_mask is None
         return create_causal_mask(config, embeds, padding_mask, None, allow_is_causal_skip=skip)
-    if "flash" in config._attn_implementation:
-        raise ValueError(
-            f"--attn_implementation {config._attn_implementation} knows causal masks only, the pathway {pathway!r} is "
-            "not causal: use sdpa or eager"
-        )
+    if "flash" in (name := config._attn_implementation):
+        raise ValueError(f"--attn_implementation {name} knows causal masks only: use sdpa or eager for {pathway!r}")
     rule, with_seg = make_rule(is_image, is_seg), is_seg.any(1)
 
     def seen(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -52,11 +52,7 @@ class Self1EConfig(InternVLConfig):
     attention_pathway: str = switch("image+seg", "what image tokens see", PATHWAYS)
     auxiliary_loss: bool = switch(True, "train the LLM's own image features with the mask losses, too")
     auxiliary_projection: bool = switch(False, "send the auxiliary image side through f_out, too")
-    rope_precision: str = switch(
-        "fp32",
-        "precision of the LLM's rotary frequencies; the published engine rounded them to bf16",
-        ("fp32", "bf16"),
-    )
+    rope_precision: str = switch("fp32", "rounding of rotary frequencies; published: bf16", ("fp32", "bf16"))
     loss_weights: dict[str, float | int] = field(default_factory=dict)  # those left out have their default
     drop_path_rate: float | int = 0.0  # stochastic depth of the ViT, rising linearly from 0 over its layers
     weights_id: str | None = None  # random, written with every save; tells the weights of two saves apart
@@ -143,16 +139,11 @@ def native_config(values: dict, source: str) -> dict:
     """Translate a `config.json` of any layout to `Self1EConfig`'s keys; UserError for another architecture."""
     kind = values.get("model_type")
     if kind not in ("internvl_chat", "internvl", "self1e"):
-        raise UserError(
-            f"{source}: config.json says model_type={kind!r}; expected an InternVL3 checkpoint: internvl_chat "
-            "(original), internvl (-hf) or self1e"
-        )
+        raise UserError(f"{source}: model_type={kind!r}; expected an InternVL3 checkpoint or one of Self1E")
     text = values.get("llm_config") or values.get("text_config") or {"model_type": "qwen2"}
     vision, dtype = values.get("vision_config") or {}, values.get("torch_dtype") or values.get("dtype")
     if text.get("model_type") not in ("qwen2", "qwen3"):
         raise UserError(f"{source}: the LLM is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
-    if values.get("select_layer", -1) != -1:
-        raise UserError(f"{source}: select_layer={values['select_layer']}; only the ViT's last (-1) is supported")
     if kind == "internvl_chat":
         values = {
             "vision_config": {new: vision[old] for old, new in VISION_KEYS.items() if old in vision}

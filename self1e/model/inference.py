@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,26 +129,22 @@ class InferenceMixin:
     def segment(
         self,
         processor,
-        images: Photo | Sequence[Photo],
-        prompts: str | Sequence[str] | Sequence[Sequence[str]],
+        image: Photo,
+        prompts: str | Sequence[str],
         *,
         is_sentence: bool | None = None,
         max_tiles: int = 1,
         **options: Any,
-    ) -> list[Segmentation] | list[list[Segmentation]]:
-        """One mask for every prompt, by the evaluation protocol: a list, for several images one list each.
+    ) -> list[Segmentation]:
+        """One mask for every prompt, a text or several, by the evaluation protocol.
 
         >>> result = model.segment(processor, image, "the red circle")[0]
         >>> result.mask.shape == (image.height, image.width), result.mask.dtype
         (True, dtype('bool'))
-        >>> per_image = model.segment(processor, [image, image], [["the star"], ["the ring", "the cross"]])
-        >>> [len(masks) for masks in per_image]
-        [1, 2]
 
         Args:
-            images: one or several; a path, a PIL image of any mode, or a uint8 array (H, W, 3). EXIF orientation is
-                applied; H and W are those of the result. They are taken one by one; `self1e segment` batches them.
-            prompts: one or several, asked of every image; or, for several images, a list for each.
+            image: a path, a PIL image of any mode, or a uint8 array (H, W, 3). EXIF orientation is applied; H and W
+                are those of the result. `self1e segment` batches several images.
             is_sentence: prompts are sentences ("Which one rolls?") or phrases ("the ball", lower-cased); None: those
                 that end like sentences are.
             max_tiles: 1, or 4 for high resolution (train with it too).
@@ -159,26 +154,16 @@ class InferenceMixin:
         what `masks_of` raises.
         """
         check_head(self)
-        given: Any = [images] if isinstance(images, Photo) else images
-        asked: list = [prompts] if isinstance(prompts, str) else list(prompts)
-        if all(isinstance(prompt, str) for prompt in asked):
-            asked = [asked] * len(given)
-        if len(asked) != len(given):
-            raise UserError(
-                f"{len(asked)} lists of prompts for {len(given)} images: give one for each, or one for all"
-            )
-        for prompt in chain(*asked):
-            check_prompt(prompt)
-        results: list[list[Segmentation]] = [[] for _ in given]
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        for text in texts:
+            check_prompt(text)
+        photo = photo_of(image)
         with evaluating(self):
-            for photo, texts, result in zip(map(photo_of, given), asked, results):
-                if texts:
-                    conversations = [[evaluation_prompt(x, is_sentence, lower=True), ANSWER] for x in texts]
-                    batch = processor([photo], [conversations], max_tiles=max_tiles)
-                    for text, masks in zip(texts, masks_of(self, batch, [(photo.height, photo.width)], **options)):
-                        x = masks.reply(ANSWER)
-                        result.append(Segmentation(text, x.text, x.masks[0], x.logits[0], x.scores[0]))
-        return results[0] if isinstance(images, Photo) else results
+            conversations = [[evaluation_prompt(text, is_sentence, lower=True), ANSWER] for text in texts]
+            batch = processor([photo], [conversations], max_tiles=max_tiles)
+            found = masks_of(self, batch, [(photo.height, photo.width)], **options)
+        replies = [masks.reply(ANSWER) for masks in found]
+        return [Segmentation(x, y.text, y.masks[0], y.logits[0], y.scores[0]) for x, y in zip(texts, replies)]
 
     @torch.no_grad()
     def chat(
@@ -257,10 +242,8 @@ class InferenceMixin:
 def check_head(model) -> None:
     """Raise UserError for a base model that never learned to segment."""
     if not model.trained_head:
-        raise UserError(
-            f"{model.config.name_or_path or 'this model'} is a base model without a trained segmentation head: "
-            "give trained weights (weights= in from_pretrained, --model_weights on a command line) or train it"
-        )
+        name = model.config.name_or_path or "this model"
+        raise UserError(f"{name} has no trained head: give trained weights (--model_weights, or weights=) or train it")
 
 
 @contextmanager
@@ -282,9 +265,7 @@ def conversation_turns(conversation: Conversation) -> list[str]:
     messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
     roles = [message["role"] for message in messages]
     if roles != ["user", *["assistant", "user"] * (len(roles) // 2)]:
-        raise UserError(
-            f"the roles are {roles}; expected user, assistant, ..., user (the system sentence is part of the weights)"
-        )
+        raise UserError(f"the roles are {roles}; expected user, assistant, ..., user")
     texts = [message["content"] for message in messages]  # or the library's parts; the image is in front anyway
     texts = [x if isinstance(x, str) else "".join(y["text"] for y in x if y["type"] == "text") for x in texts]
     texts[0] = texts[0].removeprefix(IMAGE_TAG).removeprefix("\n")

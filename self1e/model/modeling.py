@@ -5,7 +5,7 @@ S patches and L = S/r image tokens per side of a tile, Cv and C widths of ViT an
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from accelerate.utils import send_to_device
 from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, create_selective_checkpoint_contexts
 from transformers import InternVLForConditionalGeneration, initialization
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -267,15 +267,11 @@ def selective_checkpointing_kwargs() -> dict[str, Any]:
     # Autocast casts a weight once per forward pass, though a layer runs for each group of conversations, and casts it
     # anew in each part of the backward pass: such casts are no part of what is compared.
     SAC_IGNORED_OPS.add(torch.ops.aten._to_copy.default)
-    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
+    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, KEPT)}
 
 
 ATTENTION = "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"  # keep no scores
-KEPT = {
+KEPT = [
     getattr(torch.ops.aten, name).default
     for name in ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in ATTENTION))
-}
-
-
-def keep_products(context, operation: Callable, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+]

@@ -1,16 +1,16 @@
 """Photos as users have them, turned into RGB pictures that stand upright."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from self1e.errors import UserError
 from self1e.files import check_fetched
 
-T = TypeVar("T")
 Photo = Image.Image | np.ndarray | str | Path  # an array: uint8, (H, W) or (H, W, 3), RGB
 
 try:  # an optional package
@@ -23,7 +23,6 @@ Image.init()
 # What photos and masks come in. Pillow opens more, and would start Ghostscript for a file that turns out to be EPS.
 FORMATS = "JPEG MPO PNG WEBP AVIF HEIF BMP GIF TIFF PPM JPEG2000".split()
 FORMATS = [name for name in FORMATS if name in Image.OPEN]
-ORIENTATION_TAG = 0x0112
 TURNS = {  # what each EXIF orientation asks for; 1 and all else: nothing
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,11 +34,12 @@ TURNS = {  # what each EXIF orientation asks for; 1 and all else: nothing
 }
 
 
-def decode(source: Path | str | BinaryIO, read: Callable[[Image.Image], T]) -> T:
-    """What `read` makes of a picture file, whatever its name says. Raises UserError that names it and says why."""
+@contextmanager
+def opened(source: Path | str | BinaryIO) -> Iterator[Image.Image]:
+    """A picture file, whatever its name says. Errors, those of the block too, become UserError that names the file."""
     try:
         with Image.open(source, formats=FORMATS) as picture:
-            return read(picture)
+            yield picture
     except Exception as error:  # Pillow's decoders raise almost anything for a damaged file
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
@@ -51,12 +51,9 @@ def decode(source: Path | str | BinaryIO, read: Callable[[Image.Image], T]) -> T
 
 def read_picture(source: Path | str | BinaryIO) -> tuple[Image.Image, int]:
     """A photo in RGB, EXIF orientation applied, and the orientation (1 to 8) that it had. Raises UserError."""
-
-    def read(picture: Image.Image) -> tuple[Image.Image, int]:
+    with opened(source) as picture:
         before = orientation(picture) if picture.format == "TIFF" else 1  # loading turns it upright and forgets it
         return as_rgb(picture), max(before, orientation(picture))
-
-    return decode(source, read)
 
 
 def photo_of(given: Photo) -> Image.Image:
@@ -73,7 +70,7 @@ def photo_of(given: Photo) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (stored upright) where there is none or the metadata cannot be read."""
     try:
-        tag = image.getexif().get(ORIENTATION_TAG, 1)
+        tag = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata: the picture may be whole
         return 1
     return tag if tag in TURNS else 1

@@ -69,17 +69,13 @@ class Self1EProcessor(ProcessorMixin):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, source, **kwargs):
         """Read the processor of any checkpoint layout; UserError where there is none, or no tokenizer of InternVL3."""
-        source = pretrained_model_name_or_path
         check_known("from_pretrained: keyword", kwargs, (*HUB_OPTIONS, "trust_remote_code", "_from_auto"))
         config = Self1EConfig.from_pretrained(source, **kwargs)
         tokenizer = Qwen2Tokenizer.from_pretrained(source, **kwargs)
         if tokenizer.vocab_size < 256:  # bytes alone are 256: the library makes an empty one where files are absent
-            raise UserError(
-                f"{source}: no tokenizer there; a published SELF1E folder goes to --model_weights, with the InternVL3 "
-                "it was trained from as --version"
-            )
+            raise UserError(f"{source}: no tokenizer there; published weights go to --model_weights, over their base")
         return cls(tokenizer, image_size=config.tile_size, tile_tokens=config.tile_tokens)
 
     def __call__(
@@ -128,7 +124,9 @@ class Self1EProcessor(ProcessorMixin):
         """One image and its conversations, ready for `collate`; see `__call__`."""
         tiles, grid = cut_tiles(image, self.image_size, **tiling)
         texts = [self.encode_conversation(turns, len(tiles), max_length) for turns in conversations]
-        targets = [None] * len(texts) if masks is None else [as_masks(target) for target in masks]
+        masks = [None] * len(texts) if masks is None else masks
+        targets = [None if x is None else torch.as_tensor(np.ascontiguousarray(x)).to(torch.uint8) for x in masks]
+        targets = [x[None] if x is not None and x.ndim == 2 else x for x in targets]
         for turns, (ids, _), target in zip(conversations, texts, targets, strict=True):
             n_seg = ids.count(self.seg_token_id)
             if target is not None and len(target) != n_seg:
@@ -152,10 +150,8 @@ class Self1EProcessor(ProcessorMixin):
         if max_length is not None:
             for name, token in ((IMG_CONTEXT, self.image_token_id), (SEG, self.seg_token_id)):
                 if token in ids[max_length:]:
-                    raise ConversationTooLong(
-                        f"a conversation of {len(ids)} tokens does not fit --model_max_length {max_length}: "
-                        f"{name} would be cut"
-                    )
+                    limit = f"--model_max_length {max_length}"
+                    raise ConversationTooLong(f"{len(ids)} tokens do not fit {limit}: {name} would be cut")
         return ids[:max_length], labels[:max_length]
 
     def collate(self, encoded: Sequence[dict], *, padding_side: str = "right", groups: int = 2) -> BatchFeature:
@@ -183,11 +179,3 @@ class Self1EProcessor(ProcessorMixin):
         if any(target is not None for target in targets):
             batch["mask_targets"] = targets
         return BatchFeature(batch)
-
-
-def as_masks(target) -> Tensor | None:
-    """(H, W) or (n_seg, H, W) of 0 and 1, array or tensor -> uint8 tensor (n_seg, H, W)."""
-    if target is None:
-        return None
-    masks = torch.as_tensor(np.ascontiguousarray(target)).to(torch.uint8)
-    return masks[None] if masks.ndim == 2 else masks

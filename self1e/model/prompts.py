@@ -48,18 +48,14 @@ VQA_INSTRUCTION = " Answer the question using a single word or phrase."
 VIZWIZ_INSTRUCTION = " When the provided information is insufficient, respond with 'Unanswerable'." + VQA_INSTRUCTION
 
 
-def _draw(templates: tuple[str, ...], text: str, rng: np.random.Generator) -> str:
+def draw(templates: tuple[str, ...], text: str, rng: np.random.Generator) -> str:
+    """One of the templates, with a text in it."""
     return templates[rng.integers(len(templates))].format(text)
 
 
 def question(text: str, rng: np.random.Generator, *, is_sentence: bool) -> str:
     """Asks for a mask with a whole sentence as it is, or by the name of a class or a phrase, lower-cased."""
-    return _draw(LONG_QUESTIONS, text, rng) if is_sentence else _draw(SHORT_QUESTIONS, text.lower(), rng)
-
-
-def explanatory_question(sentence: str, rng: np.random.Generator) -> str:
-    """Asks for a mask and an explanation."""
-    return _draw(EXPLANATORY_QUESTIONS, sentence, rng)
+    return draw(LONG_QUESTIONS, text, rng) if is_sentence else draw(SHORT_QUESTIONS, text.lower(), rng)
 
 
 def answer(rng: np.random.Generator) -> str:

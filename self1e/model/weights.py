@@ -150,8 +150,8 @@ def check_fit(model: PreTrainedModel, report: dict, source: str, *, trained: boo
     missing = set(report["missing_keys"])
     head = {name for name in model.state_dict() if name.startswith(HEAD)}
     fresh = not trained and bool(head) and head <= missing
-    wrong: dict[str, Any] = {"missing": missing - head if fresh else missing, "unexpected": report["unexpected_keys"]}
-    problems = [f"{kind:<12}{line}" for kind, keys in wrong.items() for line in in_short(keys)]
+    problems = [f"missing     {line}" for line in in_short(missing - head if fresh else missing)]
+    problems += [f"unexpected  {line}" for line in in_short(report["unexpected_keys"])]
     problems += [
         f"shape       {key}: checkpoint {tuple(found)}, model {tuple(expected)}"
         for key, found, expected in sorted(report["mismatched_keys"])

@@ -78,7 +78,7 @@ def test_docstring_examples(tiny):
     assert len(examples) >= 2
     for test in examples:
         runner.run(test)
-    assert runner.failures == 0 and runner.tries >= 7
+    assert runner.failures == 0 and runner.tries >= 5
 
 
 def test_segment_is_the_evaluation_protocol(tiny):
@@ -101,22 +101,17 @@ def test_segment_is_the_evaluation_protocol(tiny):
     assert not np.allclose(forced.logits, sentence.logits, atol=1e-3)
 
 
-def test_batches_do_not_change_results_and_photos_are_encoded_once(tiny, monkeypatch):
+def test_batches_do_not_change_results_and_a_photo_is_encoded_once(tiny, monkeypatch):
     model, processor = tiny
-    photos = [photo(40, 30, 1), photo(30, 70, 2), photo(64, 64, 3)]
-    prompts = [["the star"], ["the ring", "the cross with a long description", "What is it?", "it"], []]
-    alone = [[model.segment(processor, i, p)[0] for p in texts] for i, texts in zip(photos, prompts)]
+    image, prompts = photo(30, 70), ["the ring", "the cross with a long description", "What is it?", "it"]
+    alone = [model.segment(processor, image, prompt)[0] for prompt in prompts]
     encoded = watch_encoding(model, monkeypatch)
     for limit in (16, 2):
-        encoded.clear()
-        together = model.segment(processor, photos, prompts, conversations_per_forward=limit)
-        assert encoded == [1, 1]
-        assert [len(x) for x in together] == [1, 4, 0]
-        for one, other in zip(sum(alone, []), sum(together, [])):
+        together = model.segment(processor, image, prompts, conversations_per_forward=limit)
+        assert encoded == [1] and encoded.pop()
+        for one, other in zip(alone, together, strict=True):
             assert one.prompt == other.prompt and one.mask.shape == other.mask.shape
             assert_close(one.logits, other.logits)
-    shared = model.segment(processor, photos[:2], "the star")
-    assert [[x.mask.shape for x in masks] for masks in shared] == [[(30, 40)], [(70, 30)]]
 
 
 def test_exif_threshold_tiles_and_mode(tiny):
@@ -206,9 +201,9 @@ def test_paths_and_arrays_are_photos_too(tiny, tmp_path):
     expected = model.segment(processor, image, PHRASE)[0].logits
     for given in (path, str(path), np.asarray(image)):
         np.testing.assert_array_equal(model.segment(processor, given, PHRASE)[0].logits, expected)
-    assert (
-        model.chat(processor, str(path), "it", max_new_tokens=2) and len(model.segment(processor, [path], "it")) == 1
-    )
+    assert model.chat(processor, str(path), "it", max_new_tokens=2)
+    with pytest.raises(UserError, match="a path, a PIL image or a uint8 array"):
+        model.segment(processor, [path], "it")
 
 
 def test_other_refusals(tiny, monkeypatch):
@@ -219,7 +214,6 @@ def test_other_refusals(tiny, monkeypatch):
         ("reserved token", lambda: model.segment(processor, image, "the [SEG] star")),
         ("reserved token", lambda: model.chat(processor, image, "the <image> star")),
         ("threshold", lambda: model.segment(processor, image, "it", threshold=1.0)),
-        ("2 lists of prompts for 1 images", lambda: model.segment(processor, [image], [["a"], ["b"]])),
         ("photo.jpg", lambda: model.segment(processor, "photo.jpg", "it")),
         ("roles", lambda: model.chat(processor, image, [{"role": "system", "content": "Be brief."}])),
         ("roles", lambda: model.chat(processor, image, [])),

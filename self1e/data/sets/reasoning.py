@@ -98,7 +98,7 @@ class ReasonSeg(ExpressionSet):
         conversations = [
             [f"{prompts.IMAGE_TAG}\n{each.text}", explanation]
             if alone
-            else [prompts.explanatory_question(each.text, rng), f"{prompts.answer(rng)} {explanation}"]
+            else [prompts.draw(prompts.EXPLANATORY_QUESTIONS, each.text, rng), f"{prompts.answer(rng)} {explanation}"]
             for each in chosen
         ]
         image, masks = self.load(index, [each.targets for each in chosen])
