@@ -110,20 +110,14 @@ class CocoIndex:
         self.categories: dict[int, str] = dict(map(tuple, tables["categories"]))
         self.problems = [f"{path.name}: {problem}" for problem in tables["problems"]]
         self.image_ids, self._ids, self._owners = map(np.array, (*self._images.keys.T, *self._annotations.keys.T))
-        self._image_order, self._order, self._owner_order = (
-            np.argsort(ids, kind="stable") for ids in (self.image_ids, self._ids, self._owners)
-        )
 
-    def _numbers(self, what: str, wanted: np.ndarray, ids: np.ndarray, order: np.ndarray) -> np.ndarray:
-        places = np.searchsorted(ids, wanted, sorter=order)
-        numbers = order[np.minimum(places, len(order) - 1)]
-        if (unknown := wanted[ids[numbers] != wanted]).size:
-            raise UserError(f"{self.path} has no {what} id {unknown[0]}")
-        return numbers
-
-    def image_numbers(self, image_ids: np.ndarray) -> np.ndarray:
+    def image_numbers(self, image_ids: list[int]) -> np.ndarray:
         """Number of each image id. Raises UserError for an unknown one."""
-        return self._numbers("image", image_ids, self.image_ids, self._image_order)
+        ids, firsts = np.unique(self.image_ids, return_index=True)
+        numbers = dict(zip(ids.tolist(), firsts.tolist()))
+        if unknown := [id for id in image_ids if id not in numbers]:
+            raise UserError(f"{self.path} has no image id {unknown[0]}")
+        return np.array([numbers[id] for id in image_ids])
 
     def image(self, number: int) -> tuple[str, int, int]:
         """(file name, height, width)."""
@@ -132,12 +126,13 @@ class CocoIndex:
 
     def annotation(self, id: int) -> dict:
         """{id, category_id, segmentation} of an annotation. Raises UserError for an unknown id."""
-        return self._annotations[int(self._numbers("annotation", np.array([id]), self._ids, self._order)[0])]
+        if not len(numbers := np.flatnonzero(self._ids == id)):
+            raise UserError(f"{self.path} has no annotation id {id}")
+        return self._annotations[int(numbers[0])]
 
     def annotations_of(self, image_id: int) -> list[dict]:
         """All annotations of an image, in file order."""
-        start, stop = (np.searchsorted(self._owners, image_id, side, self._owner_order) for side in ("left", "right"))
-        return [self._annotations[int(number)] for number in self._owner_order[start:stop]]
+        return [self._annotations[int(number)] for number in np.flatnonzero(self._owners == image_id)]
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -22,7 +22,7 @@ from self1e.errors import UserError
 from self1e.files import check_fetched, replacing
 
 log = logging.getLogger(__name__)
-VERSION = 8  # of what the readers write
+VERSION = 9  # of what the readers write
 Records = Iterable[tuple[str, Any, *tuple[int, ...]]]  # of a reader: table, what JSON can hold, integer keys
 
 

@@ -39,21 +39,19 @@ Target = tuple[str, list[int] | None, list[str], Any, str]  # photo, [height, wi
 
 
 def read_source(path: Path) -> Records:
-    """Tables `photos`: [name, [height, width] or null, [[sentences, number of the mask, location], ...]] of each photo
-    that has a sentence, in file order; `masks`: a segmentation, or {file, value}; `faulty`: "<location>: <what>" of
-    each record that is left out; `problems`: what contradicts itself.
+    """Tables `targets`: [sentences, a segmentation or {file, value}, location] of each mask; `photos`: [name, [height,
+    width] or null, numbers of its targets] in file order; `faulty`: "<location>: <what>" of each record that is left
+    out; `problems`: what contradicts itself.
     """
     faulty: list[str] = []
     problems: dict[str, list] = defaultdict(list)
-    photos: dict[str, tuple[list[int] | None, list]] = {}
+    photos: dict[str, list] = {}
     own = _annotations(path, faulty, problems) if path.suffix.lower() == ".json" else _rows(path, faulty)
-    for number, (image, size, sentences, mask, location) in enumerate(own):
-        yield "masks", mask
-        photos.setdefault(image, (size, []))[1].append([sentences, number, location])
-    for name, (size, targets) in photos.items():
-        yield "photos", [name, size, targets]
-    for fault in faulty:
-        yield "faulty", fault
+    for number, (image, size, *target) in enumerate(own):
+        yield "targets", target
+        photos.setdefault(image, [image, size, []])[2].append(number)
+    yield from (("photos", photo) for photo in photos.values())
+    yield from (("faulty", fault) for fault in faulty)
     yield from counted(problems)
 
 
@@ -150,7 +148,7 @@ def find_source(path: str | Path) -> Path:
 class Custom(ExpressionSet):
     """The photos of one source, "custom|<path>", that have sentences, in file order; `name` holds no folder.
 
-    A target is the location of a mask in the file. Which expressions mean nothing only their masks know.
+    A target is the number of a mask in the file. Which expressions mean nothing only their masks know.
 
     strict: refuse a source with faulty records or missing files; otherwise `problems` lists the records left out. It
             grows by records that were read and may not mean what they say.
@@ -166,7 +164,7 @@ class Custom(ExpressionSet):
     def open(self, source: Path, *, strict: bool = True) -> None:
         self.source, self.name = source, f"custom|{source.name}"
         tables = open_tables(source, read_source)
-        self._photos, self._masks, faulty = tables["photos"], tables["masks"], list(tables["faulty"])
+        self._photos, self._targets, faulty = tables["photos"], tables["targets"], list(tables["faulty"])
         self.problems = [*faulty, *(f"{source.name}: {problem}" for problem in tables["problems"])]
         if strict:
             self._check(faulty)
@@ -174,10 +172,10 @@ class Custom(ExpressionSet):
     def _check(self, faults: list[str]) -> None:
         """Raise one UserError that names the faulty records, and every photo and mask file that is not on disk."""
         files: dict[tuple[str, str], str] = {}  # name, folder that it may be in -> where it is met first
-        for photo, _, targets in self._photos:
-            files.setdefault((photo, "images"), targets[0][2])
-            for _, number, location in targets:
-                if "file" in (mask := self._masks[number]):
+        for photo, _, numbers in self._photos:
+            for _, mask, location in map(self._targets.__getitem__, numbers):
+                files.setdefault((photo, "images"), location)
+                if "file" in mask:
                     files.setdefault((mask["file"], "masks"), location)
         for (name, below), location in tqdm(files.items(), f"files of {self.source.name}", leave=False, disable=None):
             with _noting(faults):
@@ -211,35 +209,36 @@ class Custom(ExpressionSet):
         return self._photos[index][0]
 
     def photo(self, index: int) -> Path:
-        name, _, targets = self._photos[index]
-        return self._find(name, "images", targets[0][2])
+        name, _, numbers = self._photos[index]
+        return self._find(name, "images", self.where(numbers[0]))
 
     def expressions(self, index: int) -> list[Expression]:
         """Sentences that are asked in the same words are one."""
         found: dict[str, Expression] = {}
-        for sentences, _, location in self._photos[index][2]:
-            for text in sentences:
+        for number in self._photos[index][2]:
+            for text in self._targets[number][0]:
                 is_sentence = looks_like_sentence(text)
                 asked = text if is_sentence else text.lower()
                 expression = found.setdefault(asked, Expression(text, [], f"/{len(found)}", is_sentence))
-                expression.targets.append(location)
+                expression.targets.append(number)
         return list(found.values())
 
-    def where(self, target: str) -> str:
-        return target
+    def where(self, target: int) -> str:
+        return self._targets[target][2]
 
-    def mask(self, index: int, target: str, image: Image.Image) -> np.ndarray:
-        _, size, targets = self._photos[index]
-        mask = self._masks[next(number for _, number, location in targets if location == target)]
+    def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
+        _, size, numbers = self._photos[index]
+        _, mask, location = self._targets[target]
         if size is not None:
             if size == [image.width, image.height] != [image.height, image.width]:
-                self._doubt(targets[0][2], "the size is the photo's before EXIF turns it; its masks are turned, too")
-            return decode_segmentation(mask, size[0], size[1], target)
-        value, labels = mask["value"], load_label_map(self._find(mask["file"], "masks", target))
+                place = self.where(numbers[0])
+                self._doubt(place, "the size is the photo's before EXIF turns it; its masks are turned, too")
+            return decode_segmentation(mask, size[0], size[1], location)
+        value, labels = mask["value"], load_label_map(self._find(mask["file"], "masks", location))
         if value is None:
             return (labels > 0).astype(np.uint8)
         if value not in labels:
-            self._doubt(target, "no pixel", f" of {mask['file']} has the value {value}")
+            self._doubt(location, "no pixel", f" of {mask['file']} has the value {value}")
         return (labels == value).astype(np.uint8)
 
     def _doubt(self, location: str, kind: str, more: str = "") -> None:

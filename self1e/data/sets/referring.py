@@ -48,25 +48,22 @@ class Referring(ExpressionSet):
             if _in_split(known, split, self.name):
                 groups[image].append(number)
         self._groups = [groups[image] for image in sorted(groups)]
-        self._images = self.coco.image_numbers(np.array(sorted(groups), np.int64))
+        self._images = self.coco.image_numbers(sorted(groups))
 
     def __len__(self) -> int:
         return len(self._groups)
 
-    def references(self, index: int) -> list[tuple[int, list[int], list[tuple[int, str]]]]:
-        """(ref id, annotation ids, [(sentence id, sentence), ...]) of each reference of an image."""
-        return [ref for group in self._groups[index] for ref in self._records[group]]
-
     def expressions(self, index: int) -> list[Expression]:
         return [
             Expression(sentence, ids or [-1], f"/{ref_id}/{sent_id}", no_target=set(ids) <= {-1})
-            for ref_id, ids, sentences in self.references(index)
+            for group in self._groups[index]
+            for ref_id, ids, sentences in self._records[group]
             for sent_id, sentence in sentences
         ]
 
     def counts(self) -> dict[str, int]:
         """Images, references and sentences, to compare with the known totals."""
-        sentences = [len(texts) for index in range(len(self)) for _, _, texts in self.references(index)]
+        sentences = [len(texts) for groups in self._groups for group in groups for *_, texts in self._records[group]]
         return {"images": len(self), "refs": len(sentences), "sentences": sum(sentences)}
 
     def file_name(self, index: int) -> str:
