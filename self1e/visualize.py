@@ -54,16 +54,6 @@ def overlay(image: Photo, masks: Any, colors: Sequence[tuple[int, int, int]] = P
     return Image.fromarray(photo)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines at most `width` pixels wide; a word is broken only where it alone is too wide."""
-    letters = 1 + round(1.5 * width * len(text) / max(1, font.getlength(text)))  # more than fit into an average line
-    lines = textwrap.wrap(text, letters)
-    while letters > 1 and any(font.getlength(line) > width for line in lines):
-        letters -= 1
-        lines = textwrap.wrap(text, letters)
-    return lines or [""]
-
-
 def panel(pictures: dict[str, Image.Image], caption: str, note: str, *, width: int = 1200) -> Image.Image:
     """Pictures side by side at one height, each with its name below it, under a wrapped caption.
 
@@ -75,7 +65,8 @@ def panel(pictures: dict[str, Image.Image], caption: str, note: str, *, width: i
     height = min(room / sum(p.width / p.height for p in pictures.values()), 0.75 * width)
     sizes = [(max(1, round(height * p.width / p.height)), max(1, round(height))) for p in pictures.values()]
     tiles = [p.convert("RGB").resize(size, Image.Resampling.LANCZOS) for p, size in zip(pictures.values(), sizes)]
-    lines = _wrap(caption, big, width - 3 * MARGIN - round(big.getlength(note)))
+    space = width - 3 * MARGIN - big.getlength(note)
+    lines = textwrap.wrap(caption, int(space / max(map(big.getlength, {"m", *caption})))) or [""]
     line = round(width / 34)
     top = MARGIN + line * len(lines) + MARGIN // 2
 

@@ -36,7 +36,7 @@ from self1e.data.sets.custom import Custom, find_source, table_rows
 from self1e.data.sets.expressions import ExpressionSet
 from self1e.data.splits import SPLITS, completeness
 from self1e.errors import UserError
-from self1e.evaluation.tables import markdown_table
+from self1e.evaluation.results import markdown_table
 from self1e.files import check_writable, read_json, to_jsonl, write_json, write_text
 from self1e.model import prompts
 from self1e.visualize import grid, overlay, panel

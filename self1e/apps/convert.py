@@ -21,7 +21,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,11 +151,9 @@ def stock_processor(folder: Path, config: Self1EConfig) -> InternVLProcessor:
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in learnt])
     size = {"height": config.tile_size, "width": config.tile_size}
     images = GotOcr2ImageProcessor(size=size, image_mean=MEAN, image_std=STD, max_patches=1)
-    options: dict[str, Any] = {
-        "image_seq_length": config.tile_tokens,
-        "chat_template": prompts.CHAT_TEMPLATE.replace(prompts.IMAGE_TAG, prompts.IMG_CONTEXT),
-    }
-    return InternVLProcessor(images, tokenizer, InternVLVideoProcessor(size=size), **options)
+    template = prompts.CHAT_TEMPLATE.replace(prompts.IMAGE_TAG, prompts.IMG_CONTEXT)
+    videos = InternVLVideoProcessor(size=size)
+    return InternVLProcessor(images, tokenizer, videos, config.tile_tokens, chat_template=template)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

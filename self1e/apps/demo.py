@@ -13,7 +13,6 @@ import html
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -142,10 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if find_spec("gradio") is None:
         raise UserError("the demo needs Gradio: pip install 'self1e[demo]'")
-    try:
-        socket.create_server((args.host, args.port)).close()
-    except OSError as error:  # before a model is loaded for it
-        raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     model, processor = load(args)
     name = "/".join(Path(args.model_weights or args.version).resolve().parts[-2:])

@@ -7,7 +7,7 @@ complete, each process appends to a file of its own, `<stem>.rank<r>.jsonl`.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,13 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool, 
     """
     path = folder / "settings.json"
     before, now = read_json(path, dict) if path.is_file() else {}, json.loads(json.dumps(settings))
-    held = sorted(folder.glob("*.jsonl"))
-    if held and before != now:
+    if before != now and any(folder.glob("*.jsonl")):
         if not overwrite:
             differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
             raise UserError(f"{folder} holds results of other settings: {changes}. {remedy}")
-        for stem in {old.name.removesuffix(".jsonl").split(".rank")[0] for old in held}:
-            for file in files_of(folder, stem):
-                file.unlink()
+        for file in (*folder.glob("*.json*"), folder / "summary.md"):
+            file.unlink(missing_ok=True)
     if before != now:
         write_json(path, now)
 
@@ -81,19 +79,14 @@ class Results:
     def read(self) -> dict[Any, dict]:
         """The records on the disk by their key. A last line that was torn when a run ended is left out.
 
-        Raises UserError for a line that is no record, or one of other data.
+        Raises UserError for records of other data.
         """
         found = {}
         for path in (path for path in files_of(self.path.parent, self.path.stem) if path.suffix == ".jsonl"):
-            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-                try:
-                    record = json.loads(line)
-                    if not self.asked[record[self.key]].items() <= record.items():
-                        raise ValueError("it answers another question")
-                except (ValueError, TypeError, KeyError) as error:
-                    raise UserError(
-                        f"{path}, line {number} is damaged or of other data than is evaluated now. {REMEDY}"
-                    ) from error
+            for record in map(json.loads, path.read_bytes().split(b"\n")[:-1]):
+                asked = self.asked.get(record[self.key])
+                if asked is None or not asked.items() <= record.items():
+                    raise UserError(f"{path} holds results of other data than is evaluated now. {REMEDY}")
                 found[record[self.key]] = record
         return found
 
@@ -134,3 +127,15 @@ class Results:
 
         distributed.gather(None)
         return distributed.on_main(complete)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
+    """A Markdown table whose columns also line up in a terminal; all but the first `text_columns` are flush right."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * w if i < text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
+    lines = (
+        [cell.ljust(w) if i < text_columns else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        for row in cells
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

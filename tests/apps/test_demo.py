@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,6 @@ from helpers import ROOT, free_port, make_trained, noise
 from PIL import Image
 
 from self1e.apps.demo import CHAT, SEGMENT, marked
-from self1e.cli import main
 from self1e.model.inference import Reply
 
 pytest.importorskip("gradio", reason="Gradio is not installed (pip install 'self1e[demo]')")
@@ -152,11 +150,3 @@ def test_colours_of_answers_are_those_of_masks():
     assert "".join(word for word, _ in words) == "a: [SEG] & [SEG].\nb: No.\n"
     assert colors == {"1: 10.0%, 0.90": "#009e73", "2: empty": "#e69f00"}
     assert [label for _, label in words if label] == list(colors)
-
-
-def test_the_port_is_tried_before_the_model(capsys):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        assert main(["demo", "--version", "absent/model", "--port", str(taken.getsockname()[1])]) == 1
-    assert "in use" in capsys.readouterr().err

@@ -58,4 +58,4 @@ def test_the_notebook(version, tmp_path):
     assert done.stdout.count("Segmentation(") == 1 and done.stdout.count("Reply(") == 2
     output = tmp_path / "notebook_output"
     assert len(json.loads((output / "coco.json").read_text())["categories"]) == 3
-    assert (output / "features.png").is_file()
+    assert (output / "similarity.png").is_file()

@@ -14,11 +14,11 @@ from statistics import mean, stdev
 
 import yaml
 
-from self1e.data.splits import SPLITS, file_stem, get_splits
+from self1e.data.splits import file_stem, get_splits
 from self1e.errors import UserError
+from self1e.evaluation.results import markdown_table
 from self1e.evaluation.segmentation.metrics import read_units, score
 from self1e.evaluation.segmentation.report import read_figures
-from self1e.evaluation.tables import markdown_table
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.files import read_json
 
@@ -65,9 +65,7 @@ def cell(rows: Sequence[Row], column: str) -> str:
 
 def score_table(rows: Mapping[Path, Row]) -> list[list[str]]:
     """Header and rows: one per run, and one for each group of runs that differ in the seed alone."""
-    known = [name.replace("|", " ") + part for name in (*SPLITS, *VQA_BENCHMARKS) for part in ("", PART)]
-    found = dict.fromkeys(column for row in rows.values() for column in row)
-    columns = sorted(found, key=lambda column: known.index(column) if column in known else len(known))
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
     groups: dict[str, list[Row]] = {}
     for run, row in rows.items():
         groups.setdefault(recipe(run), []).append(row)

@@ -14,8 +14,8 @@ from self1e import distributed
 from self1e.data.masks import IGNORED, decode_segmentation
 from self1e.data.samples import EvalImage
 from self1e.data.splits import MODELS, SPLITS, file_stem, get_splits
+from self1e.evaluation.results import markdown_table
 from self1e.evaluation.segmentation.metrics import Unit
-from self1e.evaluation.tables import markdown_table, percent
 from self1e.files import read_json, write_json, write_text
 from self1e.visualize import GROUND_TRUTH, PREDICTION, grid, overlay, panel
 
@@ -36,9 +36,13 @@ def read_figures(folder: Path) -> dict[str, dict]:
     """Split -> figures of all splits that a results folder holds, in the order of `SPLITS`."""
     paths = [path.with_suffix(".json") for path in sorted(folder.glob("*.jsonl"))]
     found = [read_json(path, dict) for path in paths if path.is_file()]
-    order = list(SPLITS)
-    found.sort(key=lambda figures: order.index(figures["split"]) if figures["split"] in order else len(order))
+    found.sort(key=lambda figures: [*SPLITS, figures["split"]].index(figures["split"]))
     return {figures["split"]: figures for figures in found}
+
+
+def percent(value: float | None) -> str:
+    """A fraction as the tables show it; `-` for a figure over nothing."""
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def summary_table(results: Mapping[str, dict]) -> str:

@@ -8,7 +8,7 @@ import base64
 import io
 import re
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -129,15 +129,13 @@ def read_questions(data_dir: Path, *, key: str, instruction: str) -> list[Questi
     columns = ("index", "question", "A", "split", "hint", "category", "source", "image", "comment", "l2-category")
     records = table.to_dict("records")
     require(path, records[:1], *columns)
-    questions, images = [], {}
+    questions, decode = [], lru_cache(None)(base64.b64decode)  # circular copies share their photo
     for record in records:
-        code = record.pop("image")
-        if code not in images:  # shared by the circular copies
-            images[code] = base64.b64decode(code)
+        image = decode(record.pop("image"))
         hint = "" if pd.isna(record["hint"]) else f"{record['hint']}\n"
         options = "".join(f"\n{letter}. {text}" for letter, text in options_of(record).items())
         prompt = f"{hint}{record['question']}{options}\n{instruction}"
-        questions.append(Question(record["index"], images[code], prompt, record))
+        questions.append(Question(record["index"], image, prompt, record))
     return questions
 
 

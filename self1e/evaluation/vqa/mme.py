@@ -44,13 +44,11 @@ def table_scores(replies: Sequence[tuple[str, str]]) -> dict:
     return {"score": score, "acc": acc, "acc_plus": acc_plus, "rows": len(right), "rows_skipped": skipped}
 
 
-def _lines(table: str, data_dir: Path) -> list[list[str]]:
-    """Photo, question and answer of each line of a table: InternVL's `Your_Results/<table>.txt`, else the release's
-    own files, `<photo>.txt` beside the photos (or below, where a release sorts them into subfolders)."""
-    path = data_dir / "mme" / "Your_Results" / f"{table}.txt"
+def _lines(path: Path, release: Path) -> list[list[str]]:
+    """Photo, question and answer of each line of a table: InternVL's file, or else the release's own, `<photo>.txt`
+    beside the photos (or below, where a release sorts them into subfolders)."""
     if path.is_file():
         return [line.split("\t") for line in read_lines(path)]
-    release = data_dir / "mme" / "MME_Benchmark_release_version" / table
     photos = {p.stem: p.name for p in release.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"}}
     files = sorted(release.rglob("[!.]*.txt"), key=lambda p: p.stem)  # not the ._x.txt of a Mac
     if not files:
@@ -64,13 +62,11 @@ def read_questions(data_dir: Path) -> list[Question]:
     """The questions of the 14 tables, all of which must be there."""
     questions = []
     for table in (table for tables in TABLES.values() for table in tables):
-        found = _lines(table, data_dir)
-        if wrong := [cells for cells in found if len(cells) != 3]:
-            raise UserError(f"MME table {table} is malformed: {wrong[0]} are not photo, question and answer")
-        photos = [photo for photo, _, _ in found]
-        if photos[::2] != photos[1::2]:
-            raise UserError(f"MME table {table} is malformed: each photo must have two consecutive lines")
         release = data_dir / "mme" / "MME_Benchmark_release_version" / table
+        found = _lines(data_dir / "mme" / "Your_Results" / f"{table}.txt", release)
+        photos = [cells[0] for cells in found]
+        if any(len(cells) != 3 for cells in found) or photos[::2] != photos[1::2]:
+            raise UserError(f"MME table {table}: each photo must have two lines of photo, question and answer")
         for number, (photo, text, truth) in enumerate(found, 1):
             record = {"table": table, "photo": photo, "truth": truth.strip()}
             image = next(filter(Path.is_file, [release / "images" / photo]), release / photo)

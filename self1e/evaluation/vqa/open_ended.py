@@ -5,7 +5,7 @@ normalise answers differently; VizWiz's `unanswerable` is an answer like any oth
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -92,28 +92,24 @@ def vqa_score_official(answer: str, references: Sequence[str]) -> float:
     return _agreement(answer, references)
 
 
-def vqa_accuracy(
-    answers: Sequence[str],
-    references: Sequence[Sequence[str]],
-    answer_types: Sequence[str],
-    question_types: Sequence[str],
-) -> dict:
-    """Both scorers over one benchmark; types are the annotation's `answer_type` and `question_type`.
+def vqa_accuracy(replies: Sequence[str], annotated: Sequence[Mapping]) -> dict:
+    """Both scorers over one benchmark; annotated: the entry of each question in the annotation file.
 
     A percent is rounded to two digits as the official evaluator does.
     """
-    official = [vqa_score_official(answer, ten) for answer, ten in zip(answers, references)]
+    references = [[each["answer"] for each in entry["answers"]] for entry in annotated]
+    official = [vqa_score_official(reply, ten) for reply, ten in zip(replies, references)]
 
-    def percent_by(types: Sequence[str]) -> dict[str, float]:
-        table = pd.Series(official).groupby(list(types), sort=False)
+    def percent_by(kind: str) -> dict[str, float]:
+        table = pd.Series(official).groupby([entry.get(kind, "none") for entry in annotated], sort=False)
         return {str(name): round(100 * sum(scores) / len(scores), 2) for name, scores in table}
 
     return {
-        "n": len(answers),
-        "eval_script_accuracy": mean(vqa_score(answer, ten) for answer, ten in zip(answers, references)),
+        "n": len(replies),
+        "eval_script_accuracy": mean(vqa_score(reply, ten) for reply, ten in zip(replies, references)),
         "vqa_official_overall_percent": round(100 * mean(official), 2),
-        "vqa_official_per_answer_type_percent": percent_by(answer_types),
-        "vqa_official_per_question_type_percent": percent_by(question_types),
+        "vqa_official_per_answer_type_percent": percent_by("answer_type"),
+        "vqa_official_per_question_type_percent": percent_by("question_type"),
     }
 
 
@@ -126,10 +122,7 @@ def score(answers: list[Answer], data_dir: Path, *, annotations: str) -> Scores:
     missing = [answer.question.id for answer in answers if answer.question.id not in by_id]
     if missing:
         raise UserError(f"{path} has no annotation for {len(missing)} questions, the first is {missing[0]!r}")
-    entries = [by_id[answer.question.id] for answer in answers]
-    references = [[each["answer"] for each in entry["answers"]] for entry in entries]
-    types = [[entry.get(kind, "none") for entry in entries] for kind in ("answer_type", "question_type")]
-    details = vqa_accuracy([answer.reply for answer in answers], references, *types)
+    details = vqa_accuracy([answer.reply for answer in answers], [by_id[answer.question.id] for answer in answers])
     summary = {
         "accuracy (InternVL eval script)": 100 * details["eval_script_accuracy"],
         "accuracy (VQA official)": details["vqa_official_overall_percent"],

@@ -19,8 +19,7 @@ from self1e.data.paths import inside
 from self1e.data.samples import check_texts, naming
 from self1e.errors import UserError, check_known
 from self1e.evaluation.loop import WAIT
-from self1e.evaluation.results import claim_folder, make_settings
-from self1e.evaluation.tables import markdown_table
+from self1e.evaluation.results import claim_folder, make_settings, markdown_table
 from self1e.evaluation.vqa.base import Answer, Question, Scores
 from self1e.evaluation.vqa.generation import answer_questions, replies_of
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
@@ -49,7 +48,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dynamic", action="store_true", help="cut photos to tiles, InternVL's rule, and add a thumbnail")
     add("--max_num", type=int, default=6, help="the most tiles per photo with --dynamic, without the thumbnail")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="unset: bf16 on a GPU, fp32 on a CPU")
-    add("--attn_implementation", default="sdpa", choices=("eager", "sdpa", "flash_attention_2"), help="of attention")
     add("--rope_precision", **SWITCHES["rope_precision"])
     add("--device", choices=("auto", "cpu", "cuda", "gpu"), default="auto", help="where to compute")
     add("--batch_size", type=int, default=8, help="questions per forward pass of a process")
@@ -60,8 +58,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overwrite_eval", action="store_true", help="ask the questions anew, and delete replies of other settings")
     # fmt: on
     args = parser.parse_args(argv)
-    if args.score_only and args.overwrite_eval:
-        parser.error("--score_only scores the replies that --overwrite_eval drops: give one of them")
     args.datasets = " ".join(args.datasets).split()
     check_known("unknown VQA benchmark", args.datasets, VQA_BENCHMARKS)
     args.max_tiles = args.max_num if args.dynamic else 1
@@ -73,12 +69,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def find_model(args: argparse.Namespace) -> str:
     """Fill in version and weights by the rule that `--help` states; returns the name of what is evaluated."""
     trained = args.run_dir / "ckpt_model"
-    if args.version is None and not (trained / "config.json").is_file():
-        raise UserError(f"{args.run_dir} holds no trained model (ckpt_model): name one with --version")
-    if args.version is None:
+    if None in (args.version, args.model_weights) and trained.is_dir():
         args.version = str(trained)
-    elif args.model_weights is None and trained.is_dir():
-        args.model_weights = str(trained)
+    if args.version is None:
+        raise UserError(f"{args.run_dir} holds no trained model (ckpt_model): name one with --version")
     path = Path(args.model_weights or args.version).absolute()
     return f"{path.parent.name}_ckpt_model" if path.name == "ckpt_model" else path.name
 
@@ -138,8 +132,7 @@ def load_model(args: argparse.Namespace, folder: Path) -> tuple[Self1EForSegment
     """The model that answers; `folder` is claimed for its replies."""
     device = distributed.device(args.device)
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    options = {"attn_implementation": args.attn_implementation}
-    options |= {"rope_precision": args.rope_precision} if args.rope_precision else {}  # unset: the checkpoint's
+    options = {"rope_precision": args.rope_precision} if args.rope_precision else {}  # unset: the checkpoint's
     weights = weights_identity(args.version, args.model_weights)
     settings = make_settings(weights, precision=precision, max_tiles=args.max_tiles, **options)
     distributed.on_main(partial(claim_folder, folder, settings, overwrite=args.overwrite_eval))

@@ -24,11 +24,13 @@ def test_vqa_accuracy_matches_official(name):
         assert open_ended.vqa_score(item["prediction"], item["answers"]) == pytest.approx(item["score"], abs=EXACT)
         official = round(100 * open_ended.vqa_score_official(item["prediction"], item["answers"]), 2)
         assert official == pytest.approx(item["score_vqa_official_percent"], abs=EXACT), item
-    columns = ([item[name] for item in items] for name in ("prediction", "answers", "answer_type"))
-    scores = open_ended.vqa_accuracy(*columns, ["x"] * len(items))
+    entries = [
+        {"answers": [{"answer": x} for x in item["answers"]], "answer_type": item["answer_type"]} for item in items
+    ]
+    scores = open_ended.vqa_accuracy([item["prediction"] for item in items], entries)
     for key, expected in facts["overall"].items():
         assert scores[key] == pytest.approx(expected, abs=EXACT), key
-    assert scores["vqa_official_per_question_type_percent"] == {"x": scores["vqa_official_overall_percent"]}
+    assert scores["vqa_official_per_question_type_percent"] == {"none": scores["vqa_official_overall_percent"]}
 
 
 def test_the_two_vqa_scorers_differ_when_all_references_agree():

@@ -26,7 +26,6 @@ from vqa_trees import (
 )
 
 from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
-from self1e.evaluation.vqa.run import main
 
 
 def test_run_writes_replies_scores_and_official_files(tiny, tmp_path, capsys):
@@ -182,13 +181,6 @@ def test_the_weights_of_the_run_are_taken(tiny, tmp_path):
     assert run(tmp_path, None, "--overwrite_eval") == 0 and path.read_text() != base
     tuned_answers = path.read_text()
     assert run(tmp_path, tiny, "--overwrite_eval") == 0 and path.read_text() == tuned_answers
-
-
-@pytest.mark.parametrize("flags", [["--score_only", "--overwrite_eval"], ["--nope"]])
-def test_wrong_flags_exit_with_2(flags):
-    with pytest.raises(SystemExit) as stop:
-        main(["--version", "v", "--exp_name", "e", *flags])
-    assert stop.value.code == 2
 
 
 def test_two_processes_answer_what_one_answers(tiny, tmp_path):
