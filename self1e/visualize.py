@@ -54,7 +54,7 @@ def overlay(image: Photo, masks: Any, colors: Sequence[tuple[int, int, int]] = P
     return Image.fromarray(photo)
 
 
-def panel(pictures: dict[str, Image.Image], caption: str, note: str, *, width: int = 1200) -> Image.Image:
+def panel(pictures: dict[str, Image.Image], caption: str, note: str = "", *, width: int = 1200) -> Image.Image:
     """Pictures side by side at one height, each with its name below it, under a wrapped caption.
 
     pictures: name -> picture. note: a few words at the right of the caption, such as the IoU.

@@ -12,9 +12,8 @@
 | self1e    | ours: native names, processor, model card                  | this project, Auto classes after import   |
 
 The source's layout is recognised; published weights carry no tokenizer, so they need their base as `--version`. A
-trained head is dropped only with `--drop_head`; the vocabulary then still holds `[SEG]` and `[SEGT]`. Weights keep
-their precision unless `--dtype` says otherwise. It takes seconds per GB on a CPU and the memory of two models. The
-new folder appears only when it is whole and verified.
+trained head is dropped only with `--drop_head`; the vocabulary then still holds `[SEG]` and `[SEGT]`. It takes seconds
+per GB on a CPU and the memory of two models. The new folder appears only when it is whole and verified.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
 from self1e.files import check_utf8, check_writable, replacing, write_json
 from self1e.model import prompts
-from self1e.model.config import DTYPES, of_model
+from self1e.model.config import of_model
 from self1e.model.processor import MEAN, STD
 from self1e.model.weights import HEAD, checkpoint_folder, quiet, save_checkpoint
 from self1e.training.card import write_card
@@ -50,13 +49,11 @@ LAYOUTS = (*HEADLESS, "published", "self1e")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def convert(
-    source: str, target: Path, layout: str, *, version: str | None = None, drop_head=False, dtype: str | None = None
-) -> None:
+def convert(source: str, target: Path, layout: str, *, version: str | None = None, drop_head: bool = False) -> None:
     """Convert. Raises RuntimeError when tensors or outputs of the copy differ; the target is not written then."""
     if target.exists():
         raise UserError(f"{target} exists; choose another folder or remove it")
-    model, texts = load(source, version, DTYPES[dtype] if dtype else "auto")
+    model, texts = load(source, version, "auto")
     with_head, precision = layout not in HEADLESS, model.dtype
     if model.trained_head and not (with_head or drop_head):
         raise UserError(f"layout {layout} has no place for the trained head of {source}; --drop_head leaves it out")
@@ -165,7 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--layout", choices=LAYOUTS, required=True)
     add("--version", metavar="BASE", type=checkpoint_folder, help="base of published weights: gives the tokenizer")
     add("--drop_head", action="store_true", help="leave a trained head out where the layout has no place for it")
-    add("--dtype", choices=tuple(DTYPES), help="default: as stored")
     args = parser.parse_args(argv)
     check_utf8(args.target)
     check_writable(args.target.parent)

@@ -25,10 +25,9 @@ REMEDY = "Use the same settings to continue, another --exp_name to keep both, or
 
 
 def code_hash() -> str:
-    """16 hexadecimal digits that are others as soon as one file of `self1e/{model,data,evaluation}` is."""
+    """16 hexadecimal digits that are others as soon as a module of `self1e/{model,data,evaluation}` is."""
     digest = hashlib.sha256()
-    files = (path for room in DECIDING for path in (PACKAGE / room).rglob("*") if path.is_file())
-    for path in sorted(path for path in files if path.suffix != ".pyc"):
+    for path in sorted(path for room in DECIDING for path in (PACKAGE / room).rglob("*.py")):
         digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -43,10 +42,7 @@ def make_settings(weights: Mapping[str, str | None] | None, **decoding: Any) -> 
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool, remedy: str = REMEDY) -> None:
-    """Make `folder` hold results of `settings` only. For one process, before the work.
-
-    Raises UserError that says what differs where it holds others, and the remedy; with `overwrite` those are deleted.
-    """
+    """Make `folder` hold results of `settings` only: others are a UserError, or deleted if `overwrite`."""
     path = folder / "settings.json"
     before, now = read_json(path, dict) if path.is_file() else {}, json.loads(json.dumps(settings))
     if before != now and any(folder.glob("*.jsonl")):
@@ -60,11 +56,6 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool, 
         write_json(path, now)
 
 
-def files_of(folder: Path, stem: str) -> list[Path]:
-    """All files of a split or benchmark: its results, those of each process, and its figures."""
-    return sorted(folder.glob(f"{escape(stem)}.*"))
-
-
 class Results:
     """The results of one split or benchmark, `<folder>/<stem>.jsonl`.
 
@@ -74,7 +65,12 @@ class Results:
 
     def __init__(self, folder: Path, stem: str, asked: Mapping[Any, Mapping[str, Any]], *, key: str = "id"):
         self.path, self.asked, self.key = folder / f"{stem}.jsonl", asked, key
+        self.own = folder / f"{stem}.rank{distributed.rank()}.jsonl"
         self.found: dict[Any, dict] = {}
+
+    def files(self) -> list[Path]:
+        """Of this split or benchmark: its results, those of each process, and its figures."""
+        return sorted(self.path.parent.glob(f"{escape(self.path.stem)}.*"))
 
     def read(self) -> dict[Any, dict]:
         """The records on the disk by their key. A last line that was torn when a run ended is left out.
@@ -82,7 +78,7 @@ class Results:
         Raises UserError for records of other data.
         """
         found = {}
-        for path in (path for path in files_of(self.path.parent, self.path.stem) if path.suffix == ".jsonl"):
+        for path in (path for path in self.files() if path.suffix == ".jsonl"):
             for record in map(json.loads, path.read_bytes().split(b"\n")[:-1]):
                 asked = self.asked.get(record[self.key])
                 if asked is None or not asked.items() <= record.items():
@@ -93,12 +89,9 @@ class Results:
     def _write(self, path: Path, records: Iterable[dict]) -> None:
         """Write a file that takes the place of all others of this split or benchmark."""
         write_text(path, to_jsonl(records))
-        for other in files_of(path.parent, self.path.stem):
+        for other in self.files():
             if other != path:
                 other.unlink()
-
-    def _own(self) -> Path:
-        return self.path.with_name(f"{self.path.stem}.rank{distributed.rank()}.jsonl")
 
     def open(self, *, overwrite: bool) -> None:
         """Take over what is on the disk, nothing with `overwrite`. For all ranks, before any appends."""
@@ -106,14 +99,14 @@ class Results:
         def begin() -> dict[Any, dict]:
             found = {} if overwrite else self.read()
             if len(found) < len(self.asked):
-                self._write(self._own(), found.values())  # where the earlier ones end is a whole line
+                self._write(self.own, found.values())  # where the earlier ones end is a whole line
             return found
 
         self.found = distributed.on_main(begin)
 
     def append(self, new: Mapping[Any, Mapping[str, Any]]) -> None:
         """Write what this rank has found out, by key."""
-        with open(self._own(), "a", encoding="utf-8") as file:
+        with open(self.own, "a", encoding="utf-8") as file:
             file.write(to_jsonl({self.key: key, **self.asked[key], **values} for key, values in new.items()))
 
     def finish(self) -> list[dict]:

@@ -122,11 +122,6 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "hf/model.safetensors")
 
 
-def test_dtype(sources, tmp_path):
-    convert(str(sources["self1e"]), tmp_path / "half", "self1e", dtype="bf16")
-    assert {tensor.dtype for tensor in weights(tmp_path / "half").values()} == {torch.bfloat16}
-
-
 @each_pack
 def test_published_weights_become_ours(pack, tmp_path):
     base, trained = pack / "base_internvl_chat", pack / "trained_self1e"

@@ -24,7 +24,7 @@ def test_what_ranks_wrote_is_continued_and_finished(tmp_path, monkeypatch):
     assert results.found == {}
     for rank in (0, 1):
         monkeypatch.setattr(module.distributed, "rank", lambda rank=rank: rank)
-        results.append({rank: {"I": rank}})
+        Results(tmp_path, "own[1]", ASKED).append({rank: {"I": rank}})
     torn = tmp_path / "own[1].rank1.jsonl"
     torn.write_text(torn.read_text() + '{"id": 2, "te')
     monkeypatch.setattr(module.distributed, "rank", lambda: 0)

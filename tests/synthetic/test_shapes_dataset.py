@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from self1e.data.families import FAMILIES
 from self1e.data.splits import SPLITS, load_split
 from self1e.evaluation.vqa.base import Answer
-from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
+from self1e.evaluation.vqa.run import VQA_BENCHMARKS
 from self1e.synthetic.annotations import annotation_id
 from self1e.synthetic.scenes import CATEGORY, COLOURS, draw_scene
 from self1e.synthetic.semantic import ADE20K, COCOSTUFF

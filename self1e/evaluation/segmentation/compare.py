@@ -18,11 +18,10 @@ from self1e.data.splits import file_stem, get_splits
 from self1e.errors import UserError
 from self1e.evaluation.results import markdown_table
 from self1e.evaluation.segmentation.metrics import read_units, score
-from self1e.evaluation.segmentation.report import read_figures
-from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
+from self1e.evaluation.segmentation.report import read_figures, row_title
+from self1e.evaluation.vqa.run import VQA_BENCHMARKS
 from self1e.files import read_json
 
-PART = " (part)"  # of a split whose data is not the whole benchmark
 # Flags in which runs of one recipe may differ, besides the seed.
 PLACES = "seed exp_name log_base_dir run_dir command config resume auto_resume overwrite local_rank".split()
 Row = dict[str, tuple[float, ...]]  # column -> its figures, in percent or points
@@ -33,8 +32,7 @@ def read_run(run: Path) -> Row:
     row: Row = {}
     for split, figures in read_figures(run / "eval").items():
         entry, again = get_splits([split])[split], score(read_units(run / "eval" / f"{file_stem(split)}.jsonl"))
-        part = "" if figures["data"] in ("-", "complete") else PART
-        row[split.replace("|", " ") + part] = tuple(100 * again[name] for name in entry.headline)
+        row[row_title(figures)] = tuple(100 * again[name] for name in entry.headline)
     for benchmark in VQA_BENCHMARKS:
         path = run / "eval_vqa" / f"{benchmark}.scores.json"
         summary = read_json(path, dict)["summary"] if path.is_file() else {}
@@ -90,6 +88,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     table = score_table({run: read_run(run) for run in args.runs})
     print(latex(table) if args.latex else markdown_table(table[0], table[1:]), end="")
-    if any(PART in column for column in table[0]):
-        print("\n(part): not the whole benchmark, so that published figures do not compare")
     return 0

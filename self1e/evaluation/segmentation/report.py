@@ -7,6 +7,7 @@ In the results folder, `<split>.jsonl` holds one line per unit (see `metrics.Uni
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -45,32 +46,35 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def row_title(figures: Mapping[str, Any]) -> str:
+    """The split of some figures, and how much of the benchmark its data holds where that is known not to be all."""
+    part = "" if figures["data"] in ("-", "complete") else f" ({figures['data']})"
+    return figures["split"].replace("|", " ") + part  # "|" would end a cell
+
+
 def summary_table(results: Mapping[str, dict]) -> str:
     """Ours beside the published figures, in percent, and the figures that only some splits have.
 
     Published figures stand beside splits whose data is the whole benchmark, and their columns where there are some.
     """
     entries = get_splits(results)
-    title = {name: name.replace("|", " ") for name in results}  # "|" would end a cell
     whole = {name: entries[name].published for name, figures in results.items() if figures["data"] == "complete"}
     models = [model for model in MODELS if any(model in published for published in whole.values())]
     rows, rela, reasoning = [], [], []
     for name, figures in results.items():
+        title = row_title(figures)
         published = [whole.get(name, {}).get(model, ()) for model in models]
         theirs = (" / ".join(f"{value:.1f}" for value in values) or "-" for values in published)
-        rows.append([title[name], str(figures["n"]), percent(figures["giou"]), percent(figures["ciou"]), *theirs])
+        rows.append([title, str(figures["n"]), percent(figures["giou"]), percent(figures["ciou"]), *theirs])
         if "rela" in figures:
-            rela.append([title[name], *(percent(figures["rela"][key]) for key in RELA.values())])
+            rela.append([title, *(percent(figures["rela"][key]) for key in RELA.values())])
         if "bootstrap" in figures:
             intervals = [" to ".join(map(percent, figures["bootstrap"][key])) for key in ("giou", "ciou")]
             parts = [f"{percent(figures[q]['giou'])} / {percent(figures[q]['ciou'])}" for q in ("short", "long")]
-            reasoning.append([title[name], *intervals, *parts])
+            reasoning.append([title, *intervals, *parts])
     text = markdown_table(["split", "n", "gIoU", "cIoU", *models], rows)
     if models:
         text += f"\n{models[0]} to {models[-1]}: published figures, cIoU; on ReasonSeg gIoU / cIoU.\n"
-    partial = [f"{title[name]} ({f['data']})" for name, f in results.items() if f["data"] not in ("-", "complete")]
-    if partial:
-        text += f"\nNot the whole benchmark: {', '.join(partial)}.\n"
     for header, more in ((["ReLA protocol", *RELA], rela), (REASONING, reasoning)):
         text += "\n" + markdown_table(header, more) if more else ""
     return text
@@ -84,11 +88,10 @@ def save_pictures(folder: Path, split: Sequence[EvalImage], units: Sequence[Unit
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("[0-9]*_iou*.jpg"):
         stale.unlink()
-    where = [(number, sentence) for number, photo in enumerate(split) for sentence in range(len(photo.unit_ids))]
+    where = [(photo, sentence) for photo in split for sentence in range(len(photo.unit_ids))]
 
     def draw(index: int) -> Image.Image:
-        number, sentence = where[index]
-        return draw_unit(split[number], sentence, units[index])
+        return draw_unit(*where[index], units[index])
 
     order = sorted(range(len(units)), key=lambda index: units[index].iou)
     for rank, index in enumerate(order[:200], 1):

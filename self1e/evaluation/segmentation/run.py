@@ -138,7 +138,7 @@ def evaluate_splits(
     """Score `model` on `splits` and write the files that `segmentation.report` describes.
 
     Args:
-        splits: names of `SPLITS`, or with one of `PREFIXES`. dataset_dir: root of the segmentation data.
+        splits: names of `SPLITS`, or with one of `PREFIXES`.
         allow_outside: photos may lie outside the folders of their split (see `data.paths.inside`).
         visualize: draw the worst sentences, see `save_pictures`.
         skip_missing: leave out splits whose data is absent, with a message, instead of raising.
@@ -146,8 +146,8 @@ def evaluate_splits(
         overwrite: evaluate `splits` anew, and delete results of other settings; so does `weights=None`.
         options: of `evaluate_units` and of `prepared`.
 
-    Returns split -> figures (`metrics.score`), the same on every rank. Raises UserError, SampleError for a photo that
-    is broken or a sentence that is too long, and `Stopped`. What was written before is kept.
+    Returns split -> figures (`metrics.score`), the same on every rank. Raises UserError, `Stopped`, and SampleError
+    for a photo that is broken or a sentence that is too long; what was written before is kept.
     """
     entries, output_dir = get_splits(splits), Path(output_dir)
     absent = missing(split_paths(entries, dataset_dir))

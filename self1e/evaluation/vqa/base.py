@@ -1,7 +1,7 @@
 """What every VQA benchmark is made of, and the reading of its files.
 
 A benchmark is one `VQABenchmark`: where its questions lie, how they are put, how long a reply may be, how it scores.
-`registry` lists them. Files, prompts and lengths are those of InternVL's evaluation (its `data/` layout).
+`run` lists them. Files, prompts and lengths are those of InternVL's evaluation (its `data/` layout).
 Scores are those of the official programs, so that figures can be compared with published ones; only their crashes
 (empty MMBench replies, zero denominators) are not matched. Fractions are 0..1; `_percent` in a name means 0..100.
 """

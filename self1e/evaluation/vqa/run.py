@@ -20,9 +20,9 @@ from self1e.data.samples import check_texts, naming
 from self1e.errors import UserError, check_known
 from self1e.evaluation.loop import WAIT
 from self1e.evaluation.results import claim_folder, make_settings, markdown_table
-from self1e.evaluation.vqa.base import Answer, Question, Scores
+from self1e.evaluation.vqa import gqa, mmbench, mme, open_ended, pope
+from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark
 from self1e.evaluation.vqa.generation import answer_questions, replies_of
-from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
 from self1e.files import check_writable, read_json, write_json, write_text
 from self1e.model.config import DTYPES, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation
@@ -30,6 +30,10 @@ from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
 from self1e.model.weights import checkpoint_folder, weights_identity
 from self1e.stop import StopRequest
+
+VQA_BENCHMARKS: dict[str, VQABenchmark] = (  # one more is a module with `BENCHMARKS`
+    open_ended.BENCHMARKS | gqa.BENCHMARKS | pope.BENCHMARKS | mme.BENCHMARKS | mmbench.BENCHMARKS
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from self1e.evaluation.vqa.generation import (
     prepare_batch,
     replies_of,
 )
-from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
+from self1e.evaluation.vqa.run import VQA_BENCHMARKS
 
 
 def replies(model, processor, questions, **options) -> list[str]:

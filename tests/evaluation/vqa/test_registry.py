@@ -22,7 +22,7 @@ from vqa_trees import (
 
 from self1e.evaluation.vqa import pope
 from self1e.evaluation.vqa.base import Answer, Scores, VQABenchmark, jsonl_questions, mean, read_jsonl
-from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
+from self1e.evaluation.vqa.run import VQA_BENCHMARKS
 from self1e.files import write_json
 
 

@@ -25,7 +25,7 @@ from vqa_trees import (
     write_vqav2,
 )
 
-from self1e.evaluation.vqa.registry import VQA_BENCHMARKS
+from self1e.evaluation.vqa.run import VQA_BENCHMARKS
 
 
 def test_run_writes_replies_scores_and_official_files(tiny, tmp_path, capsys):
