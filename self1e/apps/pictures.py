@@ -8,7 +8,6 @@ LLM's own image tokens, the self-replicated features before refilling, and the r
 
 import argparse
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.segment import prompt_text
-from self1e.errors import UserError
 from self1e.model.photos import photo_of
 from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt
 from self1e.model.weights import checkpoint_folder
@@ -51,14 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--prompt", required=True, type=prompt_text, help="what to segment")
     add("--output", type=Path, required=True, help="folder for the picture")
     args = parser.parse_args(argv)
-    if find_spec("matplotlib") is None:
-        raise UserError("the picture needs matplotlib: pip install 'self1e[plots]'")
+    from matplotlib.figure import Figure  # of the extra `plots`
+
     check_prompt(args.prompt)
     image = photo_of(args.image)
     processor = Self1EProcessor.from_pretrained(args.version)
     model = Self1EForSegmentation.from_pretrained(args.version)
-    from matplotlib.figure import Figure
-
     panels = {args.prompt: image, **similarities(model, processor, image, args.prompt)}
     figure = Figure(figsize=(2.4 * len(panels), 2.8), layout="constrained")
     for axis, (name, values) in zip(figure.subplots(1, len(panels)), panels.items()):

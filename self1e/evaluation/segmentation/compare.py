@@ -56,9 +56,8 @@ def cell(rows: Sequence[Row], column: str) -> str:
     """The figures of a column, of several rows with mean and deviation; `-` unless all rows have them."""
     if not all(column in row for row in rows):
         return "-"
-    values = list(zip(*(row[column] for row in rows)))
-    deviations = [f" ± {stdev(each):.1f}" if len(rows) > 1 else "" for each in values]
-    return " / ".join(f"{mean(each):.1f}{deviation}" for each, deviation in zip(values, deviations))
+    values = zip(*(row[column] for row in rows))
+    return " / ".join(f"{mean(x):.1f}" + (f" ± {stdev(x):.1f}" if len(x) > 1 else "") for x in values)
 
 
 def score_table(rows: Mapping[Path, Row]) -> list[list[str]]:
