@@ -14,7 +14,7 @@ from pathlib import Path
 from self1e.distributed import run_program
 from self1e.errors import UserError
 
-COMMANDS = {
+COMMANDS = {  # by name: where it is, what it makes
     "segment": ("self1e.apps.segment", "masks for photos and prompts"),
     "chat": ("self1e.apps.chat", "answers about photos, with the masks in them"),
     "demo": ("self1e.apps.demo", "a page in the browser that segments and chats"),
@@ -25,20 +25,11 @@ COMMANDS = {
     "card": ("self1e.training.card", "the model card of a checkpoint, with its scores"),
     "check-data": ("self1e.apps.check_data", "counts and faults of the data trees or of own data"),
     "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),
-}
-DEVELOPERS = {
+    # For developers.
     "make-shapes": ("self1e.apps.make:shapes", "a synthetic data tree in every format"),
     "make-tiny": ("self1e.apps.make:tiny", "a tiny InternVL3 checkpoint with random weights"),
     "pictures": ("self1e.apps.pictures", "what each part of the method does to a photo"),
 }
-
-
-def usage() -> str:
-    listed = ["".join(f"  {name:<12}{text}\n" for name, (_, text) in x.items()) for x in (COMMANDS, DEVELOPERS)]
-    return (
-        f"usage: self1e COMMAND ...\n\ncommands:\n{listed[0]}\nfor developers:\n{listed[1]}\n"
-        "self1e COMMAND --help tells more.\n"
-    )
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -49,8 +40,7 @@ def evaluate(argv: Sequence[str]) -> int:
         return 2
     given = {flag.split("=")[0] for flag in flags}
     if flags and not flags[0].startswith("-"):
-        run = Path(flags.pop(0))
-        run = run.absolute() if run.name in ("", "..") else run
+        run = Path(flags.pop(0)).resolve()  # so that `.` has a name
         if "--version" not in given and not (run / "ckpt_model").is_dir():
             raise UserError(f"{run} holds no ckpt_model; name the folder of a run, or --version V --exp_name E")
         flags += ["--log_base_dir", str(run.parent), "--exp_name", run.name]
@@ -67,13 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # matplotlib draws a box in its place
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
-    if name in ("-h", "--help"):
-        print(usage(), end="")
-        return 0
-    if name not in COMMANDS | DEVELOPERS:
-        print((f"self1e: there is no command {name!r}\n\n" if name else "") + usage(), end="", file=sys.stderr)
+    if name not in COMMANDS:
+        listed = "".join(f"  {command:<12}{text}\n" for command, (_, text) in COMMANDS.items())
+        usage = f"usage: self1e COMMAND ...\n\n{listed}\nself1e COMMAND --help tells more."
+        if name in ("-h", "--help"):
+            print(usage)
+            return 0
+        print(f"self1e: there is no command {name!r}\n\n{usage}" if name else usage, file=sys.stderr)
         return 2
-    module, _, function = (COMMANDS | DEVELOPERS)[name][0].partition(":")
+    module, _, function = COMMANDS[name][0].partition(":")
     try:
         return run_program(lambda: getattr(importlib.import_module(module), function or "main")(rest))
     except BrokenPipeError:  # whoever read our output has enough of it

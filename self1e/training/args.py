@@ -7,7 +7,6 @@ The switches of the method and the weights of the losses are declared in the mod
 import argparse
 import importlib.util
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from self1e.model.weights import checkpoint_folder
 from self1e.training.deepspeed_config import read_deepspeed
 
 ROOT = Path(__file__).resolve().parents[2]
-METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", checkpoint_folder: "PATH"}
 YES, NO, UNSET = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")  # words of YAML
 # Flags that `adapt` takes, by their names.
 ADAPTERS = (
@@ -35,8 +33,7 @@ ADAPTERS = (
 # fmt: off
 def make_parser() -> argparse.ArgumentParser:
     """All flags, in groups."""
-    here = Path(sys.argv[0]).name
-    parser = argparse.ArgumentParser(prog=here if here.startswith("train") else "self1e train", allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="self1e train", allow_abbrev=False,
         usage="%(prog)s --version PATH --exp_name NAME [flags]",
         description="Fine-tune InternVL3 to segment by itself, then evaluate it.")
     parser.add_argument("--config", type=Path, nargs="+", default=[],
@@ -49,8 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     def flag(name: str, default: Any, help: str, **options: Any) -> None:
         """Of the default's type; a bool makes `--NAME` and `--no-NAME`."""
         kind = options.pop("type", str if default is None else type(default))
-        value: dict[str, Any] = {"type": kind, "metavar": None if "choices" in options else METAVARS.get(kind)}
-        value = {"action": argparse.BooleanOptionalAction} if kind is bool else value
+        value: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         shown = help if default is None or kind is bool else f"{help} (default: {default})"
         add(f"--{name}", help=shown, default=default, **value | options)
 

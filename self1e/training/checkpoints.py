@@ -75,11 +75,22 @@ def commit() -> str | None:
 
 
 def find(args: Namespace) -> Path | None:
-    """The checkpoint that `--resume` names or `--auto_resume` finds, or None to start anew."""
+    """The checkpoint to continue from, or None to start anew. UserError where that would harm an earlier run."""
     if args.resume and args.resume not in checkpoints_in(args.resume.parent):
         raise UserError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
     found = checkpoints_in(args.run_dir / "checkpoints") if args.auto_resume else []
-    return args.resume or (found[-1] if found else None)
+    if args.resume or found:
+        return args.resume or found[-1]
+    left = [path for results in RESULTS for path in args.run_dir.glob(results)]
+    if left and not args.overwrite:
+        raise UserError(
+            f"{args.run_dir} holds an earlier run ({left[0].name}): continue it with --auto_resume, replace it with "
+            "--overwrite, or give another --exp_name"
+        )
+    for source in (args.version, args.model_weights):
+        if source is not None and Path(source).resolve().is_relative_to(args.run_dir.resolve()):
+            raise UserError(f"{source} is part of {args.run_dir}, which --overwrite replaces: give another --exp_name")
+    return None
 
 
 def check_resumable(checkpoint: Path, now: dict[str, Any], *, anyway: bool) -> None:
@@ -194,19 +205,6 @@ def alone_in(run_dir: Path, *, patience: float = 10) -> AbstractContextManager:
             f"{run_dir}: another training is at work in this folder; wait for its end, or give another --exp_name. "
             f"If its machine went down, remove {lock}"
         ) from None
-
-
-def check_unused(run_dir: Path, *sources: str | None, overwrite: bool) -> None:
-    """Refuse to train anew over an earlier run, or over `sources`, from which the run starts."""
-    left = [path for results in RESULTS for path in run_dir.glob(results)]
-    if left and not overwrite:
-        raise UserError(
-            f"{run_dir} holds an earlier run ({left[0].name}): continue it with --auto_resume, replace it with "
-            "--overwrite, or give another --exp_name"
-        )
-    for source in sources:
-        if source is not None and Path(source).resolve().is_relative_to(run_dir.resolve()):
-            raise UserError(f"{source} is part of {run_dir}, which --overwrite replaces: give another --exp_name")
 
 
 def remove_earlier(run_dir: Path) -> None:

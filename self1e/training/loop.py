@@ -97,7 +97,7 @@ def micro_batches(stream: Stream, args: Namespace, *, step: int, per_epoch: int)
 
 @contextmanager
 def naming_samples(folder: Path) -> Iterator[Path]:
-    """Yields the file for `note`: for when nobody can speak, and this rank's errors quote it."""
+    """Yields the file for `note`, which this rank's errors quote, and which is there when nobody can speak."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank_{distributed.rank()}.txt"
     path.write_text("none yet")

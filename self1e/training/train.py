@@ -82,8 +82,6 @@ def train(args: Namespace, stop: StopRequest) -> None:
     # Everything that can be wrong is looked at first: before the model is loaded and an earlier run is removed.
     distributed.start(timeout=timedelta(seconds=args.timeout))
     checkpoint = distributed.on_main(lambda: checkpoints.find(args))  # on a shared disk nodes may see different ones
-    if checkpoint is None and distributed.is_main():
-        checkpoints.check_unused(args.run_dir, args.version, args.model_weights, overwrite=args.overwrite)
     splits = [] if args.no_eval else args.splits
     stream = open_data(args, splits)
     processor, mixture, ranks = stream.processor, stream.mixture, distributed.world_size()
@@ -171,16 +169,11 @@ def open_data(args: Namespace, splits: list[str]) -> Stream:
     require_paths(paths_of(selection) + split_paths(splits, args.dataset_dir))
     processor, tiles = Self1EProcessor.from_pretrained(args.version), HIGH_RES_TILES if args.high_res else 1
     processor.encode_conversation([IMAGE_TAG, SEG], tiles, args.model_max_length)  # raises where no question fits
-    first = distributed.local_rank() == 0  # it builds the index of the data on its node, the others find it
-    if not first:
-        distributed.gather(None)
     for split in splits:  # a faulty one fails here and not hours later
         load_split(split, args.dataset_dir, allow_outside=args.allow_outside)
     excluded = evaluation_keys(args.dataset_dir) if args.exclude_val else None
     options = {"batch_size": args.batch_size, "seed": args.seed, "mode": args.mixture, "excluded": excluded}
     mixture = build_mixture(selection, **options)
-    if first:
-        distributed.gather(None)
     return Stream(mixture, processor, args.model_max_length, tiles, groups=1 if args.zero_stage == 3 else 2)
 
 
