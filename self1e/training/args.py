@@ -40,9 +40,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="YAML files of flags; a later file overrides an earlier one, the command line overrides all")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
 
-    def group(title: str):
-        return parser.add_argument_group(title).add_argument
-
     def flag(name: str, default: Any, help: str, **options: Any) -> None:
         """Of the default's type; a bool makes `--NAME` and `--no-NAME`."""
         kind = options.pop("type", str if default is None else type(default))
@@ -50,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         shown = help if default is None or kind is bool else f"{help} (default: {default})"
         add(f"--{name}", help=shown, default=default, **value | options)
 
-    add = group("model")
+    add = parser.add_argument_group("model").add_argument
     flag("version", None, "checkpoint: its folder, its run's folder or a hub id (InternVL3, -hf, or Self1E); an "
         "evaluation of a run that holds its model needs none", type=checkpoint_folder)
     flag("model_weights", None, "folder whose weights replace those of --version", type=checkpoint_folder)
@@ -65,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         unset = f"unset: the checkpoint's, or {LOSS_WEIGHTS[loss]}"
         flag(name, None, f"weight of the loss {loss}; {unset}", type=float)
 
-    add = group("what is trained")
+    add = parser.add_argument_group("what is trained").add_argument
     flag("use_llm_lora", False, "train adapters in the LLM; without it the whole LLM trains, unless --freeze_llm")
     flag("freeze_llm", False, "freeze the LLM's layers, without adapters; its token embeddings and lm_head train as "
         "--trainable_embeddings says")
@@ -79,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("trainable_embeddings", "all", "rows of the token embeddings and of lm_head that train: all, or those of the "
         "added tokens only", choices=("all", "new"))
 
-    add = group("data")
+    add = parser.add_argument_group("data").add_argument
     flag("dataset_dir", Path("dataset"), "folder of the segmentation sets and LLaVA-Instruct", type=Path)
     flag("data_dir", Path("data"), "folder of the VQA sets", type=Path)
     flag("dataset", DEFAULT_FAMILIES, "families of training sets, joined by ||; the family custom is own data")
@@ -95,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("workers", None, "data-loading processes per rank; unset: up to 4, as the cores allow", type=int)
     flag("seed", 42, "seed of the stream of samples, of a fresh head and of dropout")
 
-    add = group("optimisation")
+    add = parser.add_argument_group("optimisation").add_argument
     flag("epochs", 1, "passes over the mixture")
     flag("start_epoch", 0, "epochs of the stream that are passed over")
     flag("steps_per_epoch", None, "optimizer steps per epoch; unset: the whole epoch", type=int)
@@ -116,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("compile", False, "compile each layer of ViT and LLM, which takes minutes in the first steps")
     flag("deepspeed", None, "DeepSpeed JSON, or none; unset: configs/zero2.json under a launcher", type=Path)
 
-    add = group("logging and checkpoints")
+    add = parser.add_argument_group("logging and checkpoints").add_argument
     flag("exp_name", None, "name of the run: its files go to LOG_BASE_DIR/EXP_NAME")
     flag("log_base_dir", Path("runs"), "folder of all runs", type=Path)
     flag("report_to", "tensorboard", "where the curves go", choices=("tensorboard", "wandb", "none"))
@@ -131,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("save_published_layout", False, "also write ckpt_model_published")
     flag("timeout", 1800.0, "seconds that a rank waits for its data or for the other ranks")
 
-    add = group("evaluation")
+    add = parser.add_argument_group("evaluation").add_argument
     flag("val_dataset", None, "splits to validate on while training, joined by ||; custom|PATH is own data; unset: "
         "ReasonSeg|val")
     flag("eval_steps", 200, "steps between validations")
