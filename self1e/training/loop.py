@@ -29,7 +29,7 @@ from self1e.stop import StopRequest
 from self1e.training.adapters import optimizer_groups
 from self1e.training.curves import log_line
 from self1e.training.deepspeed_config import fill, offloads, read_deepspeed
-from self1e.training.speed import Work, advice, peak_flops, peak_memory
+from self1e.training.speed import advice, peak_flops, peak_memory
 
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on
 CLIP = 1.0
@@ -174,7 +174,7 @@ def fit(
     *,
     step: int,
     steps: int,
-    work: Work,
+    work: Counter,
     stop: StopRequest,
     log: Callable[[dict[str, float]], None],
     save: Callable[[int], None],
@@ -183,13 +183,14 @@ def fit(
     """Train from `step` to `steps`; returns whether it got there, or was asked to stop and saved.
 
     Args:
-        model, optimizer: what `accelerator.prepare` returned. batches: of `micro_batches`. work: of the model.
+        model, optimizer: what `accelerator.prepare` returned. batches: of `micro_batches`. work: of `count_work`.
         log: takes the figures of a log line, among them `step`; called on all ranks.
         save, validate: take the step; called on all ranks. `validate` returns whether it was asked to stop.
     """
     deepspeed, device, stopped = args.deepspeed is not None, accelerator.device, False
     peak = peak_flops(device, args.precision)
     seen = all_broken = 0  # samples that this rank read, and that no rank could read
+    kept = 0  # bytes of activations, see `count_work`
     broken: list[tuple[str, str]] = []  # (id, cause) of those that could not be read
     losses: Any = Counter()  # sums since the last log line
     use: Any = Counter()  # seconds, samples and operations since then, and in all
@@ -215,7 +216,9 @@ def fit(
                     done.append((ids, terms))
                     seen += len(ids)
                     losses.update({name: value.double() for name, value in terms.items()} | {"micro_batches": 1})
-                    use.update(samples=len(ids), flops=work.take())
+                    use.update(samples=len(ids), flops=work["flops"])
+                    kept = max(kept, work["kept"])
+                    work.clear()
                     if last:
                         stopped, all_broken = agree(accelerator, done, seen, broken, stop)
                     loss = output.loss / (members if args.grad_accumulation_reduction == "mean" else 1)
@@ -237,7 +240,7 @@ def fit(
                 losses, use = Counter(), Counter()
             if step == ADVICE_AT and device.type == "cuda":
                 spare = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
-                distributed.say(advice(args.gradient_checkpointing, work.largest, spare))
+                distributed.say(advice(args.gradient_checkpointing, kept, spare))
             if stopped or step % args.save_steps == 0 or step == steps:
                 save(step)
             if validate and not stopped and (step % args.eval_steps == 0 or step == steps):

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -18,28 +19,23 @@ KINDS = {  # of checkpointing: the memory of its activations, in what `selective
 }
 
 
-class Work:
-    """Counts the operations of training passes, from how many rows go through the layers.
+def count_work(model: Self1EForSegmentation, dtype: torch.dtype) -> Counter:
+    """Counts what training passes do, from how many rows go through the layers; whoever reads it clears it.
 
-    `flops`: since the last `take`, forward and backward, without those of layers that run again. `kept`: bytes that
-    `selective` keeps; `largest`: the most of a pass.
+    `flops`: forward and backward, without those of layers that run again. `kept`: bytes that `selective` keeps.
     """
+    work: Counter = Counter()
+    stacks: dict[nn.Module, Any] = {
+        model.model.language_model: model.config.text_config,
+        model.model.vision_tower: model.config.vision_config,
+    }
+    inside = {module for stack in stacks for module in stack.modules()}
+    parts: dict[nn.Module, int] = {x: 0 for x in set(model.modules()) - inside if isinstance(x, nn.Linear)}
+    for stack, config in stacks.items():  # not at its layers, which may be compiled, or run again
+        head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        parts[stack] = config.num_hidden_layers * config.num_attention_heads * head
 
-    def __init__(self, model: Self1EForSegmentation, dtype: torch.dtype):
-        self.flops, self.kept, self.largest, self.itemsize = 0, 0, 0, dtype.itemsize
-        stacks: dict[nn.Module, Any] = {
-            model.model.language_model: model.config.text_config,
-            model.model.vision_tower: model.config.vision_config,
-        }
-        inside = {module for stack in stacks for module in stack.modules()}
-        parts: dict[nn.Module, int] = {x: 0 for x in set(model.modules()) - inside if isinstance(x, nn.Linear)}
-        for stack, config in stacks.items():  # not at its layers, which may be compiled, or run again
-            head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-            parts[stack] = config.num_hidden_layers * config.num_attention_heads * head
-        for module, attended in parts.items():
-            module.register_forward_hook(partial(self._count, attended))
-
-    def _count(self, attended: int, module: nn.Module, _, output) -> None:
+    def count(attended: int, module: nn.Module, _, output) -> None:
         """attended: width of the queries of all layers together."""
         if not torch.is_grad_enabled():
             return
@@ -50,19 +46,17 @@ class Work:
         products = sum(x.in_features * x.out_features for x in linears)
         attention = 2 * tokens * attended  # scores, and their product with the values
         again = states.requires_grad * (products + 2 * attention) + trained  # backward
-        self.flops += 2 * rows * (products + attention + again)
+        work["flops"] += 2 * rows * (products + attention + again)
         if attended:
-            self.kept += rows * (sum(x.out_features for x in linears) + attended) * self.itemsize
+            work["kept"] += rows * (sum(x.out_features for x in linears) + attended) * dtype.itemsize
 
-    def take(self) -> int:
-        """The operations of the pass that has ended."""
-        done, self.largest = self.flops, max(self.largest, self.kept)
-        self.flops = self.kept = 0
-        return done
+    for module, attended in parts.items():
+        module.register_forward_hook(partial(count, attended))
+    return work
 
 
 def advice(now: str | None, kept: int, spare: int) -> str:
-    """Which kind of checkpointing would fit. now: the flag's value. kept: `Work.largest`. spare: free bytes."""
+    """Which kind of checkpointing would fit. now: the flag's value. kept: the most of a pass. spare: free bytes."""
     current = f"--gradient_checkpointing {now}" if now else "--no-gradient_checkpointing"
     needed = {kind: (factor - KINDS[current]) * kept for kind, factor in KINDS.items()}
     best = next(kind for kind, more in needed.items() if more < 0.9 * spare)

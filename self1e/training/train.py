@@ -36,7 +36,7 @@ from self1e.training.args import ADAPTERS, parse
 from self1e.training.card import write_card
 from self1e.training.curves import Record
 from self1e.training.loop import fit, make_accelerator, make_optimizer, micro_batches
-from self1e.training.speed import Work, compile_layers
+from self1e.training.speed import compile_layers, count_work
 
 
 def main(argv: list[str]) -> int:
@@ -95,7 +95,7 @@ def train(args: Namespace, stop: StopRequest) -> None:
     set_seed(args.seed)  # the fresh head is the same on every rank
     model = load_model(args, torch.float32 if not args.deepspeed else DTYPES[args.precision])
     tuner = prepare_model(args, model, processor)
-    work = Work(model, DTYPES[args.precision])
+    work = count_work(model, DTYPES[args.precision])
     sizes = [(x.numel() / 1e6, x.requires_grad) for x in model.parameters()]
     distributed.say(
         f"parameters: {sum(n for n, trains in sizes if trains):,.2f} M of {sum(n for n, _ in sizes):,.2f} M train\n"
