@@ -51,8 +51,7 @@ def perception_mask(
         pathway: a key of `PATHWAYS`.
         config: the LLM's configuration; its attention implementation decides the mask's format.
         embeds: (R, N, C), for size, dtype and device.
-        padding_mask: (R, N), 1 at tokens; None without padding, so that the host need not wait for the
-            GPU.
+        padding_mask: (R, N), 1 at tokens; None without padding, so that the host need not wait.
         is_image, is_seg: (R, N) bool, image tokens and `[SEG]` tokens.
     """
     make_rule = PATHWAYS[pathway]

@@ -22,15 +22,12 @@ PADDING_ALLOWED = 0.03  # share of the LLM's tokens above which conversations ar
 
 
 class Group(NamedTuple):
-    """Conversations that go through the LLM together: a part of the packed positions, `length` tokens each.
+    """Conversations that go through the LLM together, padded to one length."""
 
-    `padded` unless all of them are that long; `segments` when one holds a `[SEG]`.
-    """
-
-    part: slice
-    length: int
-    padded: bool
-    segments: bool
+    part: slice  # of the packed positions
+    length: int  # tokens of each conversation
+    padded: bool  # False where all of them are that long
+    segments: bool  # whether one holds a `[SEG]`
 
 
 class Packed(NamedTuple):

@@ -32,8 +32,6 @@ from torch import Tensor, nn
 
 from self1e.model.grids import expand, resize, stitch_tiles
 
-INITIAL_STD = 0.02
-
 
 class Masked(NamedTuple):
     """A conversation that asks for masks: its image's first tile and grid (rows, columns), its number of `[SEG]`s."""

@@ -197,8 +197,7 @@ class InferenceMixin:
         """
         check_head(self)
         one = isinstance(messages, str) or not messages or isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if one else messages
-        conversations = [conversation_turns(conversation) for conversation in conversations]
+        conversations = [conversation_turns(x) for x in ([messages] if one else messages)]
         photo, features = photo_of(image), None
         size, replies = (photo.height, photo.width), []
         with evaluating(self):

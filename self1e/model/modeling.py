@@ -26,7 +26,7 @@ from self1e.model.attention import perception_mask
 from self1e.model.batch import Packed, pack
 from self1e.model.config import Self1EConfig
 from self1e.model.grids import REPLICATIONS, compress
-from self1e.model.head import HEADS, INITIAL_STD, Masked, SegmentationHead
+from self1e.model.head import HEADS, Masked, SegmentationHead
 from self1e.model.inference import InferenceMixin
 from self1e.model.losses import mask_losses
 from self1e.model.weights import CheckpointMixin
@@ -34,10 +34,9 @@ from self1e.model.weights import CheckpointMixin
 
 @dataclass
 class Self1EOutput(CausalLMOutputWithPast):
-    """What `forward` returns; absent entries are None.
+    """What `forward` returns; absent entries are None. `loss`: weighted sum of `losses`, scalars by name.
 
-    `loss`: weighted sum of `losses`, scalars by name. `logits`: (R, k, vocabulary), while generating. `mask_logits`:
-    per conversation (n_seg, h, w) before any resize.
+    `logits`: (R, k, vocabulary), while generating. `mask_logits`: per conversation (n_seg, h, w) before any resize.
     """
 
     losses: dict[str, Tensor] | None = None
@@ -84,7 +83,7 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
         if isinstance(module, SegmentationHead):
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
-                    initialization.normal_(layer.weight, std=INITIAL_STD)
+                    initialization.normal_(layer.weight, std=0.02)
                     initialization.zeros_(layer.bias)
 
     def set_zero3_leaf(self) -> None:
@@ -271,7 +270,5 @@ def selective_checkpointing_kwargs() -> dict[str, Any]:
 
 
 ATTENTION = "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"  # keep no scores
-KEPT = [
-    getattr(torch.ops.aten, name).default
-    for name in ("mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in ATTENTION))
-]
+PRODUCTS = "mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in ATTENTION)
+KEPT = [getattr(torch.ops.aten, name).default for name in PRODUCTS]

@@ -84,8 +84,7 @@ class CheckpointMixin:
         Raises UserError: no checkpoint there, another architecture, or weights that do not fit, all of them listed.
         """
         check_known("loss_weights", loss_weights or {}, LOSS_WEIGHTS)
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", torch.float32)
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
         switches = {name: kwargs.pop(name) for name in SWITCHES if name in kwargs}
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         base = Self1EConfig.from_pretrained(version, **hub) if config is None else copy.deepcopy(config)
@@ -125,14 +124,13 @@ class CheckpointMixin:
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Write the layout `self1e`, with native tensor names; `save_checkpoint` also writes `published`.
 
-        Weight files of an earlier save there are removed, and an adapter's: the library would read those first.
+        Weight files of an earlier save there are removed: the library would read those first.
         """
         kwargs.setdefault("save_original_format", False)
         self.config.weights_id = uuid.uuid4().hex
-        for name in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"):
+        for name in ("model.safetensors", "pytorch_model.bin"):
             Path(save_directory, name).unlink(missing_ok=True)
             Path(save_directory, f"{name}.index.json").unlink(missing_ok=True)
-        Path(save_directory, "adapter_config.json").unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -158,10 +156,8 @@ def check_fit(model: PreTrainedModel, report: dict, source: str, *, trained: boo
     ]
     problems += [f"error       {message}" for message in report["error_msgs"]]
     if problems:
-        raise UserError(
-            f"{source}: weights do not fit the model that its config.json (or --version) describes; "
-            "nothing was loaded:\n  " + "\n  ".join(problems)
-        )
+        lines = "\n  ".join(problems)
+        raise UserError(f"{source}: weights do not fit its config.json (or --version), nothing was loaded:\n  {lines}")
     return not fresh and (bool(head) or trained or Self1EConfig.from_pretrained(source).seg_token_id is not None)
 
 
@@ -218,8 +214,6 @@ def weights_identity(version: str | Path, weights: str | Path | None = None) -> 
 
     A checkpoint of ours is known by the random `weights_id` of its save, one of the hub by its commit, any other by
     the names, sizes and sampled bytes of its files. `base` is None where `version` itself holds the weights.
-
-    Raises UserError where there is no checkpoint.
     """
     if weights is not None:
         return weights_identity(weights) | {"base": weights_identity(version)["weights"]}
