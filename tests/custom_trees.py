@@ -40,7 +40,7 @@ def mask(path, columns):
 
 
 def train(source, conversations=9):
-    return Custom(f"custom|{source}", ".", num_classes_per_sample=conversations)
+    return Custom(f"custom|{source}", ".", num_classes_per_sample=conversations).opened()
 
 
 def targets(sample):

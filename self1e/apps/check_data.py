@@ -29,8 +29,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from self1e.data.families import FAMILIES, Choice
-from self1e.data.paths import list_names, require_paths
+from self1e.data.families import FAMILIES
+from self1e.data.paths import list_names
 from self1e.data.samples import Sample, SampleError, TrainingSet
 from self1e.data.sets.custom import Custom, find_source, table_rows
 from self1e.data.sets.expressions import ExpressionSet
@@ -82,32 +82,33 @@ class Source:
     pictures: list[Image.Image] = field(default_factory=list)
 
 
-def choices_of(args: argparse.Namespace) -> Iterator[tuple[str, Choice, Read]]:
+def sets_of(args: argparse.Namespace) -> Iterator[tuple[str, TrainingSet, Read]]:
     """(name, set, how it is read) of own data, or of a tree's training sets and evaluation splits."""
     flags = {"dataset_dir": args.path, "data_dir": args.data_dir, "allow_outside": args.allow_outside}
     if not args.tree:
         # Not strict: with faults for which training would refuse it.
-        yield str(args.path), Choice(f"custom|{args.path}", Custom, flags | {"strict": False}), read_unit
+        yield str(args.path), Custom(f"custom|{args.path}", **flags, strict=False), read_unit
         return
     for name, training_set in (each for family in FAMILIES.values() for each in family.items()):
-        yield name, Choice(name, training_set, flags | {"num_classes_per_sample": ALL}), read_sample
+        yield name, training_set(name, **flags, num_classes_per_sample=ALL), read_sample
     for name, entry in SPLITS.items():
-        yield name, Choice(name, entry.reader, flags), read_unit
+        yield name, entry.reader(name, **flags), read_unit
 
 
-def check(source: Source, choice: Choice, read: Read, args: argparse.Namespace) -> bool:
+def check(source: Source, data: TrainingSet, read: Read, args: argparse.Namespace) -> bool:
     """Read `limit` records of a set, evenly spread, or all, and draw `samples` of them; False where it is absent.
 
     Its own place is its first path, or the folder of this file; but a folder of questions (.jsonl) may be there for an
     evaluation alone. Raises UserError when it cannot be opened.
     """
-    paths = choice.paths()
-    if not (paths[0].parent if paths[0].suffix in (".p", ".json") else paths[0]).exists():
+    own = data.paths()[0]
+    if not (own.parent if own.suffix in (".p", ".json") else own).exists():
         return False
-    require_paths([(source.name, path) for path in paths])
-    data = choice.open()
+    data.opened()
     source.records, source.photos = len(data), len(np.unique(data.image_keys()))
-    source.problems, source.totals = list(data.problems), completeness(choice.name, data)
+    source.problems, source.totals = list(data.problems), completeness(source.name, data)
+    if not (source.records or source.problems):
+        source.problems.append("its files hold no samples")
     source.checked = count = min(source.records, args.limit or source.records)
     numbers = np.linspace(0, source.records - 1, count).astype(int).tolist()
     drawn = {numbers[k] for k in np.random.default_rng(0).permutation(count)[: args.samples]}
@@ -245,10 +246,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.samples:
         check_writable(args.output.parent)
     sources, absent = [], []
-    for name, choice, read in choices_of(args):
+    for name, data, read in sets_of(args):
         source = Source(name)
         try:
-            if not check(source, choice, read, args):
+            if not check(source, data, read, args):
                 absent.append(name)
                 continue
         except UserError as error:

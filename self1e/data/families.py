@@ -5,9 +5,9 @@ entry to FAMILIES and one to DEFAULTS; its flag is `--<family>_data`.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from self1e.data.samples import TrainingSet
 from self1e.data.sets.custom import Custom
@@ -39,28 +39,7 @@ DEFAULTS = {  # what the flag of a family selects where it is not given; own dat
     "vqa": SEPARATOR.join(FAMILIES["vqa"]),
 }
 DEFAULT_FAMILIES = "sem_seg||refer_seg||reason_seg||vqa"
-
-
-class Choice(NamedTuple):
-    """A selected set, not opened yet."""
-
-    name: str
-    training_set: type[TrainingSet]
-    flags: Mapping[str, Any]  # of training, among them dataset_dir and data_dir
-
-    def paths(self) -> list[Path]:
-        """Files and folders that must exist before it is opened; the first is its own."""
-        return self.training_set.paths(self.name, self.flags["dataset_dir"], self.flags["data_dir"])
-
-    def open(self) -> TrainingSet:
-        """The set. Raises UserError for files of another schema, and for a set without samples."""
-        data = self.training_set(self.name, **self.flags)
-        if not len(data):
-            raise UserError(f"{data.name}: no training samples in {self.paths()[0]}")
-        return data
-
-
-Selection = list[tuple[list[Choice], float]]  # the sets of each family, in the order of `--dataset`, and its rate
+Selection = list[tuple[list[TrainingSet], float]]  # each family's sets, not opened yet, and its rate
 
 
 def select(*, dataset: str = DEFAULT_FAMILIES, sample_rates: str | None = None, **flags: Any) -> Selection:
@@ -75,13 +54,13 @@ def select(*, dataset: str = DEFAULT_FAMILIES, sample_rates: str | None = None, 
             own, known = [f"custom|{path.strip()}" for path in value.split(SEPARATOR)], {"custom": Custom}
         else:
             own = _names(value, known, f"--{name}_data")
-        selection.append(([Choice(each, known[each.split("|")[0]], flags) for each in own], rate))
+        selection.append(([known[each.split("|")[0]](each, **flags) for each in own], rate))
     return selection
 
 
 def paths_of(selection: Selection) -> list[tuple[str, Path]]:
     """(set, path) of every file and folder that the selected sets need."""
-    return [(choice.name, path) for choices, _ in selection for choice in choices for path in choice.paths()]
+    return [(data.name, path) for sets, _ in selection for data in sets for path in data.paths()]
 
 
 def _names(value: str, known: Iterable[str], flag: str) -> list[str]:

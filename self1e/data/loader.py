@@ -16,6 +16,7 @@ from self1e.data.mixture import Mixture
 from self1e.data.paths import missing, require_paths
 from self1e.data.samples import Sample, naming
 from self1e.data.splits import SPLITS, load_split, split_paths
+from self1e.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,10 @@ def build_mixture(selection: Selection, **options: Any) -> Mixture:
     """
     require_paths(paths_of(selection))
     groups = []
-    for choices, rate in selection:
-        sets = [choice.open() for choice in choices]
+    for family, rate in selection:
+        sets = [data.opened() for data in family]
+        if empty := [data.name for data in sets if not len(data)]:
+            raise UserError(f"{empty[0]}: no training samples in its files")
         for problem in dict.fromkeys(problem for data in sets for problem in data.problems):
             log.warning("%s", problem)
         traits = [(data.rated, data.segmentation, data.redrawn) for data in sets]

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from PIL import Image
 
-from self1e.data.paths import inside
+from self1e.data.paths import inside, require_paths
 from self1e.errors import UserError
 from self1e.model.photos import read_picture
 from self1e.model.prompts import IMAGE_TAG, SEG, reserved_in
@@ -87,7 +87,7 @@ def draw(items: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any
 class TrainingSet(ABC):
     """Numbered samples; a sub-class and its entry in `families.FAMILIES` are all that a new set takes.
 
-    Of the flags of training a set takes those that it knows.
+    A set is made from its name and the flags of training, of which it takes those that it knows, and then `opened`.
     """
 
     cap: int | None = None  # samples that one pass over the set takes at most; each pass draws its own
@@ -95,7 +95,6 @@ class TrainingSet(ABC):
     rated = True  # the rate of its family multiplies it; otherwise it counts once
     redrawn = False  # the mixture "published" draws its samples with replacement
     files: tuple[str, ...] = ()  # what must exist below dataset_dir before the set is opened; the first is its own
-    options: tuple[str, ...] = ()  # further flags, which `open` takes
     folder: Path  # photos are named relative to it
     problems: Sequence[str] = ()  # what is wrong with its files as a whole; said by training and by check-data
 
@@ -110,16 +109,21 @@ class TrainingSet(ABC):
         **flags: Any,
     ):
         self.name, self.conversations, self.allow_outside = name, num_classes_per_sample, allow_outside
-        options = {option: flags[option] for option in self.options if option in flags}
-        self.open(*self.paths(name, Path(dataset_dir), Path(data_dir)), **options)
+        self.dataset_dir, self.data_dir, self.flags = Path(dataset_dir), Path(data_dir), flags
 
-    @classmethod
-    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        """Files and folders that must exist before the set is opened."""
-        return [dataset_dir / file for file in cls.files]
+    def paths(self) -> list[Path]:
+        """Files and folders that must exist before the set is opened; the first is its own."""
+        return [self.dataset_dir / file for file in self.files]
+
+    def opened(self) -> Self:
+        """The set, ready to be read. Raises UserError for missing files and for those of another schema."""
+        paths = self.paths()
+        require_paths((self.name, path) for path in paths)
+        self.open(*paths)
+        return self
 
     @abstractmethod
-    def open(self, *paths: Any, **options: Any) -> None:
+    def open(self, *paths: Any) -> None:
         """Open the set, of which `paths` are. Raises UserError."""
 
     @abstractmethod

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.paths import require_paths
 from self1e.data.samples import TrainingSet
 from self1e.data.sets.custom import Custom
 from self1e.data.sets.expressions import ExpressionSet
@@ -92,15 +91,13 @@ def get_splits(names: Iterable[str]) -> dict[str, SplitEntry]:
 
 def split_paths(names: Iterable[str], dataset_dir: str | Path) -> list[tuple[str, Path]]:
     """(split, path) of every file and folder that the splits need."""
-    entries = get_splits(names)
-    return [(name, path) for name in entries for path in entries[name].reader.paths(name, Path(dataset_dir), Path())]
+    readers = {name: entry.reader(name, dataset_dir) for name, entry in get_splits(names).items()}
+    return [(name, path) for name, reader in readers.items() for path in reader.paths()]
 
 
 def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = False) -> ExpressionSet:
     """The photos of an evaluation split, sorted; allow_outside: see `paths.inside`. Raises UserError."""
-    entry = get_splits([name])[name]
-    require_paths(split_paths([name], dataset_dir))
-    return entry.reader(name, dataset_dir, allow_outside=allow_outside)
+    return get_splits([name])[name].reader(name, dataset_dir, allow_outside=allow_outside).opened()
 
 
 def file_stem(split: str) -> str:

@@ -17,7 +17,7 @@ AREA = 8 * 7
 
 
 def train(root, splits="train", **arguments):
-    return ReasonSeg(f"ReasonSeg|{splits}", root, **arguments)
+    return ReasonSeg(f"ReasonSeg|{splits}", root, **arguments).opened()
 
 
 def explain(root, **outputs):

@@ -21,7 +21,7 @@ def annotation(id, image_id, *polygons):
 
 
 def train(root, name, conversations=3):
-    return FAMILIES["refer_seg"][name](name, root, num_classes_per_sample=conversations)
+    return FAMILIES["refer_seg"][name](name, root, num_classes_per_sample=conversations).opened()
 
 
 def units(split):

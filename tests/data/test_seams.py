@@ -93,7 +93,7 @@ def test_a_new_family_has_its_flag(extension):
     assert parse(needed).video_seg_data == "frames"
     args = parse([*needed, "--dataset", "video_seg", "--video_seg_data", "frames||frames"])
     ((family, _),) = select(**vars(args))
-    assert [choice.training_set for choice in family] == [extension.Frames] * 2
+    assert [type(data) for data in family] == [extension.Frames] * 2
 
 
 def test_a_new_split_is_evaluated(extension, root, tmp_path, load_tiny, tiny_processor):

@@ -17,7 +17,7 @@ PUBLISHED = ("ade20k", "cocostuff", "mapillary", "paco_lvis", "pascal_part")
 
 
 def make(root, name, conversations=3):
-    return SETS[name](name, root, num_classes_per_sample=conversations)
+    return SETS[name](name, root, num_classes_per_sample=conversations).opened()
 
 
 def asked_for(question):

@@ -8,15 +8,16 @@ import pytest
 from helpers import SHARED, needs_shared
 from trees import H, W, photo, questions, write_json
 
-from self1e.data.families import FAMILIES, Choice
-from self1e.data.sets.vqa import QUESTIONS, QuestionSet
+from self1e.data.families import FAMILIES, select
+from self1e.data.loader import build_mixture
+from self1e.data.sets.vqa import QUESTIONS
 from self1e.errors import UserError
 
 SETS = FAMILIES["vqa"]
 
 
 def make(root, name):
-    return SETS[name](name, root, root)
+    return SETS[name](name, root, root).opened()
 
 
 def test_turns(tmp_path):
@@ -67,14 +68,15 @@ def test_a_broken_line_and_an_empty_file_name_the_source(tmp_path):
         make(tmp_path, "gqa")
     (tmp_path / QUESTIONS["gqa"]).write_text("")
     with pytest.raises(UserError, match="gqa: no training samples"):
-        Choice("gqa", QuestionSet, {"dataset_dir": tmp_path, "data_dir": tmp_path}).open()
+        selection = select(dataset="vqa", vqa_data="gqa", dataset_dir=tmp_path, data_dir=tmp_path)
+        build_mixture(selection, batch_size=1, seed=0)
 
 
 @needs_shared
 def test_counts_equal_the_published_loaders():
     golden = json.loads((SHARED / "golden" / "val_splits.json").read_text())["_counts"]
     counts = golden["VQADataset|llava_instruct_150k"]
-    data = SETS["llava_instruct_150k"]("llava_instruct_150k", SHARED / "minidata/dataset")
+    data = SETS["llava_instruct_150k"]("llava_instruct_150k", SHARED / "minidata/dataset").opened()
     rows = [data.sample(i, np.random.default_rng(0)).conversations[0] for i in range(len(data))]
     assert len(data) == counts["items"]
     assert sum(len(row) // 2 for row in rows) == counts["assistant_turns"]

@@ -154,19 +154,17 @@ class Custom(ExpressionSet):
             grows by records that were read and may not mean what they say.
     """
 
-    options = ("strict",)
     problems: list[str]
 
-    @classmethod
-    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        return [find_source(name.partition("|")[2])]
+    def paths(self) -> list[Path]:
+        return [find_source(self.name.partition("|")[2])]
 
-    def open(self, source: Path, *, strict: bool = True) -> None:
+    def open(self, source: Path) -> None:
         self.source, self.name = source, f"custom|{source.name}"
         tables = open_tables(source, read_source)
         self._photos, self._targets, faulty = tables["photos"], tables["targets"], list(tables["faulty"])
         self.problems = [*faulty, *(f"{source.name}: {problem}" for problem in tables["problems"])]
-        if strict:
+        if self.flags.get("strict", True):
             self._check(faulty)
 
     def _check(self, faults: list[str]) -> None:

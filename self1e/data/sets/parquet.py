@@ -66,12 +66,13 @@ class ParquetSplit(ExpressionSet):
 
     lower = False
 
-    @classmethod
-    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+    def paths(self) -> list[Path]:
         """A path that is given must exist; what the hub holds is found when the split is read."""
-        parts = name.split("|")
+        parts = self.name.split("|")
         if len(parts) != 3 or not all(parts):
-            raise UserError(f"{name!r} is no Parquet split; expected parquet|SOURCE|SPLIT, such as parquet|own/x|val")
+            raise UserError(
+                f"{self.name!r} is no Parquet split; expected parquet|SOURCE|SPLIT, such as parquet|own/x|val"
+            )
         return [Path(parts[1])] if parts[1].endswith(".parquet") or parts[1].count("/") > 1 else []
 
     def open(self, *paths: Path) -> None:

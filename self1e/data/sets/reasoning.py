@@ -30,30 +30,28 @@ class ReasonSeg(ExpressionSet):
                  half [SEG] alone, half [SEG] followed by the explanation.
     """
 
-    options = ("explanatory",)
     redrawn = True
     lower = stored = False
     asked = 1
 
-    @classmethod
-    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+    def paths(self) -> list[Path]:
         """The folders of the splits. Raises UserError for an unknown one."""
-        splits = (name.partition("|")[2] or "train").split("_")
+        splits = (self.name.partition("|")[2] or "train").split("_")
         check_known("unknown ReasonSeg split", splits, SPLITS)
-        return [dataset_dir / "reason_seg" / "ReasonSeg" / split for split in splits]
+        return [self.dataset_dir / "reason_seg" / "ReasonSeg" / split for split in splits]
 
-    def open(self, *folders: Path, explanatory: float = -1) -> None:
+    def open(self, *folders: Path) -> None:
         self.name = "ReasonSeg"
         self.photos = [folder / name for folder in folders for name in list_names(folder, ".jpg")]
         known = {photo.with_suffix(".json") for photo in self.photos}
         files = [folder / name for folder in folders for name in list_names(folder, ".json")]
         # For example because a photo ends with .JPG.
         self.problems = [f"{path} is not read: no {path.stem}.jpg is beside it" for path in files if path not in known]
-        self.explanatory = explanatory
+        self.explanatory = self.flags.get("explanatory", -1)
         self.explanations: dict[str, str] = {}
-        if explanatory != -1:
-            if not 0 <= explanatory <= 1:
-                raise UserError(f"--explanatory is {explanatory}; expected -1 (off) or a share from 0 to 1")
+        if self.explanatory != -1:
+            if not 0 <= self.explanatory <= 1:
+                raise UserError(f"--explanatory is {self.explanatory}; expected -1 (off) or a share from 0 to 1")
             path = folders[0].parent / "explanatory" / "train.json"
             records = read_json(path, list)
             self.explanations = dict(fields(record, str(path), image=str, outputs=str) for record in records)

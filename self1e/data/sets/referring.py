@@ -27,11 +27,10 @@ class Referring(ExpressionSet):
 
     sized = False  # instances.json states sizes of its own
 
-    @classmethod
-    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
+    def paths(self) -> list[Path]:
         """Expressions, instances, photos."""
-        name, partition, _ = _parts(name)
-        root = dataset_dir / "refer_seg"
+        name, partition, _ = _parts(self.name)
+        root = self.dataset_dir / "refer_seg"
         refs = f"grefs({partition}).json" if name == "grefcoco" else f"refs({partition}).p"
         photos = "saiapr_tc-12" if name == "refclef" else "mscoco/images/train2014"
         return [root / name / refs, root / name / "instances.json", root / "images" / photos]

@@ -75,9 +75,8 @@ class QuestionSet(TextSet):
     cap = 100_000
     rated = False
 
-    @classmethod
-    def paths(cls, name: str, dataset_dir: Path, data_dir: Path) -> list[Path]:
-        return [data_dir / QUESTIONS[name]]
+    def paths(self) -> list[Path]:
+        return [self.data_dir / QUESTIONS[self.name]]
 
     def open(self, source: Path) -> None:
         self.records, self.folder = open_tables(source, read_questions)["items"], source.parents[1]
