@@ -75,7 +75,7 @@ class Self1EProcessor(ProcessorMixin):
         config = Self1EConfig.from_pretrained(source, **kwargs)
         tokenizer = Qwen2Tokenizer.from_pretrained(source, **kwargs)
         if tokenizer.vocab_size < 256:  # bytes alone are 256: the library makes an empty one where files are absent
-            raise UserError(f"{source}: no tokenizer there; published weights go to --model_weights, over their base")
+            raise UserError(f"{source}: no tokenizer there; published weights need their base as --version")
         return cls(tokenizer, image_size=config.tile_size, tile_tokens=config.tile_tokens)
 
     def __call__(

@@ -350,7 +350,7 @@ def test_published_names_and_shapes_are_the_golden_ones(pack, tmp_path):
     written, given = (read_json(folder / "config.json") for folder in (tmp_path / "c", trained))
     for key in ("hidden_size", "num_hidden_layers", "vocab_size", "rope_theta", "tie_word_embeddings"):
         assert written["llm_config"][key] == given["llm_config"][key]
-    with pytest.raises(UserError, match="no tokenizer there.*--model_weights"):
+    with pytest.raises(UserError, match="no tokenizer there.*--version"):
         load(trained)
 
 
