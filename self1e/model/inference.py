@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from self1e.errors import UserError
 from self1e.model.batch import pack
 from self1e.model.photos import Photo, photo_of
-from self1e.model.prompts import ANSWER, END_OF_TURN, IMAGE_TAG, SEG, check_prompt, evaluation_prompt
+from self1e.model.prompts import ANSWER, END_OF_TURN, IMAGE_TAG, check_prompt, evaluation_prompt
 
 TEXT = "input_ids", "attention_mask", "row_image"
 Conversation = str | Sequence[dict[str, Any]]
@@ -268,6 +268,6 @@ def conversation_turns(conversation: Conversation) -> list[str]:
     texts = [message["content"] for message in messages]  # or the library's parts; the image is in front anyway
     texts = [x if isinstance(x, str) else "".join(y["text"] for y in x if y["type"] == "text") for x in texts]
     texts[0] = texts[0].removeprefix(IMAGE_TAG).removeprefix("\n")
-    for index, text in enumerate(texts):
-        check_prompt(text.replace(SEG, "it") if index % 2 else text)
+    for text in texts[::2]:
+        check_prompt(text)
     return [f"{IMAGE_TAG}\n{texts[0]}", *texts[1:]]
