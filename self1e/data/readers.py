@@ -119,10 +119,9 @@ class CocoIndex:
             raise UserError(f"{self.path} has no image id {unknown[0]}")
         return np.array([numbers[id] for id in image_ids])
 
-    def image(self, number: int) -> tuple[str, int, int]:
-        """(file name, height, width)."""
-        file_name, height, width = self._images[int(number)]
-        return file_name, height, width
+    def image(self, number: int) -> list[Any]:
+        """[file name, height, width]."""
+        return self._images[int(number)]
 
     def annotation(self, id: int) -> dict:
         """{id, category_id, segmentation} of an annotation. Raises UserError for an unknown id."""
