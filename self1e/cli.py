@@ -25,11 +25,11 @@ COMMANDS = {  # by name: where it is, what it makes
     "card": ("self1e.training.card", "the model card of a checkpoint, with its scores"),
     "check-data": ("self1e.apps.check_data", "counts and faults of the data trees or of own data"),
     "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),
-    # For developers.
     "make-shapes": ("self1e.apps.make:shapes", "a synthetic data tree in every format"),
     "make-tiny": ("self1e.apps.make:tiny", "a tiny InternVL3 checkpoint with random weights"),
     "pictures": ("self1e.apps.pictures", "what each part of the method does to a photo"),
 }
+FOR_DEVELOPERS = -3  # from here on
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # matplotlib draws a box in its place
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if name not in COMMANDS:
-        listed = "".join(f"  {command:<12}{text}\n" for command, (_, text) in COMMANDS.items())
-        usage = f"usage: self1e COMMAND ...\n\n{listed}\nself1e COMMAND --help tells more."
+        lines = [f"  {command:<12}{text}" for command, (_, text) in COMMANDS.items()]
+        lines.insert(FOR_DEVELOPERS, "\nfor developers:")
+        usage = "\n".join(["usage: self1e COMMAND ...\n", *lines, "\nself1e COMMAND --help tells more."])
         if name in ("-h", "--help"):
             print(usage)
             return 0
