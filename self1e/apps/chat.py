@@ -20,8 +20,8 @@ def prepare(processor, with_image: bool, job: Job) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `self1e chat` with command line `argv`; returns the exit code."""
     parser = flags("chat", __doc__)
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit of an answer (default 256)")
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts of a photo answered together (default 8)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit of an answer")
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts of a photo answered together")
     args = parser.parse_args(argv)
     options = {
         "max_new_tokens": args.max_new_tokens,

@@ -29,6 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from self1e.apps.loading import Help
 from self1e.data.families import FAMILIES
 from self1e.data.paths import list_names
 from self1e.data.samples import Sample, SampleError, TrainingSet
@@ -213,9 +214,6 @@ def write_parts(source: Path, share: float) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
-
     parser = argparse.ArgumentParser("self1e check-data", None, __doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("path", metavar="PATH", type=Path, help="the tree's dataset folder, or own data (file or folder)")

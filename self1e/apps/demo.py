@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from self1e import Self1EProcessor
-from self1e.apps.loading import add_model_flags, load
+from self1e.apps.loading import Help, add_model_flags, load
 from self1e.apps.segment import Output
 from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
@@ -131,11 +131,10 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Load the model and serve until Ctrl-C or SIGTERM; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="self1e demo", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="self1e demo", description=__doc__, allow_abbrev=False, formatter_class=Help)
     add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves every machine that can reach this one")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="of the page")
     parser.add_argument("--queue", type=int, default=16, help="requests that may wait; more are refused")
     parser.add_argument("--max_upload", default="30mb", help="larger files are refused")
     args = parser.parse_args(argv)

@@ -38,7 +38,7 @@ from pycocotools import mask as coco
 from tqdm import tqdm
 
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
-from self1e.apps.loading import add_model_flags, load
+from self1e.apps.loading import Help, add_model_flags, load
 from self1e.data.masks import encode_mask
 from self1e.data.paths import inside
 from self1e.data.samples import SampleError, load_image
@@ -72,9 +72,8 @@ def prompt_text(argument: str) -> str:
 def flags(command: str, description: str | None) -> argparse.ArgumentParser:
     """The flags that segment and chat share."""
     parser = argparse.ArgumentParser(
-        prog=f"self1e {command}", description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog=f"self1e {command}", description=description, allow_abbrev=False, formatter_class=Help
+    )
     add_model_flags(parser)
     # fmt: off
     add = parser.add_argument
@@ -354,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = flags("segment", __doc__)
     add = parser.add_argument
     # fmt: off
-    add("--batch_tokens", type=int, default=8192, help="tokens in one forward pass, padding included (default 8192)")
+    add("--batch_tokens", type=int, default=8192, help="tokens in one forward pass, padding included")
     add("--prompt_kind", choices=("auto", "phrase", "sentence"), default="auto",
         help="how prompts are asked; auto: what ends like a sentence is one")
     # fmt: on

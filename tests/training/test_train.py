@@ -204,7 +204,7 @@ def test_added_tokens_alone_train_and_continue(tied, tiny_version, make_tiny, sh
 
 WRONG = {
     "unknown family": (["--dataset", "sem_seg||pictures"], "--dataset: unknown 'pictures'; known: sem_seg"),
-    "short limit for tiles": (["--model_max_length", "40", "--high_res"], "does not fit --model_max_length 40"),
+    "short limit for tiles": (["--model_max_length", "40", "--high_res"], "do not fit --model_max_length 40"),
     "late layer": (["--lora_from_layer", "9"], "--lora_from_layer 9"),
     "no checkpoint": (["--resume", "."], "no checkpoint there"),
 }
