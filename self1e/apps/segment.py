@@ -80,7 +80,6 @@ def flags(command: str, description: str | None) -> argparse.ArgumentParser:
     add("--image", nargs="+", required=True, metavar="PATH", help="photos, folders, .txt with a path per line, or "
         ".csv and .jsonl with `image` and, where photos have their own prompts, `prompt`; paths relative to the file")
     add("--prompt", nargs="+", default=[], type=prompt_text, metavar="TEXT", help="asked of every photo, one by one")
-    add("--prompts_file", type=Path, metavar="FILE", help="more prompts for every photo, one per line")
     add("--output", type=Path, required=True, metavar="FOLDER")
     add("--overwrite", action="store_true", help="remove what an earlier run wrote there, and begin anew")
     add("--threshold", type=float, default=0.5, help="foreground probability above which a pixel belongs to the mask")
@@ -89,14 +88,6 @@ def flags(command: str, description: str | None) -> argparse.ArgumentParser:
     add("--workers", type=int, help="processes that decode and tile photos; unset: 4 for each GPU, 1 on a CPU")
     # fmt: on
     return parser
-
-
-def lines_of(flag: str, path: Path) -> list[str]:
-    """The lines of a text file that are not blank."""
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: {error}") from error
 
 
 def photos_of(path: Path, output: Path) -> list[tuple[Path, str]]:
@@ -110,7 +101,8 @@ def photos_of(path: Path, output: Path) -> list[tuple[Path, str]]:
         return [(file, "") for file in shown if output not in file.resolve().parents]
     try:
         if path.suffix.lower() == ".txt":
-            table = pd.DataFrame({"image": lines_of("--image", path)})
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            table = pd.DataFrame({"image": [line.strip() for line in lines if line.strip()]}, dtype=str)
         elif path.suffix.lower() == ".csv":
             table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
         elif path.suffix.lower() == ".jsonl":
@@ -128,18 +120,17 @@ def photos_of(path: Path, output: Path) -> list[tuple[Path, str]]:
 def find_jobs(args: argparse.Namespace) -> list[Job]:
     """The photos, as absolute paths, sorted, each once, with all that is asked of it. Raises UserError for neither."""
     logit_of(args.threshold)
-    common = [*args.prompt, *(lines_of("--prompts_file", args.prompts_file) if args.prompts_file else ())]
     jobs: dict[Path, dict[str, None]] = {}
     for text in args.image:
         photos = photos_of(Path(os.path.abspath(text)), args.output.resolve())
         if not photos:
             raise UserError(f"--image {text}: no photos in it, outside of --output ({', '.join(sorted(PHOTOS))})")
         for photo, own in photos:
-            jobs.setdefault(photo, dict.fromkeys(common)).update({own: None} if own else {})
+            jobs.setdefault(photo, dict.fromkeys(args.prompt)).update({own: None} if own else {})
     if absent := [str(path) for path in jobs if not path.exists()]:
         raise UserError(f"--image: no such file: {', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}")
     if not all(jobs.values()):
-        raise UserError("no prompt: give --prompt, --prompts_file with one per line, or a column `prompt` in --image")
+        raise UserError("no prompt: give --prompt, or a column `prompt` in --image")
     for prompt in {prompt for asked in jobs.values() for prompt in asked}:
         check_prompt(prompt)
     check_writable(args.output)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from huggingface_hub.dataclasses import strict
 from transformers import InternVLConfig, InternVLVisionConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from self1e.errors import UserError, check_known
-from self1e.files import check_fetched
+from self1e.files import check_fetched, check_utf8
 from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
@@ -98,7 +99,7 @@ class Self1EConfig(InternVLConfig):
         try:
             values, kwargs = super().get_config_dict(source, **kwargs)
         except OSError as error:
-            raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{source}: {held_checkpoints(source) or str(error).splitlines()[0]}") from error
         return native_config(values, source), kwargs
 
 
@@ -106,8 +107,20 @@ class Self1EConfig(InternVLConfig):
 SWITCHES: dict[str, dict[str, Any]] = {one.name: one.metadata["flag"] for one in fields(Self1EConfig) if one.metadata}
 
 
+def held_checkpoints(source: str) -> str:
+    """The checkpoints in folders of a repository of the hub, with the command that fetches one; "" without any."""
+    try:
+        files = [] if Path(source).is_dir() else HfApi().list_repo_files(source)
+    except Exception:  # the hub cannot be reached, or knows no such repository
+        files = []
+    found = sorted(name.removesuffix("/config.json") for name in files if name.endswith("/config.json"))
+    command = "".join(f"hf download {source} --include '{name}/*' --local-dir FOLDER" for name in found[:1])
+    return command and f"several checkpoints, {', '.join(found)}; {command}"
+
+
 def check_source(source: str, subfolder: str | None = None) -> None:
     """Raise UserError for a path without a checkpoint or with pointers of Git LFS, before anything asks the hub."""
+    check_utf8(source)
     path, advice = Path(source), "give a checkpoint's folder, a run's, or a hub id such as OpenGVLab/InternVL3-2B"
     if path.is_dir():
         folder = path / (subfolder or "")

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import hashlib
 import re
+import sys
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import cached_file, logging
 
+from self1e import distributed
 from self1e.errors import UserError, check_known
 from self1e.files import read_json, replacing, write_json
 from self1e.model.config import LOSS_WEIGHTS, SWITCHES, Self1EConfig, original_config
@@ -29,6 +31,7 @@ from self1e.model.processor import HUB_OPTIONS, Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
 
 HEAD = "segmentation_head."
+LARGE = 5 * 10**8  # bytes of weights that take seconds to read
 # Applied in this order to every key, reversed on writing: (original, native).
 RENAMINGS = (
     (r"^vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
@@ -104,6 +107,10 @@ class CheckpointMixin:
         if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
             # The library would load it over the weights.
             raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
+        folder = Path(str(cached_file(source, "config.json", **hub))).parent
+        size = sum(file.stat().st_size for file in [*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+        if size > LARGE and distributed.is_main():
+            print(f"loading {source} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             with quiet():
@@ -124,13 +131,14 @@ class CheckpointMixin:
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Write the layout `self1e`, with native tensor names; `save_checkpoint` also writes `published`.
 
-        Weight files of an earlier save there are removed: the library would read those first.
+        Weight files of an earlier save there are removed, and an adapter: the library would read those first.
         """
         kwargs.setdefault("save_original_format", False)
         self.config.weights_id = uuid.uuid4().hex
         for name in ("model.safetensors", "pytorch_model.bin"):
             Path(save_directory, name).unlink(missing_ok=True)
             Path(save_directory, f"{name}.index.json").unlink(missing_ok=True)
+        Path(save_directory, "adapter_config.json").unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
 
 

@@ -51,9 +51,8 @@ def records(output) -> list[dict]:
 
 
 def test_a_folder_of_photos(version, photos, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text(f"\ufeff{PROMPTS[1]}\n\n  {PROMPTS[2]} \n", encoding="utf-8")
     output = photos / "out"  # its files must not be taken for photos
-    arguments = ["--image", photos, "--prompt", PROMPTS[0], "--prompts_file", tmp_path / "prompts.txt"]
+    arguments = ["--image", photos, "--prompt", *PROMPTS]
     assert run(version, output, *arguments, "--batch_tokens", 300) == 1
     printed = capsys.readouterr()
     assert "broken.jpg" in printed.err and "._cat" not in printed.err and "photos per second" in printed.out
@@ -249,7 +248,6 @@ def test_base_model_is_refused(tmp_path, photos, capsys):
         (["--image", "{empty}", "--prompt", "it"], 1, "no photos"),
         (["--image", "{photo}"], 1, "no prompt"),
         (["--image", "{photo}", "--prompt", "the [SEG]"], 1, "reserved token"),
-        (["--image", "{photo}", "--prompts_file", "{empty}/nothing.txt"], 1, "nothing.txt"),
         (["--image", "{photo}", "absent.jpg", "gone.png", "--prompt", "it"], 1, "absent.jpg"),
         (["--image", "{out}", "--prompt", "it"], 1, "outside of --output"),
         (["--image", "{photo}", "--prompt", "it", "--threshold", "1.5"], 1, "--threshold"),

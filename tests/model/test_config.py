@@ -183,6 +183,14 @@ def test_a_folder_without_config_is_refused(tmp_path):
         Self1EConfig.from_pretrained(tmp_path)
 
 
+def test_a_repository_of_several_checkpoints_lists_them(monkeypatch):
+    files = ["README.md", "small/config.json", "small/model.safetensors", "large/config.json"]
+    monkeypatch.setattr("self1e.model.config.HfApi.list_repo_files", lambda self, name: files)
+    for read_anything in Self1EConfig.from_pretrained, weights_identity:
+        with pytest.raises(UserError, match=r"several checkpoints, large, small; hf download nobody/nothing"):
+            read_anything("nobody/nothing")
+
+
 def test_an_absent_repository_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for read_anything in Self1EConfig.from_pretrained, weights_identity:

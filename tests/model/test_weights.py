@@ -171,6 +171,14 @@ def test_loading_is_silent(tiny_version, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_loading_names_large_weights_and_is_silent_otherwise(tiny_version, capfd, monkeypatch):
+    load(tiny_version)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr("self1e.model.weights.LARGE", 1000)
+    load(tiny_version)
+    assert re.fullmatch(rf"loading {re.escape(str(tiny_version))} \(0\.\d GB\)\n", capfd.readouterr().err)
+
+
 def test_unknown_keywords_are_named(tiny_version):
     with pytest.raises(TypeError, match="mask_feature"):
         load(tiny_version, mask_feature="rfr")
