@@ -20,7 +20,8 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
     Until then it lies beside `path` under a hidden name. Missing folders are made.
     """
-    partial, previous = (path.with_name(f".{path.name}.{word}") for word in ("partial", "previous"))
+    own = "partial" if folder else f"partial{os.getpid()}"  # several evaluations may write one summary together
+    partial, previous = (path.with_name(f".{path.name}.{word}") for word in (own, "previous"))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _remove(partial)
