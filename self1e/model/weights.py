@@ -108,15 +108,18 @@ class CheckpointMixin:
             # The library would load it over the weights.
             raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
         folder = Path(str(cached_file(source, "config.json", **hub))).parent
-        size = sum(file.stat().st_size for file in [*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+        files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
+        if Path(source).is_dir():
+            named = [read_json(index, dict)["weight_map"].values() for index in folder.glob("*.index.json")]
+            absent = sorted({folder / name for names in named for name in names} - files)
+            if absent or not files:
+                raise UserError(f"{absent[0] if absent else 'model.safetensors'} missing in {folder}: fetch them")
+        size = sum(file.stat().st_size for file in files)
         if size > LARGE and distributed.is_main():
             print(f"loading {source} ({size / 1e9:.1f} GB)", file=sys.stderr, flush=True)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        try:
-            with quiet():
-                model, report = super().from_pretrained(source, *args, config=base, **kwargs)
-        except OSError as error:  # a file is missing
-            raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
+        with quiet():
+            model, report = super().from_pretrained(source, *args, config=base, **kwargs)
         model.round_rope()  # loading has computed the frequencies anew
         model.trained_head = check_fit(model, report, source, trained=weights is not None)
         if processor is not None:
