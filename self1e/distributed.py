@@ -167,13 +167,13 @@ def run_program(program: Callable[[], int]) -> int:
             sys.stderr.write(f"\n{stop if stop.args else 'interrupted'}\n")
         code = INTERRUPTED
     except Exception as error:
-        told = isinstance(error, UserError)
-        if not told and not launched():
+        expected = isinstance(error, UserError)
+        if not expected and not launched():
             raise
-        if launched() and not (told and is_main()):
+        if launched() and not (expected and is_main()):
             time.sleep(PATIENCE)
         cause = str(error).rpartition("errors.UserError: ")[2]  # without the traceback that data workers put before it
-        print(f"\nerror: {cause}" if told else traceback.format_exc(), file=sys.stderr)
+        print(f"\nerror: {cause}" if expected else traceback.format_exc(), file=sys.stderr)
         code = 1
     finally:
         # Data workers that a traceback still holds: Python would send them a SIGTERM, which they ignore.

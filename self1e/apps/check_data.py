@@ -54,8 +54,6 @@ EMPTY_QUESTIONS = {""} | {
     " ".join(template.format("").split())
     for template in (*prompts.SHORT_QUESTIONS, *prompts.LONG_QUESTIONS, *(prompts.IMAGE_TAG + end for end in ENDS))
 }
-
-
 Read = Callable[[Any, int], Sample | None]  # record of a set -> its sample; None without a label
 
 
@@ -87,8 +85,7 @@ def sets_of(args: argparse.Namespace) -> Iterator[tuple[str, TrainingSet, Read]]
     """(name, set, how it is read) of own data, or of a tree's training sets and evaluation splits."""
     flags = {"dataset_dir": args.path, "data_dir": args.data_dir, "allow_outside": args.allow_outside}
     if not args.tree:
-        # Not strict: with faults for which training would refuse it.
-        yield str(args.path), Custom(f"custom|{args.path}", **flags, strict=False), read_unit
+        yield str(args.path), Custom(f"custom|{args.path}", **flags, strict=False), read_unit  # also a faulty one
         return
     for name, training_set in (each for family in FAMILIES.values() for each in family.items()):
         yield name, training_set(name, **flags, num_classes_per_sample=ALL), read_sample

@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from self1e.apps.loading import load
+from self1e.apps.loading import Help, load
 from self1e.errors import UserError
 from self1e.files import replacing, write_json
 from self1e.model.attention import perception_mask
@@ -129,8 +129,7 @@ def write_graph(model, processor, grid: tuple[int, int], folder: Path) -> tuple[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="self1e export", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(prog="self1e export", description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("version", metavar="MODEL", type=checkpoint_folder, help="model folder, run folder or hub id")
     add("target", metavar="DST", type=Path, help="folder that does not exist yet")
