@@ -130,7 +130,7 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load the model and serve until Ctrl-C or SIGTERM; returns the exit code."""
+    """Load the model and serve until Ctrl-C or SIGTERM, which end the process."""
     parser = argparse.ArgumentParser(prog="self1e demo", description=__doc__, allow_abbrev=False, formatter_class=Help)
     add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves every machine that can reach this one")
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if find_spec("gradio") is None:
         raise UserError("the demo needs Gradio: pip install 'self1e[demo]'")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     model, processor = load(args)
     name = "/".join(Path(args.model_weights or args.version).resolve().parts[-2:])
     with tempfile.TemporaryDirectory(prefix="self1e_demo_", ignore_cleanup_errors=True) as folder:
@@ -158,5 +158,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             footer_links=[], max_file_size=args.max_upload, prevent_thread_lock=True,
         )  # fmt: skip
         print(f"Self1E is at http://{args.host}:{args.port} until Ctrl-C", flush=True)
-        page.block_thread()
-    return 0
+        page.block_thread()  # which Ctrl-C ends
+    sys.stdout.flush()
+    os._exit(0)  # Python would wait for a request's thread, or torch abort in the midst of its work

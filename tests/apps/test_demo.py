@@ -134,8 +134,15 @@ def test_in_a_browser(server, tmp_path, width):
 
 
 def test_sigterm_leaves_nothing_behind(server):
-    """The last test of the server, because it ends it."""
-    _, process, folder = server
+    """The last test of the server, because it ends it, in the middle of a request."""
+    from gradio_client import Client, handle_file
+
+    url, process, folder = server
+    client = Client(url, verbose=False, httpx_kwargs={"trust_env": False})
+    job = client.submit(handle_file(str(EXAMPLE)), "thing\n" * 100, CHAT, api_name="/answer")
+    while not job.outputs():
+        assert not job.done()
+        time.sleep(0.05)
     assert list((folder / "tmp").glob("self1e_demo_*"))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0 and not list((folder / "tmp").iterdir())
