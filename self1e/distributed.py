@@ -149,6 +149,8 @@ def run_program(program: Callable[[], int]) -> int:
     if not launched():
         for name in VARIABLES:  # libraries would take what is left of them for a launcher's
             os.environ.pop(name, None)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it out, and warn about it
     try:
         if launched() and os.environ["WORLD_SIZE"] != "1" and not any(name in os.environ for name in MARKS):
             names = ", ".join(VARIABLES)

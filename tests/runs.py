@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from helpers import ROOT, free_port, hear_ctrl_c
 
-from self1e.training import train as program
+from self1e.cli import main
 from self1e.training.curves import read_log
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
@@ -30,7 +30,7 @@ def command(version: Path, shapes: Path, runs: Path, name: str, *flags: str) -> 
 
 def train(*args, code: int = 0) -> None:
     """A run in this process."""
-    assert program.main(command(*args)) == code
+    assert main(["train", *command(*args)]) == code
 
 
 # A test process has threads (of the test runner, of servers under test), so that a fork of it can hang: children come
@@ -95,7 +95,7 @@ def _train_and_exit(flags: list[str], at: str, call: int, do: Callable[[], None]
     multiprocessing.set_start_method(None, force=True)  # or data workers would load the libraries anew
     if do is not None:
         intervene(at, call, do)
-    sys.exit(program.main(flags))
+    sys.exit(main(["train", *flags]))
 
 
 def intervene(at: str, call: int, do: Callable[[], None]) -> None:

@@ -240,7 +240,7 @@ def fit(
                 losses, use = Counter(), Counter()
             if step == ADVICE_AT and device.type == "cuda":
                 spare = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
-                distributed.say(advice(args.gradient_checkpointing, kept, spare))
+                distributed.say(advice(args.gradient_checkpointing, kept, spare, compiled=args.compile))
             if stopped or step % args.save_steps == 0 or step == steps:
                 save(step)
             if validate and not stopped and (step % args.eval_steps == 0 or step == steps):

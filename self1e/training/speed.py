@@ -55,10 +55,15 @@ def count_work(model: Self1EForSegmentation, dtype: torch.dtype) -> Counter:
     return work
 
 
-def advice(now: str | None, kept: int, spare: int) -> str:
-    """Which kind of checkpointing would fit. now: the flag's value. kept: the most of a pass. spare: free bytes."""
+def advice(now: str | None, kept: int, spare: int, *, compiled: bool = False) -> str:
+    """Which kind of checkpointing would fit. now: the flag's value. kept: the most of a pass. spare: free bytes.
+
+    compiled: layers are, so that they cannot be checkpointed selectively.
+    """
     current = f"--gradient_checkpointing {now}" if now else "--no-gradient_checkpointing"
     needed = {kind: (factor - KINDS[current]) * kept for kind, factor in KINDS.items()}
+    if compiled:
+        del needed["--gradient_checkpointing selective"]
     best = next(kind for kind, more in needed.items() if more < 0.9 * spare)
     text = f"memory: {spare / 1e9:.0f} GB of the GPU stay free; "
     if needed[best] <= 0:

@@ -40,14 +40,9 @@ from self1e.training.speed import compile_layers, count_work
 
 
 def main(argv: list[str]) -> int:
-    """Run the program and return its exit code; docs/training.md lists them."""
+    """Train and evaluate, or evaluate alone; returns the exit code, docs/training.md lists them."""
     args = parse(argv)
     prepare_libraries()
-    return distributed.run_program(lambda: run(args))
-
-
-def run(args: Namespace) -> int:
-    """Train and evaluate, or evaluate alone; returns the exit code."""
     main, trains = distributed.is_main(), not args.eval_only
     if main:
         check_utf8(args.run_dir)
@@ -71,9 +66,7 @@ def prepare_libraries() -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)  # of 5.23 on
     disable_progress_bar()  # of loading and writing shards, amid our own
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it out, and warn about it
-    elif "PYTORCH_ALLOC_CONF" not in os.environ:  # read at the first use of the GPU; without it, memory fragments
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # read at the first use of a GPU; without it, memory fragments
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 

@@ -52,6 +52,7 @@ def test_advice_names_what_fits():
     assert "--no-gradient_checkpointing would take about 27 GB" in advice("full", kept, 40 * spare)
     assert "selective would take about 18 GB of them and save about 30%" in advice("full", kept, 25 * spare)
     assert "--gradient_checkpointing full is the fastest" in advice("full", kept, 10 * spare)
+    assert "--gradient_checkpointing full is the fastest" in advice("full", kept, 25 * spare, compiled=True)
     assert "--no-gradient_checkpointing would take about 9 GB" in advice("selective", kept, 25 * spare)
     assert "--no-gradient_checkpointing is the fastest" in advice(None, kept, spare)
 
