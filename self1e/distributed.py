@@ -159,8 +159,8 @@ def run_program(program: Callable[[], int]) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()  # without it, torch can abort at the exit
         return code
-    except Stopped as stop:
-        say(f"stopped on request; {stop if stop.args else 'the same command continues'}")
+    except Stopped:
+        say("stopped on request; the same command continues, a training with --auto_resume")
         code = REQUEUE
     except KeyboardInterrupt as stop:
         if launched():  # it passes on what the terminal has sent already

@@ -11,7 +11,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(s
 
 
 class Stopped(Exception):
-    """A run was asked to stop and has saved what it did; the message says how it continues."""
+    """A run was asked to stop and has saved what it did."""
 
 
 def launchers() -> list[psutil.Process]:
@@ -39,7 +39,7 @@ class StopRequest:
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
         if self.mark and error is Stopped:
-            self.mark.write_text("stopped on request; the same command continues\n")
+            self.mark.write_text("stopped on request\n")
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -29,7 +29,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from self1e.apps.loading import Help
 from self1e.data.families import FAMILIES
 from self1e.data.paths import list_names
 from self1e.data.samples import Sample, SampleError, TrainingSet
@@ -40,6 +39,7 @@ from self1e.errors import UserError
 from self1e.evaluation.results import markdown_table
 from self1e.files import check_writable, read_json, to_jsonl, write_json, write_text
 from self1e.model import prompts
+from self1e.model.config import Help
 from self1e.visualize import grid, overlay, panel
 
 SHEET = Path("runs/check_data/contact_sheet.png")  # git ignores `runs`

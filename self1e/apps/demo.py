@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from self1e import Self1EProcessor
-from self1e.apps.loading import Help, add_model_flags, load
+from self1e.apps.loading import add_model_flags, load
 from self1e.apps.segment import Output
 from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
+from self1e.model.config import Help
 from self1e.model.inference import Reply
 from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import SEG, check_prompt

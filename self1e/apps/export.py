@@ -31,10 +31,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from self1e.apps.loading import Help, load
+from self1e.apps.loading import load
 from self1e.errors import UserError
 from self1e.files import replacing, write_json
 from self1e.model.attention import perception_mask
+from self1e.model.config import Help
 from self1e.model.grids import stitch_tiles
 from self1e.model.modeling import without_dynamic_rope
 from self1e.model.processor import HIGH_RES_TILES, MEAN, STD

@@ -15,13 +15,6 @@ from self1e.model.weights import checkpoint_folder
 UNQUANTIZED = ["lm_head", "segmentation_head", "model.multi_modal_projector"]  # trained in full, not by adapters
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of a description, and shows the defaults of flags that have one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, False, []) else action.help
-
-
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that `load` takes."""
     # fmt: off

@@ -38,7 +38,7 @@ from pycocotools import mask as coco
 from tqdm import tqdm
 
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
-from self1e.apps.loading import Help, add_model_flags, load
+from self1e.apps.loading import add_model_flags, load
 from self1e.data.masks import encode_mask
 from self1e.data.paths import inside
 from self1e.data.samples import SampleError, load_image
@@ -46,6 +46,7 @@ from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
 from self1e.evaluation.results import claim_folder
 from self1e.files import check_writable, replacing, to_jsonl
+from self1e.model.config import Help
 from self1e.model.inference import Reply, logit_of, masks_of
 from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt

@@ -50,8 +50,9 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool, 
             differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
             raise UserError(f"{folder} holds results of other settings: {changes}. {remedy}")
-        for file in (*folder.glob("*.json*"), folder / "summary.md"):
-            file.unlink(missing_ok=True)
+        made = "*.json*", "summary.md", "official/**/*", "*/overview.png", "*/*_iou*.jpg"
+        for file in [path for pattern in made for path in folder.glob(pattern) if path.is_file()]:
+            file.unlink()
     if before != now:
         write_json(path, now)
 

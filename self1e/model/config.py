@@ -26,6 +26,14 @@ from self1e.model.head import HEADS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of a description, and shows the defaults of flags that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default is False or action.default == []
+        return action.help if unset else super()._get_help_string(action)
+
+
 def switch(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
     """A choice about the method, on or off without `choices`: a field, and what `add_argument` takes for its flag."""
     kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if choices is None else {"choices": choices}

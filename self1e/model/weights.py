@@ -220,6 +220,12 @@ def checkpoint_folder(text: str) -> str:
     return str(inside) if is_run else text
 
 
+def evaluated(run_dir: Path, version: str | None, weights: str | None) -> str | None:
+    """The `--version` that an evaluation means: the run's own `ckpt_model`, unless weights over another are given."""
+    own = run_dir / "ckpt_model"
+    return str(own) if None in (version, weights) and (own / "config.json").is_file() else version
+
+
 def weights_identity(version: str | Path, weights: str | Path | None = None) -> dict[str, str | None]:
     """What tells these weights from all others wherever they lie: `weights`, those that are loaded, and their `base`.
 

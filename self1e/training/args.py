@@ -17,8 +17,8 @@ from self1e import distributed
 from self1e.data.families import DEFAULT_FAMILIES, DEFAULTS, FAMILIES
 from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
-from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, check_source
-from self1e.model.weights import checkpoint_folder
+from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, Help, check_source
+from self1e.model.weights import checkpoint_folder, evaluated
 from self1e.training.deepspeed_config import read_deepspeed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ ADAPTERS = (
 # fmt: off
 def make_parser() -> argparse.ArgumentParser:
     """All flags, in groups."""
-    parser = argparse.ArgumentParser(prog="self1e train", allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="self1e train", allow_abbrev=False, formatter_class=Help,
         usage="%(prog)s --version PATH --exp_name NAME [flags]",
         description="Fine-tune InternVL3 to segment by itself, then evaluate it.")
     parser.add_argument("--config", type=Path, nargs="+", default=[],
@@ -44,8 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         """Of the default's type; a bool makes `--NAME` and `--no-NAME`."""
         kind = options.pop("type", str if default is None else type(default))
         value: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        shown = help if default is None or kind is bool else f"{help} (default: {default})"
-        add(f"--{name}", help=shown, default=default, **value | options)
+        add(f"--{name}", help=help, default=default, **value | options)
 
     add = parser.add_argument_group("model").add_argument
     flag("version", None, "checkpoint: its folder, its run's folder or a hub id (InternVL3, -hf, or Self1E); an "
@@ -178,8 +177,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.eval_all_only:
         args.eval_only = args.eval_all_datasets = True
     args.splits = [*DEFAULT_SPLITS] if args.eval_all_datasets else (args.val_dataset or "ReasonSeg|val").split("||")
-    if args.version is None and args.eval_only and (args.run_dir / "ckpt_model" / "config.json").is_file():
-        args.version = str(args.run_dir / "ckpt_model")
+    if args.eval_only:
+        if args.version:
+            check_source(args.version)  # which is not loaded where the run holds its model
+        args.version = evaluated(args.run_dir, args.version, args.model_weights)
     if str(args.deepspeed) == "none":
         args.deepspeed = None
     elif distributed.launched() and args.deepspeed is None:
@@ -188,8 +189,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for wrong, message in contradictions(args, argv):
         if wrong:
             parser.error(message)
-    if args.eval_only:
-        check_source(args.version)  # which is not loaded where the run holds its model
     families = {*args.dataset.split("||")}
     own = "custom" in families and families <= {"custom", "vqa"}  # what is in the tree is none of its business
     args.final_splits = args.splits if own else list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from self1e.files import read_json
-from self1e.model.config import Self1EConfig
+from self1e.model.config import SWITCHES, Self1EConfig
 from self1e.model.weights import checkpoint_folder, weights_identity
 
 TEXT = """---
@@ -68,11 +68,13 @@ def write_card(folder: str | Path, *, base_model: str | None = None, command: st
 
 
 def evaluation(folder: Path) -> str:
-    """The section's text: the results beside the checkpoint that its own weights made."""
-    mine, tables = weights_identity(folder)["weights"], ""
+    """The section's text: the results beside the checkpoint that its own weights and switches made."""
+    config, mine, tables = Self1EConfig.from_pretrained(folder), weights_identity(folder)["weights"], ""
     for title, place in {"Segmentation": "eval", "Visual question answering": "eval_vqa"}.items():
-        table, settings = (folder.parent / place / name for name in ("summary.md", "settings.json"))
-        if table.is_file() and read_json(settings, dict).get("weights") == mine:
+        table, path = (folder.parent / place / name for name in ("summary.md", "settings.json"))
+        settings = read_json(path, dict) if table.is_file() else {}
+        unset = all(settings.get(name, value) == value for name, value in config.to_dict().items() if name in SWITCHES)
+        if settings.get("weights") == mine and unset:
             tables += f"### {title}\n\n{table.read_text(encoding='utf-8')}\n"
     return tables or "These weights have not been evaluated yet.\n"
 

@@ -29,8 +29,13 @@ from self1e.model.config import LOSS_FLAGS, SWITCHES
 from self1e.training.args import ADAPTERS, ROOT
 
 ARGS, STATE, ENGINE, PARTIAL = "args.yaml", "state.pt", "engine", "partial"
-RESULTS = ("checkpoints/checkpoint-*", "ckpt_model*", "eval/*.json")  # of a run, which cannot be had in a moment
-WRITTEN = ("checkpoints", "ckpt_model", "ckpt_model_published", "tensorboard", "validation", "eval")  # by a run
+RESULTS = (
+    "checkpoints/checkpoint-*",
+    "ckpt_model*",
+    "eval/*.json",
+    "eval_vqa/*.json",
+)  # of a run, which cannot be had in a moment
+WRITTEN = "checkpoints ckpt_model ckpt_model_published tensorboard validation eval eval_vqa".split()  # by a run
 # With other values of these flags the checkpoint is another run's.
 DECIDING = ["dataset", "sample_rates", "seed", "start_epoch", "batch_size", "trainable_embeddings", "precision"]
 DECIDING += [*ADAPTERS, *SWITCHES, *LOSS_FLAGS]
@@ -114,6 +119,14 @@ def check_resumable(checkpoint: Path, now: dict[str, Any], *, anyway: bool) -> N
             f"--resume_anyway to continue as another run:{changed('run')}"
         )
     distributed.say(f"settings that differ from those of {checkpoint}:{changed(*now) or ' none'}")
+
+
+def merged(checkpoint: Path | None, run_dir: Path, *, steps: int) -> bool:
+    """Whether the run's `ckpt_model` was made from this checkpoint, which is that of its last step."""
+    result = run_dir / "ckpt_model" / "config.json"
+    if checkpoint is None or checkpoint.parent != run_dir / "checkpoints" or not result.is_file():
+        return False
+    return step_of(checkpoint) >= steps and result.stat().st_mtime >= (checkpoint / ARGS).stat().st_mtime
 
 
 def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Accelerator, model, optimizer) -> None:

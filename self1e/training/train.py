@@ -28,7 +28,7 @@ from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG, SEG
-from self1e.model.weights import save_checkpoint, weights_identity
+from self1e.model.weights import evaluated, save_checkpoint, weights_identity
 from self1e.stop import Stopped, StopRequest
 from self1e.training import checkpoints
 from self1e.training.adapters import adapt, keep_frozen_in, merge_added_tokens, train_added_tokens
@@ -49,12 +49,12 @@ def main(argv: list[str]) -> int:
         check_writable(args.run_dir)
     alone = checkpoints.alone_in(args.run_dir) if trains and main else contextlib.nullcontext()
     with alone, StopRequest(args.run_dir) as stop:
+        anew = trains and train(args, stop)
         if trains:
-            train(args, stop)
             gc.collect()  # the trained model goes before the evaluation loads its own
             args.splits, args.model_weights = args.final_splits, None
         if not args.no_eval:
-            evaluate(args, stop)
+            evaluate(args, stop, overwrite=args.overwrite_eval or anew)
     return 0
 
 
@@ -70,8 +70,11 @@ def prepare_libraries() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def train(args: Namespace, stop: StopRequest) -> None:
-    """Train and write `<run_dir>/ckpt_model`. Raises `Stopped` when asked to stop before the last step."""
+def train(args: Namespace, stop: StopRequest) -> bool:
+    """Train and write `<run_dir>/ckpt_model`; returns False where a finished run is asked to continue.
+
+    Raises `Stopped` when asked to stop before the last step.
+    """
     # Everything that can be wrong is looked at first: before the model is loaded and an earlier run is removed.
     distributed.start(timeout=timedelta(seconds=args.timeout))
     checkpoint = distributed.on_main(lambda: checkpoints.find(args))  # on a shared disk nodes may see different ones
@@ -84,6 +87,9 @@ def train(args: Namespace, stop: StopRequest) -> None:
     settings = checkpoints.settings_of(args, sets=mixture.sizes, ranks=ranks)
     if checkpoint is not None:
         checkpoints.check_resumable(checkpoint, settings, anyway=args.resume_anyway)
+    if distributed.on_main(lambda: checkpoints.merged(checkpoint, args.run_dir, steps=steps)):
+        distributed.say(f"the run has its {steps} steps, and {args.run_dir / 'ckpt_model'} is their result")
+        return False
 
     set_seed(args.seed)  # the fresh head is the same on every rank
     model = load_model(args, torch.float32 if not args.deepspeed else DTYPES[args.precision])
@@ -153,7 +159,8 @@ def train(args: Namespace, stop: StopRequest) -> None:
     distributed.on_main(record.close)
     accelerator.free_memory()
     if not finished:
-        raise Stopped("continue with --auto_resume")
+        raise Stopped
+    return True
 
 
 def open_data(args: Namespace, splits: list[str]) -> Stream:
@@ -235,14 +242,13 @@ def score(args: Namespace, model, processor: Self1EProcessor, splits: list[str],
     return evaluate_splits(model, processor, splits, output_dir=place, **flags, **options)
 
 
-def evaluate(args: Namespace, stop: StopRequest) -> None:
+def evaluate(args: Namespace, stop: StopRequest, *, overwrite: bool) -> None:
     """Evaluate `args.splits` and write `<run_dir>/eval`. Raises `Stopped` when asked to stop.
 
-    Weights: `--model_weights`, else `<run_dir>/ckpt_model` if it is there, else the head inside `--version`.
+    overwrite: delete results of other weights and settings.
     """
-    trained = args.run_dir / "ckpt_model"
-    if args.model_weights is None and trained.is_dir():
-        args.version = str(trained)
+    trained, args.version = args.run_dir / "ckpt_model", evaluated(args.run_dir, args.version, args.model_weights)
+    distributed.say(f"evaluating {args.model_weights or args.version} on {', '.join(args.splits)}")
     processor = Self1EProcessor.from_pretrained(args.version)
     device = distributed.device()
     if device.type == "cpu":
@@ -254,13 +260,11 @@ def evaluate(args: Namespace, stop: StopRequest) -> None:
             f"{args.version} is a base model without a segmentation head, and {trained} does not exist: train first, "
             "or name trained weights with --model_weights"
         )
-    distributed.say(f"evaluating {args.model_weights or args.version} on {', '.join(args.splits)}")
     score(
         args, model, processor, args.splits, args.run_dir / "eval", visualize=args.eval_visualize,
         skip_missing=args.eval_all_datasets or not args.eval_only,
         weights=weights_identity(args.version, args.model_weights),
-        overwrite=args.overwrite_eval or not args.eval_only,  # a training that has just ended made new weights
-        asked_to_stop=lambda: stop.signal is not None,
+        overwrite=overwrite, asked_to_stop=lambda: stop.signal is not None,
     )  # fmt: skip
     if args.version == str(trained) and distributed.is_main():
         write_card(trained)  # with the table

@@ -62,6 +62,8 @@ def test_eval_takes_the_folder_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: Module)
     with pytest.raises(UserError, match="mine"):
         cli.evaluate(["segmentation", str(run)])
+    with pytest.raises(UserError, match="typo"):
+        cli.evaluate(["vqa", str(tmp_path / "typo"), "--version", "v"])
     (run / "ckpt_model").mkdir(parents=True)
     assert cli.evaluate(["segmentation", str(run), "--workers", "0"]) == 0
     assert cli.evaluate(["vqa", str(run), "--dynamic"]) == 0

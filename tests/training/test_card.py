@@ -1,7 +1,7 @@
 """The model card: what it knows, what stays of it, and whose figures it shows."""
 
 import pytest
-from helpers import make_trained
+from helpers import make_trained, read_json
 from huggingface_hub import ModelCard
 
 from self1e import Self1EForSegmentation
@@ -48,6 +48,10 @@ def test_a_card_says_how_to_use_it_how_it_was_trained_and_what_it_scored(checkpo
 def test_figures_of_other_weights_are_left_out(checkpoint):
     evaluate(checkpoint)
     assert "59.4" in write_card(checkpoint).read_text()
+    settings = checkpoint.parent / "eval/settings.json"
+    write_json(settings, read_json(settings) | {"attention_pathway": "causal"})  # not the checkpoint's
+    assert "59.4" not in write_card(checkpoint).read_text()
+    evaluate(checkpoint)
     Self1EForSegmentation.from_pretrained(checkpoint).save_pretrained(checkpoint)  # other weights now
     card = ModelCard.load(write_card(checkpoint))
     assert "59.4" not in card.text

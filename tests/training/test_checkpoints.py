@@ -102,7 +102,7 @@ def test_a_strangers_checkpoint_runs_no_code(run, tiny_version, shapes, monkeypa
     monkeypatch.chdir(run)
     torch.save({"weights": Evil()}, run / "checkpoints/checkpoint-2/state.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
-        train(tiny_version, shapes, run.parent, "run", *FLAGS, "--auto_resume")
+        train(tiny_version, shapes, run.parent, "run", *FLAGS, "--max_steps", "3", "--auto_resume")
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(run / "checkpoints/checkpoint-2/state.pt", weights_only=False)  # as DeepSpeed does
     assert not (run / "pwned").exists()
@@ -121,6 +121,15 @@ def test_an_earlier_run_is_replaced_only_when_asked_and_when_all_else_is_right(r
     train(tiny_version, shapes, run.parent, "run", "--max_steps", "1", "--no_eval", "--overwrite")
     assert [path.name for path in checkpoints_in(run / "checkpoints")] == ["checkpoint-1"]
     assert [line["step"] for line in history(run)] == [1]
+
+
+def test_a_finished_run_is_not_merged_again(run, tiny_version, shapes):
+    """Its weights would be others by their id, and what was evaluated would be lost."""
+    before = (run / "ckpt_model/config.json").read_text()
+    train(tiny_version, shapes, run.parent, "run", *FLAGS, "--auto_resume")
+    assert (run / "ckpt_model/config.json").read_text() == before
+    train(tiny_version, shapes, run.parent, "run", *FLAGS, "--max_steps", "3", "--auto_resume")
+    assert (run / "ckpt_model/config.json").read_text() != before
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(run, tiny_version, shapes):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+import pandas as pd
 import yaml
 
 from self1e.data.splits import file_stem, get_splits
@@ -22,14 +23,18 @@ from self1e.evaluation.segmentation.report import read_figures, row_title
 from self1e.evaluation.vqa.run import VQA_BENCHMARKS
 from self1e.files import read_json
 
-# Flags in which runs of one recipe may differ, besides the seed.
-PLACES = "seed exp_name log_base_dir run_dir command config resume auto_resume overwrite local_rank".split()
+# What runs of one recipe may differ in.
+FREE = "seed exp_name log_base_dir run_dir command config resume auto_resume overwrite local_rank".split()
+FREE += "weights base code torch transformers".split()
 Row = dict[str, tuple[float, ...]]  # column -> its figures, in percent or points
 
 
 def read_run(run: Path) -> Row:
-    """The headline figures of a run. Raises UserError naming the folders looked at when it has none."""
+    """The headline figures of a run. Raises UserError for none, naming the folders, or where two models made them."""
     row: Row = {}
+    places = [run / "eval", run / "eval_vqa"]
+    if len({settings_in(folder)["weights"] for folder in places if (folder / "settings.json").is_file()}) > 1:
+        raise UserError(f"{places[0]} and {places[1]} are of different weights: evaluate one anew, --overwrite_eval")
     for split, figures in read_figures(run / "eval").items():
         entry, again = get_splits([split])[split], score(read_units(run / "eval" / f"{file_stem(split)}.jsonl"))
         row[row_title(figures)] = tuple(100 * again[name] for name in entry.headline)
@@ -44,12 +49,19 @@ def read_run(run: Path) -> Row:
 
 
 def recipe(run: Path) -> str:
-    """The flags that a run was trained with, but its seed and its name; where no checkpoint says them, the run."""
+    """How a run was trained and evaluated, but for its seed and its name; where no checkpoint says it, the run."""
     paths = run.glob("checkpoints/checkpoint-*/args.yaml")
     if (latest := max(paths, key=lambda path: path.stat().st_mtime, default=None)) is None:
         return str(run)
-    flags = yaml.load(latest.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["flags"]
-    return str(sorted((name, str(value)) for name, value in flags.items() if name not in PLACES))
+    saved = yaml.load(latest.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    said = saved["flags"] | saved["run"] | settings_in(run / "eval")
+    return str(sorted((name, str(value)) for name, value in said.items() if name not in FREE))
+
+
+def settings_in(folder: Path) -> dict:
+    """What decided the results in a folder; {} without any."""
+    path = folder / "settings.json"
+    return read_json(path, dict) if path.is_file() else {}
 
 
 def cell(rows: Sequence[Row], column: str) -> str:
@@ -67,16 +79,14 @@ def score_table(rows: Mapping[Path, Row]) -> list[list[str]]:
     for run, row in rows.items():
         groups.setdefault(recipe(run), []).append(row)
     lines = [(run.name, [row]) for run, row in rows.items()]
-    lines += [(f"mean of {len(group)} seeds", group) for group in groups.values() if len(group) > 1]
+    lines += [(f"mean of {len(group)} runs", group) for group in groups.values() if len(group) > 1]
     return [["run", *columns], *([name, *(cell(group, column) for column in columns)] for name, group in lines)]
 
 
 def latex(table: list[list[str]]) -> str:
     """A table for the package booktabs."""
-    escaped = [[text.replace("_", r"\_").replace("±", r"$\pm$") for text in row] for row in table]
-    header, *rows = (" & ".join(row) + r" \\" for row in escaped)
-    lines = [rf"\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}", r"\toprule", header, r"\midrule", *rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    frame, columns = pd.DataFrame(table[1:], columns=table[0]), "l" + "r" * (len(table[0]) - 1)
+    return frame.to_latex(index=False, escape=True, column_format=columns).replace("±", r"$\pm$")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,7 +52,7 @@ class VQABenchmark:
     questions: Callable[[Path], list[Question]]  # of a data folder, in file order
     max_new_tokens: int  # of a reply
     metric: Callable[[list[Answer], Path], Scores] | None  # (answers, data folder); None: only a server can score
-    export: Callable[[list[Answer], Path, str], None]  # (answers, folder, model) writes the official program's files
+    export: Callable[[list[Answer], Path], None]  # (answers, folder) writes the official program's files
 
 
 def require(path: Path, records: Iterable[Any], *fields: str) -> None:

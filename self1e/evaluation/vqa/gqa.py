@@ -46,7 +46,7 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
     return Scores({name: details[name] for name in ("accuracy", "open", "binary")}, details)
 
 
-def export(answers: list[Answer], folder: Path, model: str) -> None:
+def export(answers: list[Answer], folder: Path) -> None:
     records = [
         {"question": q.prompt, "questionId": q.id, "answer": reply, "annotation": q.record.get("answer")}
         for q, reply in answers

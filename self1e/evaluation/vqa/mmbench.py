@@ -158,7 +158,7 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
     return Scores(summary, details)
 
 
-def export(answers: list[Answer], folder: Path, model: str, *, key: str) -> None:
+def export(answers: list[Answer], folder: Path, *, key: str) -> None:
     """The Excel file that the MMBench server takes."""
     table = _table(answers)
     folder.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
     return Scores(summary, {"totals": totals, "tables": tables})
 
 
-def export(answers: list[Answer], folder: Path, model: str) -> None:
+def export(answers: list[Answer], folder: Path) -> None:
     """`mme/<table>.txt` with lines photo, question, truth, cleaned reply: what InternVL's `calculation.py` reads."""
     for table in {question.record["table"] for question, _ in answers}:
         own = [(q, reply) for q, reply in answers if q.record["table"] == table]

@@ -130,7 +130,7 @@ def score(answers: list[Answer], data_dir: Path, *, annotations: str) -> Scores:
     return Scores(summary, details)
 
 
-def export(answers: list[Answer], folder: Path, model: str, *, key: str) -> None:
+def export(answers: list[Answer], folder: Path, *, key: str) -> None:
     rows = [{"question": q.prompt, "question_id": q.id, "answer": reply} for q, reply in answers]
     write_json(folder / f"{key}.json", rows)
 

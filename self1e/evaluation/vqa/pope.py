@@ -65,8 +65,8 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
     return Scores(summary, {"categories": categories, "overall": overall, **printed})
 
 
-def export(answers: list[Answer], folder: Path, model: str) -> None:
-    own = {"model_id": model, "metadata": {}}
+def export(answers: list[Answer], folder: Path) -> None:
+    own = {"model_id": folder.parents[1].name, "metadata": {}}  # the run
     records = [{"question_id": q.id, "text": reply, "text_orig": reply, **own} for q, reply in answers]
     write_json(folder / "pope.json", records)
 

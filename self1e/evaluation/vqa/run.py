@@ -24,11 +24,11 @@ from self1e.evaluation.vqa import gqa, mmbench, mme, open_ended, pope
 from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark
 from self1e.evaluation.vqa.generation import answer_questions, replies_of
 from self1e.files import check_writable, read_json, write_json, write_text
-from self1e.model.config import DTYPES, SWITCHES
+from self1e.model.config import DTYPES, SWITCHES, Help
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
-from self1e.model.weights import checkpoint_folder, weights_identity
+from self1e.model.weights import checkpoint_folder, evaluated, weights_identity
 from self1e.stop import StopRequest
 
 VQA_BENCHMARKS: dict[str, VQABenchmark] = (  # one more is a module with `BENCHMARKS`
@@ -38,7 +38,7 @@ VQA_BENCHMARKS: dict[str, VQABenchmark] = (  # one more is a module with `BENCHM
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="self1e eval vqa", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                                     formatter_class=Help)  # fmt: skip
     add = parser.add_argument
     # fmt: off
     add("--version", type=checkpoint_folder, metavar="V",
@@ -48,7 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--exp_name", required=True, help="results go to <log_base_dir>/<exp_name>/eval_vqa")
     add("--log_base_dir", type=Path, default=Path("runs"), help="folder of all runs")
     add("--data_dir", type=Path, default=Path("data"), help="InternVL's data folder; `data/` in image paths means it")
-    add("--datasets", nargs="+", default=list(VQA_BENCHMARKS), metavar="NAME", help="benchmarks, separated by blanks")
+    add("--datasets", nargs="+", default=[], metavar="NAME",
+        help=f"benchmarks, separated by blanks; unset: all of {', '.join(VQA_BENCHMARKS)}")
     add("--dynamic", action="store_true", help="cut photos to tiles, InternVL's rule, and add a thumbnail")
     add("--max_num", type=int, default=6, help="the most tiles per photo with --dynamic, without the thumbnail")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="unset: bf16 on a GPU, fp32 on a CPU")
@@ -62,23 +63,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overwrite_eval", action="store_true", help="ask the questions anew, and delete replies of other settings")
     # fmt: on
     args = parser.parse_args(argv)
-    args.datasets = " ".join(args.datasets).split()
+    args.datasets = " ".join(args.datasets).split() or [*VQA_BENCHMARKS]
     check_known("unknown VQA benchmark", args.datasets, VQA_BENCHMARKS)
     args.max_tiles = args.max_num if args.dynamic else 1
     args.run_dir = args.log_base_dir / args.exp_name
+    args.version = evaluated(args.run_dir, args.version, args.model_weights)
+    if args.version is None and not args.score_only:
+        raise UserError(f"{args.run_dir} holds no trained model (ckpt_model): name one with --version")
     args.workers = distributed.share_cores(args.workers)
     return args
-
-
-def find_model(args: argparse.Namespace) -> str:
-    """Fill in version and weights by the rule that `--help` states; returns the name of what is evaluated."""
-    trained = args.run_dir / "ckpt_model"
-    if None in (args.version, args.model_weights) and trained.is_dir():
-        args.version = str(trained)
-    if args.version is None:
-        raise UserError(f"{args.run_dir} holds no trained model (ckpt_model): name one with --version")
-    path = Path(args.model_weights or args.version).absolute()
-    return f"{path.parent.name}_ckpt_model" if path.name == "ckpt_model" else path.name
 
 
 def read_questions(name: str, args: argparse.Namespace) -> list[Question]:
@@ -102,7 +95,7 @@ def read_questions(name: str, args: argparse.Namespace) -> list[Question]:
     return questions
 
 
-def score(name: str, folder: Path, model: str, questions: Sequence[Question], data_dir: Path) -> None:
+def score(name: str, folder: Path, questions: Sequence[Question], data_dir: Path) -> None:
     """Score one benchmark from its replies on disk; writes `<name>.scores.json` and the official result files."""
     benchmark, replies = VQA_BENCHMARKS[name], replies_of(folder, name, questions)
     records = replies.read()
@@ -110,24 +103,24 @@ def score(name: str, folder: Path, model: str, questions: Sequence[Question], da
         counts = f"{len(records)} of {len(questions)} questions"
         raise UserError(f"{replies.path} answers {counts}; run without --score_only")
     answers = [Answer(question, records[index]["answer"]) for index, question in enumerate(questions)]
-    benchmark.export(answers, folder / "official", model)
+    benchmark.export(answers, folder / "official")
     scores = benchmark.metric(answers, data_dir) if benchmark.metric else Scores({}, {})  # the server's
-    write_json(folder / f"{name}.scores.json", {"benchmark": name, "model": model, "n": len(answers)} | vars(scores))
+    write_json(folder / f"{name}.scores.json", {"benchmark": name, "n": len(answers)} | vars(scores))
 
 
-def write_summary(folder: Path, model: dict, faults: dict[str, str]) -> None:
+def write_summary(folder: Path, run: str, faults: dict[str, str]) -> None:
     """`summary.md` and `summary.json` of all benchmarks that the folder holds; prints the first figure of each."""
     paths = {name: folder / f"{name}.scores.json" for name in VQA_BENCHMARKS}
     results = {name: read_json(path, dict) for name, path in paths.items() if path.is_file()}
-    figures = {name: {scores["model"]: scores["summary"]} for name, scores in results.items()}
-    write_json(folder / "summary.json", {"models": [model], "figures": figures, "failures": faults})
+    figures = {name: scores["summary"] for name, scores in results.items()}
+    write_json(folder / "summary.json", {"figures": figures, "failures": faults})
     lines, first = [], []
     for name, scores in results.items():
         own = [[name, figure, f"{value:.2f}"] for figure, value in scores["summary"].items()]
         own = own or [[name, "-", "server"]]  # which takes the file in official/
         lines += own
         first += own[:1]
-    header, unit = ["benchmark", "figure", model["label"]], "\nPercent, unless the figure names points.\n"
+    header, unit = ["benchmark", "figure", run], "\nPercent, unless the figure names points.\n"
     write_text(folder / "summary.md", markdown_table(header, lines, text_columns=2) + unit)
     print(f"{markdown_table(header, first, text_columns=2)}{unit}\nall figures are in {folder / 'summary.md'}")
 
@@ -150,12 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with command line `argv`; returns the exit code, 1 when a benchmark's files are at fault."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     args = parse_args(argv)
-    label, folder = find_model(args), args.run_dir / "eval_vqa"
+    folder = args.run_dir / "eval_vqa"
     distributed.start("gloo", timeout=WAIT)  # ranks exchange small objects only, on any kind of device
     if distributed.is_main():
         check_writable(folder)
-    weights = args.model_weights or "its own weights"
-    distributed.say(f"evaluating {label}: {args.version}, {weights} -> {folder}")
+    replies = "the replies on disk" if args.score_only else args.model_weights or args.version
+    distributed.say(f"evaluating {replies} -> {folder}")
     questions, faults = {}, {}
     for name in args.datasets:
         try:
@@ -178,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     timeout=args.timeout, asked_to_stop=lambda: stop.signal is not None, title=name,
                 )  # fmt: skip
             if distributed.is_main():
-                score(name, folder, label, asked, args.data_dir)
+                score(name, folder, asked, args.data_dir)
     if distributed.is_main():
-        write_summary(folder, {"label": label, "version": args.version, "weights": args.model_weights}, faults)
+        write_summary(folder, args.exp_name, faults)
     return 1 if faults else 0

@@ -25,7 +25,9 @@ def write_run(folder: Path, shift: int, **settings) -> Path:
     for name, summary in (("pope", {"f1": 80.0 + shift, "accuracy": 0}), ("mmbench-test-en", {})):
         write_json(folder / f"eval_vqa/{name}.scores.json", {"benchmark": name, "summary": summary})
     if settings:
-        write_text(folder / "checkpoints/checkpoint-9/args.yaml", json.dumps({"flags": settings}))  # JSON is YAML
+        write_text(
+            folder / "checkpoints/checkpoint-9/args.yaml", json.dumps({"flags": settings, "run": {}})
+        )  # JSON is YAML
     return folder
 
 
@@ -45,12 +47,19 @@ def test_one_row_per_run_with_figures_from_the_sentences(tmp_path, capsys):
     assert f"{tmp_path / 'none'}/eval_vqa" in capsys.readouterr().err
 
 
+def test_figures_of_two_models_are_no_row(tmp_path, capsys):
+    run = write_run(tmp_path / "one", 0)
+    for folder in ("eval", "eval_vqa"):
+        write_json(run / folder / "settings.json", {"weights": folder})
+    assert self1e(["score", str(run)]) == 1 and "different weights" in capsys.readouterr().err
+
+
 def test_mean_and_deviation_over_runs_that_differ_in_the_seed_alone(tmp_path, capsys):
     runs = [write_run(tmp_path / f"s{seed}", seed, seed=seed, exp_name=f"s{seed}", lr="1e-4") for seed in (0, 1, 2)]
     runs += [write_run(tmp_path / "other", 0, seed=0, lr="2e-4"), write_run(tmp_path / "unknown", 0)]
     assert self1e(["score", *map(str, runs)]) == 0
     table = rows(capsys.readouterr().out)
-    assert [row[0] for row in table[2:]] == ["s0", "s1", "s2", "other", "unknown", "mean of 3 seeds"]
+    assert [row[0] for row in table[2:]] == ["s0", "s1", "s2", "other", "unknown", "mean of 3 runs"]
     assert table[-1][-1] == "81.0 ± 1.0"
     assert self1e(["score", *map(str, runs), "--latex"]) == 0
     assert r"81.0 $\pm$ 1.0 \\" in capsys.readouterr().out
