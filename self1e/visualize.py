@@ -34,20 +34,22 @@ def overlay(image: Photo, masks: Any, colors: Sequence[tuple[int, int, int]] = P
     Raises ValueError when the sizes differ.
     """
     photo = np.array(photo_of(image))
-    masks = np.asarray(masks, dtype=np.uint8)
-    masks = masks[None] if masks.ndim == 2 else masks
-    if masks.shape[1:] != photo.shape[:2]:
-        raise ValueError(f"masks are {masks.shape[1:]} (height, width), the photo {photo.shape[:2]}")
-    foreground, ignored = (masks == 1).any(0), (masks == 255).any(0)
+    masks = [masks] if getattr(masks, "ndim", 3) == 2 else masks
+    foreground, ignored = np.zeros((2, *photo.shape[:2]), bool)
+    for mask in map(np.asarray, masks):  # one by one: photos are large
+        if mask.shape != foreground.shape:
+            raise ValueError(f"a mask is {mask.shape} (height, width), the photo {foreground.shape}")
+        foreground |= mask == 1
+        ignored |= mask == 255
     if foreground.any():
         dark = (DARKENED * np.arange(256)).astype(np.uint8)  # a table of 256 values, since floats take gigabytes
         photo = np.where(foreground[..., None], photo, dark[photo])
     photo[ignored & ~foreground] = IGNORED
     width = max(1, round(max(photo.shape) / 250))
-    for index, mask in enumerate((masks == 1).astype(np.uint8)):
-        inside = mask.astype(bool)
+    for index, mask in enumerate(masks):
+        inside = np.asarray(mask) == 1
         own = photo[inside]
-        contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        contours, _ = cv2.findContours(inside.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(photo, contours, -1, PAPER, 2 * width + 3, cv2.LINE_AA)
         cv2.drawContours(photo, contours, -1, colors[index % len(colors)], 2 * width + 1, cv2.LINE_AA)
         photo[inside] = own

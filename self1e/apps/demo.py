@@ -12,6 +12,7 @@ import argparse
 import html
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -70,8 +71,8 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
             image = load_image(path)
             for prompt in prompts:
                 check_prompt(prompt)
-        except (SampleError, UserError) as error:  # the former names a file of this machine
-            message = str(error) if isinstance(error, UserError) else "This file is no photo that can be read."
+        except UserError as error:  # a SampleError names a file of this machine
+            message = "This file is no photo that can be read." if isinstance(error, SampleError) else str(error)
             raise gr.Error(html.escape(message), print_exception=False) from None
         tiles, replies = HIGH_RES_TILES if high_res else 1, []
         yield image, None, None, f"0 of {len(prompts)}"
@@ -153,12 +154,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         page = build(model, processor, name, high_res=args.high_res)
         page.queue(max_size=args.queue, default_concurrency_limit=1)
-        page.launch(
-            server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True, css=CSS,
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            footer_links=[], max_file_size=args.max_upload, prevent_thread_lock=True,
-        )  # fmt: skip
+        try:
+            page.launch(
+                server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True, css=CSS,
+                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+                footer_links=[], max_file_size=args.max_upload, prevent_thread_lock=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"no page at {args.host}:{args.port} ({error}); give another --port") from error
         print(f"Self1E is at http://{args.host}:{args.port} until Ctrl-C", flush=True)
         page.block_thread()  # which Ctrl-C ends
+    for _ in range(100):  # what a request has written while its files were removed
+        shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
     os._exit(0)  # Python would wait for a request's thread, or torch abort in the midst of its work

@@ -78,6 +78,24 @@ def test_clients_at_once_get_their_own_answers(server, tmp_path):
         list(pool.map(ask, range(4)))
 
 
+def test_a_torn_photo_is_refused_without_the_servers_paths(server, tmp_path):
+    from gradio_client import Client, handle_file
+
+    noise(40, 30).save(tmp_path / "torn.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:500])
+    client = Client(server[0], verbose=False, httpx_kwargs={"trust_env": False})
+    with pytest.raises(Exception, match="no photo that can be read") as error:
+        client.predict(handle_file(str(tmp_path / "torn.png")), "it", SEGMENT, api_name="/answer")
+    assert "torn.png" not in str(error.value)
+
+
+def test_a_port_in_use_is_one_line(server):
+    url, process, folder = server
+    command = [sys.executable, "-m", "self1e", "demo", "--version", str(folder / "trained"), "--port", url[-5:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "--port" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_files_of_the_server_are_out_of_reach(server):
     for path in ("/etc/passwd", f"{server[2]}/log", f"{ROOT}/self1e/cli.py", "../../../../etc/passwd"):
         with pytest.raises(urllib.error.HTTPError) as error:
