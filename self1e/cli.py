@@ -25,11 +25,12 @@ COMMANDS = {  # by name: where it is, what it makes
     "card": ("self1e.training.card", "the model card of a checkpoint, with its scores"),
     "check-data": ("self1e.apps.check_data", "counts and faults of the data trees or of own data"),
     "score": ("self1e.evaluation.segmentation.compare", "figures of evaluations from their JSONL files"),
+}
+FOR_DEVELOPERS = {
     "make-shapes": ("self1e.apps.make:shapes", "a synthetic data tree in every format"),
     "make-tiny": ("self1e.apps.make:tiny", "a tiny InternVL3 checkpoint with random weights"),
     "pictures": ("self1e.apps.pictures", "what each part of the method does to a photo"),
 }
-FOR_DEVELOPERS = -3  # from here on
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -59,18 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # matplotlib draws a box in its place
     name, *rest = [*(sys.argv[1:] if argv is None else argv)] or [""]
-    if name not in COMMANDS:
-        lines = [f"  {command:<12}{text}" for command, (_, text) in COMMANDS.items()]
-        lines.insert(FOR_DEVELOPERS, "\nfor developers:")
+    known = COMMANDS | FOR_DEVELOPERS
+    if name not in known:
+        lines = [f"  {command:<12}{text}" for command, (_, text) in known.items()]
+        lines.insert(len(COMMANDS), "\nfor developers:")
         usage = "\n".join(["usage: self1e COMMAND ...\n", *lines, "\nself1e COMMAND --help tells more."])
         if name in ("-h", "--help"):
             print(usage)
             return 0
         print(f"self1e: there is no command {name!r}\n\n{usage}" if name else usage, file=sys.stderr)
         return 2
-    module, _, function = COMMANDS[name][0].partition(":")
+    module, _, function = known[name][0].partition(":")
     try:
         return run_program(lambda: getattr(importlib.import_module(module), function or "main")(rest))
-    except BrokenPipeError:  # whoever read our output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # whoever read our output has enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        raise
