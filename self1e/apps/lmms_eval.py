@@ -22,8 +22,9 @@ from transformers import GenerationConfig
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.evaluation.vqa.generation import generate_replies
-from self1e.model.config import DTYPES
+from self1e.model.config import DTYPES, precision_on
 from self1e.model.inference import conversation_turns
+from self1e.model.photos import photo_of
 
 MAX_NEW_TOKENS = 1024  # of a task that sets no limit, as for lmms-eval's own models
 
@@ -57,7 +58,7 @@ class Self1EChat(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
         self.batch_size, self.max_tiles = int(batch_size), max_tiles
-        precision = DTYPES[dtype or ("bf16" if self.device.type == "cuda" else "fp32")]
+        precision = DTYPES[dtype or precision_on(self.device)]
         model = Self1EForSegmentation.from_pretrained(pretrained, weights=model_weights, dtype=precision)
         model.generation_config = GenerationConfig()  # a checkpoint's own penalties would bend greedy search
         self.model, self.processor = model.to(self.device).eval(), Self1EProcessor.from_pretrained(pretrained)
@@ -67,9 +68,9 @@ class Self1EChat(lmms):
         replies: list[str] = []
         with tqdm(total=len(requests), desc="Self1E", disable=self.rank > 0) as bar:
             for options, group in groupby(requests, key=lambda request: request.args[2]):  # a batch shares its options
-                alike = list(group)
-                for start in range(0, len(alike), self.batch_size):
-                    replies += self._answer(alike[start : start + self.batch_size], options)
+                asked = list(group)
+                for start in range(0, len(asked), self.batch_size):
+                    replies += self._answer(asked[start : start + self.batch_size], options)
                     bar.update(len(replies) - bar.n)
         return replies
 
@@ -95,8 +96,7 @@ class Self1EChat(lmms):
         if len(images) != 1 or any(others):
             raise ValueError(f"task {task}, document {document}: self1e answers questions about exactly one picture")
         turns = [{"role": x.role, "content": [y.model_dump() for y in x.content]} for x in messages.messages]
-        photo = images[0] if isinstance(images[0], Image.Image) else Image.open(images[0])
-        return photo, conversation_turns(turns)
+        return photo_of(images[0]), conversation_turns(turns)
 
 
 def sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The flags that choose a model, and a trained model loaded as they say; shared by segment, chat and the demo."""
+"""The flags that choose a model, and a trained model loaded as they say; shared by the commands that predict."""
 
 import argparse
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig
 
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.errors import UserError
-from self1e.model.config import DTYPES
+from self1e.model.config import DTYPES, precision_on
 from self1e.model.inference import check_head
 from self1e.model.weights import checkpoint_folder
 
@@ -31,8 +31,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> tuple[Self1EForSegmentation, Self1EProcessor]:
     """Model and processor that the flags of `add_model_flags` name, ready to predict; UserError without a head."""
-    place = distributed.device(args.device)
-    dtype = DTYPES[args.dtype or ("bf16" if place.type == "cuda" else "fp32")]
+    device = distributed.device(args.device)
+    dtype = DTYPES[args.dtype or precision_on(device)]
     options: dict[str, Any] = {"dtype": dtype}
     if args.quantize:
         if find_spec("bitsandbytes") is None:
@@ -40,8 +40,8 @@ def load(args: argparse.Namespace) -> tuple[Self1EForSegmentation, Self1EProcess
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         bits = four if args.quantize == 4 else {"load_in_8bit": True}
         config = BitsAndBytesConfig(**bits, llm_int8_skip_modules=UNQUANTIZED)
-        options |= {"quantization_config": config, "device_map": {"": place}}
+        options |= {"quantization_config": config, "device_map": {"": device}}
     model = Self1EForSegmentation.from_pretrained(args.version, weights=args.model_weights, **options)
     check_head(model)
     processor = Self1EProcessor.from_pretrained(args.version)
-    return (model if args.quantize else model.to(place)).eval(), processor
+    return (model if args.quantize else model.to(device)).eval(), processor

@@ -8,6 +8,7 @@ LLM's own image tokens, the self-replicated features before refilling, and the r
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,47 +16,49 @@ from PIL import Image
 from torch import Tensor
 
 from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.apps.loading import add_model_flags, load
 from self1e.apps.segment import prompt_text
+from self1e.errors import UserError
+from self1e.model.config import Help
+from self1e.model.grids import stitch_tiles
 from self1e.model.photos import photo_of
-from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt
-from self1e.model.weights import checkpoint_folder
+from self1e.model.processor import HIGH_RES_TILES
 
 
 @torch.no_grad()
 def similarities(
-    model: Self1EForSegmentation, processor: Self1EProcessor, image: Image.Image, prompt: str
+    model: Self1EForSegmentation, processor: Self1EProcessor, image: Image.Image, prompt: str, max_tiles: int = 1
 ) -> dict[str, Tensor]:
     """Image side (paper, equations 3 to 6) -> its mask logits (h, w), for one photo and prompt."""
-    batch = dict(processor([image], [[[evaluation_prompt(prompt, False, True), ANSWER]]]))
-    del batch["labels"]
     head, given = model.segmentation_head, []
     with head.register_forward_pre_hook(lambda module, args: given.append(args)):
-        model.eval()(**batch)
-    v1, vhq, img, query = head.project(*given[0][:4])
-    sides = {
+        model.segment(processor, image, prompt, max_tiles=max_tiles)
+    *tokens, (conversation,) = given[0]
+    *sides, query = head.project(*tokens)
+    v1, vhq, img = (stitch_tiles(side, conversation.grid) for side in sides)
+    shown = {
         "LLM's image tokens": img,
         "before refilling": head.features(v1, vhq, v1),
         "refilled (logits)": head.features(v1, vhq, img),
     }
-    return {name: head.logits(side, query)[0] for name, side in sides.items()}
+    return {name: head.logits(side, query)[0].float().cpu() for name, side in shown.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="self1e pictures", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser("self1e pictures", None, __doc__, formatter_class=Help, allow_abbrev=False)
+    add_model_flags(parser)
     add = parser.add_argument
-    add("--version", required=True, type=checkpoint_folder, help="a trained model's folder, or its run's")
     add("--image", required=True, type=Path, help="one photo")
     add("--prompt", required=True, type=prompt_text, help="what to segment")
     add("--output", type=Path, required=True, help="folder for the picture")
     args = parser.parse_args(argv)
-    from matplotlib.figure import Figure  # of the extra `plots`
+    if find_spec("matplotlib") is None:
+        raise UserError("the picture needs matplotlib: pip install -e '.[plots]'")
+    from matplotlib.figure import Figure
 
-    check_prompt(args.prompt)
     image = photo_of(args.image)
-    processor = Self1EProcessor.from_pretrained(args.version)
-    model = Self1EForSegmentation.from_pretrained(args.version)
-    panels = {args.prompt: image, **similarities(model, processor, image, args.prompt)}
+    max_tiles = HIGH_RES_TILES if args.high_res else 1
+    panels = {args.prompt: image, **similarities(*load(args), image, args.prompt, max_tiles)}
     figure = Figure(figsize=(2.4 * len(panels), 2.8), layout="constrained")
     for axis, (name, values) in zip(figure.subplots(1, len(panels)), panels.items()):
         drawn = axis.imshow(values, cmap="coolwarm")

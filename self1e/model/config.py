@@ -26,6 +26,11 @@ from self1e.model.head import HEADS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def precision_on(device: torch.device) -> str:
+    """The precision in which a model predicts on a device where nobody asks for another one."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the lines of a description, and shows the defaults of flags that have one."""
 

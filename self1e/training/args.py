@@ -10,14 +10,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from self1e import distributed
 from self1e.data.families import DEFAULT_FAMILIES, DEFAULTS, FAMILIES
 from self1e.data.mixture import MODES
 from self1e.data.splits import DEFAULT_SPLITS
-from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, Help, check_source
+from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, Help, check_source, precision_on
 from self1e.model.weights import checkpoint_folder, evaluated
 from self1e.training.deepspeed_config import read_deepspeed
 
@@ -192,7 +191,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     families = {*args.dataset.split("||")}
     own = "custom" in families and families <= {"custom", "vqa"}  # what is in the tree is none of its business
     args.final_splits = args.splits if own else list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits]))
-    args.eval_precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.eval_precision = args.precision or precision_on(distributed.device())
     args.precision = args.precision or "bf16"
     args.workers = distributed.share_cores(args.workers)
     args.command = shlex.join(["train_hf_ivl_seq.py", *(x for x in argv if not x.startswith("--local_rank"))])

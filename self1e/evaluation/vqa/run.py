@@ -24,7 +24,7 @@ from self1e.evaluation.vqa import gqa, mmbench, mme, open_ended, pope
 from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark
 from self1e.evaluation.vqa.generation import answer_questions, replies_of
 from self1e.files import check_writable, read_json, write_json, write_text
-from self1e.model.config import DTYPES, SWITCHES, Help
+from self1e.model.config import DTYPES, SWITCHES, Help, precision_on
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
@@ -128,7 +128,7 @@ def write_summary(folder: Path, run: str, faults: dict[str, str]) -> None:
 def load_model(args: argparse.Namespace, folder: Path) -> tuple[Self1EForSegmentation, Self1EProcessor]:
     """The model that answers; `folder` is claimed for its replies."""
     device = distributed.device(args.device)
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    precision = args.precision or precision_on(device)
     options = {"rope_precision": args.rope_precision} if args.rope_precision else {}  # unset: the checkpoint's
     weights = weights_identity(args.version, args.model_weights)
     settings = make_settings(weights, precision=precision, max_tiles=args.max_tiles, **options)
