@@ -123,7 +123,7 @@ def write(model: Self1EForSegmentation, texts, folder: Path, layout: str) -> Non
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.convert_tokens_to_ids(prompts.END_OF_TURN),
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[tokenizer.convert_tokens_to_ids(prompts.IMG_CONTEXT)],  # as our own chat
+        suppress_tokens=prompts.never_written(tokenizer),  # as our own chat
     )
     save_checkpoint(model, tokenizer, folder, published=layout == "internvl")
     stock_processor(folder, Self1EConfig.from_pretrained(folder)).save_pretrained(folder)

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from self1e.errors import UserError
 from self1e.model.batch import pack
 from self1e.model.photos import Photo, photo_of
-from self1e.model.prompts import ANSWER, END_OF_TURN, IMAGE_TAG, check_prompt, evaluation_prompt
+from self1e.model.prompts import ANSWER, END_OF_TURN, IMAGE_TAG, check_prompt, evaluation_prompt, never_written
 
 TEXT = "input_ids", "attention_mask", "row_image"
 Conversation = str | Sequence[dict[str, Any]]
@@ -154,10 +154,12 @@ class InferenceMixin:
         what `masks_of` raises.
         """
         check_head(self)
-        texts = [prompts] if isinstance(prompts, str) else prompts
+        texts = [prompts] if isinstance(prompts, str) else [*prompts]
         for text in texts:
             check_prompt(text)
         photo = photo_of(image)
+        if not texts:
+            return []
         with evaluating(self):
             conversations = [[evaluation_prompt(text, is_sentence, lower=True), ANSWER] for text in texts]
             batch = processor([photo], [conversations], max_tiles=max_tiles)
@@ -222,7 +224,7 @@ class InferenceMixin:
             image_features=features,
             eos_token_id=end,
             pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=[self.config.image_token_id],  # no image belongs to one that the model writes
+            suppress_tokens=never_written(tokenizer),
             **options,
         ).cpu()
         new = ids[:, batch["input_ids"].shape[1] :]

@@ -84,6 +84,12 @@ def reserved_in(text: str) -> list[str]:
     return list(dict.fromkeys(CONTROL.findall(text) + CONTROL.findall(text.lower())))
 
 
+def never_written(tokenizer) -> list[int]:
+    """Ids of the control tokens that no answer may hold: all but `[SEG]` and the end of the turn."""
+    added = tokenizer.get_added_vocab().items()
+    return [id for token, id in added if CONTROL.fullmatch(token) and token not in (SEG, END_OF_TURN)]
+
+
 def chat_text(turns: Sequence[str]) -> tuple[str, list[range]]:
     """A conversation in the chat format, and its characters that are supervised: answers and their `<|im_end|>`."""
     text, answers = f"{START_OF_TURN}system\n{SYSTEM}{END_OF_TURN}\n", []

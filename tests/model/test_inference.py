@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
 from self1e.model import inference
-from self1e.model.prompts import ANSWER
+from self1e.model.prompts import ANSWER, reserved_in
 
 PHRASE, SENTENCE = "the Red circle", "Which of these rolls?"
 
@@ -188,10 +188,12 @@ def test_chat_history_keeps_its_masks_to_itself(tiny):
     assert_close(reply.logits[0], whole[1].numpy())
 
 
-def test_random_model_never_writes_image_tokens(tiny):
+def test_a_random_model_writes_no_control_token_but_seg(tiny):
     model, processor = tiny
-    reply = model.chat(processor, photo(30, 30), "Describe it.", max_new_tokens=40, do_sample=True, temperature=50.0)
-    assert "<IMG_CONTEXT>" not in reply.text and len(reply.masks) == reply.text.count("[SEG]")
+    options = {"max_new_tokens": 100, "do_sample": True, "temperature": 50.0}
+    replies = model.chat(processor, photo(30, 30), ["Describe it."] * 8, **options)
+    assert set(reserved_in("".join(reply.text for reply in replies))) <= {"[SEG]"}
+    assert all(len(reply.masks) == reply.text.count("[SEG]") for reply in replies)
 
 
 def test_paths_and_arrays_are_photos_too(tiny, tmp_path):
@@ -202,6 +204,7 @@ def test_paths_and_arrays_are_photos_too(tiny, tmp_path):
     for given in (path, str(path), np.asarray(image)):
         np.testing.assert_array_equal(model.segment(processor, given, PHRASE)[0].logits, expected)
     assert model.chat(processor, str(path), "it", max_new_tokens=2)
+    assert model.segment(processor, path, []) == []
     with pytest.raises(UserError, match="a path, a PIL image or a uint8 array"):
         model.segment(processor, [path], "it")
 
