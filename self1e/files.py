@@ -71,21 +71,33 @@ def to_jsonl(records: Iterable[dict]) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def read_json(path: Path, kind: type[T]) -> T:
-    """The value of a small JSON file. Raises UserError when it cannot be read or is no `kind`."""
+def read_records(path: Path) -> Iterator[dict]:
+    """The lines of a JSONL of ours, none where it is absent, without a last one that was torn when its run ended."""
+    if path.exists():
+        with open(path, "rb") as file:
+            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+
+
+def read_json(path: Path, kind: type[T], other: str = "utf-8") -> T:
+    """The value of a small JSON file, UTF-8 or else of encoding `other`. Raises UserError unless it is a `kind`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        raw = path.read_bytes()
+        try:
+            value = json.loads(raw)  # with or without BOM
+        except UnicodeDecodeError:
+            value = json.loads(raw.decode(other))
         if not isinstance(value, kind):
             raise ValueError(f"it holds a {type(value).__name__}; expected a {kind.__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        if path.is_file():
-            check_fetched(path)
+        check_fetched(path)
         raise UserError(f"{path} cannot be read ({error})") from error
     return value
 
 
 def check_fetched(path: Path) -> None:
-    """Raise UserError for a file that is a pointer of Git LFS."""
+    """Raise UserError for a file that is absent or a pointer of Git LFS."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
     with open(path, "rb") as file:
         if file.read(24) == b"version https://git-lfs.":
             raise UserError(f"{path} is a Git LFS pointer: fetch the file itself with `git lfs pull`")

@@ -14,7 +14,7 @@ import torch
 from helpers import ROOT, free_port, hear_ctrl_c
 
 from self1e.cli import main
-from self1e.training.curves import read_log
+from self1e.files import read_records
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
 SMALL = ["--batch_size", "2", "--grad_accumulation_steps", "2", "--lora_r", "4", "--use_llm_lora", "--optimize_vision"]
@@ -145,7 +145,7 @@ def suspend_second() -> None:
 
 def history(folder: Path) -> list[dict]:
     """The training lines of a run's log."""
-    return [line for line in read_log(folder / "log.jsonl") if "loss" in line]
+    return [line for line in read_records(folder / "log.jsonl") if "loss" in line]
 
 
 def events(folder: Path) -> dict[str, list[float]]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from self1e.errors import UserError
-from self1e.files import check_utf8, check_writable, read_json, replacing, to_jsonl, write_text
+from self1e.files import check_utf8, check_writable, read_json, read_records, replacing, to_jsonl, write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -43,8 +43,13 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_a_json_file_that_is_none_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "a.json").write_text(content)
-    with pytest.raises(UserError, match=r"a\.json cannot be read"):
+    with pytest.raises(UserError, match=r"a\.json (cannot be read|is missing)"):
         read_json(tmp_path / "a.json", dict)
+
+
+def test_a_line_that_was_torn_within_a_letter_is_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"a": "é"}\n{"a": "é'.encode()[:-1])
+    assert [*read_records(tmp_path / "a.jsonl")] == [{"a": "é"}] and not [*read_records(tmp_path / "absent")]
 
 
 def test_names_that_are_no_utf_8_are_written_and_read():

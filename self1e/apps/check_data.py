@@ -50,10 +50,8 @@ IN_WORKERS = 64  # records of a set from which on worker processes read it
 IMAGE_TOKENS, TEMPLATE_TOKENS = 256, 40  # of a conversation, besides what is asked: one tile; roles and templates
 BYTES_PER_TOKEN = 5  # of UTF-8, about
 ENDS = "", prompts.VQA_INSTRUCTION, prompts.VIZWIZ_INSTRUCTION
-EMPTY_QUESTIONS = {""} | {
-    " ".join(template.format("").split())
-    for template in (*prompts.SHORT_QUESTIONS, *prompts.LONG_QUESTIONS, *(prompts.IMAGE_TAG + end for end in ENDS))
-}
+TEMPLATES = *prompts.SHORT_QUESTIONS, *prompts.LONG_QUESTIONS, *(prompts.IMAGE_TAG + end for end in ENDS)
+EMPTY_QUESTIONS = {""} | {prompts.visible(template.format("")) for template in TEMPLATES}
 Read = Callable[[Any, int], Sample | None]  # record of a set -> its sample; None without a label
 
 
@@ -142,9 +140,9 @@ def problems_of(sample: Sample, max_length: int) -> Iterator[str]:
     """Empty texts, masks of another size than their photo, and prompts whose [SEG] the length limit would cut."""
     width, height = sample.image.size
     for turns, masks in zip(sample.conversations, sample.masks):
-        if " ".join(turns[0].split()) in EMPTY_QUESTIONS:
+        if prompts.visible(turns[0]) in EMPTY_QUESTIONS:
             yield "a phrase is empty"
-        if "" in turns[1:]:
+        if not all(map(prompts.visible, turns[1:])):
             yield "an answer is empty"
         if not len(masks):
             continue

@@ -18,7 +18,6 @@ A photo that cannot be read is one line on the screen and the run goes on; the e
 import argparse
 import hashlib
 import heapq
-import json
 import os
 import re
 import sys
@@ -32,7 +31,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from pycocotools import mask as coco
 from tqdm import tqdm
@@ -42,19 +40,21 @@ from self1e.apps.loading import add_model_flags, load
 from self1e.data.masks import encode_mask
 from self1e.data.paths import inside
 from self1e.data.samples import SampleError, load_image
+from self1e.data.sets.custom import table_rows, texts_of
 from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
 from self1e.evaluation.results import claim_folder
-from self1e.files import check_writable, replacing, to_jsonl
+from self1e.files import check_fetched, check_writable, read_records, replacing, to_jsonl
 from self1e.model.config import Help
 from self1e.model.inference import Reply, logit_of, masks_of
+from self1e.model.photos import FORMATS
 from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt
 from self1e.model.weights import weights_identity
 from self1e.stop import StopRequest
 from self1e.visualize import overlay
 
-PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".ppm", ".pgm", ".heic", ".heif"}
+PHOTOS = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} | {".heic", ".heif"}
 FEW = 100  # photos that get masks and overlays unless the flags say otherwise
 TOGETHER = 16  # photos in one forward pass, at most
 WRITERS = 2  # threads that write the photos of a forward pass during the next one
@@ -72,9 +72,7 @@ def prompt_text(argument: str) -> str:
 
 def flags(command: str, description: str | None) -> argparse.ArgumentParser:
     """The flags that segment and chat share."""
-    parser = argparse.ArgumentParser(
-        prog=f"self1e {command}", description=description, allow_abbrev=False, formatter_class=Help
-    )
+    parser = argparse.ArgumentParser(f"self1e {command}", None, description, formatter_class=Help, allow_abbrev=False)
     add_model_flags(parser)
     # fmt: off
     add = parser.add_argument
@@ -100,22 +98,18 @@ def photos_of(path: Path, output: Path) -> list[tuple[Path, str]]:
         found = [file for file in path.rglob("*") if file.suffix.lower() in PHOTOS]
         shown = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
         return [(file, "") for file in shown if output not in file.resolve().parents]
+    if path.suffix.lower() not in (".txt", ".csv", ".jsonl"):
+        return [(path, "")]
     try:
+        check_fetched(path)
         if path.suffix.lower() == ".txt":
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-            table = pd.DataFrame({"image": [line.strip() for line in lines if line.strip()]}, dtype=str)
-        elif path.suffix.lower() == ".csv":
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-        elif path.suffix.lower() == ".jsonl":
-            table = pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig")
+            rows = [[line.strip(), ""] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         else:
-            return [(path, "")]
-        table.columns = table.columns.str.strip().str.lower()
-        places = [inside(path.parent, name, allow_outside=True) for name in table["image"]]
-        own = table["prompt"].fillna("") if "prompt" in table else [""] * len(table)
-        return [(Path(os.path.normpath(place)), prompt) for place, prompt in zip(places, own)]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--image {path}: no list of photos with a column `image` ({error})") from error
+            rows = [texts_of(*row, "image", "prompt") for row in table_rows(path, ["image"])]
+        places = [inside(path.parent, name, allow_outside=True) for name, _ in rows]
+    except (OSError, UnicodeDecodeError, UserError) as error:
+        raise UserError(f"--image {path} is no list of photos: {error}") from error
+    return [(Path(os.path.normpath(place)), prompt) for place, (_, prompt) in zip(places, rows)]
 
 
 def find_jobs(args: argparse.Namespace) -> list[Job]:
@@ -123,7 +117,7 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
     logit_of(args.threshold)
     jobs: dict[Path, dict[str, None]] = {}
     for text in args.image:
-        photos = photos_of(Path(os.path.abspath(text)), args.output.resolve())
+        photos = photos_of(Path(os.path.abspath(inside(Path(), text, allow_outside=True))), args.output.resolve())
         if not photos:
             raise UserError(f"--image {text}: no photos in it, outside of --output ({', '.join(sorted(PHOTOS))})")
         for photo, own in photos:
@@ -176,7 +170,7 @@ class Output:
     def _begin(self, settings: dict, overwrite: bool) -> set[tuple[str, str]]:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("records*.jsonl") if overwrite else ():
-            for record in read(path):
+            for record in read_records(path):
                 files = [record.get("overlay"), *(mask.get("mask") for mask in record["masks"])]
                 for name in filter(None, files):
                     (self.folder / name).unlink(missing_ok=True)
@@ -187,9 +181,9 @@ class Output:
     def merge(self) -> set[tuple[str, str]]:
         """Move what the processes have written to records.jsonl, in the order of the photos; returns what is done."""
         parts, done = sorted(self.folder.glob("records.rank*.jsonl")), set()
-        new = heapq.merge(*map(read, parts), key=lambda record: record["image"])
+        new = heapq.merge(*map(read_records, parts), key=lambda record: record["image"])
         with replacing(self.path) as merged, open(merged, "w", encoding="utf-8") as file:
-            for record in chain(read(self.path), new):
+            for record in chain(read_records(self.path), new):
                 if (key := (record["image"], record["prompt"])) not in done:
                     file.write(to_jsonl([record]))
                     done.add(key)
@@ -232,7 +226,7 @@ class Output:
         self.merge()
         images: dict[str, dict] = {}
         categories: dict[str, int] = {}
-        for record in read(self.path):
+        for record in read_records(self.path):
             size = {name: record[name] for name in ("width", "height")}
             images.setdefault(record["image"], {"id": len(images) + 1, **size})
             categories.setdefault(record["prompt"], len(categories) + 1)
@@ -243,18 +237,11 @@ class Output:
         head["categories"] = [{"id": number, "name": prompt} for prompt, number in categories.items()]
         with replacing(self.folder / "coco.json") as new, open(new, "w", encoding="utf-8") as file:
             file.write(to_jsonl([head])[:-2] + ', "annotations": [')
-            found = ((record, mask) for record in read(self.path) for mask in record["masks"] if mask["area"])
+            found = ((record, mask) for record in read_records(self.path) for mask in record["masks"] if mask["area"])
             for number, (record, mask) in enumerate(found, 1):
                 owner = {"image_id": images[record["image"]]["id"], "category_id": categories[record["prompt"]]}
                 file.write("," * (number > 1) + "\n" + to_jsonl([{"id": number, **owner, "iscrowd": 0, **mask}])[:-1])
             file.write("]}\n")
-
-
-def read(path: Path) -> Iterator[dict]:
-    """The records in a file, without a last line that was being written when its run ended."""
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def slug(text: str) -> str:

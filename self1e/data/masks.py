@@ -77,8 +77,8 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int, wher
     (list), a list of RLEs, and an empty list (an empty mask). Raises UserError for anything else; `where` names the
     annotation.
     """
-    mask = np.zeros((height, width), np.uint8)
     try:
+        mask = np.zeros((height, width), np.uint8)
         for part in _parts(segmentation):
             mask |= _decode(part, height, width)
     except (ValueError, TypeError) as error:

@@ -142,10 +142,7 @@ class Mixture:
             planned[lasts, 3] = n + np.arange(count)
         return np.split(planned, lasts[:-1] + 1)[rank::world_size]
 
-    def __getitem__(self, slot: Iterable[int]) -> Sample:
-        return self.build(slot, lambda sample: sample)
-
-    def build(self, slot: Iterable[int], transform: Callable[[Sample], Any]) -> Any:
+    def build(self, slot: Iterable[int], transform: Callable[[Sample], Any] = lambda sample: sample) -> Any:
         """What `transform` makes of the sample of a slot.
 
         A broken one (SampleError from its set or from `transform`) is logged, and others, drawn from (seed, slot,
@@ -172,3 +169,5 @@ class Mixture:
                 log.warning("broken sample %s: %s; another one replaces it", error.id, error.cause)
         causes = "\n".join(f"{id}: {cause}" for id, cause in replaced)
         raise UserError(f"{len(replaced)} samples tried for one slot are all broken:\n{causes}")
+
+    __getitem__ = build

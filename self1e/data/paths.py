@@ -1,5 +1,6 @@
 """Which files the selected data needs, which are absent, and which names annotation files may use."""
 
+import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
@@ -41,10 +42,12 @@ def inside(folder: Path, name: str, *, allow_outside: bool = False) -> Path:
     windows = PureWindowsPath(name)
     if not allow_outside and (name.startswith("/") or windows.drive or ".." in windows.parts or "\0" in name):
         raise UserError(f"{name!r:.200} leads out of {folder}; if that is meant, add --allow_outside")
+    if max(map(len, name.encode(errors="replace").split(b"/"))) > 255:
+        raise UserError(f"{name!r:.200} is no file's name: it has more than 255 bytes")
     path = folder / name
     if not name.isascii() and not path.exists():
-        forms = (folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
-        path = next((form for form in forms if form.exists()), path)
+        forms = (unicodedata.normalize(form, name).encode(errors="replace") for form in ("NFC", "NFD"))
+        path = next((place for form in forms if (place := folder / os.fsdecode(form)).exists()), path)
     if "\\" in name and not path.exists():
         raise UserError(f"{name!r:.200} has backslashes, which separate folders on Windows alone; write slashes")
     return path

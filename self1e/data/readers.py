@@ -113,8 +113,7 @@ class CocoIndex:
 
     def image_numbers(self, image_ids: list[int]) -> np.ndarray:
         """Number of each image id. Raises UserError for an unknown one."""
-        ids, firsts = np.unique(self.image_ids, return_index=True)
-        numbers = dict(zip(ids.tolist(), firsts.tolist()))
+        numbers = {id: number for number, id in reversed([*enumerate(self.image_ids.tolist())])}  # the first of equals
         if unknown := [id for id in image_ids if id not in numbers]:
             raise UserError(f"{self.path} has no image id {unknown[0]}")
         return np.array([numbers[id] for id in image_ids])

@@ -17,7 +17,7 @@ import transformers
 
 from self1e import distributed
 from self1e.errors import UserError
-from self1e.files import read_json, to_jsonl, write_json, write_text
+from self1e.files import read_json, read_records, to_jsonl, write_json, write_text
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DECIDING = ("model", "data", "evaluation")  # the packages whose code decides figures
@@ -80,7 +80,7 @@ class Results:
         """
         found = {}
         for path in (path for path in self.files() if path.suffix == ".jsonl"):
-            for record in map(json.loads, path.read_bytes().split(b"\n")[:-1]):
+            for record in read_records(path):
                 asked = self.asked.get(record[self.key])
                 if asked is None or not asked.items() <= record.items():
                     raise UserError(f"{path} holds results of other data than is evaluated now. {REMEDY}")

@@ -1,7 +1,7 @@
 """Photos as users have them, turned into RGB pictures that stand upright."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,16 +13,13 @@ from self1e.files import check_fetched
 
 Photo = Image.Image | np.ndarray | str | Path  # an array: uint8, (H, W) or (H, W, 3), RGB
 
-try:  # an optional package
+with suppress(ImportError):  # an optional package
     import pillow_heif
 
     pillow_heif.register_heif_opener()
-except ImportError:
-    pass
 Image.init()
 # What photos and masks come in. Pillow opens more, and would start Ghostscript for a file that turns out to be EPS.
-FORMATS = "JPEG MPO PNG WEBP AVIF HEIF BMP GIF TIFF PPM JPEG2000".split()
-FORMATS = [name for name in FORMATS if name in Image.OPEN]
+FORMATS = [name for name in "JPEG MPO PNG WEBP AVIF HEIF BMP GIF TIFF PPM JPEG2000".split() if name in Image.OPEN]
 TURNS = {  # what each EXIF orientation asks for; 1 and all else: nothing
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

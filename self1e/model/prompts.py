@@ -100,14 +100,14 @@ def chat_text(turns: Sequence[str]) -> tuple[str, list[range]]:
     return text + (f"{START_OF_TURN}assistant\n" if len(turns) % 2 else ""), answers
 
 
-def is_blank(text: str) -> bool:
-    """Whether a text holds controls, invisible letters and blanks alone."""
-    return all(unicodedata.category(letter)[0] in "CZ" for letter in text)
+def visible(text: str) -> str:
+    """A text without blanks, controls and invisible letters."""
+    return "".join(letter for letter in text if unicodedata.category(letter)[0] not in "CZ")
 
 
 def check_prompt(text: str) -> None:
     """Raise UserError for a prompt that is empty or holds a control token."""
-    if is_blank(text):
+    if not visible(text):
         raise UserError("a prompt is empty")
     if found := reserved_in(text):
         raise UserError(f"the prompt {text!r} holds the reserved token {found[0]}: leave it out")

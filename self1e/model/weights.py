@@ -31,6 +31,8 @@ from self1e.model.processor import HUB_OPTIONS, Self1EProcessor
 from self1e.model.prompts import END_OF_TURN
 
 HEAD = "segmentation_head."
+# File of all weights -> list of its shards where there are several.
+WEIGHT_FILES = {name: f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")}
 LARGE = 5 * 10**8  # bytes of weights that take seconds to read
 # Applied in this order to every key, reversed on writing: (original, native).
 RENAMINGS = (
@@ -110,7 +112,8 @@ class CheckpointMixin:
         folder = Path(str(cached_file(source, "config.json", **hub))).parent
         files = {*folder.glob("*.safetensors"), *folder.glob("*.bin")}
         if Path(source).is_dir():
-            named = [read_json(index, dict)["weight_map"].values() for index in folder.glob("*.index.json")]
+            indices = [folder / index for name, index in WEIGHT_FILES.items() if not (folder / name).is_file()]
+            named = [read_json(index, dict)["weight_map"].values() for index in indices if index.is_file()]
             absent = sorted({folder / name for names in named for name in names} - files)
             if absent or not files:
                 raise UserError(f"{absent[0] if absent else 'model.safetensors'} missing in {folder}: fetch them")
@@ -138,10 +141,8 @@ class CheckpointMixin:
         """
         kwargs.setdefault("save_original_format", False)
         self.config.weights_id = uuid.uuid4().hex
-        for name in ("model.safetensors", "pytorch_model.bin"):
+        for name in (*WEIGHT_FILES, *WEIGHT_FILES.values(), "adapter_config.json"):
             Path(save_directory, name).unlink(missing_ok=True)
-            Path(save_directory, f"{name}.index.json").unlink(missing_ok=True)
-        Path(save_directory, "adapter_config.json").unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
 
 

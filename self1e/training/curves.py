@@ -1,6 +1,5 @@
 """The curves of a training run: a line per logged step in `log.jsonl`, drawn at the end in `curves.png`."""
 
-import json
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from self1e.distributed import is_main
-from self1e.files import to_jsonl, write_text
+from self1e.files import read_records, to_jsonl, write_text
 from self1e.model.config import LOSS_WEIGHTS
 
 
@@ -28,7 +27,7 @@ class Record:
         self.path = args.run_dir / "log.jsonl"
         if not is_main():
             return
-        self.lines = [line for line in read_log(self.path) if line["step"] <= step]
+        self.lines = [line for line in read_records(self.path) if line["step"] <= step]
         write_text(self.path, to_jsonl(self.lines))
         if args.report_to == "wandb":
             own = {"name": args.exp_name, "dir": str(args.run_dir)}
@@ -61,12 +60,6 @@ class Record:
 def log_line(figures: Mapping[str, Any]) -> str:
     """Figures for the terminal; TensorBoard and `log.jsonl` hold every digit."""
     return "  ".join(f"{name} {x if isinstance(x, int) else format(x, '.4g')}" for name, x in figures.items())
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`; a last line that a killed run left half is none."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def draw_curves(log: Sequence[Mapping[str, Any]], path: Path) -> None:

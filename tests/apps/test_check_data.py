@@ -88,6 +88,7 @@ def test_faults_of_a_tree(tmp_path, run):
 
     box = [{"label": "t", "points": [[0, 0], [5, 5]], "shape_type": "rectangle"}]
     reasoning_photo(root, "train", "one", ["x"], shapes=box)
+    reasoning_photo(root, "train", "three", ["\u200b"])
     reasoning_photo(root, "val", "two", [])
     questions(tmp_path / "data", "vqav2/vqav2_train.jsonl", 2)
     with open(tmp_path / "data/vqav2/vqav2_train.jsonl", "a") as file:
@@ -106,7 +107,7 @@ def test_faults_of_a_tree(tmp_path, run):
         "refcoco/7.jpg: a phrase is empty", "holds the reserved token <image>",
         f"{root / 'refer_seg/refclef/refs(unc).p'}   (refclef)",
         "pascal_part/gone.jpg: cannot read", "unknown category 8",
-        "shapes[0] is a rectangle", "ReasonSeg/two.jpg: it has no sentence",
+        "shapes[0] is a rectangle", "ReasonSeg/three.jpg: a phrase is empty", "ReasonSeg/two.jpg: it has no sentence",
         "vqav2/2: a phrase is empty", "vqav2/2: an answer is empty", "vqav2/3: cannot read",
         "okvqa_train.jsonl: line 1: it has no question",
     ):  # fmt: skip

@@ -94,7 +94,7 @@ def test_coco_for_other_tools_and_for_custom_data(version, photos, tmp_path):
 
 
 def test_lists_with_prompts_of_their_own(version, photos, tmp_path):
-    (photos / "of.csv").write_text('Image, Prompt\ncat.png,"a cat, black"\ndeeper/CAT.jpg,Who?\ncat.png,its tail\n')
+    (photos / "of.csv").write_text('Image , Prompt\ncat.png ,"a cat, black"\ndeeper/CAT.jpg,Who?\ncat.png,its tail\n')
     lines = [{"image": "deeper/CAT.jpg", "prompt": "a hat"}, {"image": "deeper/../cat.png"}]
     (photos / "of.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (photos / "of.txt").write_text("cat.png\n")
@@ -251,7 +251,10 @@ def test_base_model_is_refused(tmp_path, photos, capsys):
         (["--image", "{photo}", "absent.jpg", "gone.png", "--prompt", "it"], 1, "absent.jpg"),
         (["--image", "{out}", "--prompt", "it"], 1, "outside of --output"),
         (["--image", "{photo}", "--prompt", "it", "--threshold", "1.5"], 1, "--threshold"),
-        (["--image", "{list}"], 1, "column `image`"),
+        (["--image", "{list}"], 1, "holds no 'image'"),
+        (["--image", "{jsonl}"], 1, "line 1: not one value for each column"),
+        (["--image", "{pointer}"], 1, "Git LFS"),
+        (["--image", "which of these " * 20, "--prompt", "it"], 1, "255 bytes"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, code, message):
@@ -261,6 +264,9 @@ def test_wrong_arguments(tmp_path, capsys, arguments, code, message):
     Image.new("RGB", (8, 8)).save(places["photo"])
     places["list"] = tmp_path / "list.csv"
     places["list"].write_text("photo,prompt\na.png,it\n")
+    places |= {"jsonl": tmp_path / "list.jsonl", "pointer": tmp_path / "list.txt"}
+    places["jsonl"].write_text('{"image": "photo.png", "prompt": ["it", "that"]}')
+    places["pointer"].write_text("version https://git-lfs.github.com/spec/v1\n")
     assert run("none", places["out"], *(argument.format(**places) for argument in arguments)) == code
     assert message in capsys.readouterr().err and not list(places["out"].iterdir())
 

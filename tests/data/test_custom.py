@@ -79,17 +79,18 @@ def test_one_error_names_every_faulty_record(tmp_path):
         annotation(7, 2, phrases="x"),
         annotation(8, phrases="a box") | {"segmentation": [], "bbox": [2, 3, 6, 6], "area": 36},
         annotation(9, phrases="sound"),
+        annotation(10, category_id=[9]),
     ]
     source = coco_set(tmp_path, annotations, images=[(1, "a.jpg"), (2, "gone.jpg"), (2, "b.jpg")])
     (tmp_path / "images/gone.jpg").unlink()
     with pytest.raises(UserError) as error:
         train(source)
     assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
-        "images[2]", *(f"annotations[{k}]" for k in (0, 1, 2, 3, 4, 6, 5)),
+        "images[2]", *(f"annotations[{k}]" for k in (0, 1, 2, 3, 4, 6, 8, 5)),
     ]  # fmt: skip
     for words in "id 2 occurs twice", "image_id 5 is not", "it has no segmentation", "bbox", "gone.jpg is neither in":
         assert words in str(error.value)
-    with pytest.raises(UserError, match="problems: 8"):
+    with pytest.raises(UserError, match="problems: 9"):
         split(source)
 
 
@@ -120,6 +121,9 @@ def test_headers_with_blanks_and_capitals(tmp_path, header):
     mask(tmp_path / "a.png", [1])
     (tmp_path / "t.csv").write_text(f'{header}\na.jpg, a.png, "the red box, left"\n')
     assert unit_areas(split(tmp_path)[0]) == {"the red box, left": H * W}  # the folder's one CSV
+    names = (name.replace('"', "") for name in header.split(","))
+    (tmp_path / "t.jsonl").write_text(json.dumps(dict(zip(names, ("a.jpg", "a.png", "it")))))
+    assert unit_areas(split(tmp_path / "t.jsonl")[0]) == {"it": H * W}
 
 
 def test_a_value_that_the_mask_does_not_hold_is_said_once(tmp_path, caplog):
@@ -178,6 +182,7 @@ def test_a_long_list_of_problems_is_cut_and_files_that_appear_are_found(tmp_path
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "t.json", "Git LFS"),
         (b"image,mask,prompt\n", "t.csv", "no photo has a sentence"),
         (b"{", "t.jsonl", "no UTF-8 JSONL"),
+        (b'{"image": "a", "mask": "b", "prompt": ["c", "d"]}', "t.jsonl", "line 1: not one value for each column"),
         (b"", "t.txt", "expected a .json"),
         (b'{"images": [], "annotations": []}', "t.json", "no photo has a sentence"),
     ],

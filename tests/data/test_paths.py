@@ -43,13 +43,16 @@ def test_names_stay_in_their_folder(tmp_path):
     assert inside(folder, "link.jpg").exists()
 
 
-def test_accents_are_found_in_either_form_and_backslashes_are_named(tmp_path):
+def test_accents_are_found_in_either_form_and_what_can_be_no_name_is_named(tmp_path):
     for form, other in ("NFC", "NFD"), ("NFD", "NFC"):
         (tmp_path / form).mkdir()
         (tmp_path / form / unicodedata.normalize(form, "Küche.jpg")).touch()
         assert inside(tmp_path / form, unicodedata.normalize(other, "Küche.jpg")).exists()
     with pytest.raises(UserError, match="backslashes"):
         inside(tmp_path, "a\\b.jpg")
+    for name in "x" * 300, "a/" + "é" * 150:
+        with pytest.raises(UserError, match="more than 255 bytes"):
+            inside(tmp_path, name)
 
 
 def test_a_set_and_a_split_refuse_a_photo_outside_unless_allowed(tmp_path):

@@ -14,6 +14,7 @@ from self1e.data.splits import load_split
 from self1e.errors import UserError
 
 AREA = 8 * 7
+LFS = "version https://git-lfs.github.com/spec/v1\n"
 
 
 def train(root, splits="train", **arguments):
@@ -99,7 +100,14 @@ def test_explanations(tmp_path):
 
 @pytest.mark.parametrize(
     "record",
-    ["{", '{"text": ["x"]}', '["x"]', '{"text": ["x"], "is_sentence": false, "shapes": [{"label": "target"}]}'],
+    [
+        "{",
+        LFS,
+        '{"text": [null], "is_sentence": false, "shapes": []}',
+        '{"text": ["x"]}',
+        '["x"]',
+        '{"text": ["x"], "is_sentence": false, "shapes": [{"label": "target"}]}',
+    ],
 )
 def test_broken_records_are_sample_errors(tmp_path, record):
     reasoning_photo(tmp_path, "train", "a", ["x"])

@@ -395,7 +395,7 @@ def test_a_full_disk_leaves_what_was_there(load_tiny, tiny_processor, tmp_path, 
 
 @pytest.mark.parametrize("size", ["50GB", "100KB"])
 def test_save_pretrained_into_any_folder_leaves_a_checkpoint_that_loads(make_tiny, trained, tmp_path, size):
-    """One file or several, after one file or several, in another layout, or a pickle."""
+    """One file or several, after one file or several, in another layout, or a pickle and a list of lost shards."""
     model = load(trained)
     other = load(make_tiny(seed=5), loss_weights={"ce": 0.1})
     for kind in ("one", "shards", "published", "pickle"):
@@ -403,6 +403,7 @@ def test_save_pretrained_into_any_folder_leaves_a_checkpoint_that_loads(make_tin
         if kind == "pickle":
             folder.mkdir()
             torch.save(other.state_dict(), folder / "pytorch_model.bin")
+            (folder / "model.fp32.safetensors.index.json").write_text('{"weight_map": {"x": "lost.safetensors"}}')
         elif kind == "published":
             shutil.copytree(make_tiny(shards=3), folder)
         else:

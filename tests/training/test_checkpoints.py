@@ -14,8 +14,8 @@ from helpers import ROOT
 from runs import history, train
 
 from self1e.errors import UserError
+from self1e.files import read_records
 from self1e.training.checkpoints import alone_in, best_step, check_resumable, checkpoints_in, prune
-from self1e.training.curves import read_log
 
 FLAGS = ("--max_steps", "2", "--save_steps", "2", "--no_eval", "--report_to", "none")
 
@@ -162,7 +162,7 @@ def test_a_run_keeps_its_best_checkpoint(tiny_version, shapes, tmp_path):
     flags += ("--val_dataset", "refcoco|unc|val", "--keep_best", "refcoco|unc|val")
     train(tiny_version, shapes, tmp_path, "run", *flags)
     names = [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")]
-    log, figure = read_log(tmp_path / "run" / "log.jsonl"), "eval_refcoco|unc|val_ciou"
+    log, figure = list(read_records(tmp_path / "run" / "log.jsonl")), "eval_refcoco|unc|val_ciou"
     best = max((line for line in log if figure in line), key=lambda line: line[figure])["step"]
     assert names == [f"checkpoint-{step}" for step in sorted({best, 3})]
 

@@ -12,7 +12,7 @@ import logging
 import os
 import reprlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from self1e.data.samples import image_key
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import Records, open_tables
 from self1e.errors import UserError, check_known
-from self1e.model.prompts import is_blank, looks_like_sentence
+from self1e.model.prompts import looks_like_sentence, visible
 
 log = logging.getLogger(__name__)
 COLUMNS = ("image", "mask", "prompt")
@@ -64,32 +64,38 @@ def _noting(faulty: list[str]) -> Iterator[None]:
         faulty.append(str(error))
 
 
-def table_rows(path: Path) -> Iterator[tuple[str, dict]]:
+def table_rows(path: Path, needed: Iterable[str] = COLUMNS) -> Iterator[tuple[str, dict]]:
     """(location, {column: value}) of each line of a CSV or JSONL. Raises UserError when it is no such file."""
     if path.suffix.lower() != ".csv":
-        yield from json_lines(path)
+        for location, row in json_lines(path):
+            yield location, {name.strip().lower(): row[name] for name in row} if isinstance(row, dict) else row
         return
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, skipinitialspace=True, strict=True)
             rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
-            check_known(f"line 1 should be {','.join(COLUMNS)} and holds no", COLUMNS, rows.fieldnames)
+            check_known(f"line 1 should be {','.join(needed)} and holds no", needed, rows.fieldnames)
             for row in rows:
                 yield f"line {rows.line_num}", row
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"no UTF-8 CSV ({error}); save it as one") from error
 
 
+def texts_of(location: str, row: dict, *columns: str) -> list[str]:
+    """The values of columns in a line of `table_rows`, "" where there is none. Raises UserError."""
+    whole = isinstance(row, dict) and None not in row
+    if not whole or any(isinstance(row.get(name), list | dict) for name in columns):
+        raise UserError(f"{location}: not one value for each column; quote a prompt that holds a comma")
+    return ["" if value is None else str(value).strip() for value in map(row.get, columns)]
+
+
 def _rows(path: Path, faulty: list[str]) -> Iterator[Target]:
     """The lines of a CSV or JSONL."""
     for location, row in table_rows(path):
         with _noting(faulty):
-            if not isinstance(row, dict) or None in row:
-                raise UserError(f"{location}: not one value for each column; quote a prompt that holds a comma")
-            cells = ["" if row.get(name) is None else str(row[name]).strip() for name in (*COLUMNS, "value")]
-            if empty := [f"{name} is empty" for name, cell in zip(COLUMNS, cells) if is_blank(cell)]:
+            image, mask, prompt, value = cells = texts_of(location, row, *COLUMNS, "value")
+            if empty := [f"{name} is empty" for name, cell in zip(COLUMNS, cells) if not visible(cell)]:
                 raise UserError(f"{location}: {', '.join(empty)}")
-            image, mask, prompt, value = cells
             number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
             if number and not number.isdecimal():
                 raise UserError(f"{location}: value {value!r:.80} is no whole number of a pixel")
@@ -127,12 +133,13 @@ def _sentences(annotation: dict, categories: dict[int | str, str], location: str
     """The captions and phrases of an annotation or, where it has none, the name of its category."""
     given = [annotation.get(field) or [] for field in SENTENCES]
     found = [text for value in given for text in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(text, str) and not is_blank(text) for text in found):
+    if not all(isinstance(text, str) and visible(text) for text in found):
         raise UserError(f"{location}: a sentence is empty or no text: {reprlib.repr(found)}")
     category: Any = annotation.get("category_id")
-    if not found and not categories.get(category):
+    name = "" if isinstance(category, list | dict) else categories.get(category, "")
+    if not found and not name:
         raise UserError(f"{location}: neither captions nor phrases, and category {reprlib.repr(category)} has no name")
-    return [text.strip() for text in found] or [categories[category]]
+    return [text.strip() for text in found] or [name]
 
 
 def find_source(path: str | Path) -> Path:

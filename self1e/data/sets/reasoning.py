@@ -4,7 +4,7 @@ reason_seg/ReasonSeg/{train, val, test}/*.{jpg, json}
 reason_seg/ReasonSeg/explanatory/train.json
 """
 
-import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +68,13 @@ class ReasonSeg(ExpressionSet):
     def _record(self, index: int) -> list[Any]:
         """Texts, whether they are sentences, and shapes of the JSON beside a photo. Raises UserError."""
         path = self.photos[index].with_suffix(".json")
-        try:
-            raw = path.read_bytes()
-            try:
-                record = json.loads(raw)  # UTF-8, with or without BOM
-            except UnicodeDecodeError:
-                record = json.loads(raw.decode("cp1252"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
+        record = read_json(path, dict, "cp1252")
         return fields(record, str(path), text=list, is_sentence=(bool, int), shapes=list)
 
     def expressions(self, index: int) -> list[Expression]:
         texts, is_sentence, _ = self._record(index)
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"text is {reprlib.repr(texts)}, no list of texts")
         return [Expression(text, [0], "", bool(is_sentence)) for text in texts]
 
     def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from self1e.data.samples import load_image
 from self1e.errors import UserError
+from self1e.files import check_fetched
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,8 @@ def require(path: Path, records: Iterable[Any], *fields: str) -> None:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    check_fetched(path)
+    return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
 def read_jsonl(path: Path, *fields: str) -> list[dict]:

@@ -42,6 +42,7 @@ def score(answers: list[Answer], data_dir: Path) -> Scores:
     path = next(filter(Path.is_file, paths), paths[0])
     questions = read_json(path, dict)
     require(path, questions.values(), "isBalanced", "types", "answer")
+    require(path, (question["types"] for question in questions.values()), "structural")
     details = accuracy(_predictions(answers), questions)
     return Scores({name: details[name] for name in ("accuracy", "open", "binary")}, details)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-from self1e.errors import UserError
 from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark, require
+from self1e.files import check_fetched
 
 OPTIONS = "ABCDE"
 CIRCULAR_STEP = 1_000_000  # a copy with the options rotated by k has the index of its question plus k times this
@@ -123,8 +123,7 @@ _LETTER_ONLY = {"en": "Answer with the option's letter from the given choices di
 def read_questions(data_dir: Path, *, key: str, instruction: str) -> list[Question]:
     """The table, circular copies included, read with pandas' defaults (so an option `None` counts as absent)."""
     path = data_dir / "mmbench" / f"{key}.tsv"
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
+    check_fetched(path)
     table = pd.read_csv(path, sep="\t")
     columns = ("index", "question", "A", "split", "hint", "category", "source", "image", "comment", "l2-category")
     records = table.to_dict("records")

@@ -27,6 +27,8 @@ from vqa_trees import (
 
 from self1e.evaluation.vqa.run import VQA_BENCHMARKS
 
+LFS = "version https://git-lfs.github.com/spec/v1\n"
+
 
 def test_run_writes_replies_scores_and_official_files(tiny, tmp_path, capsys):
     for write in (write_vqav2, write_pope, write_mme_release, write_mmbench, write_gqa):
@@ -114,6 +116,8 @@ def test_score_only_needs_neither_model_nor_photos(tmp_path, capsys):
         write_lines(folder / f"{name}.jsonl", [record | {"answer": "Dog"} for record in records])
     for picture in data.rglob("*.jpg"):
         picture.unlink()
+    for questions in data.glob("*/*.jsonl"):
+        questions.write_text(questions.read_text(), encoding="utf-8-sig")
     assert run(tmp_path, "nowhere", "--score_only", datasets="vqa-vqav2-val pope") == 0
     figures = load(folder / "summary.json")["figures"]
     # One of ten annotators says dog: nine leave-one-outs find one match (1/3), the tenth none.
@@ -131,6 +135,7 @@ def test_score_only_needs_neither_model_nor_photos(tmp_path, capsys):
         (lambda data: (data / "pope" / "llava_pope_test.jsonl").write_text("{}\n"), "llava_pope_test.jsonl"),
         (lambda data: (data / "pope" / "val2014" / "1.jpg").unlink(), "1.jpg"),
         (lambda data: (data / "pope" / "coco" / "coco_pope_random.json").write_text("{}\n"), "coco_pope_random.json"),
+        (lambda data: (data / "pope" / "llava_pope_test.jsonl").write_text(LFS), "Git LFS"),
     ],
 )
 def test_faulty_files_of_one_benchmark_do_not_stop_the_others(tiny, tmp_path, capsys, spoil, culprit):
