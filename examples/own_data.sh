@@ -45,4 +45,4 @@ bash eval_all.sh "runs/$RUN" --val_dataset "$val" --eval_visualize
 
 # 5. The masks of a folder of photos.
 self1e segment --version "runs/$RUN" --image "$DATA/images" --prompt "$PROMPT" --output "runs/$RUN/masks"
-# the masks of 20 photos are in runs/mine/masks
+# the results of 20 photos are in runs/mine/masks

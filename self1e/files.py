@@ -5,9 +5,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from self1e.errors import UserError
 
@@ -116,3 +118,18 @@ def check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another folder") from error
+
+
+def alone_in(folder: Path, *, patience: float = 10) -> AbstractContextManager:
+    """Keep a second run out of a folder, where each would delete what the other writes. For the first rank.
+
+    patience: seconds in which the data workers of a killed run end, and with them its hold on the folder.
+    """
+    lock = folder / ".lock"
+    try:
+        return FileLock(lock).acquire(timeout=patience)
+    except Timeout:
+        raise UserError(
+            f"{folder}: another run is at work in this folder; wait for its end, or give another --exp_name or "
+            f"--output. If its machine went down, remove {lock}"
+        ) from None

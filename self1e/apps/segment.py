@@ -17,7 +17,6 @@ A photo that cannot be read is one line on the screen and the run goes on; the e
 
 import argparse
 import hashlib
-import heapq
 import os
 import re
 import sys
@@ -25,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -44,8 +44,8 @@ from self1e.data.sets.custom import table_rows, texts_of
 from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
 from self1e.evaluation.results import claim_folder
-from self1e.files import check_fetched, check_writable, read_records, replacing, to_jsonl
-from self1e.model.config import Help
+from self1e.files import alone_in, check_fetched, check_writable, read_records, replacing, to_jsonl, write_json
+from self1e.model.config import Help, precision_on
 from self1e.model.inference import Reply, logit_of, masks_of
 from self1e.model.photos import FORMATS
 from self1e.model.processor import HIGH_RES_TILES
@@ -121,7 +121,9 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
         if not photos:
             raise UserError(f"--image {text}: no photos in it, outside of --output ({', '.join(sorted(PHOTOS))})")
         for photo, own in photos:
-            jobs.setdefault(photo, dict.fromkeys(args.prompt)).update({own: None} if own else {})
+            asked = jobs.setdefault(photo, dict.fromkeys(args.prompt))
+            if own:
+                asked[own] = None
     if absent := [str(path) for path in jobs if not path.exists()]:
         raise UserError(f"--image: no such file: {', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}")
     if not all(jobs.values()):
@@ -153,7 +155,7 @@ class Output:
     COCO's segmentation, bbox (x, y, width, height in pixels), area and score (the mean foreground probability, 0 for
     an empty mask), and the names of its files. Until `merge` each process has a file of its own.
 
-    photos: of this run, by which names are told apart. done: (image, prompt) of the records from before.
+    photos: of this run; those of one name get other names for their files. done: (image, prompt) of earlier records.
     """
 
     def __init__(
@@ -169,21 +171,23 @@ class Output:
 
     def _begin(self, settings: dict, overwrite: bool) -> set[tuple[str, str]]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob("records*.jsonl") if overwrite else ():
+        for path in self.folder.glob("records.*jsonl") if overwrite else ():
             for record in read_records(path):
                 files = [record.get("overlay"), *(mask.get("mask") for mask in record["masks"])]
                 for name in filter(None, files):
                     (self.folder / name).unlink(missing_ok=True)
             path.unlink()
-        claim_folder(self.folder, settings, overwrite=False, remedy="Choose another folder, or --overwrite")
+        if any(path.stat().st_size for path in self.folder.glob("records.*jsonl")):
+            claim_folder(self.folder, settings, overwrite=False, remedy="Choose another folder, or --overwrite")
+        else:
+            write_json(self.folder / "settings.json", settings)
         return self.merge()
 
     def merge(self) -> set[tuple[str, str]]:
-        """Move what the processes have written to records.jsonl, in the order of the photos; returns what is done."""
+        """Move what the processes have written to records.jsonl, one after the other; returns what is done."""
         parts, done = sorted(self.folder.glob("records.rank*.jsonl")), set()
-        new = heapq.merge(*map(read_records, parts), key=lambda record: record["image"])
         with replacing(self.path) as merged, open(merged, "w", encoding="utf-8") as file:
-            for record in chain(read_records(self.path), new):
+            for record in chain(read_records(self.path), *map(read_records, parts)):
                 if (key := (record["image"], record["prompt"])) not in done:
                     file.write(to_jsonl([record]))
                     done.add(key)
@@ -261,57 +265,59 @@ def run(
 
     prepare: (processor, whether `image` is wanted, job) -> what workers make of a photo.
     ask: -> the replies about each photo; other threads iterate over them.
-    settings: what, beside the flags of both commands, makes other masks. budget: of `groups`.
+    settings: the flags of this command alone that change its masks. budget: of `groups`.
     """
     distributed.start("gloo", timeout=WAIT)
     jobs = distributed.on_main(partial(find_jobs, args))
+    args.dtype = args.dtype or precision_on(distributed.device(args.device))
     settings = {name: getattr(args, name) for name in ("dtype", "quantize", "high_res", "threshold")} | settings
     settings |= weights_identity(args.version, args.model_weights)
     masks, overlays = (len(jobs) <= FEW if given is None else given for given in (args.masks, args.overlays))
     kinds = {"overwrite": args.overwrite, "masks": masks, "overlays": overlays}
-    output = Output(args.output, settings, photos=[job.path for job in jobs], **kinds)
-    left = [Job(path, [one for one in asked if (str(path), one) not in output.done]) for path, asked in jobs]
-    left = [job for job in left if job.prompts]
-    if len(left) < len(jobs):
-        distributed.say(f"{len(jobs) - len(left)} of {len(jobs)} photos are done already")
-    broken: list[SampleError] = []
+    with alone_in(args.output) if distributed.is_main() else nullcontext():
+        output = Output(args.output, settings, photos=[job.path for job in jobs], **kinds)
+        left = [Job(path, [one for one in asked if (str(path), one) not in output.done]) for path, asked in jobs]
+        left = [job for job in left if job.prompts]
+        if len(left) < len(jobs):
+            distributed.say(f"{len(jobs) - len(left)} of {len(jobs)} photos are done already")
+        broken: list[SampleError] = []
 
-    def skip(error: SampleError) -> None:
-        broken.append(error)
-        tqdm.write(f"skipped: {error.cause}", file=sys.stderr)
+        def skip(error: SampleError) -> None:
+            broken.append(error)
+            tqdm.write(f"skipped: {error.cause}", file=sys.stderr)
 
-    def save(job: Job, made: dict, replies: Iterable[Reply]) -> list[dict]:
-        pairs = zip(job.prompts, replies, strict=True)
-        return [output.save(job.path, made["image"], prompt, reply) for prompt, reply in pairs]
+        def save(job: Job, made: dict, replies: Iterable[Reply]) -> list[dict]:
+            pairs = zip(job.prompts, replies, strict=True)
+            return [output.save(job.path, made["image"], prompt, reply) for prompt, reply in pairs]
 
-    if left:
-        own = left[distributed.rank() :: distributed.world_size()]
-        model, processor = load(args)
-        workers = args.workers
-        if workers is None:
-            workers = distributed.share_cores() if model.device.type == "cuda" else 1
-        bar, begin = distributed.progress(len(own), desc="done", unit="photo"), time.monotonic()
-        writing: list[Future[list[dict]]] = []
-        with StopRequest() as stop, ThreadPoolExecutor(WRITERS) as pool, bar:
-            photos = prepared(
-                own, partial(prepare, processor, overlays), workers=workers, broken=skip,
-                asked_to_stop=lambda: stop.signal is not None,
-            )  # fmt: skip
-            try:
-                for group in groups(photos, budget):
-                    answers = ask(model, processor, group)
+        if left:
+            own = left[distributed.rank() :: distributed.world_size()]
+            model, processor = load(args)
+            workers = args.workers
+            if workers is None:
+                workers = distributed.share_cores() if model.device.type == "cuda" else 1
+            bar, begin = distributed.progress(len(own), desc="done", unit="photo"), time.monotonic()
+            writing: list[Future[list[dict]]] = []
+            with StopRequest() as stop, ThreadPoolExecutor(WRITERS) as pool, bar:
+                photos = prepared(
+                    own, partial(prepare, processor, overlays), workers=workers, broken=skip,
+                    asked_to_stop=lambda: stop.signal is not None,
+                )  # fmt: skip
+                try:
+                    for group in groups(photos, budget):
+                        answers = ask(model, processor, group)
+                        output.append(chain.from_iterable(future.result() for future in writing))
+                        writing = [pool.submit(save, *photo, replies) for photo, replies in zip(group, answers)]
+                        bar.update(len(group))
+                finally:
                     output.append(chain.from_iterable(future.result() for future in writing))
-                    writing = [pool.submit(save, *photo, replies) for photo, replies in zip(group, answers)]
-                    bar.update(len(group))
-            finally:
-                output.append(chain.from_iterable(future.result() for future in writing))
-        spent = time.monotonic() - begin
-    bad = sum(distributed.gather(len(broken)))
-    distributed.on_main(output.write_coco)
+            spent = time.monotonic() - begin
+        bad = sum(distributed.gather(len(broken)))
+        distributed.on_main(output.write_coco)
     if left:
         done = len(left) - bad
         speed = f"{spent:.1f} s, {done / spent:.1f} photos per second"
-        distributed.say(f"the masks of {done} photo{'s' * (done != 1)} are in {args.output}: {speed}")
+        distributed.say(f"the results of {done} photo{'s' * (done != 1)} are in {args.output}: {speed}")
     if bad and distributed.is_main():
         print(f"{bad} of {len(left)} photos could not be read, see above", file=sys.stderr)
     return 1 if bad else 0

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from torch.serialization import add_safe_globals
 
 from self1e import distributed
@@ -203,21 +201,6 @@ def prune(folder: Path, limit: int, best: int | None) -> None:
     for old in checkpoints_in(folder)[:-limit]:
         if step_of(old) != best:
             shutil.rmtree(old, ignore_errors=True)
-
-
-def alone_in(run_dir: Path, *, patience: float = 10) -> AbstractContextManager:
-    """Keep a second training out of the folder, where each would delete what the other writes. For the first rank.
-
-    patience: seconds in which the data workers of a killed run end, and with them its hold on the folder.
-    """
-    lock = run_dir / ".lock"
-    try:
-        return FileLock(lock).acquire(timeout=patience)
-    except Timeout:
-        raise UserError(
-            f"{run_dir}: another training is at work in this folder; wait for its end, or give another --exp_name. "
-            f"If its machine went down, remove {lock}"
-        ) from None
 
 
 def remove_earlier(run_dir: Path) -> None:

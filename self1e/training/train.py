@@ -23,7 +23,7 @@ from self1e.data.paths import require_paths
 from self1e.data.splits import get_splits, load_split, split_paths
 from self1e.errors import UserError
 from self1e.evaluation.segmentation.run import evaluate_splits
-from self1e.files import check_utf8, check_writable
+from self1e.files import alone_in, check_utf8, check_writable
 from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
 from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     if main:
         check_utf8(args.run_dir)
         check_writable(args.run_dir)
-    alone = checkpoints.alone_in(args.run_dir) if trains and main else contextlib.nullcontext()
+    alone = alone_in(args.run_dir) if trains and main else contextlib.nullcontext()
     with alone, StopRequest(args.run_dir) as stop:
         anew = trains and train(args, stop)
         if trains:

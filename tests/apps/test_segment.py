@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from self1e.apps import segment
 from self1e.apps.segment import Output
 from self1e.cli import main
 from self1e.data.splits import load_split
+from self1e.files import alone_in
 from self1e.model.inference import Reply
 
 PROMPTS = ["the cat", "Which one flies?", "das Ö / „Tier“"]
@@ -61,7 +63,7 @@ def test_a_folder_of_photos(version, photos, tmp_path, capsys):
     assert asked == [(*photo, p) for photo in (("cat.png", 60, 40), ("CAT.jpg", 40, 60)) for p in PROMPTS]
     files = [name for r in found for name in (r["overlay"], r["masks"][0]["mask"])]
     assert len({name.casefold() for name in files}) == len(files) == 12
-    assert {*files, "coco.json", "records.jsonl", "settings.json"} == {path.name for path in output.iterdir()}
+    assert {*files, "coco.json", "records.jsonl", "settings.json", ".lock"} == {path.name for path in output.iterdir()}
     for record in found:
         (mask,) = record["masks"]
         pixels = np.array(Image.open(output / mask["mask"]))
@@ -77,7 +79,7 @@ def test_a_folder_of_photos(version, photos, tmp_path, capsys):
 
 def test_coco_for_other_tools_and_for_custom_data(version, photos, tmp_path):
     run(version, tmp_path / "out", "--image", photos, "--prompt", *PROMPTS, "--no-masks", "--no-overlays")
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".jsonl"}
+    assert {path.suffix for path in (tmp_path / "out").glob("[!.]*")} == {".json", ".jsonl"}
     data = COCO(str(tmp_path / "out/coco.json"))
     assert [image["file_name"] for image in data.loadImgs([1, 2])] == ["cat.png", "deeper/CAT.jpg"]
     assert [category["name"] for category in data.loadCats([1, 2, 3])] == PROMPTS
@@ -128,15 +130,20 @@ def test_a_second_run_adds_and_repeats_nothing(version, photos, tmp_path, monkey
 
     monkeypatch.setattr(segment, "masks_of", watched)
     cat, other = photos / "cat.png", photos / "deeper/CAT.jpg"
+    output.mkdir()
+    (output / "mine.jsonl").touch()  # is none of the records
     assert run(version, output, "--image", cat, "--prompt", "a") == 0
     first, files = records(output), {path: path.stat().st_mtime_ns for path in output.glob("*.png")}
     assert run(version, output, "--image", cat, other, "--prompt", "a", "b") == 0
-    assert run(version, output, "--image", cat, other, "--prompt", "b", "a") == 0
+    assert run(version, output, "--image", cat, other, "--prompt", "b", "a", "--dtype", "fp32") == 0
     assert asked == [1, 3] and records(output)[:1] == first and len(records(output)) == 4
     assert all(path.stat().st_mtime_ns == time for path, time in files.items())
     assert len(json.loads((output / "coco.json").read_text())["annotations"]) == len(list(output.glob("*.png"))) == 4
     assert run(version, output, "--image", cat, "--prompt", "a", "--threshold", 0.4) == 1
     assert "threshold" in capsys.readouterr().err and len(records(output)) == 4
+    monkeypatch.setattr(segment, "alone_in", partial(alone_in, patience=0.1))
+    with alone_in(output):
+        assert run(version, output, "--image", cat, "--prompt", "d") == 1 and "another run" in capsys.readouterr().err
     assert run(version, output, "--image", cat, "--prompt", "c", "--threshold", 0.4, "--overwrite") == 0
     assert [r["prompt"] for r in records(output)] == ["c"] and len(list(output.glob("*.png"))) == 1
 

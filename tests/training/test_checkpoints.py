@@ -14,8 +14,8 @@ from helpers import ROOT
 from runs import history, train
 
 from self1e.errors import UserError
-from self1e.files import read_records
-from self1e.training.checkpoints import alone_in, best_step, check_resumable, checkpoints_in, prune
+from self1e.files import alone_in, read_records
+from self1e.training.checkpoints import best_step, check_resumable, checkpoints_in, prune
 
 FLAGS = ("--max_steps", "2", "--save_steps", "2", "--no_eval", "--report_to", "none")
 
@@ -170,7 +170,7 @@ def test_a_run_keeps_its_best_checkpoint(tiny_version, shapes, tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from self1e.training.checkpoints import alone_in
+from self1e.files import alone_in
 with alone_in(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)
@@ -183,7 +183,7 @@ def test_a_second_training_is_kept_out_of_the_folder(tmp_path):
     holder = [sys.executable, "-c", HOLDER, str(run)]
     with subprocess.Popen(holder, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another training is at work"), alone_in(run, patience=0.1):
+        with pytest.raises(UserError, match="another run is at work"), alone_in(run, patience=0.1):
             pass
         first.kill()
     with alone_in(run):  # the lock of a killed process is free
