@@ -95,9 +95,9 @@ def photos_of(path: Path, output: Path) -> list[tuple[Path, str]]:
     Of a folder those in its subfolders, too, without hidden files and what lies in `output`.
     """
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.suffix.lower() in PHOTOS]
-        shown = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
-        return [(file, "") for file in shown if output not in file.resolve().parents]
+        photos = [file for file in path.rglob("*") if file.suffix.lower() in PHOTOS]
+        visible = [file for file in photos if "/." not in f"/{file.relative_to(path).as_posix()}"]
+        return [(file, "") for file in visible if output not in file.resolve().parents]
     if path.suffix.lower() not in (".txt", ".csv", ".jsonl"):
         return [(path, "")]
     try:
@@ -105,7 +105,7 @@ def photos_of(path: Path, output: Path) -> list[tuple[Path, str]]:
         if path.suffix.lower() == ".txt":
             rows = [[line.strip(), ""] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         else:
-            rows = [texts_of(*row, "image", "prompt") for row in table_rows(path, ["image"])]
+            rows = [texts_of(*row, ["image"], "prompt") for row in table_rows(path, ["image"])]
         places = [inside(path.parent, name, allow_outside=True) for name, _ in rows]
     except (OSError, UnicodeDecodeError, UserError) as error:
         raise UserError(f"--image {path} is no list of photos: {error}") from error

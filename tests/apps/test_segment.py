@@ -260,6 +260,7 @@ def test_base_model_is_refused(tmp_path, photos, capsys):
         (["--image", "{photo}", "--prompt", "it", "--threshold", "1.5"], 1, "--threshold"),
         (["--image", "{list}"], 1, "holds no 'image'"),
         (["--image", "{jsonl}"], 1, "line 1: not one value for each column"),
+        (["--image", "{nameless}"], 1, "line 2: image is empty"),
         (["--image", "{pointer}"], 1, "Git LFS"),
         (["--image", "which of these " * 20, "--prompt", "it"], 1, "255 bytes"),
     ],
@@ -273,6 +274,8 @@ def test_wrong_arguments(tmp_path, capsys, arguments, code, message):
     places["list"].write_text("photo,prompt\na.png,it\n")
     places |= {"jsonl": tmp_path / "list.jsonl", "pointer": tmp_path / "list.txt"}
     places["jsonl"].write_text('{"image": "photo.png", "prompt": ["it", "that"]}')
+    places["nameless"] = tmp_path / "nameless.jsonl"
+    places["nameless"].write_text('{"image": "photo.png"}\n{"prompt": "it"}\n')
     places["pointer"].write_text("version https://git-lfs.github.com/spec/v1\n")
     assert run("none", places["out"], *(argument.format(**places) for argument in arguments)) == code
     assert message in capsys.readouterr().err and not list(places["out"].iterdir())

@@ -81,21 +81,22 @@ def table_rows(path: Path, needed: Iterable[str] = COLUMNS) -> Iterator[tuple[st
         raise UserError(f"no UTF-8 CSV ({error}); save it as one") from error
 
 
-def texts_of(location: str, row: dict, *columns: str) -> list[str]:
-    """The values of columns in a line of `table_rows`, "" where there is none. Raises UserError."""
-    whole = isinstance(row, dict) and None not in row
+def texts_of(location: str, row: dict, needed: Iterable[str], other: str) -> list[str]:
+    """The values of columns in a line of `table_rows`; that of `other` may be "". Raises UserError."""
+    columns, whole = (*needed, other), isinstance(row, dict) and None not in row
     if not whole or any(isinstance(row.get(name), list | dict) for name in columns):
         raise UserError(f"{location}: not one value for each column; quote a prompt that holds a comma")
-    return ["" if value is None else str(value).strip() for value in map(row.get, columns)]
+    cells = ["" if value is None else str(value).strip() for value in map(row.get, columns)]
+    if empty := [f"{name} is empty" for name, cell in zip(needed, cells) if not visible(cell)]:
+        raise UserError(f"{location}: {', '.join(empty)}")
+    return cells
 
 
 def _rows(path: Path, faulty: list[str]) -> Iterator[Target]:
     """The lines of a CSV or JSONL."""
     for location, row in table_rows(path):
         with _noting(faulty):
-            image, mask, prompt, value = cells = texts_of(location, row, *COLUMNS, "value")
-            if empty := [f"{name} is empty" for name, cell in zip(COLUMNS, cells) if not visible(cell)]:
-                raise UserError(f"{location}: {', '.join(empty)}")
+            image, mask, prompt, value = texts_of(location, row, COLUMNS, "value")
             number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
             if number and not number.isdecimal():
                 raise UserError(f"{location}: value {value!r:.80} is no whole number of a pixel")
