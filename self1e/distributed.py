@@ -30,8 +30,15 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def launched() -> bool:
-    """Whether a launcher started this process: it sets all `VARIABLES`, clusters leave some of them in every shell."""
-    return all(os.environ.get(name) for name in VARIABLES)
+    """Whether a launcher started this process: it sets all `VARIABLES`, clusters leave some of them in every shell.
+
+    Those of a single process, without a mark, are left over: what they name as master may be gone.
+    """
+    return all(os.environ.get(name) for name in VARIABLES) and (os.environ["WORLD_SIZE"] != "1" or marked())
+
+
+def marked() -> bool:
+    return any(name in os.environ for name in MARKS)
 
 
 def rank() -> int:
@@ -152,7 +159,7 @@ def run_program(program: Callable[[], int]) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it out, and warn about it
     try:
-        if launched() and os.environ["WORLD_SIZE"] != "1" and not any(name in os.environ for name in MARKS):
+        if launched() and not marked():
             names = ", ".join(VARIABLES)
             raise UserError(f"no launcher set {names}: unset them, start by torchrun, or set LOCAL_WORLD_SIZE, too")
         code = program()

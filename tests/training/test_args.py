@@ -21,7 +21,7 @@ NEEDED = ["--version", "owner/name", "--exp_name", "e"]
 
 @pytest.fixture
 def launched(monkeypatch):
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
 
