@@ -26,16 +26,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from self1e.data.families import FAMILIES
 from self1e.data.paths import list_names
-from self1e.data.samples import Sample, SampleError, TrainingSet
+from self1e.data.samples import Sample, TrainingSet
 from self1e.data.sets.custom import Custom, find_source, table_rows
 from self1e.data.sets.expressions import ExpressionSet
 from self1e.data.splits import SPLITS, completeness
 from self1e.errors import UserError
+from self1e.evaluation.loop import prepared
 from self1e.evaluation.results import markdown_table
 from self1e.files import check_writable, read_json, to_jsonl, write_json, write_text
 from self1e.model import prompts
@@ -45,12 +45,11 @@ from self1e.visualize import grid, overlay, panel
 SHEET = Path("runs/check_data/contact_sheet.png")  # git ignores `runs`
 LISTED = 10  # problems printed per set
 CELL = 560  # pixels of a picture on the sheet
-ALL = 10**9  # conversations of a photo
 IN_WORKERS = 64  # records of a set from which on worker processes read it
 IMAGE_TOKENS, TEMPLATE_TOKENS = 256, 40  # of a conversation, besides what is asked: one tile; roles and templates
 BYTES_PER_TOKEN = 5  # of UTF-8, about
-ENDS = "", prompts.VQA_INSTRUCTION, prompts.VIZWIZ_INSTRUCTION
-TEMPLATES = *prompts.SHORT_QUESTIONS, *prompts.LONG_QUESTIONS, *(prompts.IMAGE_TAG + end for end in ENDS)
+INSTRUCTIONS = "", prompts.VQA_INSTRUCTION, prompts.VIZWIZ_INSTRUCTION  # behind a question
+TEMPLATES = *prompts.SHORT_QUESTIONS, *prompts.LONG_QUESTIONS, *(prompts.IMAGE_TAG + x for x in INSTRUCTIONS)
 EMPTY_QUESTIONS = {""} | {prompts.visible(template.format("")) for template in TEMPLATES}
 Read = Callable[[Any, int], Sample | None]  # record of a set -> its sample; None without a label
 
@@ -86,7 +85,7 @@ def sets_of(args: argparse.Namespace) -> Iterator[tuple[str, TrainingSet, Read]]
         yield str(args.path), Custom(f"custom|{args.path}", **flags, strict=False), read_unit  # also a faulty one
         return
     for name, training_set in (each for family in FAMILIES.values() for each in family.items()):
-        yield name, training_set(name, **flags, num_classes_per_sample=ALL), read_sample
+        yield name, training_set(name, **flags, num_classes_per_sample=10**9), read_sample
     for name, entry in SPLITS.items():
         yield name, entry.reader(name, **flags), read_unit
 
@@ -94,8 +93,8 @@ def sets_of(args: argparse.Namespace) -> Iterator[tuple[str, TrainingSet, Read]]
 def check(source: Source, data: TrainingSet, read: Read, args: argparse.Namespace) -> bool:
     """Read `limit` records of a set, evenly spread, or all, and draw `samples` of them; False where it is absent.
 
-    Its own place is its first path, or the folder of this file; but a folder of questions (.jsonl) may be there for an
-    evaluation alone. Raises UserError when it cannot be opened.
+    It is there if its first path is or, for a file of annotations, the folder of it; a file of questions (.jsonl) must
+    be there itself, because an evaluation needs the same folder. Raises UserError when the set cannot be opened.
     """
     own = data.paths()[0]
     if not (own.parent if own.suffix in (".p", ".json") else own).exists():
@@ -110,8 +109,9 @@ def check(source: Source, data: TrainingSet, read: Read, args: argparse.Namespac
     drawn = {numbers[k] for k in np.random.default_rng(0).permutation(count)[: args.samples]}
     examine = partial(examined, source.name, data, read, drawn, args.model_max_length)
     workers = args.workers if count >= IN_WORKERS else 0
-    loader = DataLoader(numbers, batch_size=None, collate_fn=examine, num_workers=workers)
-    for counts, problems, pictures in tqdm(loader, source.name, unit=" records", delay=1, leave=False, disable=None):
+    records = prepared(numbers, examine, workers=workers, broken=lambda error: source.problems.append(str(error)))
+    bar = {"total": count, "unit": " records", "delay": 1, "leave": False, "disable": None}
+    for _, (counts, problems, pictures) in tqdm(records, source.name, **bar):
         source.counts += counts
         source.problems += problems
         source.pictures += pictures
@@ -123,10 +123,7 @@ def examined(
 ) -> tuple[list[int], list[str], list[Image.Image]]:
     """What a record adds to the counts, problems and pictures of its set; pictures are made of those in `drawn`."""
     known = len(data.problems)  # the set says more while it is read
-    try:
-        sample = read(data, number)
-    except SampleError as error:
-        return [0, 0, 0], [str(error)], []
+    sample = read(data, number)
     if sample is None:  # in training the next photo serves in its place
         return [0, 0, 0], [], []
     masks = [mask for group in sample.masks for mask in group]
@@ -191,7 +188,8 @@ def write_parts(source: Path, share: float) -> None:
     suffix = source.suffix.lower()
     content = read_json(source, dict) if suffix == ".json" else {}
     records = content.get("images") or [row for _, row in table_rows(source)]
-    photos = pd.Series([str(record["file_name" if content else "image"]).strip() for record in records])
+    named = (str(record["file_name" if content else "image"]).strip() for record in records)
+    photos = pd.Series(map(os.path.normpath, named))  # `a.jpg` and `./a.jpg` are one
     names = np.array(sorted(set(photos)))
     count = round(share * len(names))
     if not 0 < count < len(names):
@@ -225,6 +223,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{args.path} does not exist")
     if args.output.suffix.lower() not in Image.registered_extensions():
         parser.error(f"--output {args.output}: expected a picture's name, such as {args.output / 'contact_sheet.png'}")
+    if min(args.limit or 0, args.samples or 0) < 0:
+        parser.error("--limit and --samples are numbers of records")
     args.tree = args.path.is_dir() and not list_names(args.path, ".csv")
     if args.split is not None and args.tree:
         parser.error("--split divides own data; the sets of the tree have their splits")
