@@ -57,6 +57,8 @@ def read_runs(folders: list[Path]) -> pd.DataFrame:
     found = []
     for folder in folders:
         row, _, seed = folder.name.removeprefix("ablation_").rpartition("_seed")
+        if not seed.isdecimal() or not row:
+            sys.exit(f"{folder} is no run of this script, whose name ends with _seedN")
         for path in sorted((folder / "eval").glob("*.json")):
             result = json.loads(path.read_text(encoding="utf-8"))
             if "split" in result:
@@ -83,14 +85,17 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(summary: pd.DataFrame) -> str:
-    lines = ["| split | figure | row | seeds | mean | deviation | full - row (95% interval) |", "|---" * 7 + "|"]
+    sys.path.insert(0, str(ROOT))
+    from self1e.evaluation.results import markdown_table  # takes seconds, which a plan does not need
+
+    header, rows = "split, figure, row, seeds, mean, deviation, full - row (95% interval)".split(", "), []
     for line in summary.to_dict("records"):
         known = pd.notna(line.get("low"))
         gap = f"{line['full - row']:+.3f} ({line['low']:+.3f} to {line['high']:+.3f})" if known else ""
         deviation = f"{line['deviation']:.3f}" if pd.notna(line["deviation"]) else ""
-        cells = [line["split"].replace("|", " "), line["figure"], line["row"], line["seeds"], f"{line['mean']:.3f}"]
-        lines.append("| " + " | ".join(map(str, [*cells, deviation, gap])) + " |")
-    return "\n".join(lines) + "\n"
+        names = [line["split"].replace("|", " "), line["figure"], line["row"]]
+        rows.append([*names, str(line["seeds"]), f"{line['mean']:.3f}", deviation, gap])
+    return markdown_table(header, rows, text_columns=3)
 
 
 def draw(summary: pd.DataFrame, path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from self1e.errors import UserError
 from self1e.synthetic.reasoning import write_reasoning
 from self1e.synthetic.referring import write_referring
 from self1e.synthetic.scenes import Scene, draw_scene
@@ -16,13 +17,16 @@ SPLITS = ("val", "testA", "testB")  # one group of held-out scenes each
 def make_shapes_dataset(
     path: str | Path, *, train: int = 2000, val: int = 100, size: int = 224, simple: bool = False, seed: int = 0
 ) -> Path:
-    """Write the tree below `path` and return it: `train` training scenes, three times `val` held-out scenes.
+    """Write the tree below `path`, a new or empty folder, and return it: `train` training scenes, three times `val`
+    held-out scenes.
 
     `size`: pixels of a photo's longer side, 48 at least; both counts are 2 at least. `simple`: scenes whose colours
     tell the shapes apart, and one expression a shape, colour and kind: what a model of a million parameters learns in
     minutes.
     """
     root = Path(path)
+    if root.exists() and any(root.iterdir()):  # what an earlier tree had more of would stay, under the same numbers
+        raise UserError(f"{root} is not empty; name another folder, or remove it")
     counts = {"train": train} | dict.fromkeys(SPLITS, val)
     groups: dict[str, list[Scene]] = {split: [] for split in counts}
     splits = [split for split, n in counts.items() for _ in range(n)]

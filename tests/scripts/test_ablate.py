@@ -39,11 +39,13 @@ def test_a_report_pairs_rows_by_seed(tmp_path):
             (folder / "summary.json").write_text("{}")
     done = ablate("report", *sorted(tmp_path.iterdir()))
     assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if "ciou | rfr" in line)
+    line = next(line for line in done.stdout.splitlines() if "| ciou " in line and "| rfr " in line)
     assert "0.757" in line and "+0.053 (+0.039 to +0.068)" in line  # by hand: mean 0.0533, t(2) 4.303, error 0.0033
     assert len(pd.read_csv(tmp_path / "report.csv")) == 12 and (tmp_path / "report.png").stat().st_size > 1000
 
 
 def test_a_report_of_nothing_fails(tmp_path):
-    done = ablate("report", tmp_path)
-    assert done.returncode == 1 and str(tmp_path) in done.stderr
+    for folder, cause in (tmp_path / "full_seed0", "no figures"), (tmp_path, "_seedN"):
+        done = ablate("report", folder)
+        assert done.returncode == 1 and str(folder) in done.stderr and cause in done.stderr
+        assert "Traceback" not in done.stderr

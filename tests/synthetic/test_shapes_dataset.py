@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 from self1e.data.families import FAMILIES
 from self1e.data.splits import SPLITS, load_split
+from self1e.errors import UserError
 from self1e.evaluation.vqa.base import Answer
 from self1e.evaluation.vqa.run import VQA_BENCHMARKS
 from self1e.synthetic.annotations import annotation_id
@@ -208,4 +209,6 @@ def test_every_training_set_and_split_reads_the_tree(tree, tmp_path, monkeypatch
 def test_dataset_is_seeded(tmp_path, tree):
     again = make_shapes_dataset(tmp_path / "again", train=8, val=3, size=96)
     assert files(again) == files(tree)
+    with pytest.raises(UserError, match="not empty"):  # its held-out photos would become training photos
+        make_shapes_dataset(again, train=9, val=2, size=96)
     assert draw_scene(1, seed=1, size=96).jpeg != draw_scene(1, seed=0, size=96).jpeg

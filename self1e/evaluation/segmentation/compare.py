@@ -78,7 +78,7 @@ def score_table(rows: Mapping[Path, Row]) -> list[list[str]]:
     groups: dict[str, list[Row]] = {}
     for run, row in rows.items():
         groups.setdefault(recipe(run), []).append(row)
-    lines = [(run.name, [row]) for run, row in rows.items()]
+    lines = [(run.resolve().name, [row]) for run, row in rows.items()]
     lines += [(f"mean of {len(group)} runs", group) for group in groups.values() if len(group) > 1]
     return [["run", *columns], *([name, *(cell(group, column) for column in columns)] for name, group in lines)]
 

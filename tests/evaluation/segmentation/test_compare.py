@@ -35,9 +35,9 @@ def rows(printed: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
 
 
-def test_one_row_per_run_with_figures_from_the_sentences(tmp_path, capsys):
-    run = write_run(tmp_path / "one", 0)
-    assert self1e(["score", str(run)]) == 0
+def test_one_row_per_run_with_figures_from_the_sentences(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(write_run(tmp_path / "one", 0))
+    assert self1e(["score", "."]) == 0
     header, _, row = rows(capsys.readouterr().out)
     assert header == ["run", "ReasonSeg val (partly)", "refcoco unc val", "pope"]
     figures = score([unit(str(n), n) for n in range(8)])
