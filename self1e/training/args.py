@@ -153,9 +153,10 @@ def yaml_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     for name, value in values.items():
         if f"--{name}" not in known or not isinstance(value, str):
             parser.error(f"--config {path}: {name}: {value} is no flag with one value; see --help")
-        if value.lower() in YES:
+        word = value.lower() if known[f"--{name}"].nargs in (0, "?") else None  # of a switch
+        if word in YES:
             flags.append(f"--{name}")
-        elif value.lower() in NO:  # which `--no_eval` and flags with a value have no opposite for
+        elif word in NO:  # which `--no_eval` has no opposite for
             flags += [f"--no-{name}"] if f"--no-{name}" in known else []
         elif value not in UNSET:
             flags.append(f"--{name}={value}")

@@ -114,8 +114,9 @@ def test_yaml_is_a_command_line_that_comes_first(tmp_path):
     assert not args.use_llm_lora and not args.no_eval and args.gradient_checkpointing == "full"
     args = parse(["--config", str(recipe), str(second), "--lr", "3e-4"])
     assert args.lr == 3e-4 and args.gradient_checkpointing == "selective"
-    second.write_text("gradient_checkpointing: false\n")
-    assert parse(["--config", str(recipe), str(second)]).gradient_checkpointing is None
+    second.write_text("gradient_checkpointing: false\nexp_name: no\n")
+    args = parse(["--config", str(recipe), str(second)])
+    assert args.gradient_checkpointing is None and args.exp_name == "no"
 
 
 @pytest.mark.parametrize(
