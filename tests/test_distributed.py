@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT, free_port
 from terminal import CTRL_C, Terminal
+
+from self1e import distributed
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 PROGRAM = """
@@ -74,6 +77,7 @@ def test_whoever_meets_an_error_ends_the_run_and_says_so_once(program, what, cod
     ours = done.stderr.split("ChildFailedError")[0]  # torchrun adds a report of its own
     assert ours.count("photos, process 1 of 2: ") == 10 and "2: 30 of 30 photos" in ours and "\r" not in ours
     ours = ours[ours.rindex("left\n") + 5 :]
+    assert (f'File "{program}"' in ours) == (what == "bug")  # a traceback
     assert ours.count(says) >= 1 and (what == "bug" or ours.count(f"{says}\n") <= 1)
 
 
@@ -97,6 +101,19 @@ def test_what_a_cluster_leaves_in_the_environment_is_no_launcher(program, variab
 def test_all_of_it_without_a_launcher_is_refused_in_one_line(program):
     done = run([sys.executable, program, "3"], **ALL | {"WORLD_SIZE": "2"})
     assert done.returncode == 1 and done.stderr.strip().startswith("error: no launcher set RANK")
+
+
+@pytest.mark.parametrize(("cores", "ranks", "workers", "threads"), [(2, 1, 0, 1), (16, 1, 4, 11), (16, 4, 1, 2)])
+def test_workers_and_threads_follow_the_cores(monkeypatch, cores, ranks, workers, threads):
+    variables = {**ALL, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    used: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    assert distributed.share_cores() == workers and used == [threads]
 
 
 def test_ctrl_c_is_one_line(program, tmp_path):

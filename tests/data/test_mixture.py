@@ -140,6 +140,23 @@ def test_a_sample_without_a_usable_label_is_served_by_the_next():
         empty[0, 0, 0, 0]
 
 
+def test_a_fault_of_a_sets_code_is_no_broken_sample():
+    class Edited(Numbers):
+        def read(self, index, rng):
+            return self.typo
+
+    with pytest.raises(AttributeError, match="typo"):
+        Mixture([([Edited("a", 5)], 1)], batch_size=1, seed=0)[0, 0, 0, 0]
+
+
+def test_contradictions_are_said_once_per_kind(tmp_path, caplog):
+    far = [{"id": n, "image_id": 7, "segmentation": [SQUARE], "bbox": [90, 90, 5, 5]} for n in (1, 2)]
+    referring_set(tmp_path, "refcoco", [reference(1, 7, 1, "train", "it")], far)
+    build(tmp_path, dataset="refer_seg", refer_seg_data="refcoco")
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.split(": ")[1] for text in said] == ["2 x segmentation far from its bbox (first"]
+
+
 @pytest.mark.parametrize("token", ["[SEG]", "[SEGT]", "<image>", "<img>", "<IMG>", "<|im_end|>", "\ud800"])
 def test_control_tokens_in_texts_break_a_sample_and_an_evaluated_photo(tmp_path, token):
     """Also those that come about when a phrase is lower-cased."""

@@ -160,6 +160,9 @@ def test_cache_is_used_and_follows_the_source(tmp_path, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tables, "_write", None)
         items(source)
+    table = open_tables(source, read_questions)["items"]
+    for one in (table, pickle.loads(pickle.dumps(table))):  # as workers get it: mapped, and not copied
+        assert isinstance(one._bounds, np.memmap) and isinstance(one._texts, np.memmap) and list(one) == items(source)
     source.write_text('{"image": "x", "question": "y"}\n')
     os.utime(source, ns=(1, 1))
     assert items(source) == [["x", "y", None]]

@@ -126,7 +126,11 @@ def test_pascal_part_names_are_raw(tmp_path):
     content = instances([(1, "2010_1.jpg")], [annotation], ["tv_(x):front_(y)"])
     write_json(tmp_path / "vlpart/pascal_part/train.json", content)
     photo(tmp_path / "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages/2010_1.jpg")
-    assert sorted(asked(make(tmp_path, "pascal_part"))) == ["the front_(y) of the tv_(x)", "tv_(x) front_(y)"]
+    masks = asked(make(tmp_path, "pascal_part"))
+    assert sorted(masks) == ["the front_(y) of the tv_(x)", "tv_(x) front_(y)"]
+    photo(tmp_path / "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages/2010_1.jpg", orientation=3)
+    for name, mask in asked(make(tmp_path, "pascal_part")).items():
+        np.testing.assert_array_equal(mask, masks[name][::-1, ::-1])
 
 
 def test_label_maps_turn_with_their_photo(tmp_path):

@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from weakref import ref
 
 import numpy as np
@@ -18,7 +20,7 @@ from runs import command, events, history, train
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.convert import convert
-from self1e.model.config import LOSS_WEIGHTS
+from self1e.model.config import LOSS_WEIGHTS, SWITCHES
 from self1e.training import loop
 from self1e.training import train as program
 from self1e.training.checkpoints import checkpoints_in
@@ -52,6 +54,7 @@ def test_a_run_logs_every_curve(reference):
 def test_a_run_leaves_what_it_should(reference):
     folder, printed = reference
     assert "steps of 2 x 2 x 1 photos (batch x micro-batches x ranks)\n" in printed and "Traceback" not in printed
+    assert f"\nevaluating {folder / 'ckpt_model'} on ReasonSeg|val" in printed and "trained for " in printed
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-4"]
     assert {path.name for path in (folder / "validation").iterdir()} == {"step_2", "step_4"}
     evaluated = {path.stem for path in (folder / "eval").glob("*.jsonl")}
@@ -104,6 +107,33 @@ def test_flags_reach_model_and_optimizer(reference, tiny_version, shapes, runs):
     state = torch.load(checkpoints_in(runs / "switched" / "checkpoints")[-1] / "state.pt", weights_only=True)
     groups = state["optimizer"]["param_groups"]
     assert [group["betas"] for group in groups] == [(0.9, 0.9)] * 2 and not any(g["weight_decay"] for g in groups)
+    first_step(runs / "switched" / "ckpt_model", shapes, runs, "follows")  # what no flag says is the checkpoint's
+    follows = Self1EForSegmentation.from_pretrained(runs / "follows" / "ckpt_model").config
+    assert all(getattr(follows, name) == getattr(config, name) for name in (*SWITCHES, "loss_weights"))
+
+
+def test_gradients_are_clipped_before_the_step(tiny_version, shapes, runs, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def watched(optimizer, *args, **kwargs):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    line = first_step(tiny_version, shapes, runs, "clipped")
+    assert line["grad_norm"] > 1 and norms == [pytest.approx(1, rel=1e-4)]  # the norm is summed in fp32
+
+
+def test_micro_batches_of_a_step_are_counted_at_an_epochs_end(monkeypatch):
+    """Seven of an epoch in steps of three: the last step has one, and the next epoch begins with three."""
+    monkeypatch.setattr(loop, "make_loader", lambda stream, plan, **_: plan)
+    mixture = SimpleNamespace(micro_batches=lambda epoch, **_: [(epoch, k) for k in range(7)])
+    args = SimpleNamespace(grad_accumulation_steps=3, start_epoch=0, workers=0, timeout=0)
+    batches = loop.micro_batches(SimpleNamespace(mixture=mixture), args, step=1, per_epoch=3)
+    found = list(islice(batches, 5))
+    assert [members for _, members, _ in found] == [3, 3, 3, 1, 3]
+    assert [batch for batch, _, last in found if last] == [(0, 5), (0, 6)]
 
 
 def test_epochs_and_their_limits_choose_the_stream(tiny_version, shapes, runs, monkeypatch):

@@ -18,6 +18,7 @@ from self1e.errors import UserError
 from self1e.evaluation.segmentation.metrics import PROTOCOLS, Unit, read_units, score
 from self1e.evaluation.segmentation.report import draw_unit, summary_table
 from self1e.evaluation.segmentation.run import evaluate_splits, evaluate_units, make_schedule, units_of
+from self1e.model.inference import masks_of
 
 
 def test_registry_is_complete():
@@ -63,13 +64,21 @@ def test_units_equal_a_plain_forward_per_photo(tiny, dataset, tmp_path):
     assert "What is right square in this image? Please output segmentation mask." in {unit.text for unit in units}
 
 
-def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys):
+def test_files_table_and_pictures(tiny, dataset, tmp_path, capsys, monkeypatch):
     model, processor = tiny
     model.train()
+    tiles: list[int] = []
+
+    def watched(model, batch, *args, **kwargs):
+        tiles.append(len(batch["pixel_values"]))
+        return masks_of(model, batch, *args, **kwargs)
+
+    monkeypatch.setattr("self1e.evaluation.segmentation.run.masks_of", watched)
     options = {"dataset_dir": dataset, "output_dir": tmp_path, "workers": 1, "visualize": True, "high_res": True,
                "model_max_length": 2048}  # fmt: skip
     results = evaluate_splits(model, processor, [REASON, GREF], **options)
     assert model.training
+    assert max(tiles) > 1  # as high_res asks for
     for split, name in ((GREF, "grefcoco_unc_val"), (REASON, "ReasonSeg_val")):
         units = read_units(tmp_path / f"{name}.jsonl")
         written = read_json(tmp_path / f"{name}.json")
