@@ -26,6 +26,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """Let the libraries' own checks at exit find everything collected."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def index_cache(tmp_path_factory):
     """The suite writes nothing into the user's own cache."""

@@ -4,10 +4,13 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import time
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -35,6 +38,23 @@ TINY = {"image_size": 56, "width": 32, "layers": 2, "vision_width": 32, "vision_
 def hear_ctrl_c() -> None:
     """For `preexec_fn`: a suite that was started in the background ignores Ctrl-C, and so would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def stop_at_work(command: list, file: Path, ask: int, environment: dict[str, str]) -> str:
+    """Send a command, not what it started, the signal `ask` as soon as `file` holds something; what it printed."""
+    process = subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 300
+        while not (file.is_file() and file.stat().st_size) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(ask)
+        printed = process.communicate(timeout=300)[1]
+    finally:
+        if process.poll() is None:
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                each.kill()
+    assert process.returncode != 0 and file.is_file() and file.stat().st_size, printed
+    return printed
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helpers import ROOT, free_port, hear_ctrl_c
+from helpers import ROOT, free_port
 
 from self1e.cli import main
 from self1e.files import read_records
@@ -166,7 +166,6 @@ def launch(*args) -> subprocess.Popen:
         text=True,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
-        preexec_fn=hear_ctrl_c,
     )
 
     def end() -> None:

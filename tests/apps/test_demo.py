@@ -6,6 +6,7 @@ in the documentation is made that way); without them the tests use a tiny random
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -30,10 +32,10 @@ EXAMPLE = files("self1e.apps") / "demo_examples/star_ring_square_triangle.jpg"
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Address, process and temporary folder of `self1e demo` in a shell whose proxies lead nowhere."""
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
+@contextmanager
+def serve(folder):
+    """Address, process and folder of `self1e demo` in a shell whose proxies lead nowhere."""
+    port = free_port()
     version = os.environ.get("SELF1E_DEMO_MODEL") or make_trained(folder / "trained")
     (folder / "tmp").mkdir()
     command = [sys.executable, "-m", "self1e", "demo", "--version", str(version), "--port", str(port)]
@@ -54,6 +56,12 @@ def server(tmp_path_factory):
     finally:
         process.terminate()
         process.wait(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("server")) as served:
+        yield served
 
 
 def test_clients_at_once_get_their_own_answers(server, tmp_path):
@@ -140,7 +148,7 @@ def test_in_a_browser(server, tmp_path, width):
 
         prompts.fill("\n".join(f"thing {number}" for number in range(100)))
         page.locator("#run").click()
-        expect(status).to_contain_text("8 of 100")
+        expect(status).to_have_text(re.compile(r"^\s*[1-9]\d* of 100"))
         page.locator("#cancel").click()
         expect(status).to_contain_text("cancelled: ")
         done = int(status.inner_text().split()[1])
@@ -151,20 +159,20 @@ def test_in_a_browser(server, tmp_path, width):
         browser.close()
 
 
-def test_sigterm_leaves_nothing_behind(server):
-    """The last test of the server, because it ends it, in the middle of a request."""
+def test_sigterm_leaves_nothing_behind(tmp_path):
+    """In the middle of a request."""
     from gradio_client import Client, handle_file
 
-    url, process, folder = server
-    client = Client(url, verbose=False, httpx_kwargs={"trust_env": False})
-    job = client.submit(handle_file(str(EXAMPLE)), "thing\n" * 100, CHAT, api_name="/answer")
-    while not job.outputs():
-        assert not job.done()
-        time.sleep(0.05)
-    assert list((folder / "tmp").glob("self1e_demo_*"))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0 and not list((folder / "tmp").iterdir())
-    assert "Traceback" not in (folder / "log").read_text()
+    with serve(tmp_path) as (url, process, _):
+        client = Client(url, verbose=False, httpx_kwargs={"trust_env": False})
+        job = client.submit(handle_file(str(EXAMPLE)), "thing\n" * 100, CHAT, api_name="/answer")
+        while not job.outputs():
+            assert not job.done()
+            time.sleep(0.05)
+        assert list((tmp_path / "tmp").glob("self1e_demo_*"))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0 and not list((tmp_path / "tmp").iterdir())
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_colours_of_answers_are_those_of_masks():

@@ -3,16 +3,16 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_base, noise
+from helpers import ROOT, make_base, noise, stop_at_work
 from PIL import Image
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
@@ -183,18 +183,10 @@ def test_two_processes_stopped_and_continued_write_what_one_writes(version, tmp_
     alone += ["it", "--batch_tokens", "1", "--output"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *launch, *alone, str(tmp_path / "two")]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
-    }
-    environment |= {"PET_SIGNALS_TO_HANDLE": "SIGTERM"}
-    running, part = subprocess.Popen(command, env=environment), tmp_path / "two/records.rank1.jsonl"
-    while not (part.is_file() and part.stat().st_size):
-        assert running.poll() is None
-        time.sleep(0.01)
-    running.terminate()
-    assert running.wait(timeout=300) != 0 and not (tmp_path / "two/coco.json").exists()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60", "PET_SIGNALS_TO_HANDLE": "SIGTERM"}
+    stop_at_work(command, tmp_path / "two/records.rank1.jsonl", signal.SIGTERM, environment)
+    assert not (tmp_path / "two/coco.json").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stderr.count("skipped: ") == 1 and "photos are done already" in done.stdout
     assert (

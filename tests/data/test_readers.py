@@ -1,7 +1,6 @@
 """self1e/data/readers.py and tables.py: formats, the cache, and pickles that are not what they should be."""
 
 import json
-import multiprocessing
 import os
 import pickle
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import CHILDREN
 from trees import SQUARE, instances, reference, write_json
 
 from self1e.data import tables
@@ -168,16 +168,17 @@ def test_cache_is_used_and_follows_the_source(tmp_path, cache, monkeypatch):
     assert items(source) == [["x", "y", None]]
 
 
-def _open_in_process(source: Path, results) -> None:
+def _open_in_process(source: Path, cache: Path, results) -> None:
+    os.environ["SELF1E_CACHE"] = str(cache)
     results.put(len(items(source)))
 
 
 def test_several_processes_may_build_at_once(tmp_path, cache):
     source = tmp_path / "q.jsonl"
     source.write_text(f"{json.dumps(QUESTION)}\n" * 5000)
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=_open_in_process, args=(source, results), daemon=True) for _ in range(3)]
+    results = CHILDREN.Queue()
+    arguments = source, cache, results
+    processes = [CHILDREN.Process(target=_open_in_process, args=arguments, daemon=True) for _ in range(3)]
     for process in processes:
         process.start()
     assert [results.get(timeout=300) for _ in processes] == [5000] * 3

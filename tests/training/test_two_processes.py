@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from itertools import takewhile
 
 import psutil
 import pytest
@@ -66,7 +67,7 @@ def test_kills_stops_and_zero3_give_the_same_run(tiny_version, shapes, runs, fla
     assert len(before) == 3 and saved(folder) == ["checkpoint-2"]
 
     stopped = launch(*run, "--auto_resume")
-    printed = next(line for line in stopped.stdout if line.startswith("step 3 "))
+    printed = "".join(takewhile(lambda line: not line.startswith("step 3 "), stopped.stdout))
     trained = psutil.Process(stopped.pid).children(recursive=True)
     os.kill(stopped.pid, signal.SIGTERM)
     psutil.wait_procs(trained, timeout=200)
