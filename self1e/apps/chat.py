@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from self1e.apps.segment import Job, flags, run
 from self1e.data.samples import load_image
-from self1e.model.processor import HIGH_RES_TILES
 
 
 def prepare(processor, with_image: bool, job: Job) -> dict:
@@ -23,12 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit of an answer")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts of a photo answered together")
     args = parser.parse_args(argv)
-    options = {
-        "max_new_tokens": args.max_new_tokens,
-        "threshold": args.threshold,
-        "max_tiles": HIGH_RES_TILES if args.high_res else 1,
-        "conversations_per_forward": args.batch_size,
-    }
+    options = {"max_new_tokens": args.max_new_tokens, "threshold": args.threshold, "max_tiles": args.max_tiles}
+    options["conversations_per_forward"] = args.batch_size
 
     def ask(model, processor, photos):
         ((job, made),) = photos

@@ -38,7 +38,7 @@ from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
 from self1e.files import check_utf8, check_writable, replacing, write_json
 from self1e.model import prompts
-from self1e.model.config import of_model
+from self1e.model.config import Help, of_model
 from self1e.model.processor import MEAN, STD
 from self1e.model.weights import HEAD, checkpoint_folder, quiet, save_checkpoint
 from self1e.training.card import write_card
@@ -154,8 +154,7 @@ def stock_processor(folder: Path, config: Self1EConfig) -> InternVLProcessor:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="self1e convert", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser("self1e convert", None, __doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("source", metavar="SRC", type=checkpoint_folder, help="folder or hub id, any layout")
     add("target", metavar="DST", type=Path, help="folder that does not exist yet")

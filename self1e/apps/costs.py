@@ -25,7 +25,7 @@ from self1e.training.adapters import adapt
 # LLM of the published sizes (width, layers, heads, key/value heads, MLP width) over InternViT-300M.
 SIZES = {"1B": (896, 24, 14, 2, 4864), "2B": (1536, 28, 12, 2, 8960), "8B": (3584, 28, 28, 4, 18944)}
 IMAGE_TOKEN, SEG_TOKEN, VOCABULARY = 151667, 151674, 151676
-TEXT, ANSWER = 53, 5  # tokens of a conversation beside its image, and of them the supervised ones
+TEXT_TOKENS, ANSWER_TOKENS = 53, 5  # of a conversation: those besides its image, and of them the supervised ones
 PHOTO = (480, 640)  # pixels of a mask, as most of COCO
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "none": {},
@@ -37,15 +37,15 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 class Cost(NamedTuple):
     flops: int  # of all passes, recomputation included
     weights: int  # bytes
-    activations: int  # most bytes of all other tensors together, without gradients, which DeepSpeed has elsewhere
+    activations: int  # peak bytes of all tensors but the weights and their gradients
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are in memory together, those of `known` left out; `most` is their peak."""
+    """Counts the bytes of the tensors that are in memory together, those of `known` left out, and their `peak`."""
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.peak = 0
         self.alive = {x.untyped_storage()._cdata for x in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -59,7 +59,7 @@ class Memory(TorchDispatchMode):
     def count(self, key: int, size: int) -> None:
         self.alive ^= {key}
         self.now += size
-        self.most = max(self.most, self.now)
+        self.peak = max(self.peak, self.now)
 
 
 def configuration(size: str) -> Self1EConfig:
@@ -83,7 +83,7 @@ def build(size: str, *, images: int, each: int, tiles: int, training: bool) -> t
         model: Any = Self1EForSegmentation._from_config(config, attn_implementation="sdpa")
         if training:
             adapt(model, use_llm_lora=True, use_vision_lora=True, optimize_vision=True)
-    ids = torch.full((images * each, tiles * config.tile_tokens + TEXT), 100)
+    ids = torch.full((images * each, tiles * config.tile_tokens + TEXT_TOKENS), 100)
     ids[:, 1 : 1 + tiles * config.tile_tokens], ids[:, -3] = IMAGE_TOKEN, SEG_TOKEN
     return model.to(torch.bfloat16).train(training), {
         "input_ids": ids,
@@ -108,7 +108,7 @@ def training_cost(
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
     labels = batch["input_ids"].clone()
-    labels[:, :-ANSWER] = IGNORE_INDEX
+    labels[:, :-ANSWER_TOKENS] = IGNORE_INDEX
     targets = [torch.empty(1, *PHOTO, dtype=torch.uint8, device="meta") for _ in labels]
     return count(model, lambda: model(**batch, labels=labels, mask_targets=targets).loss.backward())
 
@@ -128,7 +128,7 @@ def count(model: Self1EForSegmentation, work: Callable[[], object]) -> Cost:
             work()
         with Memory(weights) as memory:
             work()
-    return Cost(operations.get_total_flops(), sum(x.nbytes for x in weights), memory.most)
+    return Cost(operations.get_total_flops(), sum(x.nbytes for x in weights), memory.peak)
 
 
 def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

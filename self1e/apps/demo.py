@@ -29,13 +29,12 @@ from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
 from self1e.model.config import Help
 from self1e.model.inference import Reply
-from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import SEG, check_prompt
 from self1e.visualize import PALETTE, overlay
 
 SEGMENT, CHAT = "Segment: one mask per prompt", "Chat: the model answers"
-TOGETHER = 8  # prompts between two looks at Cancel
-PROMPTS, CHARACTERS = 100, 20_000  # most of one request
+TOGETHER = 8  # prompts between two chances to cancel
+PROMPTS, CHARACTERS = 100, 20_000  # limits of one request
 KEEP = 3600  # seconds that the files of a request stay
 CSS = "#answers {max-height: 24em; overflow-y: auto} footer {display: none !important}"
 
@@ -58,7 +57,7 @@ def marked(prompts: Sequence[str], replies: Sequence[Reply]) -> tuple[list[tuple
     return text, colors
 
 
-def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) -> Any:
+def build(model: Any, processor: Self1EProcessor, name: str, *, max_tiles: int) -> Any:
     """The page, a `gr.Blocks`. name: of the model."""
     import gradio as gr
 
@@ -74,16 +73,16 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, high_res: bool) 
         except UserError as error:  # a SampleError names a file of this machine
             message = "This file is no photo that can be read." if isinstance(error, SampleError) else str(error)
             raise gr.Error(html.escape(message), print_exception=False) from None
-        tiles, replies = HIGH_RES_TILES if high_res else 1, []
+        replies: list[Reply] = []
         yield image, None, None, f"0 of {len(prompts)}"
         with tempfile.TemporaryDirectory(prefix="self1e_") as folder:
             output = Output(Path(folder), {}, overlays=False)
             for start in range(0, len(prompts), TOGETHER):
                 some = prompts[start : start + TOGETHER]
                 if mode == CHAT:
-                    replies += model.chat(processor, image, some, max_tiles=tiles)
+                    replies += model.chat(processor, image, some, max_tiles=max_tiles)
                 else:
-                    found = model.segment(processor, image, some, max_tiles=tiles)
+                    found = model.segment(processor, image, some, max_tiles=max_tiles)
                     replies += [Reply(x.text, x.mask[None], x.logits[None], [x.score]) for x in found]
                 output.append([output.save(path, image, *pair) for pair in zip(some, replies[start:])])
                 output.write_coco()
@@ -152,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tempfile.tempdir = folder
         import gradio as gr
 
-        page = build(model, processor, name, high_res=args.high_res)
+        page = build(model, processor, name, max_tiles=args.max_tiles)
         page.queue(max_size=args.queue, default_concurrency_limit=1)
         try:
             page.launch(

@@ -10,6 +10,7 @@ from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.errors import UserError
 from self1e.model.config import DTYPES, precision_on
 from self1e.model.inference import check_head
+from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.weights import checkpoint_folder
 
 UNQUANTIZED = ["lm_head", "segmentation_head", "model.multi_modal_projector"]  # trained in full, not by adapters
@@ -25,7 +26,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--dtype", choices=tuple(DTYPES), help="without it bf16 on a CUDA GPU, else fp32")
     add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="4 or 8 bits per weight (bitsandbytes)")
-    add("--high_res", action="store_true", help="up to 4 tiles per photo (trained with it, too)")
+    add("--high_res", dest="max_tiles", action="store_const", const=HIGH_RES_TILES, default=1,
+        help=f"up to {HIGH_RES_TILES} tiles per photo (trained with it, too)")
     # fmt: on
 
 

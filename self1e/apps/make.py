@@ -15,29 +15,26 @@ set. `make-tiny` writes random weights and a small tokenizer of its own in the l
 import argparse
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from self1e.model.config import Help
 from self1e.synthetic.shapes_dataset import make_shapes_dataset
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
 
 
-def run(name: str, make: Callable[..., Path], argv: Sequence[str] | None) -> int:
+def run(name: str, make: Callable[..., Path], argv: Sequence[str] | None = None) -> int:
     """Call `make` with flags that are its keyword arguments, of the types of their defaults."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=f"self1e {name}", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(f"self1e {name}", None, __doc__, formatter_class=Help, allow_abbrev=False)
     parser.add_argument("path", type=Path, metavar="OUTPUT", help="folder to write")
     for flag, parameter in list(inspect.signature(make).parameters.items())[1:]:
         default = parameter.default
         kind: dict[str, Any] = {"action": "store_true"} if isinstance(default, bool) else {"type": type(default)}
-        parser.add_argument(f"--{flag}", default=default, help=f"default: {default}", **kind)
+        parser.add_argument(f"--{flag}", default=default, help=type(default).__name__, **kind)
     print(f"written: {make(**vars(parser.parse_args(argv)))}")
     return 0
 
 
-def shapes(argv: Sequence[str] | None = None) -> int:
-    return run("make-shapes", make_shapes_dataset, argv)
-
-
-def tiny(argv: Sequence[str] | None = None) -> int:
-    return run("make-tiny", make_tiny_internvl, argv)
+shapes = partial(run, "make-shapes", make_shapes_dataset)
+tiny = partial(run, "make-tiny", make_tiny_internvl)

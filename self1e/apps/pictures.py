@@ -22,7 +22,6 @@ from self1e.errors import UserError
 from self1e.model.config import Help
 from self1e.model.grids import stitch_tiles
 from self1e.model.photos import photo_of
-from self1e.model.processor import HIGH_RES_TILES
 
 
 @torch.no_grad()
@@ -57,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from matplotlib.figure import Figure
 
     image = photo_of(args.image)
-    max_tiles = HIGH_RES_TILES if args.high_res else 1
-    panels = {args.prompt: image, **similarities(*load(args), image, args.prompt, max_tiles)}
+    panels = {args.prompt: image, **similarities(*load(args), image, args.prompt, args.max_tiles)}
     figure = Figure(figsize=(2.4 * len(panels), 2.8), layout="constrained")
     for axis, (name, values) in zip(figure.subplots(1, len(panels)), panels.items()):
         drawn = axis.imshow(values, cmap="coolwarm")

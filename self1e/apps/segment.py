@@ -48,7 +48,6 @@ from self1e.files import alone_in, check_fetched, check_writable, read_records, 
 from self1e.model.config import Help, precision_on
 from self1e.model.inference import Reply, logit_of, masks_of
 from self1e.model.photos import FORMATS
-from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt
 from self1e.model.weights import weights_identity
 from self1e.stop import StopRequest
@@ -270,7 +269,7 @@ def run(
     distributed.start("gloo", timeout=WAIT)
     jobs = distributed.on_main(partial(find_jobs, args))
     args.dtype = args.dtype or precision_on(distributed.device(args.device))
-    settings = {name: getattr(args, name) for name in ("dtype", "quantize", "high_res", "threshold")} | settings
+    settings = {name: getattr(args, name) for name in ("dtype", "quantize", "max_tiles", "threshold")} | settings
     settings |= weights_identity(args.version, args.model_weights)
     masks, overlays = (len(jobs) <= FEW if given is None else given for given in (args.masks, args.overlays))
     kinds = {"overwrite": args.overwrite, "masks": masks, "overlays": overlays}
@@ -352,6 +351,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = [[next(found) for _ in job.prompts] for job, _ in photos]
         return [(masks.reply(ANSWER) for masks in each) for each in own]
 
-    kind = {"phrase": False, "sentence": True}.get(args.prompt_kind)
-    prepare = partial(prepare_segment, kind, HIGH_RES_TILES if args.high_res else 1)
+    prepare = partial(prepare_segment, {"phrase": False, "sentence": True}.get(args.prompt_kind), args.max_tiles)
     return run(args, prepare, ask, {"prompt_kind": args.prompt_kind}, args.batch_tokens)

@@ -53,10 +53,6 @@ def image_entry(scene: Scene, file_name: str) -> dict:
     return {"id": scene.id, "file_name": file_name, "height": scene.height, "width": scene.width}
 
 
-def categories() -> list[dict]:
-    return [{"supercategory": "shape", "id": i, "name": kind} for kind, i in CATEGORY.items()]
-
-
 def annotation_id(scene: Scene, shape: Shape) -> int:
     return scene.id * 10 + next(i for i, other in enumerate(scene.shapes) if other is shape)
 

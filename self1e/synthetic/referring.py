@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from self1e.synthetic.annotations import annotation, annotation_id, categories, image_entry, share, write
+from self1e.synthetic.annotations import annotation, annotation_id, image_entry, share, write
 from self1e.synthetic.scenes import CATEGORY, Scene, Shape
 from self1e.synthetic.words import absent, phrases, sentence
 
@@ -30,11 +30,12 @@ def write_referring(root: Path, groups: dict[str, list[Scene]], seed: int) -> No
             for shape in scene.shapes:
                 texts = sum(phrases(scene, shape), [])
                 add(refs["refclef"], scene, split.removesuffix("A"), [shape], [texts[rng.integers(len(texts))]])
+    categories = [{"supercategory": "shape", "id": i, "name": kind} for kind, i in CATEGORY.items()]
     for names, folder, photos in (
         (["refcoco", "refcoco+", "refcocog", "grefcoco"], "mscoco/images/train2014", coco),
         (["refclef"], "saiapr_tc-12", saiapr),
     ):
-        instances: dict[str, list] = {"images": [], "annotations": [], "categories": categories()}
+        instances: dict[str, list] = {"images": [], "annotations": [], "categories": categories}
         for name, scene in photos.items():
             write(root / "images" / folder / name, scene.jpeg)
             instances["images"].append(image_entry(scene, name))

@@ -55,10 +55,6 @@ def write_vqa(root: Path, train: list[Scene], val: list[Scene], seed: int) -> No
     write_mmbench(root / "mmbench", held_out, seed)
 
 
-def line(image: str, question: str, question_id: int | str, answer: str) -> dict:
-    return {"image": image, "question": question, "question_id": question_id, "answer": answer}
-
-
 def write_open_ended(root: Path, name: str, split: str, scenes: list[Scene], seed: int) -> None:
     """A set with ten answers per question, two of which differ, as people do."""
     folder, stem = (text.format(split) for text in OPEN_ENDED[name])
@@ -73,7 +69,8 @@ def write_open_ended(root: Path, name: str, split: str, scenes: list[Scene], see
             asked[1] = ("What does this cost?", "unanswerable", "unanswerable")
         for question, answer, answer_type in asked:
             number = len(lines)
-            lines.append(line(f"data/{name}/{folder}/{file_name}", question, number, answer))
+            image = f"data/{name}/{folder}/{file_name}"
+            lines.append({"image": image, "question": question, "question_id": number, "answer": answer})
             annotations.append({
                 "image_id": scene.id, "question_id": number, "answer_type": answer_type,
                 "question_type": " ".join(question.lower().split()[:2]),
@@ -90,7 +87,8 @@ def write_gqa(root: Path, split: str, scenes: list[Scene], seed: int) -> None:
         write(root / f"images/n{scene.id}.jpg", scene.jpeg)
         for j, (question, answer, kind) in enumerate(facts(rng, scene)[:2]):
             question_id = str(20_000_000 + scene.id * 10 + j)
-            lines.append(line(f"data/gqa/images/n{scene.id}.jpg", question, question_id, answer))
+            image = f"data/gqa/images/n{scene.id}.jpg"
+            lines.append({"image": image, "question": question, "question_id": question_id, "answer": answer})
             types = {"structural": "verify" if kind == "yes/no" else "query", "semantic": "attr"}
             questions[question_id] = {
                 "imageId": f"n{scene.id}", "question": question, "answer": answer, "isBalanced": True, "types": types,
@@ -133,13 +131,8 @@ def write_mme(root: Path, scenes: list[Scene], seed: int) -> None:
 
 def write_mmbench(root: Path, scenes: list[Scene], seed: int) -> None:
     """Dev and test, English and Chinese, every question once per rotation of its four options."""
-    english, chinese = "Which of these is in the image?", "图中有下面哪一个？"
-    for name, question in (
-        ("dev_20230712", english),
-        ("dev_cn_20231003", chinese),
-        ("test_en_20231003", english),
-        ("test_cn_20231003", chinese),
-    ):
+    for name in "dev_20230712", "dev_cn_20231003", "test_en_20231003", "test_cn_20231003":
+        question = "图中有下面哪一个？" if "_cn_" in name else "Which of these is in the image?"
         split, rows = name.split("_")[0], []
         for i, scene in enumerate(scenes):
             rng = np.random.default_rng([seed, scene.id, 9])

@@ -37,8 +37,7 @@ VQA_BENCHMARKS: dict[str, VQABenchmark] = (  # one more is a module with `BENCHM
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="self1e eval vqa", description=__doc__, allow_abbrev=False,
-                                     formatter_class=Help)  # fmt: skip
+    parser = argparse.ArgumentParser("self1e eval vqa", None, __doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     # fmt: off
     add("--version", type=checkpoint_folder, metavar="V",
