@@ -3,7 +3,7 @@
 import csv
 import json
 
-from trees import SQUARE, instances, label_map, photo, write_json
+from trees import SQUARE, instances, photo, write_json
 
 from self1e.data.sets.custom import Custom
 from self1e.data.splits import load_split
@@ -32,11 +32,6 @@ def table(root, rows, header=COLUMNS, name="train.csv", **options):
         else:
             csv.writer(file, **options).writerows([header, *rows])
     return root / name
-
-
-def mask(path, columns):
-    """0 and 1 ... by columns of equal width."""
-    label_map(path, columns)
 
 
 def train(source, conversations=9):

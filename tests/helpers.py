@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from self1e import Self1EForSegmentation, Self1EProcessor
+from self1e.data.splits import SPLITS, split_paths
 from self1e.model.weights import save_checkpoint
 from self1e.synthetic.tiny_internvl import make_tiny_internvl
 
@@ -57,6 +58,16 @@ def stop_at_work(command: list, file: Path, ask: int, environment: dict[str, str
     return printed
 
 
+class Calls:
+    """Its pickle, which a stranger may have made, calls a function where it is loaded."""
+
+    def __init__(self, function, *arguments):
+        self.value = function, arguments
+
+    def __reduce__(self):
+        return self.value
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
@@ -76,6 +87,13 @@ def read_json(path: Path):
 def files(root: Path) -> dict[str, bytes]:
     """Every file below `root` by its relative name."""
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def splits_of(dataset: Path) -> list[str]:
+    """The evaluation splits whose files a tree holds; all that the published program knows must be among them."""
+    held = [name for name in SPLITS if all(path.exists() for _, path in split_paths([name], dataset))]
+    assert len(held) >= 15
+    return held
 
 
 def make_base(folder: Path, **options) -> Path:

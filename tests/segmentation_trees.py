@@ -92,8 +92,3 @@ def evaluate(folder: Path, processes: int, *arguments) -> subprocess.CompletedPr
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *(launch if processes > 1 else []), script, *arguments]
     return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files of an evaluation."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from helpers import GOLDEN, noise
+from helpers import GOLDEN, noise, read_json
 from PIL import Image
 
 from self1e import Self1EForSegmentation, Self1EProcessor
@@ -102,11 +102,7 @@ def write_gqa(data: Path) -> None:
 
 
 def golden(name: str) -> dict:
-    return json.loads((GOLDEN / "vqa_metrics" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def load(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(GOLDEN / "vqa_metrics" / f"{name}.json")
 
 
 def lines(path: Path) -> list[dict]:

@@ -4,8 +4,8 @@ import json
 import os
 
 import pytest
-from custom_trees import COLUMNS, annotation, coco_set, mask, table
-from helpers import SHARED, needs_shared
+from custom_trees import COLUMNS, annotation, coco_set, table
+from helpers import SHARED, needs_shared, splits_of
 from PIL import Image
 from trees import H, W, instances, label_map, photo, questions, reasoning_photo, reference, referring_set, write_json
 
@@ -42,10 +42,11 @@ def copy_shapes(root):
 def test_every_set_of_a_sound_tree(tmp_path, run, monkeypatch):
     totals = {"refcoco": {"images": 4, "refs": 9_000}, "gqa": {"questions": 1}, "ade20k": {"images": 2}}
     monkeypatch.setattr("self1e.data.splits.TOTALS", totals)
-    code, rows, text = run(copy_shapes(tmp_path), "--samples", 1, "--limit", 3, "--output", "sheet.jpg")
+    dataset = copy_shapes(tmp_path)
+    code, rows, text = run(dataset, "--samples", 1, "--limit", 3, "--output", "sheet.jpg")
     assert code == 0 and problems(text) == []
     assert {"ade20k", "paco_lvis", "refcoco+", "ReasonSeg", "vizwiz"} <= rows.keys()
-    assert {split.replace("|", " ") for split in SPLITS} <= rows.keys()
+    assert {split.replace("|", " ") for split in splits_of(dataset)} <= rows.keys()
     assert rows["grefcoco"][:6] == ["3 of 4", "4", "12", "12", "3", "0"] and rows["vqav2"][1:5] == ["2", "3", "0", "0"]
     known = {name: rows[name][-1].split(" of ", 1)[-1] for name in ("ade20k", "cocostuff", "refcoco", "gqa")}
     assert known == {"ade20k": "complete", "cocostuff": "-", "refcoco": "9,000 refs", "gqa": "1 questions"}
@@ -202,7 +203,7 @@ def test_train_and_val_by_photo(tmp_path, run, name):
         annotations = [annotation(k, k // 2, phrases=[f"thing {k}"]) for k in range(2 * count)]
         source = coco_set(tmp_path, annotations, [(k, f"{k}.jpg") for k in range(count)]).rename(tmp_path / name)
     else:
-        mask(tmp_path / "m.png", [0, 1])
+        label_map(tmp_path / "m.png", [0, 1])
         for k in range(count):
             photo(tmp_path / f"{k}.jpg")
         rows = [(f"{'./' * (k % 2)}{k // 2}.jpg", "m.png", f'thing {k}, "red"') for k in range(2 * count)]

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from custom_trees import AREA, COLUMNS, OTHER, annotation, coco_set, mask, split, table, targets, train, unit_areas
+from custom_trees import AREA, COLUMNS, OTHER, annotation, coco_set, split, table, targets, train, unit_areas
 from PIL import Image
-from trees import SQUARE, H, W, photo, questions, write_json
+from trees import SQUARE, H, W, label_map, photo, questions, write_json
 
 from self1e.data.families import select
 from self1e.data.loader import build_mixture
@@ -46,7 +46,7 @@ def test_a_sentence_on_several_masks_of_a_photo_means_all_of_them(tmp_path):
     assert unit_areas(first) == {"Dog": AREA + 24, "the big one": 24} and unit_areas(second) == {"dog": AREA}
     photo(tmp_path / "a.jpg")
     for name, columns in ("left", [1, 0]), ("right", [0, 1]):
-        mask(tmp_path / f"{name}.png", columns)
+        label_map(tmp_path / f"{name}.png", columns)
     source = table(tmp_path, [("a.jpg", "left.png", "half"), ("a.jpg", "right.png", "HALF")])
     assert unit_areas(split(source)[0]) == {"half": H * W}
 
@@ -99,7 +99,7 @@ def test_one_error_names_every_faulty_record(tmp_path):
 def test_table_of_prompts(tmp_path, name, encoding):
     photo(tmp_path / "a.jpg")
     photo(tmp_path / "images/b.jpg")
-    mask(tmp_path / "masks/ids.png", [0, 7, 3, 3])
+    label_map(tmp_path / "masks/ids.png", [0, 7, 3, 3])
     Image.fromarray(np.eye(H, W, dtype=bool)).save(tmp_path / "one-bit.png")
     rows = [
         ("a.jpg", "ids.png", "Red, big", "7", "x"),
@@ -118,7 +118,7 @@ def test_table_of_prompts(tmp_path, name, encoding):
 @pytest.mark.parametrize("header", ["image, mask, prompt", "Image,Mask,PROMPT", '"image", "mask", "prompt"'])
 def test_headers_with_blanks_and_capitals(tmp_path, header):
     photo(tmp_path / "a.jpg")
-    mask(tmp_path / "a.png", [1])
+    label_map(tmp_path / "a.png", [1])
     (tmp_path / "t.csv").write_text(f'{header}\na.jpg, a.png, "the red box, left"\n')
     assert unit_areas(split(tmp_path)[0]) == {"the red box, left": H * W}  # the folder's one CSV
     names = (name.replace('"', "") for name in header.split(","))
@@ -128,7 +128,7 @@ def test_headers_with_blanks_and_capitals(tmp_path, header):
 
 def test_a_value_that_the_mask_does_not_hold_is_said_once(tmp_path, caplog):
     photo(tmp_path / "a.jpg")
-    mask(tmp_path / "m.png", [0, 3])
+    label_map(tmp_path / "m.png", [0, 3])
     rows = [("a.jpg", "m.png", text, 200) for text in ("x", "y")]
     data = train(table(tmp_path, rows, (*COLUMNS, "value")))
     assert set(targets(read(data)).values()) == {0}
@@ -137,7 +137,7 @@ def test_a_value_that_the_mask_does_not_hold_is_said_once(tmp_path, caplog):
 
 def test_one_error_names_every_faulty_line_and_missing_file(tmp_path):
     photo(tmp_path / "a.jpg")
-    mask(tmp_path / "m.png", [1])
+    label_map(tmp_path / "m.png", [1])
     rows = [
         ("a.jpg", "m.png", "fine"),
         ("", "m.png", " \u200b"),
@@ -157,7 +157,7 @@ def test_one_error_names_every_faulty_line_and_missing_file(tmp_path):
 
 
 def test_a_long_list_of_problems_is_cut_and_files_that_appear_are_found(tmp_path):
-    mask(tmp_path / "m.png", [1])
+    label_map(tmp_path / "m.png", [1])
     source = table(tmp_path, [(f"{k}.jpg", "m.png", "it") for k in range(80)])
     with pytest.raises(UserError, match="problems: 80") as error:
         train(source)
@@ -201,7 +201,7 @@ def build(*, batch_size=1, mode="published", **flags):
 def small(root, count):
     for k in range(count):
         photo(root / f"{k}.jpg")
-        mask(root / f"{k}.png", [0, 1])
+        label_map(root / f"{k}.png", [0, 1])
     return table(root, [(f"{k}.jpg", f"{k}.png", "it") for k in range(count)])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import Calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import CHILDREN
@@ -199,14 +200,6 @@ def test_a_full_disk_names_the_variable_and_leaves_nothing(tmp_path, cache, monk
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
-class Calls:
-    def __init__(self, function, *arguments):
-        self.value = function, arguments
-
-    def __reduce__(self):
-        return self.value
-
-
 PICKLES = {
     "os.system": pickle.dumps([Calls(os.system, "touch ran")], 2),
     "protocol 0": pickle.dumps([Calls(os.system, "touch ran")], 0),
@@ -244,11 +237,7 @@ def test_byte_strings_of_python_2_are_utf8(tmp_path):
 
     sentence = mapping(sent_id=b"K\x01", sent=text("soirée".encode()))
     ref = mapping(
-        ref_id=b"K\x05",
-        image_id=b"K\x07",
-        ann_id=b"K\x09",
-        split=text(b"train"),
-        sentences=b"](" + sentence + b"e",
+        ref_id=b"K\x05", image_id=b"K\x07", ann_id=b"K\x09", split=text(b"train"), sentences=b"](" + sentence + b"e"
     )
     (tmp_path / "refs(unc).p").write_bytes(b"\x80\x02](" + ref + b"e.")
     built = open_tables(tmp_path / "refs(unc).p", read_refs)

@@ -1,4 +1,4 @@
-"""self1e/data/reasoning.py: ReasonSeg with and without explanations."""
+"""self1e/data/sets/reasoning.py: ReasonSeg with and without explanations."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""self1e/data/vqa.py: LLaVA-Instruct and the five question sets."""
+"""self1e/data/sets/vqa.py: LLaVA-Instruct and the five question sets."""
 
 import json
 import shutil

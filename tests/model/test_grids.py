@@ -49,11 +49,10 @@ def test_window_by_hand():
 
 
 def test_interpolate_by_hand():
-    x = torch.tensor([[0.0, 4.0]]).reshape(1, 1, 2, 1).expand(1, 2, 2, 1)
-    # A row [0, 4] enlarged: [0, 1, 3, 4]; compressed, each cell holds its own 2 x 2 block.
-    assert REPLICATIONS["interpolate"](x)[0, 0].tolist() == [[0, 1, 0, 1], [3, 4, 3, 4]]
-    y = grid(1, 3, 4, 2)
-    assert torch.allclose(expand(REPLICATIONS["interpolate"](y)), resize(y, (6, 8)))
+    x = torch.tensor([[0.0, 4.0], [8.0, 12.0]]).reshape(1, 2, 2, 1)
+    # A row [0, 4] enlarged: [0, 1, 3, 4], a column [0, 8]: [0, 2, 6, 8]; each cell holds its own 2 x 2 block.
+    blocks = [[[0, 1, 2, 3], [3, 4, 5, 6]], [[6, 7, 8, 9], [9, 10, 11, 12]]]
+    assert REPLICATIONS["interpolate"](x)[0].tolist() == blocks
 
 
 def test_resize_is_channels_last_bilinear():

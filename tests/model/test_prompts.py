@@ -1,4 +1,4 @@
-"""self1e/data/prompts.py: templates and the evaluation prompt."""
+"""self1e/model/prompts.py: templates and the evaluation prompt."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_evaluation_prompt():
 
 
 @needs_shared
-def test_evaluation_prompts_are_the_published_ones(tmp_path, monkeypatch):
+def test_evaluation_prompts_are_the_published_ones():
     scores = json.loads((SHARED / "golden" / "eval_scores.json").read_text())
     for split in set(SPLITS) & set(scores):
         images = load_split(split, SHARED / "minidata" / "dataset")

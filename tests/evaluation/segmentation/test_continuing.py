@@ -1,8 +1,8 @@
 """An evaluation that was killed or stopped continues to the same digits, and never one of other settings."""
 
 import pytest
-from helpers import read_json
-from segmentation_trees import GREF, REASON, contents, evaluate
+from helpers import files, read_json
+from segmentation_trees import GREF, REASON, evaluate
 
 from self1e.errors import UserError
 from self1e.evaluation.segmentation import run as module
@@ -52,7 +52,7 @@ def test_a_killed_evaluation_ends_with_the_same_digits(
         again = evaluate(tmp_path, 2, *arguments, "none", *SPLITS)
         assert again.returncode == 0, again.stderr[-3000:]
     run("whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_a_request_to_stop_is_heard_before_the_next_photo(run, predicted):
@@ -65,12 +65,12 @@ def test_a_request_to_stop_is_heard_before_the_next_photo(run, predicted):
 
 def test_finished_splits_are_kept_only_with_the_same_settings(run, tmp_path, predicted):
     first = run()
-    before = contents(tmp_path / "out")
-    assert run() == first and len(predicted) == 5 and contents(tmp_path / "out") == before
+    before = files(tmp_path / "out")
+    assert run() == first and len(predicted) == 5 and files(tmp_path / "out") == before
     for change in ({"weights": {"weights": "other"}}, {"high_res": True, "model_max_length": 2048}):
         with pytest.raises(UserError, match="--overwrite_eval"):
             run(**change)
-    assert contents(tmp_path / "out") == before
+    assert files(tmp_path / "out") == before
     assert run(splits=[GREF], overwrite=True)[GREF] == first[GREF] and len(predicted) == 8
     assert list(read_json(tmp_path / "out/summary.json")) == SPLITS  # the other split is still there
     run(splits=[GREF], overwrite=True, weights={"weights": "other"})

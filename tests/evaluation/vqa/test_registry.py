@@ -4,11 +4,11 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from helpers import read_json
 from vqa_trees import (
     ASK,
     PHOTO_SIZES,
     lines,
-    load,
     results,
     run,
     save_photo,
@@ -54,7 +54,7 @@ def test_right_replies_score_full_marks(miniature):
     data = miniature / "data"
     for name in ("vqa-vqav2-val", "vqa-textvqa-val", "vqa-vizwiz-val", "vqa-okvqa-val"):
         entry = VQA_BENCHMARKS[name]
-        annotations = load(data / entry.metric.keywords["annotations"])["annotations"]
+        annotations = read_json(data / entry.metric.keywords["annotations"])["annotations"]
         commonest = {e["question_id"]: pd.Series([a["answer"] for a in e["answers"]]).mode()[0] for e in annotations}
         scores = entry.metric(reply_all(name, data, lambda q: commonest[q.id]), data)  # noqa: B023
         assert min(scores.summary.values()) > 85, name
@@ -96,7 +96,7 @@ def test_a_new_benchmark_is_an_entry(tiny_version, tmp_path, monkeypatch):
     assert run(tmp_path, tiny_version, datasets="mine") == 0
     reply = lines(results(tmp_path) / "mine.jsonl")[0]
     assert reply["prompt"] == "Eh? Be brief."
-    assert load(results(tmp_path) / "official/mine.json") == [reply["answer"]]
-    assert load(results(tmp_path) / "summary.json")["figures"]["mine"] == {
+    assert read_json(results(tmp_path) / "official/mine.json") == [reply["answer"]]
+    assert read_json(results(tmp_path) / "summary.json")["figures"]["mine"] == {
         "mean length (characters)": len(reply["answer"])
     }

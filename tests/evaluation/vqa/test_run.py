@@ -9,10 +9,9 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, read_json
 from vqa_trees import (
     lines,
-    load,
     load_model,
     results,
     run,
@@ -38,18 +37,18 @@ def test_run_writes_replies_scores_and_official_files(tiny, tmp_path, capsys):
     folder = results(tmp_path)
     replies = lines(folder / "vqa-vqav2-val.jsonl")
     assert [reply["question_id"] for reply in replies] == [70, 71, 72, 73, 74] and not list(folder.glob("*.rank*"))
-    official = load(folder / "official" / "vqav2_val.json")
+    official = read_json(folder / "official" / "vqav2_val.json")
     assert [(o["question_id"], o["answer"]) for o in official] == [(r["question_id"], r["answer"]) for r in replies]
-    assert set(load(folder / "official" / "testdev_balanced_predictions.json")[0]) == {"questionId", "prediction"}
+    assert set(read_json(folder / "official" / "testdev_balanced_predictions.json")[0]) == {"questionId", "prediction"}
     pope_keys = {"question_id", "text", "text_orig", "model_id", "metadata"}
-    assert set(load(folder / "official" / "pope.json")[0]) == pope_keys
+    assert set(read_json(folder / "official" / "pope.json")[0]) == pope_keys
     table = (folder / "official" / "mme" / "OCR.txt").read_text().split("\n")
     assert len(table) == 3 and table[0].split("\t")[0] == "p.jpg" and table[0].split("\t")[2] == "Yes"
     sheet = pd.read_excel(folder / "official" / "mmbench_dev_20230712.xlsx")
     assert list(sheet) == ["index", "question", "A", "B", "C", "prediction", "answer", "split"] and len(sheet) == 2
-    scores = load(folder / "vqa-vqav2-val.scores.json")
+    scores = read_json(folder / "vqa-vqav2-val.scores.json")
     assert scores["n"] == scores["details"]["n"] == 5
-    summary = load(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     assert list(summary["figures"]) == names.split() and summary["failures"] == {}
     printed, written = capsys.readouterr().out, (folder / "summary.md").read_text()
     assert printed.startswith(f"evaluating {tiny}")
@@ -57,7 +56,7 @@ def test_run_writes_replies_scores_and_official_files(tiny, tmp_path, capsys):
     assert "OCR" in written and "OCR" not in printed  # one headline per benchmark
     # A later evaluation of one benchmark keeps the others.
     assert run(tmp_path, tiny, "--dynamic", "--overwrite_eval", datasets="pope") == 0
-    assert load(folder / "summary.json") == summary and (folder / "summary.md").read_text() == written
+    assert read_json(folder / "summary.json") == summary and (folder / "summary.md").read_text() == written
 
 
 def test_an_interrupted_run_continues(tiny, tmp_path):
@@ -91,7 +90,7 @@ def test_replies_of_other_settings_or_questions_are_refused(tiny, tmp_path, caps
     write_vqav2(tmp_path / "data", 4)  # now an answer too many
     assert run(tmp_path, tiny) == 1
     assert run(tmp_path, tiny, "--overwrite_eval", "--dynamic") == 0 and len(lines(path)) == 4
-    assert load(results(tmp_path) / "settings.json")["max_tiles"] == 6
+    assert read_json(results(tmp_path) / "settings.json")["max_tiles"] == 6
 
 
 def test_generation_settings_of_a_checkpoint_do_not_count(tiny, tmp_path):
@@ -119,7 +118,7 @@ def test_score_only_needs_neither_model_nor_photos(tmp_path, capsys):
     for questions in data.glob("*/*.jsonl"):
         questions.write_text(questions.read_text(), encoding="utf-8-sig")
     assert run(tmp_path, "nowhere", "--score_only", datasets="vqa-vqav2-val pope") == 0
-    figures = load(folder / "summary.json")["figures"]
+    figures = read_json(folder / "summary.json")["figures"]
     # One of ten annotators says dog: nine leave-one-outs find one match (1/3), the tenth none.
     assert figures["vqa-vqav2-val"]["accuracy (InternVL eval script)"] == pytest.approx(30, abs=1e-9)
     assert figures["pope"]["recall (overall)"] == 100  # everything but a plain no is yes
@@ -144,7 +143,7 @@ def test_faulty_files_of_one_benchmark_do_not_stop_the_others(tiny, tmp_path, ca
     spoil(tmp_path / "data")
     assert run(tmp_path, tiny, datasets="pope vqa-vqav2-val") == 1
     assert culprit in capsys.readouterr().err
-    summary = load(results(tmp_path) / "summary.json")
+    summary = read_json(results(tmp_path) / "summary.json")
     assert list(summary["figures"]) == ["vqa-vqav2-val"] and list(summary["failures"]) == ["pope"]
     assert run(tmp_path, tiny, datasets="pope") == 1
     assert f"nothing was evaluated: no benchmark has its files in {tmp_path / 'data'}" in capsys.readouterr().err
