@@ -34,11 +34,7 @@ def launched() -> bool:
 
     Those of a single process, without a mark, are left over: what they name as master may be gone.
     """
-    return all(os.environ.get(name) for name in VARIABLES) and (os.environ["WORLD_SIZE"] != "1" or marked())
-
-
-def marked() -> bool:
-    return any(name in os.environ for name in MARKS)
+    return all(map(os.environ.get, VARIABLES)) and (os.environ["WORLD_SIZE"] != "1" or any(map(os.environ.get, MARKS)))
 
 
 def rank() -> int:
@@ -159,7 +155,7 @@ def run_program(program: Callable[[], int]) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it out, and warn about it
     try:
-        if launched() and not marked():
+        if launched() and not any(map(os.environ.get, MARKS)):
             names = ", ".join(VARIABLES)
             raise UserError(f"no launcher set {names}: unset them, start by torchrun, or set LOCAL_WORLD_SIZE, too")
         code = program()

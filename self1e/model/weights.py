@@ -10,10 +10,8 @@ with `weights_only`; classes are named here, and the chat template is the proces
 import contextlib
 import copy
 import hashlib
-import re
 import sys
 import uuid
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import cached_file, logging
+from transformers.utils.loading_report import update_key_name  # names of several layers in one
 
 from self1e import distributed
 from self1e.errors import UserError, check_known
@@ -146,22 +145,13 @@ class CheckpointMixin:
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def in_short(names: Iterable[str]) -> list[str]:
-    """Names that differ in their first number, mostly that of a layer, as one: `layers.{0, 1, 7}.bias`."""
-    numbers: dict[str, list[int]] = {}
-    for name in names:
-        numbers.setdefault(re.sub(r"\d+", "#", name, count=1), []).extend(map(int, re.findall(r"\d+", name)[:1]))
-    lists = {form: ", ".join(map(str, sorted(found))) for form, found in sorted(numbers.items())}
-    return [form.replace("#", f"{{{found}}}" if "," in found else found) for form, found in lists.items()]
-
-
 def check_fit(model: PreTrainedModel, report: dict, source: str, *, trained: bool) -> bool:
     """Raise UserError listing every weight that does not fit; tell whether the checkpoint brought a trained head."""
     missing = set(report["missing_keys"])
     head = {name for name in model.state_dict() if name.startswith(HEAD)}
     fresh = not trained and bool(head) and head <= missing
-    problems = [f"missing     {line}" for line in in_short(missing - head if fresh else missing)]
-    problems += [f"unexpected  {line}" for line in in_short(report["unexpected_keys"])]
+    problems = [f"missing     {line}" for line in update_key_name(sorted(missing - head if fresh else missing))]
+    problems += [f"unexpected  {line}" for line in update_key_name(sorted(report["unexpected_keys"]))]
     problems += [
         f"shape       {key}: checkpoint {tuple(found)}, model {tuple(expected)}"
         for key, found, expected in sorted(report["mismatched_keys"])

@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from self1e import distributed
@@ -192,7 +193,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     families = {*args.dataset.split("||")}
     own = "custom" in families and families <= {"custom", "vqa"}  # what is in the tree is none of its business
     args.final_splits = args.splits if own else list(dict.fromkeys([*DEFAULT_SPLITS, *args.splits]))
-    args.eval_precision = args.precision or precision_on(distributed.device())
+    args.eval_precision = args.precision or precision_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     args.precision = args.precision or "bf16"
     args.workers = distributed.share_cores(args.workers)
     args.command = shlex.join(["train_hf_ivl_seq.py", *(x for x in argv if not x.startswith("--local_rank"))])
