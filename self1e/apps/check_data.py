@@ -228,8 +228,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.tree = args.path.is_dir() and not list_names(args.path, ".csv")
     if args.split is not None and args.tree:
         parser.error("--split divides own data; the sets of the tree have their splits")
-    if args.samples is None:
-        args.samples = 2 if args.tree else 12
+    args.samples = (2 if args.tree else 12) if args.samples is None else args.samples
     args.data_dir = args.data_dir or args.path.resolve().parent / "data"
     return args
 

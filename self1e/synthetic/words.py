@@ -20,12 +20,9 @@ def a(name: str) -> str:
 
 def places(scene: Scene, shape: Shape, rivals: list[Shape]) -> list[str]:
     """Words for where `shape` is, that single it out among `rivals` by a clear margin."""
-    gaps = {
-        "leftmost": [other.x - shape.x for other in rivals],
-        "rightmost": [shape.x - other.x for other in rivals],
-        "top": [other.y - shape.y for other in rivals],
-        "bottom": [shape.y - other.y for other in rivals],
-    }
+    right = [shape.x - other.x for other in rivals]
+    down = [shape.y - other.y for other in rivals]
+    gaps = {"leftmost": [-x for x in right], "rightmost": right, "top": [-y for y in down], "bottom": down}
     margin = 0.12 * max(scene.height, scene.width)
     return [word for word, values in gaps.items() if min(values, default=0) > margin]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from self1e.files import read_json
-from self1e.model.config import SWITCHES, Self1EConfig
+from self1e.model.config import SWITCHES, Help, Self1EConfig
 from self1e.model.weights import checkpoint_folder, weights_identity
 
 TEXT = """---
@@ -80,8 +80,7 @@ def evaluation(folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="self1e card", description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser("self1e card", None, __doc__, formatter_class=Help, allow_abbrev=False)
     parser.add_argument("folder", type=checkpoint_folder, help="folder of a run, or of its checkpoint")
     print(f"written: {write_card(parser.parse_args(argv).folder)}")
     return 0
