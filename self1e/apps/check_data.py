@@ -110,8 +110,7 @@ def check(source: Source, data: TrainingSet, read: Read, args: argparse.Namespac
     examine = partial(examined, source.name, data, read, drawn, args.model_max_length)
     workers = args.workers if count >= IN_WORKERS else 0
     records = prepared(numbers, examine, workers=workers, broken=lambda error: source.problems.append(str(error)))
-    bar: dict[str, Any] = {"total": count, "unit": " records", "delay": 1, "leave": False, "disable": None}
-    for _, (counts, problems, pictures) in tqdm(records, source.name, **bar):
+    for _, (counts, problems, pictures) in tqdm(records, source.name, count, leave=False, delay=1, disable=None):
         source.counts += counts
         source.problems += problems
         source.pictures += pictures
@@ -258,7 +257,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if absent:
         print(f"not there: {', '.join(absent)}")
     if pictures := [picture for source in sources for picture in source.pictures]:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         grid(pictures, 4, cell=CELL).save(args.output)
         print(f"look at {args.output}")
     problems = sum(len(source.problems) for source in sources)

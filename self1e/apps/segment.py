@@ -169,11 +169,9 @@ class Output:
         self.shared = {stem for stem, number in stems.items() if number > 1}
 
     def _begin(self, settings: dict, overwrite: bool) -> set[tuple[str, str]]:
-        self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("records.*jsonl") if overwrite else ():
             for record in read_records(path):
-                files = [record.get("overlay"), *(mask.get("mask") for mask in record["masks"])]
-                for name in filter(None, files):
+                for name in filter(None, [record.get("overlay"), *(mask.get("mask") for mask in record["masks"])]):
                     (self.folder / name).unlink(missing_ok=True)
             path.unlink()
         if any(path.stat().st_size for path in self.folder.glob("records.*jsonl")):

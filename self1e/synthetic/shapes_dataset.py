@@ -17,8 +17,7 @@ SPLITS = ("val", "testA", "testB")  # one group of held-out scenes each
 def make_shapes_dataset(
     path: str | Path, *, train: int = 2000, val: int = 100, size: int = 224, simple: bool = False, seed: int = 0
 ) -> Path:
-    """Write the tree below `path`, a new or empty folder, and return it: `train` training scenes, three times `val`
-    held-out scenes.
+    """Write the tree into a new or empty folder and return it: `train` training and three times `val` held-out scenes.
 
     `size`: pixels of a photo's longer side, 48 at least; both counts are 2 at least. `simple`: scenes whose colours
     tell the shapes apart, and one expression a shape, colour and kind: what a model of a million parameters learns in
