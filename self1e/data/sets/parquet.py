@@ -13,7 +13,7 @@ import io
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,15 +23,12 @@ from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.errors import UserError, check_known
 from self1e.model.prompts import looks_like_sentence
 
-if TYPE_CHECKING:
-    import datasets
-
 log = logging.getLogger(__name__)
 COLUMNS, OPTIONAL = ("image", "text", "mask"), ("image_id", "ann_id")
 
 
-def open_rows(source: str, split: str) -> "datasets.Dataset":
-    """The rows of a split, memory-mapped. Raises UserError where there is no such set or split."""
+def open_rows(source: str, split: str) -> Any:
+    """The rows of a split, a memory-mapped `datasets.Dataset`. Raises UserError where there is none."""
     try:
         import datasets
     except ImportError as error:
