@@ -42,10 +42,8 @@ def evaluate(argv: Sequence[str]) -> int:
     given = {flag.split("=")[0] for flag in flags}
     if flags and not flags[0].startswith("-"):
         run = Path(flags.pop(0)).resolve()  # so that `.` has a name
-        if not run.is_dir():
-            raise UserError(f"{run}: there is no such folder of a run")
-        if "--version" not in given and not (run / "ckpt_model").is_dir():
-            raise UserError(f"{run} holds no ckpt_model; name the folder of a run, or --version V --exp_name E")
+        if not run.is_dir() or ("--version" not in given and not (run / "ckpt_model").is_dir()):
+            raise UserError(f"{run} is no run that holds a ckpt_model; name one, or give --version V --exp_name E")
         flags += ["--log_base_dir", str(run.parent), "--exp_name", run.name]
     if kind == "vqa":
         return importlib.import_module("self1e.evaluation.vqa.run").main(flags)
