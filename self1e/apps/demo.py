@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"no page at {args.host}:{args.port} ({error}); give another --port") from error
         print(f"Self1E is at http://{args.host}:{args.port} until Ctrl-C", flush=True)
         page.block_thread()  # which Ctrl-C ends
-    for _ in range(100):  # what a request has written while its files were removed
-        shutil.rmtree(folder, ignore_errors=True)
+        removed = Path(folder).rename(f"{folder}.removed")  # so that a request can write nothing more there
+    shutil.rmtree(removed, ignore_errors=True)
     sys.stdout.flush()
     os._exit(0)  # Python would wait for a request's thread, or torch abort in the midst of its work

@@ -27,8 +27,8 @@ from self1e.data.loader import Stream, make_loader
 from self1e.errors import UserError
 from self1e.stop import StopRequest
 from self1e.training.adapters import optimizer_groups
+from self1e.training.args import fill, offloads, read_deepspeed
 from self1e.training.curves import log_line
-from self1e.training.deepspeed_config import fill, offloads, read_deepspeed
 from self1e.training.speed import advice, peak_flops, peak_memory
 
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, read_json
 
 from self1e.errors import UserError
-from self1e.training.deepspeed_config import fill, offloads, read_deepspeed
+from self1e.training.args import fill, offloads, read_deepspeed
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
