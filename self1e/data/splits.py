@@ -63,11 +63,8 @@ SPLITS: dict[str, SplitEntry] = {
     "refcoco+|unc|testB": _referring(69.2, 75.1, 73.7, 77.0),
     "refcocog|umd|val": _referring(77.0, 80.4, 79.1, 82.1),
     "refcocog|umd|test": _referring(77.8, 81.0, 79.8, 82.8),
-    "grefcoco|unc|val": _referring(protocol="rela"),
-    "grefcoco|unc|testA": _referring(protocol="rela"),
-    "grefcoco|unc|testB": _referring(protocol="rela"),
-    "refclef|unc|val": _referring(default=False),
-    "refclef|unc|test": _referring(default=False),
+    **{f"grefcoco|unc|{split}": _referring(protocol="rela") for split in ("val", "testA", "testB")},
+    **{f"refclef|unc|{split}": _referring(default=False) for split in ("val", "test")},
 }
 
 PREFIXES: dict[str, SplitEntry] = {

@@ -153,6 +153,9 @@ SAME_KEYS = (
 VISION_KEYS = dict(zip(SAME_KEYS, SAME_KEYS)) | {
     "qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm", "dropout": "hidden_dropout_prob"
 }  # fmt: skip
+# What the original program asks for besides.
+ORIGINAL = {"select_layer": -1, "template": "internvl2_5", "ps_version": "v2"}
+ORIGINAL |= {"dynamic_image_size": True, "use_thumbnail": True}
 OLD_KEYS = {"rope_theta", "rope_scaling"}  # which the library's configurations still read
 
 
@@ -206,11 +209,7 @@ def original_config(config: Self1EConfig) -> dict:
         | {"model_type": "intern_vit_6b", "drop_path_rate": config.drop_path_rate},
         "force_image_size": config.tile_size,
         "downsample_ratio": config.downsample_ratio,
-        "select_layer": -1,
-        "template": "internvl2_5",
-        "ps_version": "v2",
-        "dynamic_image_size": True,
-        "use_thumbnail": True,
+        **ORIGINAL,
         "torch_dtype": str(config.dtype).removeprefix("torch."),
         "weights_id": config.weights_id,
     }

@@ -7,13 +7,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 COLOURS = {  # RGB
-    "red": (214, 40, 40),
-    "green": (44, 160, 44),
-    "blue": (38, 84, 214),
-    "yellow": (240, 220, 40),
-    "purple": (140, 50, 170),
-    "orange": (245, 130, 20),
-}
+    "red": (214, 40, 40), "green": (44, 160, 44), "blue": (38, 84, 214),
+    "yellow": (240, 220, 40), "purple": (140, 50, 170), "orange": (245, 130, 20),
+}  # fmt: skip
 KINDS = ("circle", "square", "triangle", "star", "cross", "ring")
 CATEGORY = {kind: i for i, kind in enumerate(KINDS, start=1)}
 PAIRS = [(colour, kind) for colour in COLOURS for kind in KINDS]

@@ -29,12 +29,11 @@ Head `{config.mask_features}`, replication `{config.replication}`, attention pat
 ## Use
 
 ```python
-from PIL import Image
 from self1e import Self1EForSegmentation, Self1EProcessor
 
 processor = Self1EProcessor.from_pretrained("{title}")
 model = Self1EForSegmentation.from_pretrained("{title}")
-result = model.segment(processor, Image.open("photo.jpg"), "the red car")[0]
+result = model.segment(processor, "photo.jpg", "the red car")[0]
 result.mask, result.score                     # bool (height, width), mean foreground probability
 ```
 

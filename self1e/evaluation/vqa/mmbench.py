@@ -20,19 +20,13 @@ from self1e.files import check_fetched
 OPTIONS = "ABCDE"
 CIRCULAR_STEP = 1_000_000  # a copy with the options rotated by k has the index of its question plus k times this
 _REFUSALS = (
-    "Sorry, I can't help with images of people yet.",
-    "I can't process this file.",
-    "I'm sorry, but without the image provided",
-    "Cannot determine the answer",
-)
+    "Sorry, I can't help with images of people yet.", "I can't process this file.",
+    "I'm sorry, but without the image provided", "Cannot determine the answer",
+)  # fmt: skip
 ABILITIES = {
-    "coarse_perception": "CP",
-    "finegrained_perception (instance-level)": "FP-S",
-    "finegrained_perception (cross-instance)": "FP-C",
-    "logic_reasoning": "LR",
-    "relation_reasoning": "RR",
-    "attribute_reasoning": "AR",
-}
+    "coarse_perception": "CP", "logic_reasoning": "LR", "relation_reasoning": "RR", "attribute_reasoning": "AR",
+    "finegrained_perception (instance-level)": "FP-S", "finegrained_perception (cross-instance)": "FP-C",
+}  # fmt: skip
 
 
 def options_of(record: Mapping) -> dict[str, str]:
@@ -165,11 +159,9 @@ def export(answers: list[Answer], folder: Path, *, key: str) -> None:
 
 
 _KEYS = {
-    "dev-en": "mmbench_dev_20230712",
-    "dev-cn": "mmbench_dev_cn_20231003",
-    "test-en": "mmbench_test_en_20231003",
-    "test-cn": "mmbench_test_cn_20231003",
-}
+    "dev-en": "mmbench_dev_20230712", "dev-cn": "mmbench_dev_cn_20231003",
+    "test-en": "mmbench_test_en_20231003", "test-cn": "mmbench_test_cn_20231003",
+}  # fmt: skip
 BENCHMARKS = {
     f"mmbench-{name}": VQABenchmark(
         questions=partial(read_questions, key=key, instruction=_LETTER_ONLY[name[-2:]]),
