@@ -140,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--high_res", action="store_true", help=f"a graph per grid of up to {HIGH_RES_TILES} tiles")
     parser.set_defaults(device="cpu", quantize=None)
     args = parser.parse_args(argv)
-    if missing := [name for name in ("onnxruntime", "onnxscript") if find_spec(name) is None]:
-        raise UserError(f"export needs {', '.join(missing)}: pip install -e '.[export]'")
+    if torch.__version__ < "2.14" or not (find_spec("onnxruntime") and find_spec("onnxscript")):
+        raise UserError("export needs torch 2.14 or later, onnxruntime and onnxscript: pip install -e '.[export]'")
     if args.target.exists():
         raise UserError(f"{args.target} exists; choose another folder or remove it")
     model, processor = load(args)
