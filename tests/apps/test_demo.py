@@ -171,7 +171,7 @@ def test_sigterm_leaves_nothing_behind(tmp_path):
             time.sleep(0.05)
         assert list((tmp_path / "tmp").glob("self1e_demo_*"))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0 and not list((tmp_path / "tmp").iterdir())
+        assert process.wait(timeout=60) == 0 and not list((tmp_path / "tmp").glob("self1e*"))
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
