@@ -222,10 +222,10 @@ def merge_and_save(args: Namespace, engine, model, tuner: LoraModel | None, proc
         gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
 
     def write() -> None:
-        save_checkpoint(merged, processor, args.run_dir / "ckpt_model")
-        write_card(args.run_dir / "ckpt_model", base_model=args.version, command=args.command)
         if args.save_published_layout:
             save_checkpoint(merged, processor, args.run_dir / "ckpt_model_published", published=True)
+        save_checkpoint(merged, processor, args.run_dir / "ckpt_model")  # last: it says that the run is finished
+        write_card(args.run_dir / "ckpt_model", base_model=args.version, command=args.command)
 
     with gathered:
         if not args.deepspeed:
