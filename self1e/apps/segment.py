@@ -44,7 +44,7 @@ from self1e.data.sets.custom import table_rows, texts_of
 from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
 from self1e.evaluation.results import claim_folder
-from self1e.files import alone_in, check_fetched, check_writable, read_records, replacing, to_jsonl, write_json
+from self1e.files import alone_in, check_fetched, check_writable, read_records, replacing, to_jsonl
 from self1e.model.config import Help, precision_on
 from self1e.model.inference import Reply, logit_of, masks_of
 from self1e.model.photos import FORMATS
@@ -174,10 +174,8 @@ class Output:
                 for name in filter(None, [record.get("overlay"), *(mask.get("mask") for mask in record["masks"])]):
                     (self.folder / name).unlink(missing_ok=True)
             path.unlink()
-        if any(path.stat().st_size for path in self.folder.glob("records.*jsonl")):
-            claim_folder(self.folder, settings, overwrite=False, remedy="Choose another folder, or --overwrite")
-        else:
-            write_json(self.folder / "settings.json", settings)
+        remedy = "Choose another folder, or --overwrite"
+        claim_folder(self.folder, settings, overwrite=False, results="records.*jsonl", remedy=remedy)
         return self.merge()
 
     def merge(self) -> set[tuple[str, str]]:

@@ -41,11 +41,13 @@ def make_settings(weights: Mapping[str, str | None] | None, **decoding: Any) -> 
     return {"weights": None, **(weights or {}), "code": code_hash(), **decoding, **versions}
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool, remedy: str = REMEDY) -> None:
-    """Make `folder` hold results of `settings` only: others are a UserError, or deleted if `overwrite`."""
+def claim_folder(
+    folder: Path, settings: Mapping[str, Any], *, overwrite: bool, results: str = "*.jsonl", remedy: str = REMEDY
+) -> None:
+    """Make `folder` hold `results` of `settings` only: others are a UserError, or deleted if `overwrite`."""
     path = folder / "settings.json"
     before, now = read_json(path, dict) if path.is_file() else {}, json.loads(json.dumps(settings))
-    if before != now and any(folder.glob("*.jsonl")):
+    if before != now and any(folder.glob(results)):
         if not overwrite:
             differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
