@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Purpose: the checks of style and types and the whole test suite, in an environment of its own.
 # Command: bash scripts/test.sh [any pytest arguments; with some, the suite alone]
-# Cost:    the installation (minutes, once), then about 7 minutes on 2 CPU cores.
+# Cost:    the installation (minutes, once), then 6 to 9 minutes on 2 CPU cores.
 # Result:  pytest's summary; exit code 0 when all pass. The demo's browser test needs an installed Chromium.
 
 set -euo pipefail

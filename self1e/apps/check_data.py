@@ -110,7 +110,8 @@ def check(source: Source, data: TrainingSet, read: Read, args: argparse.Namespac
     examine = partial(examined, source.name, data, read, drawn, args.model_max_length)
     workers = args.workers if count >= IN_WORKERS else 0
     records = prepared(numbers, examine, workers=workers, broken=lambda error: source.problems.append(str(error)))
-    for _, (counts, problems, pictures) in tqdm(records, source.name, count, leave=False, delay=1, disable=None):
+    bar: dict[str, Any] = {"total": count, "unit": " records", "leave": False, "delay": 1, "disable": None}
+    for _, (counts, problems, pictures) in tqdm(records, source.name, **bar):
         source.counts += counts
         source.problems += problems
         source.pictures += pictures

@@ -72,8 +72,8 @@ def evaluation(folder: Path) -> str:
     for title, place in {"Segmentation": "eval", "Visual question answering": "eval_vqa"}.items():
         table, path = (folder.parent / place / name for name in ("summary.md", "settings.json"))
         settings = read_json(path, dict) if table.is_file() else {}
-        unset = all(settings.get(name, value) == value for name, value in config.to_dict().items() if name in SWITCHES)
-        if settings.get("weights") == mine and unset:
+        own = all(settings.get(name, getattr(config, name)) == getattr(config, name) for name in SWITCHES)
+        if settings.get("weights") == mine and own:
             tables += f"### {title}\n\n{table.read_text(encoding='utf-8')}\n"
     return tables or "These weights have not been evaluated yet.\n"
 

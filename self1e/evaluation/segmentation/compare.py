@@ -32,9 +32,8 @@ Row = dict[str, tuple[float, ...]]  # column -> its figures, in percent or point
 def read_run(run: Path) -> Row:
     """The headline figures of a run. Raises UserError for none, naming the folders, or where two models made them."""
     row: Row = {}
-    places = [run / "eval", run / "eval_vqa"]
-    if len({settings_in(folder)["weights"] for folder in places if (folder / "settings.json").is_file()}) > 1:
-        raise UserError(f"{places[0]} and {places[1]} are of different weights: evaluate one anew, --overwrite_eval")
+    if len({each["weights"] for each in (settings_in(run / "eval"), settings_in(run / "eval_vqa")) if each}) > 1:
+        raise UserError(f"{run}: eval and eval_vqa are of different weights; evaluate one anew with --overwrite_eval")
     for split, figures in read_figures(run / "eval").items():
         entry, again = get_splits([split])[split], score(read_units(run / "eval" / f"{file_stem(split)}.jsonl"))
         row[row_title(figures)] = tuple(100 * again[name] for name in entry.headline)
@@ -54,8 +53,8 @@ def recipe(run: Path) -> str:
     if (latest := max(paths, key=lambda path: path.stat().st_mtime, default=None)) is None:
         return str(run)
     saved = yaml.load(latest.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    said = saved["flags"] | saved["run"] | settings_in(run / "eval")
-    return str(sorted((name, str(value)) for name, value in said.items() if name not in FREE))
+    settings = saved["flags"] | saved["run"] | settings_in(run / "eval")
+    return str(sorted((name, str(value)) for name, value in settings.items() if name not in FREE))
 
 
 def settings_in(folder: Path) -> dict:
