@@ -183,15 +183,6 @@ def load(checkpoint: Path, *, accelerator: Accelerator, model, optimizer) -> Non
             torch.cuda.set_rng_state(states["cuda"])
 
 
-def best_step(folder: Path, figures: Mapping[int, float], now: int | None = None) -> int | None:
-    """The step with the highest of the figures, among those of the checkpoints and `now`; the first of equals.
-
-    figures: of validations, by step. None: no such step has one.
-    """
-    steps = {now, *map(step_of, checkpoints_in(folder))}
-    return max((step for step in figures if step in steps), key=figures.__getitem__, default=None)
-
-
 def prune(folder: Path, limit: int, best: int | None) -> None:
     """Keep the latest `limit` checkpoints and that of the step `best`. A folder that cannot be removed is left."""
     for old in checkpoints_in(folder)[:-limit]:

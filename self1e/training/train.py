@@ -120,12 +120,12 @@ def train(args: Namespace, stop: StopRequest) -> bool:
         step = checkpoints.step_of(checkpoint)
     record = Record(args, accelerator, per_epoch, step, settings["flags"])
     saved, keep = {step}, args.keep_best
-    headline = keep and f"eval_{keep}_{get_splits([keep])[keep].headline[0]}"
+    headline = f"eval_{keep}_{get_splits([keep])[keep].headline[0]}" if keep else None
 
-    def best(now: int | None = None) -> int | None:
-        """The step whose checkpoint `--keep_best` keeps; for the first rank."""
-        figures = {line["step"]: line[headline] for line in record.lines if headline in line}
-        return checkpoints.best_step(folder, figures, now)
+    def best() -> int | None:
+        """The step of the best validation so far, whose checkpoint `--keep_best` keeps; for the first rank."""
+        rated = [line for line in record.lines if headline in line]
+        return max(rated, key=lambda line: line[headline])["step"] if rated else None
 
     def save(step: int) -> None:
         if step not in saved:
@@ -144,7 +144,7 @@ def train(args: Namespace, stop: StopRequest) -> bool:
             return True
         figures = {f"eval_{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
         record.log({"step": step, **figures})
-        if headline and distributed.on_main(lambda: best(step) == step):
+        if headline and distributed.on_main(lambda: best() == step):
             save(step)
         return False
 

@@ -15,7 +15,7 @@ from runs import history, train
 
 from self1e.errors import UserError
 from self1e.files import alone_in, read_records
-from self1e.training.checkpoints import best_step, check_resumable, checkpoints_in, prune
+from self1e.training.checkpoints import check_resumable, checkpoints_in, prune
 
 FLAGS = ("--max_steps", "2", "--save_steps", "2", "--no_eval", "--report_to", "none")
 
@@ -145,9 +145,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(run, tiny_version, shapes):
 def test_the_latest_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    figures = {1: 0.4, 2: 0.6, 3: 0.5, 5: 0.7, 6: 0.7}
-    assert best_step(tmp_path, figures) == 2 and best_step(tmp_path, {}) is None
-    assert [best_step(tmp_path, figures, now) for now in (3, 5, 6)] == [2, 5, 6]  # neither of 5 and 6 is saved
     prune(tmp_path, 1, 2)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
 
