@@ -49,9 +49,9 @@ def _remove(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Put a file, or a folder and all in it, on the disk, so that a rename that follows cannot outrun the contents."""
-    for place in [*path.rglob("*"), path]:
-        if os.name != "nt" or place.is_file():  # Windows opens no folders
-            descriptor = os.open(place, os.O_RDONLY)
+    for one in [*path.rglob("*"), path]:
+        if os.name != "nt" or one.is_file():  # Windows opens no folders
+            descriptor = os.open(one, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
 

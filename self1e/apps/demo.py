@@ -90,8 +90,8 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, max_tiles: int) 
                 masks = [mask for reply in replies for mask in reply.masks]
                 words, colors = marked(prompts, replies)
                 answers = gr.HighlightedText(words, color_map=colors)
-                shown = overlay(image, masks) if masks else image
-                yield shown, answers, list(map(str, made)), f"{len(replies)} of {len(prompts)}"
+                drawing = overlay(image, masks) if masks else image
+                yield drawing, answers, list(map(str, made)), f"{len(replies)} of {len(prompts)}"
 
     def cancelled(status: str) -> str:
         done, _, count = status.partition(" of ")

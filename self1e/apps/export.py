@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.target.exists():
         raise UserError(f"{args.target} exists; choose another folder or remove it")
     model, processor = load(args)
-    most = HIGH_RES_TILES if args.high_res else 1
-    grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
+    limit = HIGH_RES_TILES if args.high_res else 1
+    grids = [(rows, columns) for rows in range(1, limit + 1) for columns in range(1, limit // rows + 1)]
     with replacing(args.target, folder=True) as folder:
         for grid in grids:
             difference, largest = write_graph(model, processor, grid, folder)

@@ -53,8 +53,8 @@ def refer(rng: np.random.Generator, scene: Scene, split: str, refs: dict[str, li
         return [texts[rng.integers(len(texts))]] if texts else []
 
     for shape in scene.shapes:
-        look, place = phrases(scene, shape)
-        add(refs["refcoco"], scene, split, [shape], [shape.name, *pick(look[1:] + place)])
+        look, position = phrases(scene, shape)
+        add(refs["refcoco"], scene, split, [shape], [shape.name, *pick(look[1:] + position)])
         add(refs["refcoco+"], scene, split, [shape], [shape.name, *pick(look[1:])])
         umd = {"testA": "test", "testB": "test"}.get(split, split)
         add(refs["refcocog"], scene, umd, [shape], [f"The {shape.name}.", sentence(rng, scene, shape)])

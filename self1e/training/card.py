@@ -69,8 +69,8 @@ def write_card(folder: str | Path, *, base_model: str | None = None, command: st
 def evaluation(folder: Path) -> str:
     """The section's text: the results beside the checkpoint that its own weights and switches made."""
     config, mine, tables = Self1EConfig.from_pretrained(folder), weights_identity(folder)["weights"], ""
-    for title, place in {"Segmentation": "eval", "Visual question answering": "eval_vqa"}.items():
-        table, path = (folder.parent / place / name for name in ("summary.md", "settings.json"))
+    for title, results in {"Segmentation": "eval", "Visual question answering": "eval_vqa"}.items():
+        table, path = (folder.parent / results / name for name in ("summary.md", "settings.json"))
         settings = read_json(path, dict) if table.is_file() else {}
         own = all(settings.get(name, getattr(config, name)) == getattr(config, name) for name in SWITCHES)
         if settings.get("weights") == mine and own:

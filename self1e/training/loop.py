@@ -141,8 +141,8 @@ def agree(
 
 def broken_list(broken: list[tuple[str, str]]) -> str:
     """A line for each of the 30 broken samples that all ranks drew most often: how often, id, cause."""
-    most = Counter(chain(*distributed.gather(broken))).most_common(30)
-    return "\n".join(f"  {times} x {id}: {cause}" for (id, cause), times in most)
+    drawn = Counter(chain(*distributed.gather(broken))).most_common(30)
+    return "\n".join(f"  {times} x {id}: {cause}" for (id, cause), times in drawn)
 
 
 def means_of(losses: Counter) -> dict[str, float]:
@@ -190,7 +190,7 @@ def fit(
     deepspeed, device, stopped = args.deepspeed is not None, accelerator.device, False
     peak = peak_flops(device, args.precision)
     seen = all_broken = 0  # samples that this rank read, and that no rank could read
-    kept = 0  # bytes of activations, see `count_work`
+    activations = 0  # bytes, see `count_work`
     broken: list[tuple[str, str]] = []  # (id, cause) of those that could not be read
     losses: Any = Counter()  # sums since the last log line
     use: Any = Counter()  # seconds, samples and operations since then, and in all
@@ -217,7 +217,7 @@ def fit(
                     seen += len(ids)
                     losses.update({name: value.double() for name, value in terms.items()} | {"micro_batches": 1})
                     use.update(samples=len(ids), flops=work["flops"])
-                    kept = max(kept, work["kept"])
+                    activations = max(activations, work["saved"])
                     work.clear()
                     if last:
                         stopped, all_broken = agree(accelerator, done, seen, broken, stop)
@@ -240,7 +240,7 @@ def fit(
                 losses, use = Counter(), Counter()
             if step == ADVICE_AT and device.type == "cuda":
                 spare = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
-                distributed.say(advice(args.gradient_checkpointing, kept, spare, compiled=args.compile))
+                distributed.say(advice(args.gradient_checkpointing, activations, spare, compiled=args.compile))
             if stopped or step % args.save_steps == 0 or step == steps:
                 save(step)
             if validate and not stopped and (step % args.eval_steps == 0 or step == steps):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from self1e.model.config import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
 
-KINDS = {  # of checkpointing: the memory of its activations, in what `selective` keeps (counted by `apps.costs`)
+KINDS = {  # of checkpointing: the memory of its activations, in what `selective` saves (counted by `apps.costs`)
     "--no-gradient_checkpointing": 1.5,
     "--gradient_checkpointing selective": 1.0,
     "--gradient_checkpointing full": 0.0,
@@ -22,7 +22,7 @@ KINDS = {  # of checkpointing: the memory of its activations, in what `selective
 def count_work(model: Self1EForSegmentation, dtype: torch.dtype) -> Counter:
     """Counts what training passes do, from how many rows go through the layers; whoever reads it clears it.
 
-    `flops`: forward and backward, without those of layers that run again. `kept`: bytes that `selective` keeps.
+    `flops`: forward and backward, without those of layers that run again. `saved`: bytes that `selective` saves.
     """
     work: Counter = Counter()
     stacks: dict[nn.Module, Any] = {
@@ -48,28 +48,29 @@ def count_work(model: Self1EForSegmentation, dtype: torch.dtype) -> Counter:
         again = states.requires_grad * (products + 2 * attention) + trained  # backward
         work["flops"] += 2 * rows * (products + attention + again)
         if attended:
-            work["kept"] += rows * (sum(x.out_features for x in linears) + attended) * dtype.itemsize
+            work["saved"] += rows * (sum(x.out_features for x in linears) + attended) * dtype.itemsize
 
     for module, attended in parts.items():
         module.register_forward_hook(partial(count, attended))
     return work
 
 
-def advice(now: str | None, kept: int, spare: int, *, compiled: bool = False) -> str:
-    """Which kind of checkpointing would fit. now: the flag's value. kept: the most of a pass. spare: free bytes.
+def advice(now: str | None, saved: int, spare: int, *, compiled: bool = False) -> str:
+    """Which kind of checkpointing would fit.
 
-    compiled: layers are, so that they cannot be checkpointed selectively.
+    now: the flag's value. saved: bytes that `selective` saves in a pass, at most. spare: free bytes. compiled: layers
+    are, so that they cannot be checkpointed selectively.
     """
     current = f"--gradient_checkpointing {now}" if now else "--no-gradient_checkpointing"
-    needed = {kind: (factor - KINDS[current]) * kept for kind, factor in KINDS.items()}
+    needed = {kind: (factor - KINDS[current]) * saved for kind, factor in KINDS.items()}
     if compiled:
         del needed["--gradient_checkpointing selective"]
     best = next(kind for kind, more in needed.items() if more < 0.9 * spare)
     text = f"memory: {spare / 1e9:.0f} GB of the GPU stay free; "
     if needed[best] <= 0:
         return f"{text}{current} is the fastest that fits"
-    saved = "about 30% of the operations" if now == "full" else "what is computed again"
-    return f"{text}{best} would take about {needed[best] / 1e9:.0f} GB of them and save {saved}"
+    gain = "about 30% of the operations" if now == "full" else "what is computed again"
+    return f"{text}{best} would take about {needed[best] / 1e9:.0f} GB of them and save {gain}"
 
 
 def compile_layers(model: Self1EForSegmentation, **options) -> None:

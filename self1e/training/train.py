@@ -136,10 +136,10 @@ def train(args: Namespace, stop: StopRequest) -> bool:
     def validate(step: int) -> bool:
         # Under ZeRO-3 no rank can leave alone; the step after the validation meets the request.
         asked = None if args.zero_stage == 3 else lambda: stop.signal is not None
-        place = args.run_dir / "validation" / f"step_{step}"
+        results_dir = args.run_dir / "validation" / f"step_{step}"
         try:
             with accelerator.autocast():
-                results = score(args, model, processor, splits, place, asked_to_stop=asked, print_table=False)
+                results = score(args, model, processor, splits, results_dir, asked_to_stop=asked, print_table=False)
         except Stopped:
             return True
         figures = {f"eval_{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
@@ -235,11 +235,11 @@ def merge_and_save(args: Namespace, engine, model, tuner: LoraModel | None, proc
         distributed.on_main(write)
 
 
-def score(args: Namespace, model, processor: Self1EProcessor, splits: list[str], place: Path, **options) -> dict:
+def score(args: Namespace, model, processor: Self1EProcessor, splits: list[str], output_dir: Path, **options) -> dict:
     """`evaluate_splits` with the flags that it takes under their own names."""
     names = ("dataset_dir", "allow_outside", "workers", "timeout", "model_max_length", "high_res")
     flags = {name: getattr(args, name) for name in names}
-    return evaluate_splits(model, processor, splits, output_dir=place, **flags, **options)
+    return evaluate_splits(model, processor, splits, output_dir=output_dir, **flags, **options)
 
 
 def evaluate(args: Namespace, stop: StopRequest, *, overwrite: bool) -> None:

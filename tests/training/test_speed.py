@@ -31,7 +31,7 @@ def test_operations_and_memory_are_those_that_are_counted_one_by_one():
 
     with patch.object(costs, "adapt", watched), patch.dict(costs.SIZES, {"1B": (896, 8, 14, 2, 4864)}):
         found = {kind: costs.training_cost("1B", kind) for kind in costs.CHECKPOINTING}
-    kept, flops = work[0]["kept"] / 2, work[0]["flops"] / 2  # the pass runs twice
+    kept, flops = work[0]["saved"] / 2, work[0]["flops"] / 2  # the pass runs twice
     assert [found[kind].flops for kind in ("none", "selective")] == pytest.approx([flops, flops], rel=0.03)
     more = [found[kind].activations - found["full"].activations for kind in ("none", "selective")]
     assert more == pytest.approx([1.5 * kept, kept], rel=0.1)
@@ -44,7 +44,7 @@ def test_validation_does_not_count(tiny_version, batch):
         model(**batch)
     assert not work
     model.train()(**batch)
-    assert work["flops"] > work["kept"] > 0
+    assert work["flops"] > work["saved"] > 0
 
 
 def test_advice_names_what_fits():

@@ -84,9 +84,9 @@ def read_questions(name: str, args: argparse.Namespace) -> list[Question]:
         check_texts(f"question {question.id}", [question.prompt.replace(IMAGE_TAG, "", 1)])
     paths = {q.image: q.id for q in questions if isinstance(q.image, Path) and not args.score_only}
     for path, id in paths.items():
-        place = path.relative_to(args.data_dir) if path.is_relative_to(args.data_dir) else path.absolute()
+        photo = path.relative_to(args.data_dir) if path.is_relative_to(args.data_dir) else path.absolute()
         with naming(f"question {id}"):
-            inside(args.data_dir, str(place), allow_outside=args.allow_outside)
+            inside(args.data_dir, str(photo), allow_outside=args.allow_outside)
     if absent := sorted(path for path in paths if not path.is_file()):
         raise UserError(f"{absent[0]} is missing, one of {len(absent)} missing photos")
     if benchmark.metric is not None:
