@@ -35,12 +35,12 @@ def similarities(
     *tokens, (conversation,) = given[0]
     *sides, query = head.project(*tokens)
     v1, vhq, img = (stitch_tiles(side, conversation.grid) for side in sides)
-    sides = {
+    image_sides = {
         "LLM's image tokens": img,
         "before refilling": head.features(v1, vhq, v1),
         "refilled (logits)": head.features(v1, vhq, img),
     }
-    return {name: head.logits(side, query)[0].float().cpu() for name, side in sides.items()}
+    return {name: head.logits(side, query)[0].float().cpu() for name, side in image_sides.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

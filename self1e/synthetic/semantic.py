@@ -38,10 +38,10 @@ def write_semantic(root: Path, scenes: list[Scene]) -> None:
         write(root / f"mapillary/training/images/shapes_{scene.id}.jpg", scene.jpeg)
         labels = label_map(scene, paints, "colour", paints["background"])
         write_png(root / f"mapillary/training/v2.0/labels/shapes_{scene.id}.png", labels)
-    paints = [(f"object--paint--{colour}", f"{colour.title()} Paint", rgb) for colour, rgb in COLOURS.items()]
+    painted = [(f"object--paint--{colour}", f"{colour.title()} Paint", rgb) for colour, rgb in COLOURS.items()]
     readable = [
         {"name": name, "readable": text, "color": rgb, "evaluate": True, "instances": False}
-        for name, text, rgb in [*paints, ("construction--barrier--wall", "Wall", (128, 128, 128))]
+        for name, text, rgb in [*painted, ("construction--barrier--wall", "Wall", (128, 128, 128))]
     ]
     write(root / "mapillary/config_v2.0.json", {"version": "2.0", "labels": readable})
 
