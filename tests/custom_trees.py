@@ -47,6 +47,10 @@ def split(source):
     return load_split(f"custom|{source}", ".")
 
 
+def sentences(image):
+    return [each.text for each in image.expressions]
+
+
 def unit_areas(image):
     _, masks = image.load()
-    return dict(zip(image.sentences, masks.sum((1, 2)).tolist()))
+    return dict(zip(sentences(image), masks.sum((1, 2)).tolist()))

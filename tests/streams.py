@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from self1e.data.samples import Sample, SampleError, TrainingSet
+from self1e.data.samples import Sample, TrainingSet
+from self1e.errors import UserError
 
 
 class Numbers(TrainingSet):
@@ -30,7 +31,7 @@ class Numbers(TrainingSet):
 
     def read(self, index, rng):
         if index in self.broken:
-            raise SampleError(f"{self.name}/{index}", "torn")
+            raise UserError("torn")
         if index in self.empty:
             return None
         mask = np.zeros((0, 1, 1), np.uint8)

@@ -9,11 +9,11 @@ of `self1e segment`; an answer without `[SEG]` has a record without masks.
 from collections.abc import Sequence
 
 from self1e.apps.segment import Job, flags, run
-from self1e.data.samples import load_image
+from self1e.model.photos import photo_of
 
 
 def prepare(processor, with_image: bool, job: Job) -> dict:
-    return {"image": load_image(job.path), "lengths": [1]}
+    return {"image": photo_of(job.path), "lengths": [1]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

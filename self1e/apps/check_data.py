@@ -29,14 +29,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from self1e.data.families import FAMILIES
-from self1e.data.paths import list_names
-from self1e.data.samples import Sample, TrainingSet
+from self1e.data.samples import Sample, TrainingSet, list_names, naming
 from self1e.data.sets.custom import Custom, find_source, table_rows
 from self1e.data.sets.expressions import ExpressionSet
-from self1e.data.splits import SPLITS, completeness
+from self1e.data.splits import SPLITS
 from self1e.errors import UserError
 from self1e.evaluation.loop import prepared
-from self1e.evaluation.results import markdown_table
+from self1e.evaluation.results import completeness, markdown_table
 from self1e.files import check_writable, read_json, to_jsonl, write_json, write_text
 from self1e.model import prompts
 from self1e.model.config import Help
@@ -60,8 +59,9 @@ def read_sample(data: TrainingSet, number: int) -> Sample | None:
 
 def read_unit(data: ExpressionSet, number: int) -> Sample:
     unit = data[number]
-    image, masks = unit.load()
-    return Sample(data.id(number), image, [[text.strip()] for text in unit.sentences], list(masks[:, None]))
+    with naming(data.id(number)):
+        image, masks = unit.load()
+    return Sample(data.id(number), image, [[each.text.strip()] for each in unit.expressions], list(masks[:, None]))
 
 
 @dataclass

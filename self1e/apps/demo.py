@@ -25,10 +25,10 @@ from typing import Any
 from self1e import Self1EProcessor
 from self1e.apps.loading import add_model_flags, load
 from self1e.apps.segment import Output
-from self1e.data.samples import SampleError, load_image
 from self1e.errors import UserError
 from self1e.model.config import Help
 from self1e.model.inference import Reply
+from self1e.model.photos import photo_of
 from self1e.model.prompts import SEG, check_prompt
 from self1e.visualize import PALETTE, overlay
 
@@ -67,12 +67,14 @@ def build(model: Any, processor: Self1EProcessor, name: str, *, max_tiles: int) 
         try:
             if path is None or not 0 < len(prompts) <= PROMPTS:
                 raise UserError(f"Choose a photo and write 1 to {PROMPTS} prompts, one per line.")
-            image = load_image(path)
+            try:
+                image = photo_of(path)
+            except UserError:  # it names a file of this machine
+                raise UserError("This file is no photo that can be read.") from None
             for prompt in prompts:
                 check_prompt(prompt)
-        except UserError as error:  # a SampleError names a file of this machine
-            message = "This file is no photo that can be read." if isinstance(error, SampleError) else str(error)
-            raise gr.Error(html.escape(message), print_exception=False) from None
+        except UserError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
         replies: list[Reply] = []
         yield image, None, None, f"0 of {len(prompts)}"
         with tempfile.TemporaryDirectory(prefix="self1e_") as folder:

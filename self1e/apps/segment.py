@@ -38,8 +38,7 @@ from tqdm import tqdm
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.apps.loading import add_model_flags, load
 from self1e.data.masks import encode_mask
-from self1e.data.paths import inside
-from self1e.data.samples import SampleError, load_image
+from self1e.data.samples import inside
 from self1e.data.sets.custom import table_rows, texts_of
 from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
@@ -47,7 +46,7 @@ from self1e.evaluation.results import claim_folder
 from self1e.files import alone_in, check_fetched, check_writable, read_records, replacing, to_jsonl
 from self1e.model.config import Help, precision_on
 from self1e.model.inference import Reply, logit_of, masks_of
-from self1e.model.photos import FORMATS
+from self1e.model.photos import FORMATS, photo_of
 from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt
 from self1e.model.weights import weights_identity
 from self1e.stop import StopRequest
@@ -275,11 +274,11 @@ def run(
         left = [job for job in left if job.prompts]
         if len(left) < len(jobs):
             distributed.say(f"{len(jobs) - len(left)} of {len(jobs)} photos are done already")
-        broken: list[SampleError] = []
+        broken: list[UserError] = []
 
-        def skip(error: SampleError) -> None:
+        def skip(error: UserError) -> None:
             broken.append(error)
-            tqdm.write(f"skipped: {error.cause}", file=sys.stderr)
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
 
         def save(job: Job, made: dict, replies: Iterable[Reply]) -> list[dict]:
             pairs = zip(job.prompts, replies, strict=True)
@@ -321,7 +320,7 @@ def run(
 def prepare_segment(
     is_sentence: bool | None, max_tiles: int, processor: Self1EProcessor, with_image: bool, job: Job
 ) -> dict:
-    image = load_image(job.path)
+    image = photo_of(job.path)
     conversations = [[evaluation_prompt(prompt, is_sentence, lower=True), ANSWER] for prompt in job.prompts]
     made = processor.encode(image, conversations, max_tiles=max_tiles)
     lengths, size = [len(ids) for ids, _ in made["texts"]], (image.height, image.width)

@@ -70,19 +70,18 @@ def _decode(part: np.ndarray | dict, height: int, width: int) -> np.ndarray:
     return np.repeat(values.astype(np.uint8), runs).reshape(width, height).T
 
 
-def decode_segmentation(segmentation: list | dict, height: int, width: int, where: str = "annotation") -> np.ndarray:
+def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """COCO segmentation -> uint8 {0, 1} (height, width), the union of its parts.
 
     Accepts polygons (one or several parts, or one flat list), compressed RLE (`counts` str or bytes), uncompressed RLE
-    (list), a list of RLEs, and an empty list (an empty mask). Raises UserError for anything else; `where` names the
-    annotation.
+    (list), a list of RLEs, and an empty list (an empty mask). Raises UserError for anything else.
     """
     try:
         mask = np.zeros((height, width), np.uint8)
         for part in _parts(segmentation):
             mask |= _decode(part, height, width)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: malformed segmentation ({error})") from error
+        raise UserError(f"malformed segmentation ({error})") from error
     return mask
 
 
@@ -99,8 +98,7 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
         boxed = box.shape == (4,) and min(box[2:]) > 0
         for part in _parts(annotation["segmentation"]):
             if isinstance(part, dict):
-                mask = _decode(part, height, width)
-                x, y, w, h = cv2.boundingRect(mask)
+                x, y, w, h = cv2.boundingRect(mask := _decode(part, height, width))
                 corners.append(np.array([[x, y], [x + w, y + h]]))
                 covered += float(mask.sum())
             else:
@@ -110,17 +108,15 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
         return None
     if not covered:
         return "empty segmentation beside a bbox or an area" if boxed or area > 0 else None
-    points = np.concatenate(corners)
-    (left, top), (right, bottom) = points.min(0), points.max(0)
-    slack = max(2, 0.01 * max(height, width))
-    if right <= 1 and bottom <= 1 and max(height, width) > 2:
+    points, size, slack = np.concatenate(corners), np.array([width, height]), max(2, 0.01 * max(height, width))
+    low, high = points.min(0), points.max(0)
+    if high.max() <= 1 and size.max() > 2:
         return "segmentation with coordinates from 0 to 1; they must be pixels"
-    if min(left, top) < -slack or right > width + slack or bottom > height + slack:
+    if low.min() < -slack or (high > size + slack).any():
         return "segmentation that reaches outside its image"
     if boxed:
-        x, y, w, h = box
-        gaps = np.abs([left - x, top - y, right - x - w, bottom - y - h])
-        if (gaps > np.maximum(2 * slack, 0.5 * np.minimum([w, h] * 2, [right - left, bottom - top] * 2))).any():
+        gaps = np.abs([low - box[:2], high - box[:2] - box[2:]])
+        if (gaps > np.maximum(2 * slack, 0.5 * np.minimum(box[2:], high - low))).any():
             return "segmentation far from its bbox"
     if area > 0 and max(area, covered) > 4 * min(area, covered) + 16:
         return "segmentation of another area than it states"

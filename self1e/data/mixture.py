@@ -7,12 +7,13 @@ from (seed, epoch, pass), so that several passes see more of the set.
 
 import dataclasses
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from self1e.data.samples import Sample, SampleError, TrainingSet
+from self1e.data.samples import Sample, TrainingSet
 from self1e.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,11 @@ class Records:
     """Those records of a set that take part: all, or those whose photo is not among `excluded` (see `image_key`)."""
 
     def __init__(self, data: TrainingSet, excluded: np.ndarray | None):
-        self.data = data
+        self.data = data.opened()
+        if not len(data):
+            raise UserError(f"{data.name}: no training samples in its files")
+        for problem in data.problems:
+            log.warning("%s", problem)
         self.numbers = np.arange(len(data), dtype=np.int32)  # item -> record of the set
         if excluded is not None:
             self.numbers = self.numbers[~np.isin(data.image_keys(), excluded)]
@@ -43,14 +48,14 @@ class Records:
             sample = self.data.sample(int(self.numbers[(item + step) % len(self)]), rng)
             if sample is not None:
                 return sample
-        raise SampleError(self.data.name, "no image of this set has a usable label")
+        raise UserError(f"{self.data.name}: no image of this set has a usable label")
 
 
 class Mixture:
     """Training sets mixed by rates; `build` makes the sample of a slot, `micro_batches` orders the slots of an epoch.
 
-    groups: sets of one kind (with masks or not, redrawn or not), and the times that each sample stands in an epoch; of
-            a fraction, a random share of the samples of all sets
+    families: sets, not opened yet, and their rate: the times that each sample stands in an epoch; of a fraction, a
+            random share of the samples of all sets of a kind (with masks or not, redrawn or not)
     mode:   "published": an epoch is a shuffle of all slots, but the last one of every micro-batch is a random
             segmentation slot of the epoch, and the items of redrawn sets are drawn with replacement; "exact": each
             slot once, arranged so that as many micro-batches as possible hold a segmentation sample. Neither
@@ -59,7 +64,7 @@ class Mixture:
 
     def __init__(
         self,
-        groups: Sequence[tuple[Sequence[TrainingSet], float]],
+        families: Sequence[tuple[Sequence[TrainingSet], float]],
         *,
         batch_size: int,
         seed: int,
@@ -70,15 +75,18 @@ class Mixture:
         self.groups: list[tuple[list[Records], int, int]] = []  # sets, passes, samples of one more
         self.epoch_size = 0  # slots
         self.sizes: dict[str, int] = {}  # samples of the sets of each name that take part, before rates
-        for sets, rate in groups:
-            members = [Records(data, excluded) for data in sets]
-            total = sum(records.per_pass for records in members)
-            share = int((rate % 1) * total + 0.5)
-            self.groups.append((members, int(rate), share))
-            self.epoch_size += int(rate) * total + share
+        for sets, family_rate in families:
+            kinds: dict[tuple[bool, ...], list[Records]] = defaultdict(list)
+            for data in sets:
+                records = Records(data, excluded)
+                kinds[data.rated, data.segmentation, data.redrawn].append(records)
+                self.sizes[data.name] = self.sizes.get(data.name, 0) + records.per_pass
+            for kind in sorted(kinds, reverse=True):
+                total, rate = sum(records.per_pass for records in kinds[kind]), family_rate if kind[0] else 1
+                share = int((rate % 1) * total + 0.5)
+                self.groups.append((kinds[kind], int(rate), share))
+                self.epoch_size += int(rate) * total + share
         self.sets = [records for members, *_ in self.groups for records in members]
-        for records in self.sets:
-            self.sizes[records.data.name] = self.sizes.get(records.data.name, 0) + records.per_pass
         if not self.epoch_size:
             raise UserError("the mixture is empty: check --sample_rates, --exclude_val and the datasets")
 
@@ -145,7 +153,7 @@ class Mixture:
     def build(self, slot: Iterable[int], transform: Callable[[Sample], Any] = lambda sample: sample) -> Any:
         """What `transform` makes of the sample of a slot.
 
-        A broken one (SampleError from its set or from `transform`) is logged, and others, drawn from (seed, slot,
+        A broken one (UserError from its set or from `transform`) is logged, and others, drawn from (seed, slot,
         attempt), are tried instead: first of the same set, then of all sets of its kind, with or without masks. What
         replaced it lists it in `Sample.replaced`. Raises UserError after ATTEMPTS broken ones.
         """
@@ -153,7 +161,7 @@ class Mixture:
         key = ((epoch << 5 | number) << 22 | item) << 24 | draw  # a single integer, for the seeds of replacements
         rng = self._rng(epoch, number, item, draw)
         kind = self.sets[number].data.segmentation
-        replaced: tuple[tuple[str, str], ...] = ()
+        replaced: tuple[str, ...] = ()
         for attempt in range(ATTEMPTS + 1):
             if attempt:
                 rng = self._rng(key, attempt, ATTEMPTS)
@@ -164,10 +172,9 @@ class Mixture:
             try:
                 sample = self.sets[number].sample(item, rng)
                 return transform(dataclasses.replace(sample, replaced=replaced))
-            except SampleError as error:
-                replaced += ((error.id, error.cause),)
-                log.warning("broken sample %s: %s; another one replaces it", error.id, error.cause)
-        causes = "\n".join(f"{id}: {cause}" for id, cause in replaced)
-        raise UserError(f"{len(replaced)} samples tried for one slot are all broken:\n{causes}")
+            except UserError as error:
+                replaced += (str(error),)
+                log.warning("broken sample %s; another one replaces it", error)
+        raise UserError("\n".join([f"{len(replaced)} samples tried for one slot are all broken:", *replaced]))
 
     __getitem__ = build

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import ijson
-import numpy as np
 
 from self1e.data.masks import contradiction
-from self1e.data.paths import DATASETS
-from self1e.data.tables import Records, open_tables
+from self1e.data.samples import DATASETS
+from self1e.data.tables import Records
 from self1e.errors import UserError
 
 
@@ -61,16 +60,16 @@ def fields(record: Any, location: str, **kinds: type | tuple[type, ...]) -> list
     return [record[name] for name in kinds]
 
 
-def counted(problems: dict[str, list]) -> Records:
+def counted(path: Path, problems: dict[str, list]) -> Records:
     """Table `problems`: one line for each kind of problem, from the places where it was met."""
     for kind, places in problems.items():
-        yield "problems", f"{len(places):,} x {kind} (first: {places[0]})"
+        yield "problems", f"{path.name}: {len(places):,} x {kind} (first: {places[0]})"
 
 
 def read_coco(path: Path) -> Records:
     """COCO-style annotations (instances.json, PACO, PASCAL-Part).
 
-    Tables `images` [file_name, height, width] with their id as key, `annotations` {id, category_id, segmentation} with
+    Tables `images` [file_name, height, width] with their id as key, `annotations` [id, category_id, segmentation] with
     their id and that of their image, `categories` [id, name], and `problems`, what contradicts itself in the file.
     """
     sizes: dict[int, list[int]] = {}
@@ -83,9 +82,8 @@ def read_coco(path: Path) -> Records:
             problems["image id that occurs twice"].append(id)
         sizes[id] = entry[1:]
     for location, annotation in stream_json(path, "annotations"):
-        id, owner, category = fields(annotation, location, id=int, image_id=int, category_id=int)
-        (segmentation,) = fields(annotation, location, segmentation=(list, dict))
-        yield "annotations", {"id": id, "category_id": category, "segmentation": segmentation}, id, owner
+        id, owner = fields(annotation, location, id=int, image_id=int)
+        yield "annotations", [id, *fields(annotation, location, category_id=int, segmentation=(list, dict))], id, owner
         if id in seen:
             problems["annotation id that occurs twice"].append(id)
         seen.add(id)
@@ -97,40 +95,7 @@ def read_coco(path: Path) -> Records:
         yield "categories", fields(category, location, id=int, name=str)
     if not sizes or not seen:
         raise UserError(f"it has no images or no annotations; is this the right file? See {DATASETS}")
-    yield from counted(problems)
-
-
-class CocoIndex:
-    """Images and annotations of a COCO-style file (see `read_coco`); numbers are places in the file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        tables = open_tables(path, read_coco)
-        self._images, self._annotations = tables["images"], tables["annotations"]
-        self.categories: dict[int, str] = dict(map(tuple, tables["categories"]))
-        self.problems = [f"{path.name}: {problem}" for problem in tables["problems"]]
-        self.image_ids, self._ids, self._owners = map(np.array, (*self._images.keys.T, *self._annotations.keys.T))
-
-    def image_numbers(self, image_ids: list[int]) -> np.ndarray:
-        """Number of each image id. Raises UserError for an unknown one."""
-        numbers = {id: number for number, id in reversed([*enumerate(self.image_ids.tolist())])}  # the first of equals
-        if unknown := [id for id in image_ids if id not in numbers]:
-            raise UserError(f"{self.path} has no image id {unknown[0]}")
-        return np.array([numbers[id] for id in image_ids])
-
-    def image(self, number: int) -> list[Any]:
-        """[file name, height, width]."""
-        return self._images[int(number)]
-
-    def annotation(self, id: int) -> dict:
-        """{id, category_id, segmentation} of an annotation. Raises UserError for an unknown id."""
-        if not len(numbers := np.flatnonzero(self._ids == id)):
-            raise UserError(f"{self.path} has no annotation id {id}")
-        return self._annotations[int(numbers[0])]
-
-    def annotations_of(self, image_id: int) -> list[dict]:
-        """All annotations of an image, in file order."""
-        return [self._annotations[int(number)] for number in np.flatnonzero(self._owners == image_id)]
+    yield from counted(path, problems)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -150,32 +115,32 @@ def load_plain_pickle(path: Path) -> Any:
 
 
 def read_refs(path: Path) -> Records:
-    """Referring expressions, `refs(*).p` or `grefs(*).json`, grouped by split and image.
+    """Referring expressions, `refs(*).p` or `grefs(*).json`, sorted by split and image.
 
-    Tables `groups` [[ref_id, [ann ids], [[sent_id, sentence], ...]], ...], sorted, and `keys`: one record, the
-    [split, image id] of each.
+    Tables `refs` [ref_id, [ann ids], [[sent_id, sentence], ...]] with the id of the image and the number of the split
+    as keys, and `splits`, names.
     """
-    refs = [ref for _, ref in stream_json(path)] if path.suffix == ".json" else load_plain_pickle(path)
-    groups: dict[tuple[str, int], list] = defaultdict(list)
-    for number, ref in enumerate(refs):
+    given = [ref for _, ref in stream_json(path)] if path.suffix == ".json" else load_plain_pickle(path)
+    refs: list[tuple[str, int, list]] = []
+    for number, ref in enumerate(given):
         location = f"record {number} counted from 0"
-        ref_id, image_id, split = fields(ref, location, ref_id=int, image_id=int, split=str)
+        split, image_id, ref_id = fields(ref, location, split=str, image_id=int, ref_id=int)
         ids, found = fields(ref, location, ann_id=(int, list, tuple), sentences=(list, tuple))
         sentences = [fields(each, location, sent_id=int, sent=str) for each in found]
-        groups[split, image_id].append([ref_id, [ids] if isinstance(ids, int) else list(ids), sentences])
-    if not groups:
+        refs.append((split, image_id, [ref_id, [ids] if isinstance(ids, int) else list(ids), sentences]))
+    if not refs:
         raise UserError(f"it holds no list of references; is this the right file? See {DATASETS}")
-    for key in sorted(groups):
-        yield "groups", groups[key]
-    yield "keys", sorted(groups)
+    splits = sorted({split for split, *_ in refs})
+    for split, image_id, record in sorted(refs, key=lambda ref: ref[:2]):
+        yield "refs", record, image_id, splits.index(split)
+    yield from (("splits", split) for split in splits)
 
 
 def read_instructions(path: Path) -> Records:
-    """LLaVA conversations: table `items` [image, [[from, value], ...], id]."""
+    """LLaVA conversations: table `items` [image, [[from, value], ...]]."""
     for location, value in stream_json(path):
-        id, image, turns = fields(value, location, id=(str, int), image=str, conversations=list)
-        turns = [fields(turn, location, **{"from": str, "value": str}) for turn in turns]
-        yield "items", [image, turns, id]
+        image, turns = fields(value, location, image=str, conversations=list)
+        yield "items", [image, [fields(turn, location, **{"from": str, "value": str}) for turn in turns]]
 
 
 def read_questions(path: Path) -> Records:

@@ -1,49 +1,37 @@
-"""What a data set yields: numbered samples for training, and for evaluation photos with their sentences and masks.
+"""What a data set is: numbered samples, made of files that annotation files name.
 
 Every set is a `TrainingSet`; an `ExpressionSet` (`sets/expressions.py`) is a sequence of `EvalImage`s, too. Everything
 downstream (mixture, processor, evaluation) knows only these.
 """
 
 import hashlib
+import os
 import re
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 from PIL import Image
 
-from self1e.data.paths import inside, require_paths
 from self1e.errors import UserError
-from self1e.model.photos import read_picture
 from self1e.model.prompts import IMAGE_TAG, SEG, reserved_in
 
+DATASETS, OWN_DATA = "docs/data.md, section Datasets", "docs/data.md, section Own data"
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val)2014_)?(\d{12})\.(?:jpg|png)")
 
 
-class SampleError(UserError):
-    """A sample that cannot be built: its photo or annotation is broken. `id` names the sample, `cause` says why."""
-
-    def __init__(self, id: str, cause: str):
-        super().__init__(id, cause)
-        self.id, self.cause = id, cause
-
-    def __str__(self) -> str:
-        return f"{self.id}: {self.cause}"
-
-
 @contextmanager
-def naming(id: str) -> Iterator[None]:
-    """What is wrong with a user's files becomes a SampleError under `id`."""
+def naming(what: str) -> Iterator[None]:
+    """What is wrong with a user's files begins with the sample or the place in a file that it is about."""
     try:
         yield
-    except SampleError:
-        raise
     except UserError as error:
-        raise SampleError(id, str(error)) from error
+        raise UserError(f"{what}: {error}") from error
 
 
 @dataclass
@@ -54,13 +42,47 @@ class Sample:
     image: Image.Image  # RGB, EXIF orientation applied
     conversations: list[list[str]]  # each user, assistant, user, ...; the first turn starts with "<image>" and "\n"
     masks: list[np.ndarray]  # of each, uint8 {0, 1} (n_seg, H, W) at the annotation's size; n_seg = "[SEG]" in it
-    replaced: tuple[tuple[str, str], ...] = ()  # (id, cause) of the broken samples that this one replaces
+    replaced: tuple[str, ...] = ()  # the broken samples that this one replaces, "<id>: <cause>"
 
 
-def load_image(source: Path | str | BinaryIO, id: str | None = None) -> Image.Image:
-    """The photo in RGB, EXIF orientation applied. Raises SampleError under `id` or the path."""
-    with naming(id or str(source)):
-        return read_picture(source)[0]
+def missing(wanted: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """Those (set or split, path) pairs whose path is not on disk."""
+    return [(name, path) for name, path in wanted if not path.exists()]
+
+
+def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
+    """Raise one UserError that names every path of the (set or split, path) pairs that is not on disk."""
+    absent = missing(wanted)
+    if absent:
+        users = {path: dict.fromkeys(name for name, other in absent if other == path) for _, path in absent}
+        where = f"missing data; {DATASETS}, says what goes where, and scripts/get_data.sh fetches sets:"
+        raise UserError("\n  ".join([where, *(f"{path}   ({', '.join(names)})" for path, names in users.items())]))
+
+
+def list_names(folder: Path, suffix: str) -> list[str]:
+    """Sorted names of the files of a folder that end with `suffix`, without hidden ones such as a Mac's `._x.jpg`."""
+    return sorted(path.name for path in folder.glob(f"[!.]*{suffix}"))
+
+
+def inside(folder: Path, name: str, *, allow_outside: bool = False) -> Path:
+    """The path of a file that an annotation file names relative to `folder`.
+
+    Annotation files come from strangers, so a name may not lead out of the folder: it is relative and has no `..`.
+    Raises UserError for all else, unless `allow_outside`. Links are followed, because users link photos into the tree.
+    A name with accents is found in either of its Unicode forms.
+    """
+    windows = PureWindowsPath(name)
+    if not allow_outside and (name.startswith("/") or windows.drive or ".." in windows.parts or "\0" in name):
+        raise UserError(f"{name!r:.200} leads out of {folder}; if that is meant, add --allow_outside")
+    if max(map(len, name.encode(errors="replace").split(b"/"))) > 255:
+        raise UserError(f"{name!r:.200} is no file's name: it has more than 255 bytes")
+    path = folder / name
+    if not name.isascii() and not path.exists():
+        forms = (unicodedata.normalize(form, name).encode(errors="replace") for form in ("NFC", "NFD"))
+        path = next((place for form in forms if (place := folder / os.fsdecode(form)).exists()), path)
+    if "\\" in name and not path.exists():
+        raise UserError(f"{name!r:.200} has backslashes, which separate folders on Windows alone; write slashes")
+    return path
 
 
 def image_key(name: str) -> int:
@@ -70,13 +92,13 @@ def image_key(name: str) -> int:
     return -1 - int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=7).digest(), "big")
 
 
-def check_texts(id: str, texts: Iterable[str]) -> None:
-    """Raise SampleError under `id` where a text holds a control token, such as [SEG], or is no Unicode text."""
+def check_texts(texts: Iterable[str]) -> None:
+    """Raise UserError where a text holds a control token, such as [SEG], or is no Unicode text."""
     for text in texts:
         if found := reserved_in(text):
-            raise SampleError(id, f"{text!r:.200} holds the reserved token {found[0]}")
+            raise UserError(f"{text!r:.200} holds the reserved token {found[0]}")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise SampleError(id, f"{text!r:.200} is no Unicode text")
+            raise UserError(f"{text!r:.200} is no Unicode text")
 
 
 def draw(items: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any]:
@@ -154,24 +176,10 @@ class TrainingSet(ABC):
         """
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample | None:
-        """As `read`. Raises SampleError, also for control tokens in a text besides the [SEG] of the masks."""
+        """As `read`. Raises UserError under the record's id, also for control tokens but the [SEG] of the masks."""
         with naming(self.id(index)):
             sample = self.read(index, rng)
-        for turns, masks in zip(sample.conversations, sample.masks, strict=True) if sample else ():
-            asked = [turns[0].removeprefix(f"{IMAGE_TAG}\n"), *turns[2::2]]
-            check_texts(self.id(index), asked + [text.replace(SEG, "", len(masks)) for text in turns[1::2]])
+            for turns, masks in zip(sample.conversations, sample.masks, strict=True) if sample else ():
+                asked = [turns[0].removeprefix(f"{IMAGE_TAG}\n"), *turns[2::2]]
+                check_texts(asked + [text.replace(SEG, "", len(masks)) for text in turns[1::2]])
         return sample
-
-
-@dataclass(frozen=True)
-class EvalImage:
-    """One photo of an evaluation split; a unit is one sentence."""
-
-    image_id: str  # file name (refclef: `file_name` of instances.json)
-    sentences: list[str]  # as read
-    is_sentence: list[bool]  # whole questions (ReasonSeg), as opposed to phrases
-    unit_ids: list[str]  # unique within the split, stable
-    no_target: list[bool]  # nothing in the photo is meant (gRefCOCO)
-    prompts: list[str]  # the fixed evaluation question of each unit
-    # Photo (RGB, oriented), and masks uint8 (n, H, W) at the annotation's size, 255 = ignored. Raises SampleError.
-    load: Callable[[], tuple[Image.Image, np.ndarray]]

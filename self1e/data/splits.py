@@ -1,29 +1,20 @@
-"""Evaluation splits: who reads one, how it is scored, the published figures, and the known totals of public sets.
+"""Evaluation splits: who reads one, how it is scored, and the published figures.
 
     for image in load_split("refcoco|unc|val", "dataset"): photo, masks = image.load()
 
-To add a split, add one entry to SPLITS. PREFIXES holds the kinds of splits whose name goes on with a path, such as
-"custom|own/val.csv" or "parquet|own/shards|val".
-
-Published figures are percentages of the SELF1E paper (arXiv 2603.19026): `2B` and `8B` were trained on the base
-mixture, `SEG-2B` and `SEG-8B` on the segmentation mixture. They are cIoU except where an entry says otherwise.
-TOTALS holds the known numbers of images, expressions (refs), sentences, questions and conversations per training set
-and split, as the sets' own documentation and the loaders of other projects state them.
+To add a split, add one entry to SPLITS. Published figures are percentages of the SELF1E paper (arXiv 2603.19026): `2B`
+and `8B` were trained on the base mixture, `SEG-2B` and `SEG-8B` on the segmentation mixture.
 """
 
-import hashlib
-import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from self1e.data.samples import TrainingSet
+from self1e.data.samples import missing
 from self1e.data.sets.custom import Custom
 from self1e.data.sets.expressions import ExpressionSet
 from self1e.data.sets.parquet import ParquetSplit
@@ -67,14 +58,11 @@ SPLITS: dict[str, SplitEntry] = {
     **{f"refclef|unc|{split}": _referring(default=False) for split in ("val", "test")},
 }
 
-PREFIXES: dict[str, SplitEntry] = {
+PREFIXES: dict[str, SplitEntry] = {  # of names that go on with a path: "custom|own/val.csv", "parquet|own/shards|val"
     "custom": SplitEntry(reader=Custom, default=False),
     "parquet": SplitEntry(reader=ParquetSplit, default=False),
 }
 
-TOTALS: dict[str, dict[str, int]] = json.loads(
-    files("self1e.data").joinpath("totals.json").read_text(encoding="utf-8")
-)
 DEFAULT_SPLITS: tuple[str, ...] = tuple(name for name, entry in SPLITS.items() if entry.default)
 
 
@@ -97,25 +85,7 @@ def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = Fals
     return get_splits([name])[name].reader(name, dataset_dir, allow_outside=allow_outside).opened()
 
 
-def file_stem(split: str) -> str:
-    """The stem of a split's result files: `refcoco|unc|val` -> `refcoco_unc_val`.
-
-    Of a kind in PREFIXES it ends with a hash, `custom_own_val_csv_1f6c2a`: `own/val.csv` and `own_val.csv` differ.
-    """
-    stem = re.sub(r"[|/\\:.]+", "_", split)
-    if split in SPLITS:
-        return stem
-    return f"{stem[-80:]}_{hashlib.sha256(split.encode(errors='surrogateescape')).hexdigest()[:6]}"
-
-
-def completeness(name: str, data: TrainingSet) -> str:
-    """ "complete", what differs from the known total, "1,499 of 1,500 images", or "-" where none is known."""
-    if name not in TOTALS:
-        return "-"
-    counts = {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
-    if isinstance(data, Referring):
-        counts = data.counts()
-    for what, total in TOTALS[name].items():
-        if counts[what] != total:
-            return f"{counts[what]:,} of {total:,} {what}"
-    return "complete"
+def evaluation_keys(dataset_dir: str | Path) -> np.ndarray:
+    """`image_key` of every photo of the evaluation splits that are on disk."""
+    there = [name for name in SPLITS if not missing(split_paths([name], dataset_dir))]
+    return np.concatenate([np.zeros(0, np.int64), *(load_split(name, dataset_dir).image_keys() for name in there)])

@@ -22,7 +22,7 @@ from self1e.errors import UserError
 from self1e.files import check_fetched, replacing
 
 log = logging.getLogger(__name__)
-VERSION = 9  # of what the readers write
+VERSION = 11  # of what the readers write
 Records = Iterable[tuple[str, Any, *tuple[int, ...]]]  # of a reader: table, what JSON can hold, integer keys
 
 
@@ -44,6 +44,10 @@ class Table(Sequence[Any]):
     def __getitem__(self, i: int) -> Any:  # type: ignore[override]  # records are never sliced
         begin, end = self._bounds[i]
         return json.loads(self._texts[begin:end].tobytes())
+
+    def having(self, key: int, column: int = 0) -> list[Any]:
+        """The records with a key, in their order."""
+        return [self[i] for i in np.flatnonzero(self.keys[:, column] == key)]
 
 
 def open_tables(source: Path, read: Callable[[Path], Records]) -> dict[str, Any]:
@@ -84,4 +88,5 @@ def _write(records: Records, folder: Path) -> None:
             numbers[table].extend((begin, end, *keys))
             widths[table] = 2 + len(keys)
     for table, width in widths.items():
-        np.save(folder / f"{table}.npy", np.array(numbers[table]).reshape(-1, width))
+        columns = np.asfortranarray(np.array(numbers[table]).reshape(-1, width))  # so that `having` reads one of them
+        np.save(folder / f"{table}.npy", columns)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, default_convert
 
 from self1e import distributed
-from self1e.data.samples import SampleError
+from self1e.errors import UserError
 from self1e.stop import Stopped
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ def attempt(prepare: Callable[[T], Any], item: T) -> Any:
     """The item prepared, or the error of a broken one: a worker that raised it would bury it in its traceback."""
     try:
         return default_convert(prepare(item))
-    except SampleError as error:
+    except UserError as error:
         return error
 
 
@@ -31,7 +31,7 @@ def prepared(
     workers: int = 4,
     timeout: float = 0,
     asked_to_stop: Callable[[], bool] | None = None,
-    broken: Callable[[SampleError], None] | None = None,
+    broken: Callable[[UserError], None] | None = None,
 ) -> Iterator[tuple[T, Any]]:
     """Each item of this rank with what data workers have made of it, in order.
 
@@ -40,7 +40,7 @@ def prepared(
         workers: of them. timeout: seconds that one of them may take for an item; 0: any time.
         asked_to_stop: called before each item; where it returns True, this rank leaves, and when the others have left
             or finished, all raise `Stopped`.
-        broken: takes the SampleError of an item, which is then passed over. None: it is raised, on this rank.
+        broken: takes the UserError of an item, which is then passed over. None: it is raised, on this rank.
     """
     loader: DataLoader = DataLoader(
         items,  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def prepared(
         stopped = asked_to_stop is not None and asked_to_stop()
         if stopped:
             break
-        if not isinstance(made, SampleError):
+        if not isinstance(made, UserError):
             yield item, made
         elif broken is None:
             raise made

@@ -7,18 +7,26 @@ complete, each process appends to a file of its own, `<stem>.rank<r>.jsonl`.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from self1e import distributed
+from self1e.data.samples import TrainingSet
+from self1e.data.sets.referring import Referring
+from self1e.data.splits import SPLITS
 from self1e.errors import UserError
 from self1e.files import read_json, read_records, to_jsonl, write_json, write_text
 
+# Known numbers of images, expressions (refs), sentences, questions and conversations per training set and split, as
+# the sets' own documentation and the loaders of other projects state them.
+TOTALS: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "totals.json").read_text(encoding="utf-8"))
 PACKAGE = Path(__file__).resolve().parents[1]
 DECIDING = ("model", "data", "evaluation")  # the packages whose code decides figures
 REMEDY = "Use the same settings to continue, another --exp_name to keep both, or --overwrite_eval to evaluate anew"
@@ -57,6 +65,30 @@ def claim_folder(
             file.unlink()
     if before != now:
         write_json(path, now)
+
+
+def file_stem(split: str) -> str:
+    """The stem of a split's result files: `refcoco|unc|val` -> `refcoco_unc_val`.
+
+    Of a kind in PREFIXES it ends with a hash, `custom_own_val_csv_1f6c2a`: `own/val.csv` and `own_val.csv` differ.
+    """
+    stem = re.sub(r"[|/\\:.]+", "_", split)
+    if split in SPLITS:
+        return stem
+    return f"{stem[-80:]}_{hashlib.sha256(split.encode(errors='surrogateescape')).hexdigest()[:6]}"
+
+
+def completeness(name: str, data: TrainingSet) -> str:
+    """ "complete", what differs from the known total, "1,499 of 1,500 images", or "-" where none is known."""
+    if name not in TOTALS:
+        return "-"
+    counts = {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
+    if isinstance(data, Referring):
+        counts = data.counts()
+    for what, total in TOTALS[name].items():
+        if counts[what] != total:
+            return f"{counts[what]:,} of {total:,} {what}"
+    return "complete"
 
 
 class Results:

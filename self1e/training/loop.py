@@ -114,12 +114,12 @@ def note(path: Path, ids: list[str]) -> None:
 
 
 def agree(
-    accelerator: Accelerator, step: list[tuple[list[str], dict]], seen: int, broken: list, stop: StopRequest
+    accelerator: Accelerator, step: list[tuple[list[str], dict]], seen: int, broken: list[str], stop: StopRequest
 ) -> tuple[bool, int]:
     """The one all-reduce per step, before it is taken: whether any rank was asked to stop, and all broken samples.
 
-    step: ids and loss terms of each of this rank's micro-batches. seen, broken: samples that it read, and (id, cause)
-    of those that could not be. Raises UserError on all ranks when a loss is not finite or too many are broken.
+    step: ids and loss terms of each of this rank's micro-batches. seen, broken: samples that it read, and ids and
+    causes of those that could not be. Raises UserError on all ranks when a loss is not finite or too many are broken.
     """
     infinite = (~torch.stack([terms["loss"].isfinite() for _, terms in step])).sum(0, keepdim=True)
     counts = torch.tensor([seen, len(broken), stop.signal is not None], dtype=torch.float64)
@@ -139,10 +139,10 @@ def agree(
     return stops > 0, all_broken
 
 
-def broken_list(broken: list[tuple[str, str]]) -> str:
+def broken_list(broken: list[str]) -> str:
     """A line for each of the 30 broken samples that all ranks drew most often: how often, id, cause."""
     drawn = Counter(chain(*distributed.gather(broken))).most_common(30)
-    return "\n".join(f"  {times} x {id}: {cause}" for (id, cause), times in drawn)
+    return "\n".join(f"  {times} x {sample}" for sample, times in drawn)
 
 
 def means_of(losses: Counter) -> dict[str, float]:
@@ -191,7 +191,7 @@ def fit(
     peak = peak_flops(device, args.precision)
     seen = all_broken = 0  # samples that this rank read, and that no rank could read
     activations = 0  # bytes, see `count_work`
-    broken: list[tuple[str, str]] = []  # (id, cause) of those that could not be read
+    broken: list[str] = []  # ids and causes of those that could not be read
     losses: Any = Counter()  # sums since the last log line
     use: Any = Counter()  # seconds, samples and operations since then, and in all
     whole: Any = Counter()

@@ -18,9 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from self1e import distributed
 from self1e.data.families import paths_of, select
-from self1e.data.loader import Stream, build_mixture, evaluation_keys
-from self1e.data.paths import require_paths
-from self1e.data.splits import get_splits, load_split, split_paths
+from self1e.data.loader import Stream
+from self1e.data.mixture import Mixture
+from self1e.data.samples import require_paths
+from self1e.data.splits import evaluation_keys, get_splits, load_split, split_paths
 from self1e.errors import UserError
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.files import alone_in, check_utf8, check_writable
@@ -173,7 +174,7 @@ def open_data(args: Namespace, splits: list[str]) -> Stream:
         load_split(split, args.dataset_dir, allow_outside=args.allow_outside)
     excluded = evaluation_keys(args.dataset_dir) if args.exclude_val else None
     options = {"batch_size": args.batch_size, "seed": args.seed, "mode": args.mixture, "excluded": excluded}
-    mixture = build_mixture(selection, **options)
+    mixture = Mixture(selection, **options)
     return Stream(mixture, processor, args.model_max_length, tiles, groups=1 if args.zero_stage == 3 else 2)
 
 

@@ -88,7 +88,7 @@ def test_coco_for_other_tools_and_for_custom_data(version, photos, tmp_path):
     assert found[2, 1].shape == (60, 40)
     shutil.copy(tmp_path / "out/coco.json", photos)
     split = load_split(f"custom|{photos}/coco.json", photos)
-    assert [(photo.image_id, photo.sentences) for photo in split] == [
+    assert [(photo.image_id, [each.text for each in photo.expressions]) for photo in split] == [
         ("cat.png", PROMPTS),
         ("deeper/CAT.jpg", PROMPTS),
     ]

@@ -6,9 +6,9 @@ from streams import Numbers, epoch_batches, ids
 from trees import label_map, photo, reference, referring_set
 
 from self1e.data.families import select
-from self1e.data.loader import build_mixture, evaluation_keys
 from self1e.data.mixture import Mixture
 from self1e.data.sets.semantic import COCOStuff
+from self1e.data.splits import evaluation_keys
 
 
 def capped(world=1, epoch=0, seed=0, rate=2.5):
@@ -37,7 +37,7 @@ def test_excluded_photos_never_come_back_through_a_pass(tmp_path, monkeypatch):
     referring_set(tmp_path, "refcoco", [reference(1, 2, 1, "val", "x")], [square])
     flags = {"dataset": "sem_seg", "sem_seg_data": "cocostuff", "sample_rates": "40"}
     selection = select(dataset_dir=tmp_path, data_dir=tmp_path, **flags)
-    mixture = build_mixture(selection, batch_size=4, seed=0, excluded=evaluation_keys(tmp_path))
+    mixture = Mixture(selection, batch_size=4, seed=0, excluded=evaluation_keys(tmp_path))
     seen = {mixture[place].id for batch in epoch_batches(mixture) for place in batch}
     assert mixture.sizes == {"cocostuff": 3}
     assert seen == {f"cocostuff/{number:012d}.jpg" for number in (1, 3, 4, 5, 6)}

@@ -4,15 +4,28 @@ import json
 
 import numpy as np
 import pytest
-from custom_trees import AREA, COLUMNS, OTHER, annotation, coco_set, split, table, targets, train, unit_areas
+from custom_trees import (
+    AREA,
+    COLUMNS,
+    OTHER,
+    annotation,
+    coco_set,
+    sentences,
+    split,
+    table,
+    targets,
+    train,
+    unit_areas,
+)
 from PIL import Image
 from trees import SQUARE, H, W, label_map, photo, questions, write_json
 
-from self1e.data.families import select
-from self1e.data.loader import build_mixture
-from self1e.data.samples import SampleError
-from self1e.data.splits import DEFAULT_SPLITS, file_stem, get_splits, load_split
+from self1e.data.families import paths_of, select
+from self1e.data.mixture import Mixture
+from self1e.data.samples import require_paths
+from self1e.data.splits import DEFAULT_SPLITS, get_splits, load_split
 from self1e.errors import UserError
+from self1e.evaluation.results import file_stem
 
 
 def read(data, index=0, seed=0):
@@ -34,7 +47,7 @@ def test_captions_phrases_and_category_names(tmp_path):
         "The Left one": AREA, "Which one is square?": AREA, "that": 24, "it": 24, "cat": 24, "Dog": AREA,
     }  # fmt: skip
     assert image.image_id == "a.jpg" and len(set(image.unit_ids)) == 6
-    asked = dict(zip(image.sentences, image.prompts))
+    asked = dict(zip(sentences(image), image.prompts))
     assert asked["The Left one"].startswith("<image>\n What is the left one in this image?")
     assert asked["Which one is square?"].startswith("<image>\n Which one is square? Please")
 
@@ -65,7 +78,7 @@ def test_photos_are_turned_with_their_mask_and_of_its_size(tmp_path):
     image, masks = split(source)[0].load()
     assert image.size == (H, W) and masks.shape == (1, W, H) and masks.sum() == AREA
     Image.new("RGB", (40, 24)).save(tmp_path / "images/deep/a.jpg")
-    with pytest.raises(SampleError, match=r"annotations\[0\]: the mask's size is 20 x 12, the photo 40 x 24"):
+    with pytest.raises(UserError, match=r"annotations\[0\]: the mask's size is 20 x 12, the photo 40 x 24"):
         read(train(source))
 
 
@@ -111,7 +124,7 @@ def test_table_of_prompts(tmp_path, name, encoding):
     first, second = split(source)
     column = H * W // 4
     assert unit_areas(first) == {"Red, big": column, "anything": 3 * column, "three": 2 * column}
-    assert unit_areas(second) == {'Is it "thin"?': H} and second.is_sentence == [True]
+    assert unit_areas(second) == {'Is it "thin"?': H} and second.expressions[0].is_sentence
     assert sorted(targets(read(train(source))).values()) == [column, 2 * column, 3 * column]
 
 
@@ -195,7 +208,7 @@ def test_other_files(tmp_path, content, name, message):
 
 
 def build(*, batch_size=1, mode="published", **flags):
-    return build_mixture(select(**flags), batch_size=batch_size, seed=0, mode=mode)
+    return Mixture(select(**flags), batch_size=batch_size, seed=0, mode=mode)
 
 
 def small(root, count):
@@ -225,7 +238,7 @@ def test_selection_errors_name_flags_and_files(tmp_path):
     with pytest.raises(UserError, match="--dataset custom needs --custom_data"):
         build(**arguments)
     with pytest.raises(UserError, match=r"gone\.csv   \(custom.*\n.*lost   \(custom"):
-        build(custom_data=f"{tmp_path / 'gone.csv'}||{tmp_path / 'lost'}", **arguments)
+        require_paths(paths_of(select(custom_data=f"{tmp_path / 'gone.csv'}||{tmp_path / 'lost'}", **arguments)))
     with pytest.raises(UserError, match="or a folder with one .csv"):
         build(custom_data=str(tmp_path), **arguments)
     for name in "a.csv", "b.csv":

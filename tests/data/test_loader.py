@@ -8,7 +8,7 @@ from streams import Numbers
 
 from self1e.data.loader import Stream, make_loader
 from self1e.data.mixture import Mixture
-from self1e.data.samples import Sample, SampleError
+from self1e.data.samples import Sample
 from self1e.errors import UserError
 
 
@@ -56,7 +56,7 @@ def test_batches_name_their_samples_and_the_broken_ones_they_replace(stream):
     data = stream(broken=(3,))
     batches = list(make_loader(data, plan(data), workers=2, timeout=60))
     assert sum(len(batch["ids"]) for batch in batches) == 12 and "a/3" not in sum((b["ids"] for b in batches), [])
-    assert sum((batch["replaced"] for batch in batches), []) == [("a/3", "torn")]
+    assert sum((batch["replaced"] for batch in batches), []) == ["a/3: torn"]
     assert all(isinstance(batch["labels"], torch.Tensor) and len(batch["input_ids"]) == 2 for batch in batches)
 
 
@@ -67,5 +67,5 @@ def test_a_set_that_is_broken_throughout_says_so(stream):
 
 
 def test_a_conversation_too_long_counts_as_broken(stream):
-    with pytest.raises(SampleError, match="a/0.*--model_max_length 10"):
+    with pytest.raises(UserError, match="a/0.*--model_max_length 10"):
         stream(max_length=10).encode(Photos("a", 1).read(0, np.random.default_rng(0)))

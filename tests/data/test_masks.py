@@ -102,9 +102,9 @@ def test_runs_that_do_not_fill_the_image_are_refused_before_they_are_decoded(run
         {"size": 3, "counts": "1"},
     ],
 )
-def test_malformed_segmentation_names_the_annotation(broken):
-    with pytest.raises(UserError, match="annotation 77: malformed"):
-        decode_segmentation(broken, H, W, "annotation 77")
+def test_a_malformed_segmentation_is_refused(broken):
+    with pytest.raises(UserError, match="malformed segmentation"):
+        decode_segmentation(broken, H, W)
 
 
 def shape(label, x0, y0, x1, y1):

@@ -11,11 +11,9 @@ from torch.utils.data import DataLoader
 from trees import SQUARE, instances, label_map, photo, questions, reasoning_photo, reference, referring_set, write_json
 
 from self1e.data.families import FAMILIES, select
-from self1e.data.loader import build_mixture, evaluation_keys
 from self1e.data.mixture import Mixture
-from self1e.data.samples import SampleError
 from self1e.data.sets.vqa import QUESTIONS
-from self1e.data.splits import load_split
+from self1e.data.splits import evaluation_keys, load_split
 from self1e.errors import UserError
 
 
@@ -114,10 +112,10 @@ def test_broken_samples_are_replaced_logged_and_listed(caplog):
     with caplog.at_level(logging.WARNING):
         sample = mixture[place]
     assert sample.id == "seg/0" or sample.id.startswith("seg2/")
-    assert sample.replaced[0] == ("seg/7", "torn") and len(sample.replaced) <= 20
+    assert sample.replaced[0] == "seg/7: torn" and len(sample.replaced) <= 20
     logged = [record.getMessage() for record in caplog.records]
     assert toy(broken=range(1, 30))[place].replaced == sample.replaced
-    assert len(logged) == len(sample.replaced) and all(id in text for (id, _), text in zip(sample.replaced, logged))
+    assert len(logged) == len(sample.replaced) and all(broken in text for broken, text in zip(sample.replaced, logged))
 
 
 def test_a_broken_kind_falls_back_to_its_own_kind_then_stops():
@@ -125,7 +123,7 @@ def test_a_broken_kind_falls_back_to_its_own_kind_then_stops():
     assert {mixture[0, 0, item, 0].id.split("/")[0] for item in range(10)} == {"seg2"}
 
     def refuse(sample):
-        raise SampleError(sample.id, f"too long after {len(sample.replaced)}")
+        raise UserError(f"{sample.id}: too long after {len(sample.replaced)}")
 
     with pytest.raises(UserError, match="21 samples tried.*\n.*text/4: too long after 0\ntext/.*after 1") as error:
         toy().build((0, 2, 4, 0), refuse)
@@ -169,7 +167,7 @@ def test_control_tokens_in_texts_break_a_sample_and_an_evaluated_photo(tmp_path,
         return
     with pytest.raises(UserError, match="reserved token|no Unicode"):
         mixture[0, 0, 0, 0]
-    with pytest.raises(SampleError, match=r"\.jpg: .*(reserved token|no Unicode)"):
+    with pytest.raises(UserError, match=r"\.jpg: .*(reserved token|no Unicode)"):
         load_split("refcoco|unc|val", tmp_path)[0]
 
 
@@ -202,7 +200,7 @@ def tree(root):
 
 def build(root, *, seed=0, mode="published", excluded=None, **flags):
     selection = select(dataset_dir=root, data_dir=root / "data", **flags)
-    return build_mixture(selection, batch_size=3, seed=seed, mode=mode, excluded=excluded)
+    return Mixture(selection, batch_size=3, seed=seed, mode=mode, excluded=excluded)
 
 
 FROM_VQA = ("llava_instruct_150k", "vqav2", "okvqa", "textvqa", "vizwiz", "gqa")
@@ -276,7 +274,7 @@ def test_the_miniature_sets_mix(miniature, mode):
         refer_seg_data="refclef||refcoco||refcoco+||refcocog||grefcoco",
         sem_seg_data="ade20k||cocostuff||pascal_part||paco_lvis||mapillary",
     )
-    mixture = build_mixture(selection, batch_size=5, seed=1, mode=mode)
+    mixture = Mixture(selection, batch_size=5, seed=1, mode=mode)
     for batch in epoch_batches(mixture, world=2, epoch=2):
         for sample in map(mixture.__getitem__, batch):
             assert not sample.replaced and len(sample.conversations) == len(sample.masks) <= 3

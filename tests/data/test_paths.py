@@ -6,9 +6,8 @@ import pytest
 from trees import SQUARE, photo, reference, referring_set
 
 from self1e.data.families import select
-from self1e.data.loader import build_mixture
-from self1e.data.paths import inside, list_names, require_paths
-from self1e.data.samples import SampleError
+from self1e.data.mixture import Mixture
+from self1e.data.samples import inside, list_names, require_paths
 from self1e.data.splits import load_split
 from self1e.errors import UserError
 
@@ -61,13 +60,13 @@ def test_a_set_and_a_split_refuse_a_photo_outside_unless_allowed(tmp_path):
     referring_set(tmp_path / "tree", "refcoco", refs, square, images=[(7, "../" * 5 + "secret.jpg")])
     (tmp_path / "tree/refer_seg/images/mscoco/images/train2014").mkdir(parents=True, exist_ok=True)
     photo(tmp_path / "secret.jpg")
-    with pytest.raises(SampleError, match="secret.jpg.*leads out of"):
+    with pytest.raises(UserError, match="secret.jpg.*leads out of"):
         load_split("refcoco|unc|val", tmp_path / "tree")[0].load()
     assert load_split("refcoco|unc|val", tmp_path / "tree", allow_outside=True)[0].load()[1].sum() == 36
     flags = {"dataset": "refer_seg", "refer_seg_data": "refcoco"}
     for allowed in False, True:
         selection = select(dataset_dir=tmp_path / "tree", data_dir=tmp_path, allow_outside=allowed, **flags)
-        mixture = build_mixture(selection, batch_size=1, seed=0)
+        mixture = Mixture(selection, batch_size=1, seed=0)
         place = mixture.micro_batches(0, rank=0, world_size=1)[0][0]
         if allowed:
             assert mixture[place].masks[0].sum() == 36

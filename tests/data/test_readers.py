@@ -15,7 +15,6 @@ from trees import SQUARE, instances, reference, write_json
 
 from self1e.data import tables
 from self1e.data.readers import (
-    CocoIndex,
     load_plain_pickle,
     read_coco,
     read_instructions,
@@ -64,16 +63,12 @@ def test_broken_json_names_the_file(tmp_path, text):
 def test_coco_look_ups_do_not_depend_on_the_order_of_ids(tmp_path):
     annotations = [{"id": i, "image_id": owner, "segmentation": [SQUARE]} for i, owner in ((9, 7), (4, 5), (6, 7))]
     path = write_json(tmp_path / "instances.json", instances([(7, "b.jpg"), (5, "a.jpg")], annotations))
-    coco = pickle.loads(pickle.dumps(CocoIndex(path)))  # as a worker process gets it
-    assert [coco.image(int(number))[0] for number in coco.image_numbers(np.array([5, 7]))] == ["a.jpg", "b.jpg"]
-    assert coco.image_ids.tolist() == [7, 5] and not coco.problems
-    assert coco.annotation(6) == {"id": 6, "category_id": 1, "segmentation": [SQUARE]}
-    assert [annotation["id"] for annotation in coco.annotations_of(7)] == [9, 6]
-    assert not len(coco.annotations_of(8))
-    with pytest.raises(UserError, match="image id 8"):
-        coco.image_numbers(np.array([5, 8]))
-    with pytest.raises(UserError, match="annotation id 5"):
-        coco.annotation(5)
+    tables = open_tables(path, read_coco)
+    images, annotations = pickle.loads(pickle.dumps((tables["images"], tables["annotations"])))  # as workers get them
+    assert [images.having(id)[0][0] for id in (5, 7)] == ["a.jpg", "b.jpg"]
+    assert images.keys[:, 0].tolist() == [7, 5] and not tables["problems"]
+    assert annotations.having(6) == [[6, 1, [SQUARE]]] and not annotations.having(5)
+    assert [id for id, *_ in annotations.having(7, column=1)] == [9, 6] and not annotations.having(8, column=1)
 
 
 BOX = {"bbox": [2, 3, 6, 6], "area": 36}
@@ -99,18 +94,20 @@ FLAT = [0, 0, 0, 9, 9, 9]
 )
 def test_what_contradicts_itself_is_a_problem_of_the_file(tmp_path, fields, word):
     annotations = [{"id": k, "image_id": 7, **fields} for k in (1, 2)]
-    coco = CocoIndex(write_json(tmp_path / "instances.json", instances([(7, "b.jpg")], annotations)))
+    path = write_json(tmp_path / "instances.json", instances([(7, "b.jpg")], annotations))
+    problems = open_tables(path, read_coco)["problems"]
     if word is None:
-        assert not coco.problems
+        assert not problems
     else:
-        (problem,) = coco.problems
+        (problem,) = problems
         assert problem.startswith("instances.json: 2 x ") and word in problem and "annotation 1" in problem
 
 
 def test_ids_that_occur_twice_and_owners_that_do_not_exist_are_problems(tmp_path):
     annotations = [{"id": 1, "image_id": owner, "segmentation": [SQUARE]} for owner in (7, 8)]
     images = [(7, "a.jpg"), (7, "b.jpg")]
-    problems = CocoIndex(write_json(tmp_path / "instances.json", instances(images, annotations))).problems
+    path = write_json(tmp_path / "instances.json", instances(images, annotations))
+    problems = open_tables(path, read_coco)["problems"]
     assert len(problems) == 3 and all("instances.json" in problem for problem in problems)
 
 
@@ -241,5 +238,5 @@ def test_byte_strings_of_python_2_are_utf8(tmp_path):
     )
     (tmp_path / "refs(unc).p").write_bytes(b"\x80\x02](" + ref + b"e.")
     built = open_tables(tmp_path / "refs(unc).p", read_refs)
-    assert list(built["groups"]) == [[[5, [9], [[1, "soirée"]]]]]
-    assert list(built["keys"]) == [[["train", 7]]]
+    assert list(built["refs"]) == [[5, [9], [[1, "soirée"]]]] and built["refs"].keys.tolist() == [[7, 0]]
+    assert list(built["splits"]) == ["train"]

@@ -5,10 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from custom_trees import sentences
 from helpers import SHARED, needs_shared
 from trees import H, W, photo, reasoning_photo, write_json
 
-from self1e.data.samples import SampleError
 from self1e.data.sets.reasoning import ReasonSeg
 from self1e.data.splits import load_split
 from self1e.errors import UserError
@@ -53,7 +53,7 @@ def test_evaluation_takes_the_first_text_and_keeps_ignored_pixels(tmp_path):
     first, second = load_split("ReasonSeg|val", tmp_path)
     assert (first.image_id, second.image_id) == ("a.jpg", "b.jpg")
     assert first.prompts == ["<image>\n Why? Please output segmentation mask."]
-    assert second.sentences == ["First"] and "What is First in" in second.prompts[0]
+    assert sentences(second) == ["First"] and "What is First in" in second.prompts[0]
     _, masks = second.load()
     assert masks.shape == (1, H, W) and (masks == 255).sum() == AREA and (masks == 1).sum() == 0
 
@@ -112,7 +112,7 @@ def test_explanations(tmp_path):
 def test_broken_records_are_sample_errors(tmp_path, record):
     reasoning_photo(tmp_path, "train", "a", ["x"])
     (tmp_path / "reason_seg/ReasonSeg/train/a.json").write_text(record)
-    with pytest.raises(SampleError, match="ReasonSeg/a.jpg: "):
+    with pytest.raises(UserError, match="ReasonSeg/a.jpg: "):
         train(tmp_path).sample(0, np.random.default_rng(0))
 
 

@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from custom_trees import AREA, annotation
+from custom_trees import AREA, annotation, sentences
 from helpers import SHARED, needs_shared, read_json
 from trees import SQUARE, H, W, reference, referring_set
 
 from self1e.data.families import FAMILIES
-from self1e.data.samples import SampleError
 from self1e.data.splits import load_split
 from self1e.errors import UserError
 
@@ -23,7 +22,7 @@ def train(root, name, conversations=3):
 
 
 def units(split):
-    return [(image.image_id, sentence) for image in split for sentence in image.sentences]
+    return [(image.image_id, sentence) for image in split for sentence in sentences(image)]
 
 
 def test_training_sample(tmp_path):
@@ -58,8 +57,8 @@ def test_several_annotations_are_a_union_and_minus_one_is_empty(tmp_path):
     referring_set(tmp_path, "grefcoco", refs, [annotation(11, 7, SQUARE), annotation(12, 7, OVERLAP)])
     (image,) = load_split("grefcoco|unc|val", tmp_path)
     _, masks = image.load()
-    assert dict(zip(image.sentences, masks.sum((1, 2)).tolist())) == {"both": 10 * 6, "none": 0, "one": AREA}
-    assert dict(zip(image.sentences, image.no_target)) == {"both": False, "none": True, "one": False}
+    assert dict(zip(sentences(image), masks.sum((1, 2)).tolist())) == {"both": 10 * 6, "none": 0, "one": AREA}
+    assert {each.text: each.no_target for each in image.expressions} == {"both": False, "none": True, "one": False}
     assert masks.max() == 1
 
 
@@ -69,14 +68,14 @@ def test_split_names(tmp_path):
     for name in "refcoco", "refclef", "grefcoco":
         referring_set(tmp_path, name, refs, [annotation(11, 1, SQUARE)])
 
-    def sentences(split):
+    def asked(split):
         return sorted(sentence for _, sentence in units(load_split(split, tmp_path)))
 
-    assert sentences("refcoco|unc|val") == ["val"]
-    assert sentences("refcoco|unc|testA") == ["testA", "testAB"]
-    assert sentences("refcoco|unc|testB") == ["testAB", "testB"]
-    assert sentences("refclef|unc|test") == ["test", "testA", "testAB", "testB"]
-    assert sentences("grefcoco|unc|testA") == ["testA"]
+    assert asked("refcoco|unc|val") == ["val"]
+    assert asked("refcoco|unc|testA") == ["testA", "testAB"]
+    assert asked("refcoco|unc|testB") == ["testAB", "testB"]
+    assert asked("refclef|unc|test") == ["test", "testA", "testAB", "testB"]
+    assert asked("grefcoco|unc|testA") == ["testA"]
     split = load_split("refclef|unc|test", tmp_path)
     assert [image.image_id for image in split] == ["2/images/2.jpg", "3/images/3.jpg"]  # merged per image, sorted
 
@@ -95,8 +94,8 @@ def test_broken_annotations_and_photos_are_sample_errors(tmp_path):
     referring_set(tmp_path, "refcoco", refs, [annotation(11, 7, [1, 2, 3])], images)
     (tmp_path / "refer_seg/images/mscoco/images/train2014/c.jpg").write_bytes(b"\xff\xd8\xff")
     data = train(tmp_path, "refcoco")
-    for index, cause in enumerate(["annotation 11: malformed", "no annotation id 99", "c.jpg"]):
-        with pytest.raises(SampleError, match=cause):
+    for index, cause in enumerate(["annotation 11: malformed", "annotation 99: instances.json", "c.jpg"]):
+        with pytest.raises(UserError, match=cause):
             data.sample(index, np.random.default_rng(0))
     referring_set(tmp_path, "refcoco", [*refs, reference(4, 10, 11, "train", "d")], [annotation(11, 7)], images)
     with pytest.raises(UserError, match="no image id 10"):
@@ -112,13 +111,13 @@ def test_units_and_masks_equal_the_published_loaders(name):
         ids |= set(image.unit_ids)
         photo, masks = image.load()
         assert masks.shape[1:] == (photo.height, photo.width) and masks.dtype == np.uint8
-        for sentence, long, none, mask in zip(image.sentences, image.is_sentence, image.no_target, masks):
-            unit = {"image": image.image_id, "sentence": sentence, "mask_pixels": int((mask == 1).sum())}
+        for each, mask in zip(image.expressions, masks):
+            unit = {"image": image.image_id, "sentence": each.text, "mask_pixels": int((mask == 1).sum())}
             unit |= {"height": mask.shape[0], "width": mask.shape[1]}
             if name.startswith("ReasonSeg"):
-                unit |= {"ignore_pixels": int((mask == 255).sum()), "is_sentence": long}
+                unit |= {"ignore_pixels": int((mask == 255).sum()), "is_sentence": each.is_sentence}
             else:
-                unit |= {"no_target": none}
+                unit |= {"no_target": each.no_target}
             ours.append(unit)
 
     def rows(units):

@@ -8,7 +8,7 @@ from trees import label_map, photo
 
 from self1e.apps import check_data
 from self1e.data.families import DEFAULTS, FAMILIES, select
-from self1e.data.loader import build_mixture
+from self1e.data.mixture import Mixture
 from self1e.data.splits import SPLITS, SplitEntry, load_split
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.training.args import parse
@@ -81,7 +81,7 @@ def root(tmp_path):
 def test_a_new_set_and_a_new_family_are_mixed(extension, root):
     flags = {"dataset": "sem_seg||video_seg", "sem_seg_data": "toys", "sample_rates": "1,2"}
     selection = select(dataset_dir=root, data_dir=root, **flags)
-    mixture = build_mixture(selection, batch_size=2, seed=0)
+    mixture = Mixture(selection, batch_size=2, seed=0)
     assert mixture.sizes == {"toys": 3, "frames": 3} and mixture.epoch_size == 9
     samples = [mixture[place] for batch in mixture.micro_batches(0, rank=0, world_size=1) for place in batch]
     assert {sample.id.split("/")[0] for sample in samples} == {"toys", "frames"}

@@ -8,7 +8,6 @@ from helpers import SHARED, needs_shared
 from trees import SQUARE, H, W, instances, label_map, photo, write_json
 
 from self1e.data.families import FAMILIES
-from self1e.data.samples import SampleError
 from self1e.data.sets.semantic import class_names
 from self1e.errors import UserError
 
@@ -76,7 +75,7 @@ def test_labels_without_a_name_and_missing_photos_are_sample_errors(tmp_path):
     ade20k(tmp_path, "a", [151])
     label_map(tmp_path / "ade20k/annotations/training/b.png", [1])
     for index, cause in (0, "holds 151"), (1, "cannot read"):
-        with pytest.raises(SampleError, match=cause):
+        with pytest.raises(UserError, match=cause):
             make(tmp_path, "ade20k").sample(index, np.random.default_rng(0))
 
 

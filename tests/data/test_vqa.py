@@ -9,7 +9,7 @@ from helpers import SHARED, needs_shared
 from trees import H, W, photo, questions, write_json
 
 from self1e.data.families import FAMILIES, select
-from self1e.data.loader import build_mixture
+from self1e.data.mixture import Mixture
 from self1e.data.sets.vqa import QUESTIONS
 from self1e.errors import UserError
 
@@ -44,7 +44,7 @@ def test_instructions_come_from_one_file_alone(tmp_path):
     data = make(tmp_path, "llava_instruct_150k")
     sample = data.sample(0, np.random.default_rng(0))
     assert len(data) == 1 and sample.conversations == [["<image>\nllava_instruct_150k?", "Yes."]]
-    assert sample.masks[0].shape == (0, H, W) and sample.id == "llava_instruct_150k/r"
+    assert sample.masks[0].shape == (0, H, W) and sample.id == "llava_instruct_150k/0"
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -69,7 +69,7 @@ def test_a_broken_line_and_an_empty_file_name_the_source(tmp_path):
     (tmp_path / QUESTIONS["gqa"]).write_text("")
     with pytest.raises(UserError, match="gqa: no training samples"):
         selection = select(dataset="vqa", vqa_data="gqa", dataset_dir=tmp_path, data_dir=tmp_path)
-        build_mixture(selection, batch_size=1, seed=0)
+        Mixture(selection, batch_size=1, seed=0)
 
 
 @needs_shared
@@ -80,7 +80,7 @@ def test_counts_equal_the_published_loaders():
     rows = [data.sample(i, np.random.default_rng(0)).conversations[0] for i in range(len(data))]
     assert len(data) == counts["items"]
     assert sum(len(row) // 2 for row in rows) == counts["assistant_turns"]
-    raw = [turns for _, turns, _ in data.records]
+    raw = [turns for _, turns in data.records]
     assert sum(any("!" in text for _, text in turns) for turns in raw) == counts["with_exclamation"]
     assert sum(turns[0][0] == "gpt" for turns in raw) == counts["gpt_first"]
     assert all(row[0].startswith("<image>\n") and "<image>" not in "".join(row)[1:] for row in rows)

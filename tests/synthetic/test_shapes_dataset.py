@@ -189,8 +189,8 @@ def test_every_training_set_and_split_reads_the_tree(tree, tmp_path, monkeypatch
         assert len(split) >= 2
         for image in split:
             photo, masks = image.load()
-            assert masks.shape == (len(image.sentences), *photo.size[::-1])
-            assert [not (mask == 1).any() for mask in masks] == list(image.no_target)
+            assert masks.shape == (len(image.expressions), *photo.size[::-1])
+            assert [not (mask == 1).any() for mask in masks] == [each.no_target for each in image.expressions]
     read = []
     for name, benchmark in VQA_BENCHMARKS.items():
         try:

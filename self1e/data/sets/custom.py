@@ -22,9 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from self1e.data.masks import contradiction, decode_segmentation, load_label_map
-from self1e.data.paths import OWN_DATA, inside, list_names
 from self1e.data.readers import counted, fields, json_lines, stream_json
-from self1e.data.samples import image_key
+from self1e.data.samples import OWN_DATA, image_key, inside, list_names, naming
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import Records, open_tables
 from self1e.errors import UserError, check_known
@@ -34,34 +33,39 @@ log = logging.getLogger(__name__)
 COLUMNS = ("image", "mask", "prompt")
 SENTENCES = ("captions", "phrases", "caption", "phrase")
 SUFFIXES = (".json", ".csv", ".jsonl")
-LISTED = 50  # problems in one error message
+LISTED = 50  # faults in one error message
 Target = tuple[str, list[int] | None, list[str], Any, str]  # photo, [height, width] or None, sentences, mask, location
 
 
 def read_source(path: Path) -> Records:
     """Tables `targets`: [sentences, a segmentation or {file, value}, location] of each mask; `photos`: [name, [height,
-    width] or null, numbers of its targets] in file order; `faulty`: "<location>: <what>" of each record that is left
-    out; `problems`: what contradicts itself.
+    width] or null, numbers of its targets] in file order; `files`: [name, folder that it may be in, location where it
+    is met first]; `faults`: "<location>: <what>" of each record that is left out; `problems`: what contradicts itself.
     """
-    faulty: list[str] = []
+    faults: list[str] = []
     problems: dict[str, list] = defaultdict(list)
     photos: dict[str, list] = {}
-    own = _annotations(path, faulty, problems) if path.suffix.lower() == ".json" else _rows(path, faulty)
-    for number, (image, size, *target) in enumerate(own):
-        yield "targets", target
+    files: dict[tuple[str, str], str] = {}
+    own = _annotations(path, faults, problems) if path.suffix.lower() == ".json" else _rows(path, faults)
+    for number, (image, size, sentences, mask, location) in enumerate(own):
+        yield "targets", [sentences, mask, location]
         photos.setdefault(image, [image, size, []])[2].append(number)
+        files.setdefault((image, "images"), location)
+        if "file" in mask:
+            files.setdefault((mask["file"], "masks"), location)
     yield from (("photos", photo) for photo in photos.values())
-    yield from (("faulty", fault) for fault in faulty)
-    yield from counted(problems)
+    yield from (("files", [*file, location]) for file, location in files.items())
+    yield from (("faults", fault) for fault in faults)
+    yield from counted(path, problems)
 
 
 @contextmanager
-def _noting(faulty: list[str]) -> Iterator[None]:
+def _noting(faults: list[str]) -> Iterator[None]:
     """Notes what is wrong with a record, so that all faults of a file are named at once."""
     try:
         yield
     except UserError as error:
-        faulty.append(str(error))
+        faults.append(str(error))
 
 
 def table_rows(path: Path, needed: Iterable[str] = COLUMNS) -> Iterator[tuple[str, dict]]:
@@ -92,10 +96,10 @@ def texts_of(location: str, row: dict, needed: Iterable[str], other: str) -> lis
     return cells
 
 
-def _rows(path: Path, faulty: list[str]) -> Iterator[Target]:
+def _rows(path: Path, faults: list[str]) -> Iterator[Target]:
     """The lines of a CSV or JSONL."""
     for location, row in table_rows(path):
-        with _noting(faulty):
+        with _noting(faults):
             image, mask, prompt, value = texts_of(location, row, COLUMNS, "value")
             number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
             if number and not number.isdecimal():
@@ -103,44 +107,37 @@ def _rows(path: Path, faulty: list[str]) -> Iterator[Target]:
             yield image, None, [prompt], {"file": mask, "value": int(number) if number else None}, location
 
 
-def _annotations(path: Path, faulty: list[str], problems: dict[str, list]) -> Iterator[Target]:
+def _annotations(path: Path, faults: list[str], problems: dict[str, list]) -> Iterator[Target]:
     """The annotations of a COCO-style JSON; the file is read once for each of its three lists, never held whole."""
     images: dict[int | str, tuple[str, list[int]]] = {}
     categories: dict[int | str, str] = {}
     for location, record in stream_json(path, "images"):
-        with _noting(faulty):
+        with _noting(faults):
             id, name, *size = fields(record, location, id=(int, str), file_name=str, height=int, width=int)
             if id in images:
                 raise UserError(f"{location}: id {id!r} occurs twice")
             images[id] = name, size
     for location, record in stream_json(path, "categories"):
-        with _noting(faulty):
+        with _noting(faults):
             id, name = fields(record, location, id=(int, str), name=str)
             categories[id] = name.strip()
     for location, record in stream_json(path, "annotations"):
-        with _noting(faulty):
+        with _noting(faults):
             image_id, segmentation = fields(record, location, image_id=(int, str), segmentation=(list, dict))
             if image_id not in images:
                 raise UserError(f"{location}: image_id {image_id!r} is not among the images")
             if not segmentation and record.get("bbox") and record.get("area"):
                 raise UserError(f"{location}: segmentation is empty beside a bbox and an area; a box is no outline")
-            sentences = _sentences(record, categories, location)
+            given = [record.get(field) or [] for field in SENTENCES]
+            sentences = [text for value in given for text in (value if isinstance(value, list) else [value])]
+            category = record.get("category_id")
+            sentences = sentences or [categories.get(category, "") if isinstance(category, int | str) else ""]
+            if not all(isinstance(text, str) and visible(text) for text in sentences):
+                cause = "a sentence is empty or no text, or there is none and its category has no name"
+                raise UserError(f"{location}: {cause}: {reprlib.repr(sentences)}")
             if problem := contradiction(record, *images[image_id][1]):
                 problems[problem].append(location)
-            yield *images[image_id], sentences, segmentation, location
-
-
-def _sentences(annotation: dict, categories: dict[int | str, str], location: str) -> list[str]:
-    """The captions and phrases of an annotation or, where it has none, the name of its category."""
-    given = [annotation.get(field) or [] for field in SENTENCES]
-    found = [text for value in given for text in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(text, str) and visible(text) for text in found):
-        raise UserError(f"{location}: a sentence is empty or no text: {reprlib.repr(found)}")
-    category: Any = annotation.get("category_id")
-    name = "" if isinstance(category, list | dict) else categories.get(category, "")
-    if not found and not name:
-        raise UserError(f"{location}: neither captions nor phrases, and category {reprlib.repr(category)} has no name")
-    return [text.strip() for text in found] or [name]
+            yield *images[image_id], [text.strip() for text in sentences], segmentation, location
 
 
 def find_source(path: str | Path) -> Path:
@@ -170,38 +167,26 @@ class Custom(ExpressionSet):
     def open(self, source: Path) -> None:
         self.source, self.name = source, f"custom|{source.name}"
         tables = open_tables(source, read_source)
-        self._photos, self._targets, faulty = tables["photos"], tables["targets"], list(tables["faulty"])
-        self.problems = [*faulty, *(f"{source.name}: {problem}" for problem in tables["problems"])]
-        if self.flags.get("strict", True):
-            self._check(faulty)
-
-    def _check(self, faults: list[str]) -> None:
-        """Raise one UserError that names the faulty records, and every photo and mask file that is not on disk."""
-        files: dict[tuple[str, str], str] = {}  # name, folder that it may be in -> where it is met first
-        for photo, _, numbers in self._photos:
-            for _, mask, location in map(self._targets.__getitem__, numbers):
-                files.setdefault((photo, "images"), location)
-                if "file" in mask:
-                    files.setdefault((mask["file"], "masks"), location)
-        for (name, below), location in tqdm(files.items(), f"files of {self.source.name}", leave=False, disable=None):
-            with _noting(faults):
-                self._find(name, below, location)
+        self._photos, self._targets, faults = tables["photos"], tables["targets"], list(tables["faults"])
+        self.problems = [*faults, *tables["problems"]]
+        if not self.flags.get("strict", True):
+            return
+        for name, below, location in tqdm(tables["files"], f"files of {source.name}", leave=False, disable=None):
+            with _noting(faults), naming(location):
+                self._find(name, below)
         if not len(self):
             faults.append("no photo has a sentence and a mask")
         if faults:
             listed = faults[:LISTED] + [f"and {len(faults) - LISTED} more"] * (len(faults) > LISTED)
-            raise UserError("\n  ".join([f"{self.source}, problems: {len(faults)} ({OWN_DATA}):", *listed]))
+            raise UserError("\n  ".join([f"{source}, problems: {len(faults)} ({OWN_DATA}):", *listed]))
 
-    def _find(self, name: str, below: str, location: str) -> Path:
+    def _find(self, name: str, below: str) -> Path:
         """A file beside the source or in the folder `below`. Raises UserError where it is in neither."""
         folder = self.source.parent
-        try:
-            for place in folder, folder / below:
-                if (path := inside(place, name, allow_outside=self.allow_outside)).is_file():
-                    return path
-        except UserError as error:
-            raise UserError(f"{location}: {error}") from error
-        raise UserError(f"{location}: {name} is neither in {folder} nor in {folder / below}")
+        for place in folder, folder / below:
+            if (path := inside(place, name, allow_outside=self.allow_outside)).is_file():
+                return path
+        raise UserError(f"{name} is neither in {folder} nor in {folder / below}")
 
     def __len__(self) -> int:
         return len(self._photos)
@@ -216,7 +201,8 @@ class Custom(ExpressionSet):
 
     def photo(self, index: int) -> Path:
         name, _, numbers = self._photos[index]
-        return self._find(name, "images", self.where(numbers[0]))
+        with naming(self.where(numbers[0])):
+            return self._find(name, "images")
 
     def expressions(self, index: int) -> list[Expression]:
         """Sentences that are asked in the same words are one."""
@@ -225,30 +211,28 @@ class Custom(ExpressionSet):
             for text in self._targets[number][0]:
                 is_sentence = looks_like_sentence(text)
                 asked = text if is_sentence else text.lower()
-                expression = found.setdefault(asked, Expression(text, [], f"/{len(found)}", is_sentence))
-                expression.targets.append(number)
+                new = Expression(text, [], f"/{len(found)}", is_sentence)
+                found.setdefault(asked, new).targets.append(number)
         return list(found.values())
 
     def where(self, target: int) -> str:
         return self._targets[target][2]
 
     def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
-        _, size, numbers = self._photos[index]
-        _, mask, location = self._targets[target]
+        size, mask = self._photos[index][1], self._targets[target][1]
         if size is not None:
             if size == [image.width, image.height] != [image.height, image.width]:
-                place = self.where(numbers[0])
-                self._doubt(place, "the size is the photo's before EXIF turns it; its masks are turned, too")
-            return decode_segmentation(mask, size[0], size[1], location)
-        value, labels = mask["value"], load_label_map(self._find(mask["file"], "masks", location))
+                self._doubt(target, "the size is the photo's before EXIF turns it; its masks are turned, too")
+            return decode_segmentation(mask, *size)
+        value, labels = mask["value"], load_label_map(self._find(mask["file"], "masks"))
         if value is None:
             return (labels > 0).astype(np.uint8)
         if value not in labels:
-            self._doubt(location, "no pixel", f" of {mask['file']} has the value {value}")
+            self._doubt(target, "no pixel", f" of {mask['file']} has the value {value}")
         return (labels == value).astype(np.uint8)
 
-    def _doubt(self, location: str, kind: str, more: str = "") -> None:
-        problem = f"{location}: {kind}{more}"
+    def _doubt(self, target: int, kind: str, more: str = "") -> None:
+        problem = f"{self.where(target)}: {kind}{more}"
         if not any(kind in known for known in self.problems):  # each kind is said once
             log.warning("%s: %s", self.name, problem)
         if problem not in self.problems:

@@ -5,7 +5,8 @@ evaluation make of them stands here.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.masks import orient
-from self1e.data.samples import EvalImage, Sample, TrainingSet, check_texts, draw, naming
+from self1e.data.samples import Sample, TrainingSet, check_texts, draw, naming
 from self1e.errors import UserError
 from self1e.model import prompts
 from self1e.model.photos import read_picture
@@ -27,6 +28,18 @@ class Expression(NamedTuple):
     place: str  # what its unit's id adds to the photo's name
     is_sentence: bool = False  # asked as it is, and not as a phrase
     no_target: bool = False  # the annotations say that nothing in the photo is meant
+
+
+@dataclass(frozen=True)
+class EvalImage:
+    """One photo of an evaluation split; a unit is one sentence."""
+
+    image_id: str  # file name (refclef: `file_name` of instances.json)
+    expressions: list[Expression]
+    unit_ids: list[str]  # of each, unique within the split, stable
+    prompts: list[str]  # the fixed evaluation question of each unit
+    # Photo (RGB, oriented), and masks uint8 (n, H, W) at the annotation's size, 255 = ignored. Raises UserError.
+    load: Callable[[], tuple[Image.Image, np.ndarray]]
 
 
 class ExpressionSet(TrainingSet):
@@ -50,46 +63,51 @@ class ExpressionSet(TrainingSet):
         return f"annotation {target}"
 
     def load(self, index: int, wanted: Sequence[list[Any]]) -> tuple[Image.Image, np.ndarray]:
-        """Photo, and for each list of annotations the union of their masks, uint8 (n, H, W). Raises SampleError."""
-        with naming(self.id(index)):
-            image, orientation = read_picture(self.photo(index))
-            masks = {}
-            for target in dict.fromkeys(target for targets in wanted for target in targets):
+        """Photo, and for each list of annotations the union of their masks, uint8 (n, H, W). Raises UserError."""
+        image, orientation = read_picture(self.photo(index))
+        masks = {}
+        for target in dict.fromkeys(target for targets in wanted for target in targets):
+            with naming(self.where(target)):
                 mask = self.mask(index, target, image)
                 masks[target] = mask = orient(mask, image, orientation) if self.stored else mask
                 if self.sized and mask.shape != (image.height, image.width):
                     sizes = f"{mask.shape[1]} x {mask.shape[0]}, the photo {image.width} x {image.height}"
-                    raise UserError(f"{self.where(target)}: the mask's size is {sizes} pixels")
+                    raise UserError(f"the mask's size is {sizes} pixels")
         unions = [np.bitwise_or.reduce([masks[target] for target in targets]) for targets in wanted]
         return image, np.stack(unions) if unions else np.zeros((0, image.height, image.width), np.uint8)
+
+    def conversing(self, index: int, rng: np.random.Generator) -> Callable[[Expression], list[str]]:
+        """What makes a training conversation, question and answer, of an expression of a photo."""
+        return lambda each: [
+            prompts.question(each.text.strip(), rng, is_sentence=each.is_sentence),
+            prompts.answer(rng),
+        ]
 
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
         expressions = self.expressions(index)
         if not expressions:
             return None
+        converse = self.conversing(index, rng)
         chosen = draw(expressions, self.conversations, rng)
-        conversations = [
-            [prompts.question(each.text.strip(), rng, is_sentence=each.is_sentence), prompts.answer(rng)]
-            for each in chosen
-        ]
+        conversations = [converse(each) for each in chosen]
         image, masks = self.load(index, [each.targets for each in chosen])
-        return Sample(self.id(index), image, conversations, list((masks[:, None] == 1).astype(np.uint8)))
+        targets = (masks[:, None] == 1).astype(np.uint8)  # without a mask where the answer has no [SEG]
+        wanted = [mask[: prompts.SEG in answer] for mask, (_, answer) in zip(targets, conversations)]
+        return Sample(self.id(index), image, conversations, wanted)
 
     def __getitem__(self, index: int) -> EvalImage:
-        """A photo with what is asked about it. Raises SampleError, also for control tokens in a text."""
+        """A photo with what is asked about it. Raises UserError, also for control tokens in a text."""
         with naming(self.id(index)):
             expressions, file_name = self.expressions(index)[: self.asked], self.file_name(index)
             if not expressions:
                 raise UserError("it has no sentence")
-        asked = [prompts.evaluation_prompt(each.text, each.is_sentence, self.lower) for each in expressions]
-        check_texts(self.id(index), (prompt.removeprefix(prompts.IMAGE_TAG) for prompt in asked))
+            asked = [prompts.evaluation_prompt(each.text, each.is_sentence, self.lower) for each in expressions]
+            check_texts(prompt.removeprefix(prompts.IMAGE_TAG) for prompt in asked)
         ids = [file_name + each.place for each in expressions]
         return EvalImage(
             image_id=file_name,
-            sentences=[each.text for each in expressions],
-            is_sentence=[each.is_sentence for each in expressions],
+            expressions=expressions,
             unit_ids=[f"{id}#{ids[:k].count(id)}" if id in ids[:k] else id for k, id in enumerate(ids)],
-            no_target=[each.no_target for each in expressions],
             prompts=asked,
             load=partial(self.load, index, [each.targets for each in expressions]),
         )

@@ -24,7 +24,7 @@ from self1e.errors import UserError, check_known
 from self1e.model.prompts import looks_like_sentence
 
 log = logging.getLogger(__name__)
-COLUMNS, OPTIONAL = ("image", "text", "mask"), ("image_id", "ann_id")
+COLUMNS = ("image", "text", "mask")
 
 
 def open_rows(source: str, split: str) -> Any:
@@ -37,12 +37,8 @@ def open_rows(source: str, split: str) -> Any:
         datasets.disable_progress_bars()
     place = Path(source)
     try:
-        if place.is_file():
-            builder = datasets.load_dataset_builder("parquet", data_files={split: source})
-        elif place.is_dir():
-            builder = datasets.load_dataset_builder("parquet", data_dir=source)
-        else:
-            builder = datasets.load_dataset_builder(source)
+        files = {"data_files": {split: source}} if place.is_file() else {}
+        builder = datasets.load_dataset_builder("parquet" if files else source, **files)
         size = builder.info.download_size or sum(file.stat().st_size for file in [place, *place.rglob("*.parquet")])
         if not Path(builder.cache_dir).exists():
             log.info(f"copying {source} ({size / 1e9:.2g} GB) to {builder.cache_dir}")
@@ -51,9 +47,8 @@ def open_rows(source: str, split: str) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"cannot open the split {split!r} of the Parquet set {source}: {error}") from error
     check_known(f"{source} has no column", COLUMNS, rows.column_names)
-    rows = rows.select_columns([name for name in rows.column_names if name in COLUMNS + OPTIONAL])
-    for name, kind in rows.features.items():
-        if isinstance(kind, datasets.Image):
+    for name in "image", "mask":  # a file is {bytes, path}, whether stored so or as its bytes
+        if isinstance(rows.features[name], (datasets.Image, datasets.Value, dict)):
             rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows
 
@@ -101,22 +96,12 @@ class ParquetSplit(ExpressionSet):
         ]
 
     def photo(self, index: int) -> io.BytesIO:
-        return _file(self.rows[self.photos[index][1][0]]["image"])
+        return io.BytesIO(self.rows["image"][self.photos[index][1][0]]["bytes"])
 
     def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
-        """A mask's cell: an array of rows, or a PNG."""
-        cell = self.rows[target]["mask"]
-        if not isinstance(cell, list):
-            return (load_label_map(_file(cell)) > 0).astype(np.uint8)
+        cell = self.rows["mask"][target]
         try:
-            return (np.array(cell) > 0).astype(np.uint8)
+            labels = load_label_map(io.BytesIO(cell["bytes"])) if isinstance(cell, dict) else np.array(cell)
         except ValueError as error:  # rows of different lengths
-            raise UserError(f"row {target}: malformed mask ({error})") from error
-
-
-def _file(cell: Any) -> io.BytesIO:
-    """A picture's cell, bytes or the hub's {bytes, path}. Raises UserError."""
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    if not isinstance(content, bytes):
-        raise UserError(f"a picture's cell is {content!r:.80}; expected the bytes of a file")
-    return io.BytesIO(content)
+            raise UserError(f"malformed mask ({error})") from error
+        return (labels > 0).astype(np.uint8)

@@ -5,6 +5,7 @@ reason_seg/ReasonSeg/explanatory/train.json
 """
 
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.masks import paint_shapes
-from self1e.data.paths import list_names
 from self1e.data.readers import fields
-from self1e.data.samples import Sample, draw
+from self1e.data.samples import check_texts, list_names
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.errors import UserError, check_known
 from self1e.files import read_json
@@ -43,10 +43,6 @@ class ReasonSeg(ExpressionSet):
     def open(self, *folders: Path) -> None:
         self.name = "ReasonSeg"
         self.photos = [folder / name for folder in folders for name in list_names(folder, ".jpg")]
-        known = {photo.with_suffix(".json") for photo in self.photos}
-        files = [folder / name for folder in folders for name in list_names(folder, ".json")]
-        # For example because a photo ends with .JPG.
-        self.problems = [f"{path} is not read: no {path.stem}.jpg is beside it" for path in files if path not in known]
         self.explanatory = self.flags.get("explanatory", -1)
         self.explanations: dict[str, str] = {}
         if self.explanatory != -1:
@@ -75,25 +71,19 @@ class ReasonSeg(ExpressionSet):
         texts, is_sentence, _ = self._record(index)
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"text is {reprlib.repr(texts)}, no list of texts")
-        return [Expression(text, [0], "", bool(is_sentence)) for text in texts]
+        shapes = self.photos[index].with_suffix(".json").name
+        return [Expression(text, [shapes], "", bool(is_sentence)) for text in texts]
 
-    def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
+    def mask(self, index: int, target: str, image: Image.Image) -> np.ndarray:
         return paint_shapes(self._record(index)[2], image.height, image.width)
 
-    def read(self, index: int, rng: np.random.Generator) -> Sample | None:
-        expressions, explanation = self.expressions(index), self.explanations.get(self.file_name(index))
-        if explanation is None or not expressions:
-            return super().read(index, rng)
-        alone = rng.random() < self.explanatory
-        if not alone and not rng.integers(2):
-            return super().read(index, rng)
-        chosen = draw(expressions, self.conversations, rng)
-        conversations = [
-            [f"{prompts.IMAGE_TAG}\n{each.text}", explanation]
-            if alone
-            else [prompts.draw(prompts.EXPLANATORY_QUESTIONS, each.text, rng), f"{prompts.answer(rng)} {explanation}"]
-            for each in chosen
-        ]
-        image, masks = self.load(index, [each.targets for each in chosen])
-        targets = (masks == 1).astype(np.uint8)[:, None]
-        return Sample(self.id(index), image, conversations, list(targets[:, : not alone]))
+    def conversing(self, index: int, rng: np.random.Generator) -> Callable[[Expression], list[str]]:
+        if (explanation := self.explanations.get(self.file_name(index))) is None:
+            return super().conversing(index, rng)
+        check_texts([explanation])
+        if rng.random() < self.explanatory:
+            return lambda each: [f"{prompts.IMAGE_TAG}\n{each.text}", explanation]
+        if not rng.integers(2):
+            return super().conversing(index, rng)
+        questions = prompts.EXPLANATORY_QUESTIONS
+        return lambda each: [prompts.draw(questions, each.text, rng), f"{prompts.answer(rng)} {explanation}"]

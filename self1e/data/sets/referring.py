@@ -5,16 +5,16 @@ refer_seg/<set>/instances.json                                masks, COCO style
 refer_seg/images/{mscoco/images/train2014, saiapr_tc-12}      photos
 """
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from self1e.data.masks import decode_segmentation
-from self1e.data.readers import CocoIndex, read_refs
+from self1e.data.readers import read_coco, read_refs
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import open_tables
+from self1e.errors import UserError
 
 
 class Referring(ExpressionSet):
@@ -37,41 +37,43 @@ class Referring(ExpressionSet):
 
     def open(self, refs: Path, instances: Path, photos: Path) -> None:
         self.name, _, split = _parts(self.name)
-        self.folder, self.coco = photos, CocoIndex(instances)
-        self.problems = self.coco.problems
-        tables = open_tables(refs, read_refs)
-        self._records = tables["groups"]
-        # An image can belong to several raw splits (testA and testB make up test): one entry, its groups together.
-        groups: dict[int, list[int]] = defaultdict(list)
-        for number, (known, image) in enumerate(tables["keys"][0]):
-            if _in_split(known, split, self.name):
-                groups[image].append(number)
-        self._groups = [groups[image] for image in sorted(groups)]
-        self._images = self.coco.image_numbers(sorted(groups))
+        coco, tables = open_tables(instances, read_coco), open_tables(refs, read_refs)
+        self.folder, self.problems = photos, list(coco["problems"])
+        self._images, self._annotations, self._refs = coco["images"], coco["annotations"], tables["refs"]
+        splits = [number for number, known in enumerate(tables["splits"]) if _in_split(known, split, self.name)]
+        self._numbers = np.flatnonzero(np.isin(self._refs.keys[:, 1], splits))
+        self._owners = self._refs.keys[self._numbers, 0]
+        self._ids = np.unique(self._owners)  # an image can be in several raw splits, as testA and testB make up test
+        if len(unknown := np.setdiff1d(self._ids, self._images.keys[:, 0])):
+            raise UserError(f"{instances} has no image id {unknown[0]}")
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._ids)
 
     def expressions(self, index: int) -> list[Expression]:
         return [
             Expression(sentence, ids or [-1], f"/{ref_id}/{sent_id}", no_target=set(ids) <= {-1})
-            for group in self._groups[index]
-            for ref_id, ids, sentences in self._records[group]
+            for number in self._numbers[self._owners == self._ids[index]]
+            for ref_id, ids, sentences in [self._refs[number]]
             for sent_id, sentence in sentences
         ]
 
     def counts(self) -> dict[str, int]:
         """Images, references and sentences, to compare with the known totals."""
-        sentences = [len(texts) for groups in self._groups for group in groups for *_, texts in self._records[group]]
-        return {"images": len(self), "refs": len(sentences), "sentences": sum(sentences)}
+        sentences = sum(len(self._refs[number][2]) for number in self._numbers)
+        return {"images": len(self), "refs": len(self._numbers), "sentences": sentences}
+
+    def _image(self, index: int) -> list:
+        return self._images.having(self._ids[index])[0]
 
     def file_name(self, index: int) -> str:
-        return self.coco.image(self._images[index])[0]
+        return self._image(index)[0]
 
     def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
-        _, height, width = self.coco.image(self._images[index])
-        segmentation = self.coco.annotation(target)["segmentation"] if target != -1 else []
-        return decode_segmentation(segmentation, height, width, self.where(target))
+        found = self._annotations.having(target) if target != -1 else [[-1, -1, []]]
+        if not found:
+            raise UserError("instances.json does not hold it")
+        return decode_segmentation(found[0][2], *self._image(index)[1:])
 
 
 def _parts(name: str) -> tuple[str, str, str]:

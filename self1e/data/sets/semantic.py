@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from self1e.data.masks import IGNORED, decode_segmentation, load_label_map, orient
-from self1e.data.paths import list_names
-from self1e.data.readers import CocoIndex, fields
-from self1e.data.samples import Sample, TrainingSet, draw
+from self1e.data.readers import fields, read_coco
+from self1e.data.samples import Sample, TrainingSet, draw, list_names, naming
+from self1e.data.tables import open_tables
 from self1e.errors import UserError
 from self1e.files import read_json
 from self1e.model import prompts
@@ -26,13 +26,13 @@ def class_names(name: str) -> list[str]:
 class LabelMapSet(TrainingSet):
     """Label maps (.png), each with a photo (.jpg) of the same name; `files` are the folders of both."""
 
-    def read_names(self, *others: Path) -> list[str]:
-        """Names of the labels from 0 on, "" for those that nobody asks for; others: what `files` names besides."""
+    def read_names(self) -> list[str]:
+        """Names of the labels from 0 on, "" for those that nobody asks for."""
         return class_names(self.name)
 
-    def open(self, labels: Path, photos: Path, *others: Path) -> None:
+    def open(self, labels: Path, photos: Path, *_: Path) -> None:
         self.labels, self.folder = labels, photos
-        self.names = [name.strip().lower() for name in self.read_names(*others)]
+        self.names = [name.strip().lower() for name in self.read_names()]
         # An array, of which forked workers copy nothing.
         self.stems = np.array(sorted(name.removesuffix(".png") for name in list_names(labels, ".png")), dtype=str)
 
@@ -60,7 +60,7 @@ class LabelMapSet(TrainingSet):
 class ADE20K(LabelMapSet):
     files = "ade20k/annotations/training", "ade20k/images/training"
 
-    def read_names(self, *others: Path) -> list[str]:
+    def read_names(self) -> list[str]:
         return ["", *class_names(self.name)]  # 0 = other
 
 
@@ -68,15 +68,15 @@ class COCOStuff(LabelMapSet):
     files = "cocostuff/train2017", "coco/train2017"
     cap = 30_000
 
-    def read_names(self, *others: Path) -> list[str]:
+    def read_names(self) -> list[str]:
         return ["" if "-" in name else name for name in class_names(self.name)]
 
 
 class Mapillary(LabelMapSet):
     files = "mapillary/training/v2.0/labels", "mapillary/training/images", "mapillary/config_v2.0.json"
 
-    def read_names(self, *others: Path) -> list[str]:
-        (path,) = others
+    def read_names(self) -> list[str]:
+        path = self.paths()[2]
         (labels,) = fields(read_json(path, dict), str(path), labels=list)
         return [fields(label, str(path), readable=str)[0] for label in labels]
 
@@ -90,33 +90,35 @@ class PartSet(TrainingSet):
     senses = False  # the names of LVIS carry a sense, "mug_(drinking_vessel):handle": what follows `_(` is dropped
 
     def open(self, annotations: Path, photos: Path, *_: Path) -> None:
-        self.folder, self.coco = photos, CocoIndex(annotations)
-        self.problems = self.coco.problems
-        self.names = {id: name.lower().split(":", 1) for id, name in self.coco.categories.items()}
+        tables = open_tables(annotations, read_coco)
+        self.folder, self.problems = photos, list(tables["problems"])
+        self.images, self.annotations = tables["images"], tables["annotations"]
+        self.names = {id: name.lower().split(":", 1) for id, name in tables["categories"]}
         if self.senses:
             self.names = {id: [piece.split("_(", 1)[0] for piece in pieces] for id, pieces in self.names.items()}
 
     def __len__(self) -> int:
-        return len(self.coco.image_ids)
+        return len(self.images)
 
     def file_name(self, index: int) -> str:
-        return self.coco.image(index)[0]
+        return self.images[index][0]
 
     def read(self, index: int, rng: np.random.Generator) -> Sample | None:
-        usable = [each for each in self.coco.annotations_of(self.coco.image_ids[index]) if each["segmentation"]]
+        usable = [each for each in self.annotations.having(self.images.keys[index, 0], column=1) if each[2]]
         if not usable:
             return None
-        _, height, width = self.coco.image(index)
+        file_name, height, width = self.images[index]
         image, orientation = read_picture(self.photo(index))
         conversations, masks = [], []
-        for annotation in draw(usable, self.conversations, rng):
-            where, names = f"annotation {annotation['id']}", self.names.get(annotation["category_id"])
+        for id, category, segmentation in draw(usable, self.conversations, rng):
+            names = self.names.get(category)
             if names is None:
-                raise UserError(f"{where}: unknown category {annotation['category_id']}")
+                raise UserError(f"annotation {id}: unknown category {category}")
             phrases = (" ".join(names), f"the {names[1]} of the {names[0]}") if len(names) == 2 else names
             name = phrases[rng.integers(len(phrases))]
             conversations.append([prompts.question(name, rng, is_sentence=False), prompts.answer(rng)])
-            mask = decode_segmentation(annotation["segmentation"], height, width, where)
+            with naming(f"annotation {id}"):
+                mask = decode_segmentation(segmentation, height, width)
             masks.append(orient(mask, image, orientation)[None])
         return Sample(self.id(index), image, conversations, masks)
 

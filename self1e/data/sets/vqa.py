@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.paths import require_paths
 from self1e.data.readers import read_instructions, read_questions
-from self1e.data.samples import Sample, TrainingSet
+from self1e.data.samples import Sample, TrainingSet, require_paths
 from self1e.data.tables import open_tables
 from self1e.errors import UserError
 from self1e.model import prompts
@@ -25,7 +24,7 @@ QUESTIONS = {  # question set -> its file
 
 
 class TextSet(TrainingSet):
-    """Records of a file, each a conversation about a photo, without masks."""
+    """Records of a file, each a conversation about a photo, without masks; a photo may have several."""
 
     segmentation = False
     records: Sequence[Any]  # the photo's name, and what is said about it
@@ -36,6 +35,9 @@ class TextSet(TrainingSet):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def id(self, index: int) -> str:
+        return f"{self.name}/{index}"
 
     def file_name(self, index: int) -> str:
         return self.records[index][0].removeprefix("data/")
@@ -54,9 +56,6 @@ class LLaVAInstruct(TextSet):
 
     def open(self, source: Path, photos: Path) -> None:
         self.records, self.folder = open_tables(source, read_instructions)["items"], photos
-
-    def id(self, index: int) -> str:
-        return f"{self.name}/{self.records[index][2]}"
 
     def turns(self, index: int) -> list[str]:
         """An opening assistant turn is dropped; `<image>` moves to the front of the first user turn."""
@@ -82,9 +81,6 @@ class QuestionSet(TextSet):
         self.records, self.folder = open_tables(source, read_questions)["items"], source.parents[1]
         if self.records:  # whether the photos are there at all
             require_paths([(self.name, (self.folder / self.file_name(0)).parent)])
-
-    def id(self, index: int) -> str:
-        return f"{self.name}/{index}"
 
     def turns(self, index: int) -> list[str]:
         _, question, answer = self.records[index]

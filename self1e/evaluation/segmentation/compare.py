@@ -15,9 +15,9 @@ from statistics import mean, stdev
 import pandas as pd
 import yaml
 
-from self1e.data.splits import file_stem, get_splits
+from self1e.data.splits import get_splits
 from self1e.errors import UserError
-from self1e.evaluation.results import markdown_table
+from self1e.evaluation.results import file_stem, markdown_table
 from self1e.evaluation.segmentation.metrics import read_units, score
 from self1e.evaluation.segmentation.report import read_figures, row_title
 from self1e.evaluation.vqa.run import VQA_BENCHMARKS

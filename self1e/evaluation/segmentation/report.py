@@ -13,9 +13,9 @@ from PIL import Image
 
 from self1e import distributed
 from self1e.data.masks import IGNORED, decode_segmentation
-from self1e.data.samples import EvalImage
-from self1e.data.splits import MODELS, SPLITS, file_stem, get_splits
-from self1e.evaluation.results import markdown_table
+from self1e.data.sets.expressions import EvalImage
+from self1e.data.splits import MODELS, SPLITS, get_splits
+from self1e.evaluation.results import file_stem, markdown_table
 from self1e.evaluation.segmentation.metrics import Unit
 from self1e.files import read_json, write_json, write_text
 from self1e.visualize import GROUND_TRUTH, PREDICTION, grid, overlay, panel
@@ -111,4 +111,5 @@ def draw_unit(photo: EvalImage, sentence: int, unit: Unit) -> Image.Image:
     truth += " (grey: ignored)" if (target == IGNORED).any() else ""
     guess = "prediction" if prediction.any() else "prediction: nothing"
     marked, found = overlay(image, target, [GROUND_TRUTH]), overlay(image, prediction, [PREDICTION])
-    return panel({"photo": image, truth: marked, guess: found}, photo.sentences[sentence], f"IoU {unit.iou:.2f}")
+    pictures = {"photo": image, truth: marked, guess: found}
+    return panel(pictures, photo.expressions[sentence].text, f"IoU {unit.iou:.2f}")

@@ -14,17 +14,17 @@ import torch
 
 from self1e import distributed
 from self1e.data.masks import encode_mask
-from self1e.data.paths import missing, require_paths
-from self1e.data.samples import EvalImage, SampleError
-from self1e.data.splits import completeness, file_stem, get_splits, load_split, split_paths
+from self1e.data.samples import missing, naming, require_paths
+from self1e.data.sets.expressions import EvalImage
+from self1e.data.splits import get_splits, load_split, split_paths
 from self1e.errors import UserError
 from self1e.evaluation.loop import prepared
-from self1e.evaluation.results import Results, claim_folder, make_settings
+from self1e.evaluation.results import Results, claim_folder, completeness, file_stem, make_settings
 from self1e.evaluation.segmentation.metrics import MARKS, Unit, count_pixels, score
 from self1e.evaluation.segmentation.report import save_figures, save_pictures, summary_table
 from self1e.model.config import SWITCHES
 from self1e.model.inference import evaluating, masks_of
-from self1e.model.processor import HIGH_RES_TILES, ConversationTooLong
+from self1e.model.processor import HIGH_RES_TILES
 from self1e.model.prompts import ANSWER, IMAGE_TAG
 
 
@@ -63,26 +63,22 @@ def units_of(folder: Path, name: str, split: Sequence[EvalImage]) -> Results:
 def prepare_photo(
     split: Sequence[EvalImage], processor, limits: Mapping[str, int], visit: Visit
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Model inputs and masks uint8 (n, H, W). Raises SampleError, also for a sentence that is too long."""
+    """Model inputs and masks uint8 (n, H, W). Raises UserError, also for a sentence that is too long."""
     photo = split[visit.photo]
-    image, masks = photo.load()
-    conversations = [[prompt, ANSWER] for prompt in photo.prompts]
-    try:
+    with naming(photo.image_id):
+        image, masks = photo.load()
+        conversations = [[prompt, ANSWER] for prompt in photo.prompts]
         batch = dict(processor(images=[image], conversations=[conversations], **limits))
-    except ConversationTooLong as error:
-        raise SampleError(photo.image_id, str(error)) from error
     del batch["labels"]
     return batch, masks
 
 
 def measure(photo: EvalImage, protocol: str, masks: np.ndarray, targets: np.ndarray) -> dict[str, dict]:
     """Unit id -> what `Unit` holds of it, from predicted masks, bool (n, H, W), and targets, uint8 (n, H, W)."""
-    marks: list[dict] = [{}] * len(masks)
-    if mark := MARKS.get(protocol):
-        marks = [{mark: value} for value in getattr(photo, mark)]
+    marks = [MARKS[protocol]] if protocol in MARKS else []
     return {
-        id: {**count_pixels(mask, target), **own, "mask": encode_mask(mask)}
-        for id, mask, target, own in zip(photo.unit_ids, masks, targets, marks, strict=True)
+        id: {**count_pixels(mask, target), **{mark: getattr(asked, mark) for mark in marks}, "mask": encode_mask(mask)}
+        for id, asked, mask, target in zip(photo.unit_ids, photo.expressions, masks, targets, strict=True)
     }
 
 
@@ -146,8 +142,8 @@ def evaluate_splits(
         overwrite: evaluate `splits` anew, and delete results of other settings; so does `weights=None`.
         options: of `evaluate_units` and of `prepared`.
 
-    Returns split -> figures (`metrics.score`), the same on every rank. Raises UserError, `Stopped`, and SampleError
-    for a photo that is broken or a sentence that is too long; what was written before is kept.
+    Returns split -> figures (`metrics.score`), the same on every rank. Raises `Stopped`, and UserError
+    also for a photo that is broken or a sentence that is too long; what was written before is kept.
     """
     entries, output_dir = get_splits(splits), Path(output_dir)
     absent = missing(split_paths(entries, dataset_dir))

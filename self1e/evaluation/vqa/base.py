@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from self1e.data.samples import load_image
+from self1e.data.samples import naming
 from self1e.errors import UserError
 from self1e.files import check_fetched
+from self1e.model.photos import read_picture
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Question:
     record: dict
 
     def open_image(self) -> Image.Image:
-        """The photo, RGB. Raises SampleError naming the question when it cannot be decoded."""
-        source = self.image if isinstance(self.image, Path) else io.BytesIO(self.image)
-        return load_image(source, f"question {self.id}")
+        """The photo, RGB. Raises UserError naming the question when it cannot be decoded."""
+        with naming(f"question {self.id}"):
+            return read_picture(self.image if isinstance(self.image, Path) else io.BytesIO(self.image))[0]
 
 
 class Answer(NamedTuple):

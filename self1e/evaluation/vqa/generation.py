@@ -30,7 +30,7 @@ def make_batches(questions: Sequence[Question], indices: Sequence[int], size: in
 def prepare_batch(
     questions: Sequence[Question], processor, max_tiles: int, indices: Sequence[int]
 ) -> dict[str, torch.Tensor]:
-    """Left-padded model inputs of some questions. Raises SampleError for a photo that cannot be decoded."""
+    """Left-padded model inputs of some questions. Raises UserError for a photo that cannot be decoded."""
     conversations: dict[Any, list[list[str]]] = {}
     photos = {}
     for question in (questions[index] for index in indices):

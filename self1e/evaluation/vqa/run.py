@@ -15,8 +15,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from self1e import distributed
-from self1e.data.paths import inside
-from self1e.data.samples import check_texts, naming
+from self1e.data.samples import check_texts, inside, naming
 from self1e.errors import UserError, check_known
 from self1e.evaluation.loop import WAIT
 from self1e.evaluation.results import claim_folder, make_settings, markdown_table
@@ -81,7 +80,8 @@ def read_questions(name: str, args: argparse.Namespace) -> list[Question]:
     benchmark = VQA_BENCHMARKS[name]
     questions = benchmark.questions(args.data_dir)
     for question in questions:  # which may say where its photo belongs
-        check_texts(f"question {question.id}", [question.prompt.replace(IMAGE_TAG, "", 1)])
+        with naming(f"question {question.id}"):
+            check_texts([question.prompt.replace(IMAGE_TAG, "", 1)])
     paths = {q.image: q.id for q in questions if isinstance(q.image, Path) and not args.score_only}
     for path, id in paths.items():
         photo = path.relative_to(args.data_dir) if path.is_relative_to(args.data_dir) else path.absolute()

@@ -12,7 +12,6 @@ from PIL import Image
 from segmentation_trees import GREF, REASON, SECOND, TRAIN2014, evaluate
 
 from self1e import Self1EForSegmentation, Self1EProcessor
-from self1e.data.samples import SampleError
 from self1e.data.splits import DEFAULT_SPLITS, SPLITS, load_split
 from self1e.errors import UserError
 from self1e.evaluation.segmentation.metrics import PROTOCOLS, Unit, read_units, score
@@ -124,7 +123,7 @@ def test_a_broken_photo_stops_with_its_name_and_keeps_what_is_written(tiny, data
     shutil.copytree(dataset, tmp_path / "broken")
     photo = tmp_path / "broken" / TRAIN2014 / SECOND
     photo.write_bytes(photo.read_bytes()[:400])
-    with pytest.raises(SampleError, match=SECOND):
+    with pytest.raises(UserError, match=SECOND):
         evaluate_splits(
             *tiny, [REASON, GREF], dataset_dir=tmp_path / "broken", output_dir=tmp_path / "out", workers=workers
         )
@@ -133,7 +132,7 @@ def test_a_broken_photo_stops_with_its_name_and_keeps_what_is_written(tiny, data
 
 
 def test_a_sentence_that_does_not_fit_is_named(tiny, dataset, tmp_path):
-    with pytest.raises(SampleError, match=r"COCO_train2014_0+1\.jpg.*--model_max_length"):
+    with pytest.raises(UserError, match=r"COCO_train2014_0+1\.jpg.*--model_max_length"):
         evaluate_splits(*tiny, [GREF], dataset_dir=dataset, output_dir=tmp_path, workers=0, model_max_length=45)
 
 
