@@ -6,7 +6,6 @@ entry to FAMILIES and one to DEFAULTS; its flag is `--<family>_data`.
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from self1e.data.samples import TrainingSet
@@ -56,11 +55,6 @@ def select(*, dataset: str = DEFAULT_FAMILIES, sample_rates: str | None = None, 
             own = _names(value, known, f"--{name}_data")
         selection.append(([known[each.split("|")[0]](each, **flags) for each in own], rate))
     return selection
-
-
-def paths_of(selection: Selection) -> list[tuple[str, Path]]:
-    """(set, path) of every file and folder that the selected sets need."""
-    return [(data.name, path) for sets, _ in selection for data in sets for path in data.paths()]
 
 
 def _names(value: str, known: Iterable[str], flag: str) -> list[str]:

@@ -9,6 +9,7 @@ import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,20 +44,6 @@ class Sample:
     conversations: list[list[str]]  # each user, assistant, user, ...; the first turn starts with "<image>" and "\n"
     masks: list[np.ndarray]  # of each, uint8 {0, 1} (n_seg, H, W) at the annotation's size; n_seg = "[SEG]" in it
     replaced: tuple[str, ...] = ()  # the broken samples that this one replaces, "<id>: <cause>"
-
-
-def missing(wanted: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """Those (set or split, path) pairs whose path is not on disk."""
-    return [(name, path) for name, path in wanted if not path.exists()]
-
-
-def require_paths(wanted: Iterable[tuple[str, Path]]) -> None:
-    """Raise one UserError that names every path of the (set or split, path) pairs that is not on disk."""
-    absent = missing(wanted)
-    if absent:
-        users = {path: dict.fromkeys(name for name, other in absent if other == path) for _, path in absent}
-        where = f"missing data; {DATASETS}, says what goes where, and scripts/get_data.sh fetches sets:"
-        raise UserError("\n  ".join([where, *(f"{path}   ({', '.join(names)})" for path, names in users.items())]))
 
 
 def list_names(folder: Path, suffix: str) -> list[str]:
@@ -127,7 +114,7 @@ class TrainingSet(ABC):
         data_dir: Path | str = "",
         *,
         num_classes_per_sample: int = 3,  # the most conversations of a training sample
-        allow_outside: bool = False,  # photos may lie elsewhere (see `paths.inside`)
+        allow_outside: bool = False,  # photos may lie elsewhere (see `inside`)
         **flags: Any,
     ):
         self.name, self.conversations, self.allow_outside = name, num_classes_per_sample, allow_outside
@@ -139,9 +126,8 @@ class TrainingSet(ABC):
 
     def opened(self) -> Self:
         """The set, ready to be read. Raises UserError for missing files and for those of another schema."""
-        paths = self.paths()
-        require_paths((self.name, path) for path in paths)
-        self.open(*paths)
+        require_paths([self])
+        self.open(*self.paths())
         return self
 
     @abstractmethod
@@ -183,3 +169,19 @@ class TrainingSet(ABC):
                 asked = [turns[0].removeprefix(f"{IMAGE_TAG}\n"), *turns[2::2]]
                 check_texts(asked + [text.replace(SEG, "", len(masks)) for text in turns[1::2]])
         return sample
+
+
+def missing(data: TrainingSet) -> list[Path]:
+    """The paths of a set or split that are not on disk."""
+    return [path for path in data.paths() if not path.exists()]
+
+
+def require_paths(sets: Iterable[TrainingSet]) -> None:
+    """Raise one UserError that names every path of the sets and splits, not opened yet, that is not on disk."""
+    users: dict[Path, dict[str, None]] = defaultdict(dict)  # missing path -> names, each once
+    for data in sets:
+        for path in missing(data):
+            users[path][data.name] = None
+    if users:
+        where = f"missing data; {DATASETS}, says what goes where, and scripts/get_data.sh fetches sets:"
+        raise UserError("\n  ".join([where, *(f"{path}   ({', '.join(names)})" for path, names in users.items())]))

@@ -74,18 +74,17 @@ def get_splits(names: Iterable[str]) -> dict[str, SplitEntry]:
     return {name: PREFIXES.get(kind) or SPLITS[name] for name, kind in kinds.items()}
 
 
-def split_paths(names: Iterable[str], dataset_dir: str | Path) -> list[tuple[str, Path]]:
-    """(split, path) of every file and folder that the splits need."""
-    readers = {name: entry.reader(name, dataset_dir) for name, entry in get_splits(names).items()}
-    return [(name, path) for name, reader in readers.items() for path in reader.paths()]
+def split_readers(names: Iterable[str], dataset_dir: str | Path, **flags: Any) -> dict[str, ExpressionSet]:
+    """What reads each of the splits, not opened yet; flags: of `TrainingSet`."""
+    return {name: entry.reader(name, dataset_dir, **flags) for name, entry in get_splits(names).items()}
 
 
-def load_split(name: str, dataset_dir: str | Path, *, allow_outside: bool = False) -> ExpressionSet:
-    """The photos of an evaluation split, sorted; allow_outside: see `paths.inside`. Raises UserError."""
-    return get_splits([name])[name].reader(name, dataset_dir, allow_outside=allow_outside).opened()
+def load_split(name: str, dataset_dir: str | Path, **flags: Any) -> ExpressionSet:
+    """The photos of an evaluation split, sorted. Raises UserError."""
+    return split_readers([name], dataset_dir, **flags)[name].opened()
 
 
 def evaluation_keys(dataset_dir: str | Path) -> np.ndarray:
     """`image_key` of every photo of the evaluation splits that are on disk."""
-    there = [name for name in SPLITS if not missing(split_paths([name], dataset_dir))]
-    return np.concatenate([np.zeros(0, np.int64), *(load_split(name, dataset_dir).image_keys() for name in there)])
+    there = [split.opened() for split in split_readers(SPLITS, dataset_dir).values() if not missing(split)]
+    return np.concatenate([np.zeros(0, np.int64), *(split.image_keys() for split in there)])

@@ -47,7 +47,7 @@ class Table(Sequence[Any]):
 
     def having(self, key: int, column: int = 0) -> list[Any]:
         """The records with a key, in their order."""
-        return [self[i] for i in np.flatnonzero(self.keys[:, column] == key)]
+        return [self[int(i)] for i in np.flatnonzero(self.keys[:, column] == key)]
 
 
 def open_tables(source: Path, read: Callable[[Path], Records]) -> dict[str, Any]:

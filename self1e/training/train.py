@@ -17,11 +17,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from self1e import distributed
-from self1e.data.families import paths_of, select
+from self1e.data.families import select
 from self1e.data.loader import Stream
 from self1e.data.mixture import Mixture
 from self1e.data.samples import require_paths
-from self1e.data.splits import evaluation_keys, get_splits, load_split, split_paths
+from self1e.data.splits import evaluation_keys, get_splits, split_readers
 from self1e.errors import UserError
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.files import alone_in, check_utf8, check_writable
@@ -167,11 +167,12 @@ def train(args: Namespace, stop: StopRequest) -> bool:
 def open_data(args: Namespace, splits: list[str]) -> Stream:
     """The stream of encoded samples, checked, and so are the splits of validation."""
     selection = select(**vars(args))
-    require_paths(paths_of(selection) + split_paths(splits, args.dataset_dir))
+    readers = split_readers(splits, args.dataset_dir, allow_outside=args.allow_outside).values()
+    require_paths([*(data for sets, _ in selection for data in sets), *readers])
     processor, tiles = Self1EProcessor.from_pretrained(args.version), HIGH_RES_TILES if args.high_res else 1
     processor.encode_conversation([IMAGE_TAG, SEG], tiles, args.model_max_length)  # raises where no question fits
-    for split in splits:  # a faulty one fails here and not hours later
-        load_split(split, args.dataset_dir, allow_outside=args.allow_outside)
+    for reader in readers:  # a faulty one fails here and not hours later
+        reader.opened()
     excluded = evaluation_keys(args.dataset_dir) if args.exclude_val else None
     options = {"batch_size": args.batch_size, "seed": args.seed, "mode": args.mixture, "excluded": excluded}
     mixture = Mixture(selection, **options)

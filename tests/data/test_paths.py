@@ -1,6 +1,7 @@
 """self1e/data/paths.py: what a user reads when data is absent, and which files annotations may name."""
 
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 from trees import SQUARE, photo, reference, referring_set
@@ -13,12 +14,14 @@ from self1e.errors import UserError
 
 
 def test_missing_paths_are_one_error_that_names_each_once(tmp_path):
-    wanted = [("gqa", tmp_path / "a"), ("vqav2", tmp_path / "b"), ("gqa", tmp_path / "b"), ("gqa", tmp_path / "b")]
+    def needs(name, *paths):
+        return SimpleNamespace(name=name, paths=lambda: [tmp_path / path for path in paths])
+
     with pytest.raises(UserError) as error:
-        require_paths([*wanted, ("x", tmp_path)])
+        require_paths([needs("gqa", "a"), needs("vqav2", "b"), needs("gqa", "b", "b"), needs("x", ".")])
     _, *lines = str(error.value).splitlines()
     assert len(lines) == 2 and f"{tmp_path}/a " in lines[0] and f"{tmp_path}/b   (vqav2, gqa)" in lines[1]
-    require_paths([("x", tmp_path)])
+    require_paths([needs("x", ".")])
 
 
 def test_hidden_files_are_not_listed(tmp_path):

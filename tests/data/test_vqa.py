@@ -57,7 +57,7 @@ def test_question_sets(tmp_path, name):
     assert sample.conversations == [[f"<image>\nWhat 1?{instruction}", "1"]]
     assert sample.masks[0].shape == (0, H, W) and len(data) == 2
     shutil.rmtree(tmp_path / "photos")
-    with pytest.raises(UserError, match="missing data.*\n.*photos"):
+    with pytest.raises(UserError, match="photos are missing: .*photos"):
         make(tmp_path, name)
 
 

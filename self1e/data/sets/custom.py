@@ -9,7 +9,6 @@ ends like a sentence is asked as it is; all else is a phrase, lower-cased.
 
 import csv
 import logging
-import os
 import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from self1e.data.masks import contradiction, decode_segmentation, load_label_map
 from self1e.data.readers import counted, fields, json_lines, stream_json
-from self1e.data.samples import OWN_DATA, image_key, inside, list_names, naming
+from self1e.data.samples import OWN_DATA, inside, list_names, naming
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.data.tables import Records, open_tables
 from self1e.errors import UserError, check_known
@@ -190,11 +189,6 @@ class Custom(ExpressionSet):
 
     def __len__(self) -> int:
         return len(self._photos)
-
-    def image_keys(self) -> np.ndarray:
-        """COCO's number, or a key of the file's path, since own names mean little."""
-        folder = os.path.realpath(self.source.parent)
-        return np.array([image_key(f"{folder}/{name}") for name, *_ in self._photos], np.int64)
 
     def file_name(self, index: int) -> str:
         return self._photos[index][0]

@@ -70,10 +70,12 @@ class Referring(ExpressionSet):
         return self._image(index)[0]
 
     def mask(self, index: int, target: int, image: Image.Image) -> np.ndarray:
-        found = self._annotations.having(target) if target != -1 else [[-1, -1, []]]
-        if not found:
+        _, height, width = self._image(index)
+        if target == -1:
+            return np.zeros((height, width), np.uint8)
+        if not (found := self._annotations.having(target)):
             raise UserError("instances.json does not hold it")
-        return decode_segmentation(found[0][2], *self._image(index)[1:])
+        return decode_segmentation(found[0][2], height, width)
 
 
 def _parts(name: str) -> tuple[str, str, str]:

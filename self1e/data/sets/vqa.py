@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from self1e.data.readers import read_instructions, read_questions
-from self1e.data.samples import Sample, TrainingSet, require_paths
+from self1e.data.samples import DATASETS, Sample, TrainingSet
 from self1e.data.tables import open_tables
 from self1e.errors import UserError
 from self1e.model import prompts
@@ -79,8 +79,8 @@ class QuestionSet(TextSet):
 
     def open(self, source: Path) -> None:
         self.records, self.folder = open_tables(source, read_questions)["items"], source.parents[1]
-        if self.records:  # whether the photos are there at all
-            require_paths([(self.name, (self.folder / self.file_name(0)).parent)])
+        if self.records and not (photos := (self.folder / self.file_name(0)).parent).exists():
+            raise UserError(f"{self.name}: its photos are missing: {photos} ({DATASETS})")
 
     def turns(self, index: int) -> list[str]:
         _, question, answer = self.records[index]

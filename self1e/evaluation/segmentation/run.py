@@ -16,7 +16,7 @@ from self1e import distributed
 from self1e.data.masks import encode_mask
 from self1e.data.samples import missing, naming, require_paths
 from self1e.data.sets.expressions import EvalImage
-from self1e.data.splits import get_splits, load_split, split_paths
+from self1e.data.splits import get_splits, split_readers
 from self1e.errors import UserError
 from self1e.evaluation.loop import prepared
 from self1e.evaluation.results import Results, claim_folder, completeness, file_stem, make_settings
@@ -146,16 +146,15 @@ def evaluate_splits(
     also for a photo that is broken or a sentence that is too long; what was written before is kept.
     """
     entries, output_dir = get_splits(splits), Path(output_dir)
-    absent = missing(split_paths(entries, dataset_dir))
+    readers = split_readers(entries, dataset_dir, allow_outside=allow_outside)
     if not skip_missing:
-        require_paths(absent)
-    splits = [name for name in entries if name not in dict(absent)]
-    if not splits:
+        require_paths(readers.values())
+    absent = [name for name, reader in readers.items() if missing(reader)]
+    available = {name: reader.opened() for name, reader in readers.items() if name not in absent}
+    if not available:
         raise UserError(f"nothing was evaluated: none of the splits has its data in {dataset_dir} (--dataset_dir)")
     if absent:
-        skipped = ", ".join(name for name in entries if name not in splits)
-        distributed.say(f"skipped, because their data is not in {dataset_dir}: {skipped}")
-    available = {name: load_split(name, dataset_dir, allow_outside=allow_outside) for name in splits}
+        distributed.say(f"skipped, because their data is not in {dataset_dir}: {', '.join(absent)}")
     fresh = overwrite or weights is None
     deciding = {name: getattr(model.config, name) for name in SWITCHES if not name.startswith("auxiliary_")}
     settings = make_settings(
