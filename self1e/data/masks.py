@@ -17,23 +17,6 @@ from self1e.model.photos import TURNS, opened
 IGNORED = 255  # value of a pixel that no class or score counts
 
 
-def _parts(segmentation: list | dict) -> list[np.ndarray | dict]:
-    """Polygons, (n, 2), and RLEs of a COCO segmentation, of which a flat list of numbers is one polygon.
-
-    Among several parts those with fewer than three points or half a point too many cover nothing, as in the published
-    code. Raises ValueError where no part is an area, and for polygons of anything but finite numbers.
-    """
-    flat = isinstance(segmentation, dict) or (segmentation and isinstance(segmentation[0], (int, float)))
-    given = [segmentation] if flat else segmentation
-    parts = [part for part in given if isinstance(part, dict) or (len(part) >= 6 and len(part) % 2 == 0)]
-    polygons = [np.asarray(part) for part in parts if not isinstance(part, dict)]
-    # pycocotools walks without end along an edge that is not finite.
-    sound = all(each.dtype.kind in "iuf" and each.ndim == 1 and (np.abs(each) < 1e6).all() for each in polygons)
-    if not sound or (given and not parts):
-        raise ValueError("a polygon is x, y, x, y, ... of at least three finite points, in one list of numbers")
-    return [part if isinstance(part, dict) else np.reshape(part, (-1, 2)) for part in parts]
-
-
 def _decompress(counts: bytes) -> list[int]:
     """Runs of COCO's compressed RLE.
 
@@ -53,11 +36,9 @@ def _decompress(counts: bytes) -> list[int]:
     return runs
 
 
-def _decode(part: np.ndarray | dict, height: int, width: int) -> np.ndarray:
-    """Polygon or RLE -> uint8 {0, 1} (height, width). Raises ValueError unless the runs fill the image exactly."""
-    if not isinstance(part, dict):
-        return coco.decode(coco.frPyObjects([part.ravel().astype(float).tolist()], height, width)[0])
-    size, runs = part.get("size"), part.get("counts")
+def _decode(rle: dict, height: int, width: int) -> np.ndarray:
+    """RLE -> uint8 {0, 1} (height, width). Raises ValueError unless the runs fill the image exactly."""
+    size, runs = rle.get("size"), rle.get("counts")
     if size not in ([height, width], (height, width)):
         raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
     if isinstance(runs, (str, bytes)):
@@ -70,19 +51,40 @@ def _decode(part: np.ndarray | dict, height: int, width: int) -> np.ndarray:
     return np.repeat(values.astype(np.uint8), runs).reshape(width, height).T
 
 
+def _parts(segmentation: list | dict, height: int, width: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Polygons, (n, 2), and masks of the RLEs of a COCO segmentation, of which a flat list of numbers is one polygon.
+
+    Among several parts those with fewer than three points or half a point too many cover nothing, as in the published
+    code. Raises ValueError where no part is an area, and for polygons of anything but finite numbers.
+    """
+    flat = isinstance(segmentation, dict) or (segmentation and isinstance(segmentation[0], (int, float)))
+    given = [segmentation] if flat else segmentation
+    masks = [_decode(part, height, width) for part in given if isinstance(part, dict)]
+    lists = [part for part in given if not isinstance(part, dict)]
+    polygons = [np.asarray(part) for part in lists if len(part) >= 6 and len(part) % 2 == 0]
+    # pycocotools walks without end along an edge that is not finite.
+    sound = all(each.dtype.kind in "iuf" and each.ndim == 1 and (np.abs(each) < 1e6).all() for each in polygons)
+    if not sound or (given and not polygons and not masks):
+        raise ValueError("a polygon is x, y, x, y, ... of at least three finite points, in one list of numbers")
+    return [each.reshape(-1, 2) for each in polygons], masks
+
+
 def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """COCO segmentation -> uint8 {0, 1} (height, width), the union of its parts.
 
     Accepts polygons (one or several parts, or one flat list), compressed RLE (`counts` str or bytes), uncompressed RLE
     (list), a list of RLEs, and an empty list (an empty mask). Raises UserError for anything else.
     """
+    union = np.zeros((height, width), np.uint8)
     try:
-        mask = np.zeros((height, width), np.uint8)
-        for part in _parts(segmentation):
-            mask |= _decode(part, height, width)
+        polygons, masks = _parts(segmentation, height, width)
+        for polygon in polygons:
+            masks += [coco.decode(coco.frPyObjects([polygon.ravel().astype(float).tolist()], height, width)[0])]
     except (ValueError, TypeError) as error:
         raise UserError(f"malformed segmentation ({error})") from error
-    return mask
+    for mask in masks:
+        union |= mask
+    return union
 
 
 def contradiction(annotation: dict, height: int, width: int) -> str | None:
@@ -92,20 +94,16 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
     leave the image by more than a rounding error (1% of a side, at least 2 pixels), or be in units of the image's
     size instead of pixels. What is malformed is left to `decode_segmentation`.
     """
-    corners, covered = [], 0.0
     try:
         box, area = np.asarray(annotation.get("bbox") or [], float), float(annotation.get("area") or 0)
         boxed = box.shape == (4,) and min(box[2:]) > 0
-        for part in _parts(annotation["segmentation"]):
-            if isinstance(part, dict):
-                x, y, w, h = cv2.boundingRect(mask := _decode(part, height, width))
-                corners.append(np.array([[x, y], [x + w, y + h]]))
-                covered += float(mask.sum())
-            else:
-                corners.append(part.astype(np.float32))
-                covered += cv2.contourArea(corners[-1])
+        polygons, masks = _parts(annotation["segmentation"], height, width)
     except (ValueError, TypeError):
         return None
+    corners = [polygon.astype(np.float32) for polygon in polygons]
+    covered = sum(map(cv2.contourArea, corners)) + sum(float(mask.sum()) for mask in masks)
+    for x, y, w, h in map(cv2.boundingRect, masks):
+        corners.append(np.array([[x, y], [x + w, y + h]], np.float32))
     if not covered:
         return "empty segmentation beside a bbox or an area" if boxed or area > 0 else None
     points, size, slack = np.concatenate(corners), np.array([width, height]), max(2, 0.01 * max(height, width))

@@ -52,11 +52,10 @@ def list_names(folder: Path, suffix: str) -> list[str]:
 
 
 def inside(folder: Path, name: str, *, allow_outside: bool = False) -> Path:
-    """The path of a file that an annotation file names relative to `folder`.
+    """The path of a file that an annotation file, perhaps a stranger's, names relative to `folder`. Raises UserError.
 
-    Annotation files come from strangers, so a name may not lead out of the folder: it is relative and has no `..`.
-    Raises UserError for all else, unless `allow_outside`. Links are followed, because users link photos into the tree.
-    A name with accents is found in either of its Unicode forms.
+    A name may not lead out of the folder, unless `allow_outside`, but links are followed. One with accents is found in
+    either of its Unicode forms.
     """
     windows = PureWindowsPath(name)
     if not allow_outside and (name.startswith("/") or windows.drive or ".." in windows.parts or "\0" in name):

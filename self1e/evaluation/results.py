@@ -19,7 +19,7 @@ import transformers
 
 from self1e import distributed
 from self1e.data.samples import TrainingSet
-from self1e.data.sets.referring import Referring
+from self1e.data.sets.expressions import ExpressionSet
 from self1e.data.splits import SPLITS
 from self1e.errors import UserError
 from self1e.files import read_json, read_records, to_jsonl, write_json, write_text
@@ -83,8 +83,9 @@ def completeness(name: str, data: TrainingSet) -> str:
     if name not in TOTALS:
         return "-"
     counts = {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
-    if isinstance(data, Referring):
-        counts = data.counts()
+    if "refs" in TOTALS[name] and isinstance(data, ExpressionSet):  # a sentence's place is its ref and its number
+        places = [each.place for index in range(len(data)) for each in data.expressions(index)]
+        counts |= {"refs": len({place.rsplit("/", 1)[0] for place in places}), "sentences": len(places)}
     for what, total in TOTALS[name].items():
         if counts[what] != total:
             return f"{counts[what]:,} of {total:,} {what}"

@@ -23,7 +23,7 @@ from accelerate.utils import ProjectConfiguration, send_to_device
 from tqdm import tqdm
 
 from self1e import distributed
-from self1e.data.loader import Stream, make_loader
+from self1e.data.mixture import Stream, make_loader
 from self1e.errors import UserError
 from self1e.stop import StopRequest
 from self1e.training.adapters import optimizer_groups

@@ -18,8 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from self1e import distributed
 from self1e.data.families import select
-from self1e.data.loader import Stream
-from self1e.data.mixture import Mixture
+from self1e.data.mixture import Mixture, Stream
 from self1e.data.samples import require_paths
 from self1e.data.splits import evaluation_keys, get_splits, split_readers
 from self1e.errors import UserError

@@ -1,4 +1,4 @@
-"""self1e/data/loader.py: batches of the mixture, which ranks read which, broken samples, workers."""
+"""self1e/data/mixture.py: batches of the mixture, which ranks read which, broken samples, workers."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,7 @@ import torch
 from helpers import noise
 from streams import Numbers
 
-from self1e.data.loader import Stream, make_loader
-from self1e.data.mixture import Mixture
+from self1e.data.mixture import Mixture, Stream, make_loader
 from self1e.data.samples import Sample
 from self1e.errors import UserError
 

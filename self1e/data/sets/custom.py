@@ -1,10 +1,7 @@
 """Own data: photos, masks and sentences outside of the README's tree; docs/data.md shows the files.
 
 A source is a COCO-style JSON, whose annotations carry `captions` or `phrases` (without them the name of the category
-is asked for), a CSV or JSONL with `image,mask,prompt` and perhaps `value`, or a folder that holds one CSV. Files are
-named relative to its folder, or to `images/` (photos) and `masks/` in it. A mask is a one-channel PNG: foreground is
-where it is `value`, or, without one, above 0. One sentence on several annotations of a photo means all of them. What
-ends like a sentence is asked as it is; all else is a phrase, lower-cased.
+is asked for), a CSV or JSONL with `image,mask,prompt` and perhaps `value`, or a folder that holds one CSV.
 """
 
 import csv

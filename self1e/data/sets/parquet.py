@@ -4,9 +4,7 @@
     parquet|Ricky06662/ReasonSeg_test|test      a data set on the hub
 
 A row is a photo (`image`) with a text or several (`text`) and the mask that is meant (`mask`: an array of rows, or a
-PNG). Rows with one `image_id`, where there is such a column, are about one photo, and `ann_id` names a row. `datasets`
-reads the files, and copies them into its cache once (HF_DATASETS_CACHE), from which they are memory-mapped:
-pip install "self1e[parquet]"
+PNG). Rows with one `image_id`, where there is such a column, are about one photo, and `ann_id` names a row.
 """
 
 import io
@@ -28,7 +26,7 @@ COLUMNS = ("image", "text", "mask")
 
 
 def open_rows(source: str, split: str) -> Any:
-    """The rows of a split, a memory-mapped `datasets.Dataset`. Raises UserError where there is none."""
+    """The rows of a split, a `datasets.Dataset`, memory-mapped from a copy in HF_DATASETS_CACHE. Raises UserError."""
     try:
         import datasets
     except ImportError as error:
@@ -62,9 +60,7 @@ class ParquetSplit(ExpressionSet):
         """A path that is given must exist; what the hub holds is found when the split is read."""
         parts = self.name.split("|")
         if len(parts) != 3 or not all(parts):
-            raise UserError(
-                f"{self.name!r} is no Parquet split; expected parquet|SOURCE|SPLIT, such as parquet|own/x|val"
-            )
+            raise UserError(f"{self.name!r} is no parquet|SOURCE|SPLIT, such as parquet|own/x|val")
         return [Path(parts[1])] if parts[1].endswith(".parquet") or parts[1].count("/") > 1 else []
 
     def open(self, *paths: Path) -> None:

@@ -58,11 +58,6 @@ class Referring(ExpressionSet):
             for sent_id, sentence in sentences
         ]
 
-    def counts(self) -> dict[str, int]:
-        """Images, references and sentences, to compare with the known totals."""
-        sentences = sum(len(self._refs[number][2]) for number in self._numbers)
-        return {"images": len(self), "refs": len(self._numbers), "sentences": sentences}
-
     def _image(self, index: int) -> list:
         return self._images.having(self._ids[index])[0]
 

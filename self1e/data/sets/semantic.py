@@ -107,19 +107,17 @@ class PartSet(TrainingSet):
         usable = [each for each in self.annotations.having(self.images.keys[index, 0], column=1) if each[2]]
         if not usable:
             return None
-        file_name, height, width = self.images[index]
+        _, *size = self.images[index]
         image, orientation = read_picture(self.photo(index))
         conversations, masks = [], []
         for id, category, segmentation in draw(usable, self.conversations, rng):
-            names = self.names.get(category)
-            if names is None:
-                raise UserError(f"annotation {id}: unknown category {category}")
+            with naming(f"annotation {id}"):
+                if (names := self.names.get(category)) is None:
+                    raise UserError(f"unknown category {category}")
+                masks.append(orient(decode_segmentation(segmentation, *size), image, orientation)[None])
             phrases = (" ".join(names), f"the {names[1]} of the {names[0]}") if len(names) == 2 else names
             name = phrases[rng.integers(len(phrases))]
             conversations.append([prompts.question(name, rng, is_sentence=False), prompts.answer(rng)])
-            with naming(f"annotation {id}"):
-                mask = decode_segmentation(segmentation, height, width)
-            masks.append(orient(mask, image, orientation)[None])
         return Sample(self.id(index), image, conversations, masks)
 
 
