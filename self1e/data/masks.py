@@ -90,9 +90,8 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int) -> n
 def contradiction(annotation: dict, height: int, width: int) -> str | None:
     """How a COCO annotation contradicts its own `bbox` and `area` or the image's size, or None.
 
-    Its segmentation may be empty beside a box, far from the box or of another area by more than a factor of four,
-    leave the image by more than a rounding error (1% of a side, at least 2 pixels), or be in units of the image's
-    size instead of pixels. What is malformed is left to `decode_segmentation`.
+    Rounding errors (1% of a side, at least 2 pixels) and areas within a factor of four are none. What is malformed is
+    left to `decode_segmentation`.
     """
     try:
         box, area = np.asarray(annotation.get("bbox") or [], float), float(annotation.get("area") or 0)

@@ -99,7 +99,7 @@ def test_one_error_names_every_faulty_record(tmp_path):
     with pytest.raises(UserError) as error:
         train(source)
     assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
-        "images[2]", *(f"annotations[{k}]" for k in (0, 1, 2, 3, 4, 6, 8, 5)),
+        "images", *(f"annotations[{k}]" for k in (0, 1, 2, 3, 4, 6, 8, 5)),
     ]  # fmt: skip
     for words in "id 2 occurs twice", "image_id 5 is not", "it has no segmentation", "bbox", "gone.jpg is neither in":
         assert words in str(error.value)

@@ -1,4 +1,4 @@
-"""self1e/data/readers.py and tables.py: formats, the cache, and pickles that are not what they should be."""
+"""self1e/data/readers.py: formats, the cache, and pickles that are not what they should be."""
 
 import json
 import os
@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from runs import CHILDREN
 from trees import SQUARE, instances, reference, write_json
 
-from self1e.data import tables
+from self1e.data import readers
 from self1e.data.readers import (
     load_plain_pickle,
+    open_tables,
     read_coco,
     read_instructions,
     read_questions,
     read_refs,
     stream_json,
 )
-from self1e.data.tables import open_tables
 from self1e.errors import UserError
 
 QUESTION = {"image": "a", "question": "b"}
@@ -156,7 +156,7 @@ def test_cache_is_used_and_follows_the_source(tmp_path, cache, monkeypatch):
     source.write_text(f'\ufeff{json.dumps(QUESTION)}\n\n{{"image": "c", "question": "d", "answer": 3}}\n')
     assert items(source) == [["a", "b", None], ["c", "d", "3"]]
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "_write", None)
+        patch.setattr(readers, "_write", None)
         items(source)
     table = open_tables(source, read_questions)["items"]
     for one in (table, pickle.loads(pickle.dumps(table))):  # as workers get it: mapped, and not copied
@@ -191,7 +191,7 @@ def test_a_full_disk_names_the_variable_and_leaves_nothing(tmp_path, cache, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tables.np, "save", full)
+    monkeypatch.setattr(readers.np, "save", full)
     with pytest.raises(UserError, match="No space left.*SELF1E_CACHE"):
         items(tmp_path / "q.jsonl")
     assert not [path for path in cache.iterdir() if path.is_dir()]

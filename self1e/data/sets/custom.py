@@ -8,8 +8,8 @@ import csv
 import logging
 import reprlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from self1e.data.masks import contradiction, decode_segmentation, load_label_map
-from self1e.data.readers import counted, fields, json_lines, stream_json
+from self1e.data.readers import Records, counted, fields, json_lines, open_tables, stream_json
 from self1e.data.samples import OWN_DATA, inside, list_names, naming
 from self1e.data.sets.expressions import Expression, ExpressionSet
-from self1e.data.tables import Records, open_tables
 from self1e.errors import UserError, check_known
 from self1e.model.prompts import looks_like_sentence, visible
 
@@ -30,7 +29,6 @@ COLUMNS = ("image", "mask", "prompt")
 SENTENCES = ("captions", "phrases", "caption", "phrase")
 SUFFIXES = (".json", ".csv", ".jsonl")
 LISTED = 50  # faults in one error message
-Target = tuple[str, list[int] | None, list[str], Any, str]  # photo, [height, width] or None, sentences, mask, location
 
 
 def read_source(path: Path) -> Records:
@@ -39,29 +37,67 @@ def read_source(path: Path) -> Records:
     is met first]; `faults`: "<location>: <what>" of each record that is left out; `problems`: what contradicts itself.
     """
     faults: list[str] = []
-    problems: dict[str, list] = defaultdict(list)
+
+    def sound(records: Iterable[tuple[str, Any]], read: Callable[[Any, str], Any]) -> Iterator[Any]:
+        """What `read` makes of each record; the faults of others are noted, to be named at once."""
+        for location, record in records:
+            try:
+                yield read(record, location)
+            except UserError as error:
+                faults.append(str(error))
+
+    if path.suffix.lower() == ".json":
+        images: dict[int | str, list] = {}
+        image = partial(fields, id=(int, str), file_name=str, height=int, width=int)
+        for id, *own in sound(stream_json(path, "images"), image):
+            if images.setdefault(id, own) is not own:
+                faults.append(f"images: id {id!r} occurs twice")
+        categories = dict(sound(stream_json(path, "categories"), partial(fields, id=(int, str), name=str)))
+        targets = sound(stream_json(path, "annotations"), partial(_annotation, images, categories))
+    else:
+        targets = sound(table_rows(path), _row)
     photos: dict[str, list] = {}
     files: dict[tuple[str, str], str] = {}
-    own = _annotations(path, faults, problems) if path.suffix.lower() == ".json" else _rows(path, faults)
-    for number, (image, size, sentences, mask, location) in enumerate(own):
+    problems: dict[str, list] = defaultdict(list)
+    for number, (name, size, sentences, mask, problem, location) in enumerate(targets):
         yield "targets", [sentences, mask, location]
-        photos.setdefault(image, [image, size, []])[2].append(number)
-        files.setdefault((image, "images"), location)
+        photos.setdefault(name, [name, size, []])[2].append(number)
+        files.setdefault((name, "images"), location)
         if "file" in mask:
             files.setdefault((mask["file"], "masks"), location)
+        if problem:
+            problems[problem].append(location)
     yield from (("photos", photo) for photo in photos.values())
     yield from (("files", [*file, location]) for file, location in files.items())
     yield from (("faults", fault) for fault in faults)
     yield from counted(path, problems)
 
 
-@contextmanager
-def _noting(faults: list[str]) -> Iterator[None]:
-    """Notes what is wrong with a record, so that all faults of a file are named at once."""
-    try:
-        yield
-    except UserError as error:
-        faults.append(str(error))
+def _annotation(images: dict[int | str, list], categories: dict[int | str, str], record: Any, location: str) -> tuple:
+    """Photo, [height, width], sentences, segmentation, how it contradicts its record, location."""
+    image_id, segmentation = fields(record, location, image_id=(int, str), segmentation=(list, dict))
+    if image_id not in images:
+        raise UserError(f"{location}: image_id {image_id!r} is not among the images")
+    if not segmentation and record.get("bbox") and record.get("area"):
+        raise UserError(f"{location}: segmentation is empty beside a bbox and an area; a box is no outline")
+    given = [record.get(field) or [] for field in SENTENCES]
+    sentences = [text for value in given for text in (value if isinstance(value, list) else [value])]
+    category = record.get("category_id")
+    sentences = sentences or [categories.get(category, "") if isinstance(category, int | str) else ""]
+    if not all(isinstance(text, str) and visible(text) for text in sentences):
+        cause = "a sentence is empty or no text, or there is none and its category has no name"
+        raise UserError(f"{location}: {cause}: {reprlib.repr(sentences)}")
+    name, *size = images[image_id]
+    return name, size, [text.strip() for text in sentences], segmentation, contradiction(record, *size), location
+
+
+def _row(row: Any, location: str) -> tuple:
+    """The same of a line of `table_rows`."""
+    name, mask, prompt, value = texts_of(location, row, COLUMNS, "value")
+    number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
+    if number and not number.isdecimal():
+        raise UserError(f"{location}: value {value!r:.80} is no whole number of a pixel")
+    return name, None, [prompt], {"file": mask, "value": int(number) if number else None}, None, location
 
 
 def table_rows(path: Path, needed: Iterable[str] = COLUMNS) -> Iterator[tuple[str, dict]]:
@@ -90,50 +126,6 @@ def texts_of(location: str, row: dict, needed: Iterable[str], other: str) -> lis
     if empty := [f"{name} is empty" for name, cell in zip(needed, cells) if not visible(cell)]:
         raise UserError(f"{location}: {', '.join(empty)}")
     return cells
-
-
-def _rows(path: Path, faults: list[str]) -> Iterator[Target]:
-    """The lines of a CSV or JSONL."""
-    for location, row in table_rows(path):
-        with _noting(faults):
-            image, mask, prompt, value = texts_of(location, row, COLUMNS, "value")
-            number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
-            if number and not number.isdecimal():
-                raise UserError(f"{location}: value {value!r:.80} is no whole number of a pixel")
-            yield image, None, [prompt], {"file": mask, "value": int(number) if number else None}, location
-
-
-def _annotations(path: Path, faults: list[str], problems: dict[str, list]) -> Iterator[Target]:
-    """The annotations of a COCO-style JSON; the file is read once for each of its three lists, never held whole."""
-    images: dict[int | str, tuple[str, list[int]]] = {}
-    categories: dict[int | str, str] = {}
-    for location, record in stream_json(path, "images"):
-        with _noting(faults):
-            id, name, *size = fields(record, location, id=(int, str), file_name=str, height=int, width=int)
-            if id in images:
-                raise UserError(f"{location}: id {id!r} occurs twice")
-            images[id] = name, size
-    for location, record in stream_json(path, "categories"):
-        with _noting(faults):
-            id, name = fields(record, location, id=(int, str), name=str)
-            categories[id] = name.strip()
-    for location, record in stream_json(path, "annotations"):
-        with _noting(faults):
-            image_id, segmentation = fields(record, location, image_id=(int, str), segmentation=(list, dict))
-            if image_id not in images:
-                raise UserError(f"{location}: image_id {image_id!r} is not among the images")
-            if not segmentation and record.get("bbox") and record.get("area"):
-                raise UserError(f"{location}: segmentation is empty beside a bbox and an area; a box is no outline")
-            given = [record.get(field) or [] for field in SENTENCES]
-            sentences = [text for value in given for text in (value if isinstance(value, list) else [value])]
-            category = record.get("category_id")
-            sentences = sentences or [categories.get(category, "") if isinstance(category, int | str) else ""]
-            if not all(isinstance(text, str) and visible(text) for text in sentences):
-                cause = "a sentence is empty or no text, or there is none and its category has no name"
-                raise UserError(f"{location}: {cause}: {reprlib.repr(sentences)}")
-            if problem := contradiction(record, *images[image_id][1]):
-                problems[problem].append(location)
-            yield *images[image_id], [text.strip() for text in sentences], segmentation, location
 
 
 def find_source(path: str | Path) -> Path:
@@ -168,8 +160,10 @@ class Custom(ExpressionSet):
         if not self.flags.get("strict", True):
             return
         for name, below, location in tqdm(tables["files"], f"files of {source.name}", leave=False, disable=None):
-            with _noting(faults), naming(location):
+            try:
                 self._find(name, below)
+            except UserError as error:
+                faults.append(f"{location}: {error}")
         if not len(self):
             faults.append("no photo has a sentence and a mask")
         if faults:

@@ -84,10 +84,10 @@ class ParquetSplit(ExpressionSet):
         return f"row {target}"
 
     def expressions(self, index: int) -> list[Expression]:
-        texts = {row: self.rows["text"][row] for row in self.photos[index][1]}
         return [
             Expression(text, [row], f"/{self._column('ann_id')[row]}", looks_like_sentence(text))
-            for row, cell in texts.items()
+            for row in self.photos[index][1]
+            for cell in [self.rows["text"][row]]
             for text in ([cell] if isinstance(cell, str) else cell)
         ]
 

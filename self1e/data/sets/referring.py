@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.masks import decode_segmentation
-from self1e.data.readers import read_coco, read_refs
+from self1e.data.readers import open_tables, read_coco, read_refs
 from self1e.data.sets.expressions import Expression, ExpressionSet
-from self1e.data.tables import open_tables
 from self1e.errors import UserError
 
 

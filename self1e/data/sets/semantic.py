@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from self1e.data.masks import IGNORED, decode_segmentation, load_label_map, orient
-from self1e.data.readers import fields, read_coco
+from self1e.data.readers import fields, open_tables, read_coco
 from self1e.data.samples import Sample, TrainingSet, draw, list_names, naming
-from self1e.data.tables import open_tables
 from self1e.errors import UserError
 from self1e.files import read_json
 from self1e.model import prompts

@@ -7,18 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.readers import read_instructions, read_questions
+from self1e.data.readers import open_tables, read_instructions, read_questions
 from self1e.data.samples import DATASETS, Sample, TrainingSet
-from self1e.data.tables import open_tables
 from self1e.errors import UserError
 from self1e.model import prompts
 from self1e.model.photos import read_picture
 
 QUESTIONS = {  # question set -> its file
-    "vqav2": "vqav2/vqav2_train.jsonl",
-    "okvqa": "okvqa/okvqa_train.jsonl",
-    "textvqa": "textvqa/textvqa_train.jsonl",
-    "vizwiz": "vizwiz/vizwiz_train.jsonl",
+    **{name: f"{name}/{name}_train.jsonl" for name in ("vqav2", "okvqa", "textvqa", "vizwiz")},
     "gqa": "gqa/train_balanced.jsonl",
 }
 
