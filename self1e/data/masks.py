@@ -171,10 +171,7 @@ def load_label_map(source: Path | BinaryIO) -> np.ndarray:
 
 
 def orient(mask: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray:
-    """Brings an annotation (H, W) into the frame of its photo.
-
-    image:       the photo after its EXIF orientation was applied
-    orientation: the tag it had
+    """Brings an annotation (H, W) into the frame of its photo, which is upright and had an EXIF orientation.
 
     Annotation tools differ in whether they saw the turned photo. For quarter turns the shape tells: a mask that lies
     or stands like the turned photo, unlike the stored one, is in place already. All else is in the stored frame.

@@ -213,11 +213,7 @@ class Stream(Dataset):
 
 
 def make_loader(stream: Stream, plan: Sequence[Any], *, workers: int = 0, timeout: float = 0) -> DataLoader:
-    """The batches of a plan of `Mixture.micro_batches`.
-
-    workers: processes that read and encode; 0: this one does
-    timeout: seconds after which a worker that gives nothing is an error; 0: never
-    """
+    """The batches of a plan of `Mixture.micro_batches`; timeout: seconds in which a worker must give one, or 0."""
     return DataLoader(
         stream,
         batch_sampler=plan,

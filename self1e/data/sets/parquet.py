@@ -56,15 +56,10 @@ class ParquetSplit(ExpressionSet):
 
     lower = False
 
-    def paths(self) -> list[Path]:
-        """A path that is given must exist; what the hub holds is found when the split is read."""
-        parts = self.name.split("|")
-        if len(parts) != 3 or not all(parts):
+    def open(self) -> None:
+        if len(parts := self.name.split("|")) != 3 or not all(parts):
             raise UserError(f"{self.name!r} is no parquet|SOURCE|SPLIT, such as parquet|own/x|val")
-        return [Path(parts[1])] if parts[1].endswith(".parquet") or parts[1].count("/") > 1 else []
-
-    def open(self, *paths: Path) -> None:
-        self.rows = open_rows(*self.name.split("|")[1:])
+        self.rows = open_rows(*parts[1:])
         groups: dict[str, list[int]] = {}
         for row, photo in enumerate(self._column("image_id")):
             groups.setdefault(str(photo), []).append(row)
