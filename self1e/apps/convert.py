@@ -36,11 +36,12 @@ from transformers import (
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
+from self1e.evaluation.results import checkpoint_folder
 from self1e.files import check_utf8, check_writable, replacing, write_json
 from self1e.model import prompts
 from self1e.model.config import Help, of_model
 from self1e.model.processor import MEAN, STD
-from self1e.model.weights import HEAD, checkpoint_folder, quiet, save_checkpoint
+from self1e.model.weights import HEAD, save_checkpoint
 from self1e.training.card import write_card
 
 HEADLESS = ("internvl", "hf")
@@ -63,8 +64,7 @@ def convert(source: str, target: Path, layout: str, *, version: str | None = Non
     with replacing(target, folder=True) as partial:
         write(model, texts, partial, layout)
         if layout == "hf":
-            with quiet():
-                copy = InternVLForConditionalGeneration.from_pretrained(partial, dtype=precision)
+            copy = InternVLForConditionalGeneration.from_pretrained(partial, dtype=precision)
         else:
             copy, _ = load(str(partial), None, precision)
         before, after = model.state_dict(), copy.state_dict()

@@ -8,10 +8,10 @@ from transformers import BitsAndBytesConfig
 
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.errors import UserError
+from self1e.evaluation.results import checkpoint_folder
 from self1e.model.config import DTYPES, precision_on
 from self1e.model.inference import check_head
 from self1e.model.processor import HIGH_RES_TILES
-from self1e.model.weights import checkpoint_folder
 
 UNQUANTIZED = ["lm_head", "segmentation_head", "model.multi_modal_projector"]  # trained in full, not by adapters
 

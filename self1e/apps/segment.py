@@ -42,13 +42,12 @@ from self1e.data.samples import inside
 from self1e.data.sets.custom import table_rows, texts_of
 from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared
-from self1e.evaluation.results import claim_folder
+from self1e.evaluation.results import claim_folder, weights_identity
 from self1e.files import alone_in, check_fetched, check_writable, read_records, replacing, to_jsonl
 from self1e.model.config import Help, precision_on
-from self1e.model.inference import Reply, logit_of, masks_of
+from self1e.model.inference import Reply, logit_of, masks_of, reply_of
 from self1e.model.photos import FORMATS, photo_of
 from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt
-from self1e.model.weights import weights_identity
 from self1e.stop import StopRequest
 from self1e.visualize import overlay
 
@@ -344,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = {"threshold": args.threshold, "conversations_per_forward": limit}
         found = iter(masks_of(model, batch, [made["size"] for _, made in photos], **options))
         own = [[next(found) for _ in job.prompts] for job, _ in photos]
-        return [(masks.reply(ANSWER) for masks in each) for each in own]
+        return [(reply_of(ANSWER, *masks) for masks in each) for each in own]
 
     prepare = partial(prepare_segment, {"phrase": False, "sentence": True}.get(args.prompt_kind), args.max_tiles)
     return run(args, prepare, ask, {"prompt_kind": args.prompt_kind}, args.batch_tokens)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.utils import cached_file
 
 from self1e import distributed
 from self1e.data.samples import TrainingSet
@@ -23,6 +24,7 @@ from self1e.data.sets.expressions import ExpressionSet
 from self1e.data.splits import SPLITS
 from self1e.errors import UserError
 from self1e.files import read_json, read_records, to_jsonl, write_json, write_text
+from self1e.model.config import Self1EConfig
 
 # Known numbers of images, expressions (refs), sentences, questions and conversations per training set and split, as
 # the sets' own documentation and the loaders of other projects state them.
@@ -30,6 +32,43 @@ TOTALS: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "totals.
 PACKAGE = Path(__file__).resolve().parents[1]
 DECIDING = ("model", "data", "evaluation")  # the packages whose code decides figures
 REMEDY = "Use the same settings to continue, another --exp_name to keep both, or --overwrite_eval to evaluate anew"
+
+
+def checkpoint_folder(text: str) -> str:
+    """The folder or hub id that `--version` and `--model_weights` mean: of a run's folder, the `ckpt_model` in it."""
+    inside = Path(text, "ckpt_model")
+    is_run = not Path(text, "config.json").exists() and (inside / "config.json").is_file()
+    return str(inside) if is_run else text
+
+
+def evaluated(run_dir: Path, version: str | None, weights: str | None) -> str | None:
+    """The `--version` that an evaluation means: the run's own `ckpt_model`, unless weights over another are given."""
+    own = run_dir / "ckpt_model"
+    return str(own) if None in (version, weights) and (own / "config.json").is_file() else version
+
+
+def weights_identity(version: str | Path, weights: str | Path | None = None) -> dict[str, str | None]:
+    """What tells these weights from all others wherever they lie: `weights`, those that are loaded, and their `base`.
+
+    A checkpoint of ours is known by the random `weights_id` of its save, one of the hub by its commit, any other by
+    the names, sizes and sampled bytes of its files. `base` is None where `version` itself holds the weights.
+    """
+    if weights is not None:
+        return weights_identity(weights) | {"base": weights_identity(version)["weights"]}
+    identity = Self1EConfig.get_config_dict(version)[0].get("weights_id")
+    if not Path(version).is_dir():
+        identity = f"{version}@{Path(str(cached_file(version, 'config.json'))).parent.name}"
+    if identity is None:
+        digest = hashlib.sha256()
+        for path in sorted(p for p in Path(version).iterdir() if p.suffix in {".json", ".safetensors", ".bin"}):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with open(path, "rb") as file:
+                for start in range(0, size, max(4096, size // 64)):
+                    file.seek(start)
+                    digest.update(file.read(4096))
+        identity = digest.hexdigest()[:32]
+    return {"weights": identity, "base": None}
 
 
 def code_hash() -> str:
@@ -43,7 +82,7 @@ def code_hash() -> str:
 def make_settings(weights: Mapping[str, str | None] | None, **decoding: Any) -> dict[str, Any]:
     """What `settings.json` holds. Results are continued only by an evaluation with the same settings.
 
-    weights: `model.weights.weights_identity` of what is evaluated, `weights` among them; None where it is not known.
+    weights: `weights_identity` of what is evaluated; None where it is not known.
     """
     versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
     return {"weights": None, **(weights or {}), "code": code_hash(), **decoding, **versions}

@@ -123,9 +123,9 @@ SWITCHES: dict[str, dict[str, Any]] = {one.name: one.metadata["flag"] for one in
 def held_checkpoints(source: str) -> str:
     """The checkpoints in folders of a repository of the hub, with the command that fetches one; "" without any."""
     try:
-        files = [] if Path(source).is_dir() else HfApi().list_repo_files(source)
+        files = HfApi().list_repo_files(source)
     except Exception:  # the hub cannot be reached, or knows no such repository
-        files = []
+        return ""
     found = sorted(name.removesuffix("/config.json") for name in files if name.endswith("/config.json"))
     command = "".join(f"hf download {source} --include '{name}/*' --local-dir FOLDER" for name in found[:1])
     return command and f"several checkpoints, {', '.join(found)}; {command}"
@@ -134,15 +134,12 @@ def held_checkpoints(source: str) -> str:
 def check_source(source: str, subfolder: str | None = None) -> None:
     """Raise UserError for a path without a checkpoint or with pointers of Git LFS, before anything asks the hub."""
     check_utf8(source)
-    path, advice = Path(source), "give a checkpoint's folder, a run's, or a hub id such as OpenGVLab/InternVL3-2B"
-    if path.is_dir():
-        folder = path / (subfolder or "")
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{source} holds no config.json; {advice}")
-        for file in filter(Path.is_file, folder.iterdir()):
-            check_fetched(file)
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) or path.parent.is_dir():
-        raise UserError(f"{source} is {'a file' if path.is_file() else 'no folder'}; {advice}")
+    folder, hub_id = Path(source, subfolder or ""), re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
+    if not (folder / "config.json").is_file() and (not hub_id or Path(source).parent.is_dir()):
+        advice = "give a checkpoint's folder, a run's, or a hub id such as OpenGVLab/InternVL3-2B"
+        raise UserError(f"{source} is no folder with a config.json; {advice}")
+    for file in filter(Path.is_file, folder.glob("*")):
+        check_fetched(file)
 
 
 SAME_KEYS = (
@@ -153,9 +150,6 @@ SAME_KEYS = (
 VISION_KEYS = dict(zip(SAME_KEYS, SAME_KEYS)) | {
     "qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm", "dropout": "hidden_dropout_prob"
 }  # fmt: skip
-# What the original program asks for besides.
-ORIGINAL = {"select_layer": -1, "template": "internvl2_5", "ps_version": "v2"}
-ORIGINAL |= {"dynamic_image_size": True, "use_thumbnail": True}
 OLD_KEYS = {"rope_theta", "rope_scaling"}  # which the library's configurations still read
 
 
@@ -170,33 +164,29 @@ def native_config(values: dict, source: str) -> dict:
     if kind not in ("internvl_chat", "internvl", "self1e"):
         raise UserError(f"{source}: model_type={kind!r}; expected an InternVL3 checkpoint or one of Self1E")
     text = values.get("llm_config") or values.get("text_config") or {"model_type": "qwen2"}
-    vision, dtype = values.get("vision_config") or {}, values.get("torch_dtype") or values.get("dtype")
     if text.get("model_type") not in ("qwen2", "qwen3"):
         raise UserError(f"{source}: the LLM is {text.get('model_type')!r}; expected a qwen2 or qwen3 LLM")
+    vision = values.get("vision_config") or {}
+    weights = {name: values[flag] for flag, name in LOSS_FLAGS.items() if flag in values}
+    native = of_model(values, Self1EConfig) | {"loss_weights": weights | values.get("loss_weights", {})}
     if kind == "internvl_chat":
-        values = {
-            "vision_config": {new: vision[old] for old, new in VISION_KEYS.items() if old in vision}
-            | {"image_size": values.get("force_image_size") or vision["image_size"]},
-            "downsample_ratio": values.get("downsample_ratio", 0.5),
-            "drop_path_rate": vision.get("drop_path_rate", 0.0),
-        }
-        text = {name: value for name, value in text.items() if name != "dtype"}
-    else:
-        weights = {name: values[flag] for flag, name in LOSS_FLAGS.items() if flag in values}
-        values = of_model(values, Self1EConfig) | {"vision_config": of_model(vision, InternVLVisionConfig)}
-        values["loss_weights"] = weights | values.get("loss_weights", {})
-    return values | {
+        native["drop_path_rate"] = vision.get("drop_path_rate", 0.0)
+        size = values.get("force_image_size") or vision["image_size"]
+        vision = {new: vision[old] for old, new in VISION_KEYS.items() if old in vision} | {"image_size": size}
+    return native | {
         "model_type": "self1e",
-        "dtype": dtype,
+        "dtype": values.get("torch_dtype") or values.get("dtype"),
         "text_config": of_model(text, CONFIG_MAPPING[text["model_type"]]),
+        "vision_config": of_model(vision, InternVLVisionConfig),
         "tie_word_embeddings": text.get("tie_word_embeddings", values.get("tie_word_embeddings", False)),
     }
 
 
 def original_config(config: Self1EConfig) -> dict:
     """The `config.json` of layout `published` for a `Self1EConfig`: the inverse of `native_config`."""
-    vision = config.vision_config.to_dict()
+    vision = {old: getattr(config.vision_config, new) for old, new in VISION_KEYS.items()}
     vision |= {"image_size": vision["image_size"][0], "patch_size": vision["patch_size"][0]}
+    vision |= {"model_type": "intern_vit_6b", "drop_path_rate": config.drop_path_rate}
     text = config.text_config.to_dict()
     rope = text.pop("rope_parameters", None) or {}
     text["rope_theta"] = rope.pop("rope_theta", None)
@@ -205,11 +195,12 @@ def original_config(config: Self1EConfig) -> dict:
         "model_type": "internvl_chat",
         "architectures": ["InternVL3SELF1E"],
         "llm_config": text,
-        "vision_config": {old: vision[new] for old, new in VISION_KEYS.items()}
-        | {"model_type": "intern_vit_6b", "drop_path_rate": config.drop_path_rate},
+        "vision_config": vision,
         "force_image_size": config.tile_size,
         "downsample_ratio": config.downsample_ratio,
-        **ORIGINAL,
         "torch_dtype": str(config.dtype).removeprefix("torch."),
         "weights_id": config.weights_id,
+        # What the original program asks for besides.
+        **{"select_layer": -1, "template": "internvl2_5", "ps_version": "v2"},
+        **{"dynamic_image_size": True, "use_thumbnail": True},
     }

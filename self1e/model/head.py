@@ -57,9 +57,9 @@ class SegmentationHead(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Masks of all conversations of a batch that hold a `[SEG]`.
 
-        DeepSpeed's ZeRO-3 treats the head as one unit (`Self1EForSegmentation.set_zero3_leaf`). That works with one
-        call per forward pass, tensors given by position, and a flat tuple of tensors returned, as many on every rank;
-        other forms lose gradients without an error, or stop with one about the order of modules.
+        DeepSpeed's ZeRO-3 treats the head as one unit (`training.train.prepare_model`). That works with one call per
+        forward pass, tensors given by position, and a flat tuple of tensors returned, as many on every rank; other
+        forms lose gradients without an error, or stop with one about the order of modules.
 
         Args:
             v1: (T, L, L, C), what the LLM was given. vhq: (T, S, S, C), the self-replicated features.

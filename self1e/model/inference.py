@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from self1e.errors import UserError
-from self1e.model.batch import pack
 from self1e.model.photos import Photo, photo_of
 from self1e.model.prompts import ANSWER, END_OF_TURN, IMAGE_TAG, check_prompt, evaluation_prompt, never_written
 
@@ -51,17 +50,12 @@ class Reply:
     scores: list[float | None]
 
 
-class Masks(NamedTuple):
-    """The masks of one conversation, one for each `[SEG]` in it, on the model's device."""
-
-    foreground: Tensor  # bool (n, H, W)
-    logits: Tensor  # float32 (n, h, w), before the resize
-
-    def reply(self, text: str) -> Reply:
-        inside = resized(self.logits, self.foreground.shape[1:]).sigmoid() * self.foreground
-        means = (inside.sum((1, 2)) / self.foreground.sum((1, 2))).tolist()
-        scores = [None if math.isnan(mean) else mean for mean in means]
-        return Reply(text, self.foreground.cpu().numpy(), self.logits.cpu().numpy(), scores)
+def reply_of(text: str, foreground: Tensor, logits: Tensor) -> Reply:
+    """A text with the masks that `masks_of` found for it, each with its score."""
+    inside = resized(logits, foreground.shape[1:]).sigmoid() * foreground
+    means = (inside.sum((1, 2)) / foreground.sum((1, 2))).tolist()
+    scores = [None if math.isnan(mean) else mean for mean in means]
+    return Reply(text, foreground.cpu().numpy(), logits.cpu().numpy(), scores)
 
 
 @torch.no_grad()
@@ -74,8 +68,8 @@ def masks_of(
     conversations_per_forward: int = 16,
     forwards: int | None = None,
     image_features=None,
-) -> list[Masks]:
-    """Predict the masks of every conversation of a batch.
+) -> list[tuple[Tensor, Tensor]]:
+    """Predict the masks of every conversation of a batch, one for each `[SEG]` in it.
 
     Args:
         batch: what the processor returns, in host memory.
@@ -86,7 +80,8 @@ def masks_of(
             beyond the batch's own repeat the last one, and their result is dropped. None: as many as there are.
         image_features: of `encode_images`, if the images of the batch are encoded already.
 
-    Raises FloatingPointError where mask logits are not finite, and UserError for a threshold outside 0..1.
+    Returns per conversation foreground, bool (n, H, W), and logits, float32 (n, h, w) before the resize, on the
+    model's device. Raises FloatingPointError where the logits are not finite, UserError for a threshold not in 0..1.
     """
     cut = logit_of(threshold)
     if image_features is None:
@@ -97,12 +92,11 @@ def masks_of(
     for step in range(len(starts) if forwards is None else forwards):
         start = starts[min(step, len(starts) - 1)]
         inputs = {name: batch[name][start : start + limit] for name in TEXT}
-        packed = pack(**inputs, grids=image_features.grids, tokens=model.config, groups=model.most_groups)
-        found = model(packed=packed, image_features=image_features)
-        logits += [x.float() for x in found.mask_logits] if step < len(starts) else []
+        found = model(**inputs, image_features=image_features).mask_logits
+        logits += [x.float() for x in found] if step < len(starts) else []
     check_finite(model, logits)
     wanted = [sizes[image] for image in batch["row_image"].tolist()]
-    return [Masks(resized(x, size) > cut, x) for x, size in zip(logits, wanted, strict=True)]
+    return [(resized(x, size) > cut, x) for x, size in zip(logits, wanted, strict=True)]
 
 
 def logit_of(threshold: float) -> float:
@@ -125,7 +119,6 @@ def resized(logits: Tensor, size: Sequence[int]) -> Tensor:
 class InferenceMixin:
     """`segment` and `chat` for `Self1EForSegmentation`."""
 
-    @torch.no_grad()
     def segment(
         self,
         processor,
@@ -164,7 +157,7 @@ class InferenceMixin:
             conversations = [[evaluation_prompt(text, is_sentence, lower=True), ANSWER] for text in texts]
             batch = processor([photo], [conversations], max_tiles=max_tiles)
             found = masks_of(self, batch, [(photo.height, photo.width)], **options)
-        replies = [masks.reply(ANSWER) for masks in found]
+        replies = [reply_of(ANSWER, *masks) for masks in found]
         return [Segmentation(x, y.text, y.masks[0], y.logits[0], y.scores[0]) for x, y in zip(texts, replies)]
 
     @torch.no_grad()
@@ -209,11 +202,11 @@ class InferenceMixin:
                 features = features or self.encode_images(batch["pixel_values"].to(self.device), batch["tile_grids"])
                 options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
                 answers, n_seg = self._write(processor.tokenizer, batch, features, options)
-                found = [Masks(torch.zeros(0, *size, dtype=torch.bool), torch.zeros(0, 1, 1))] * len(part)
+                found = [(torch.zeros(0, *size, dtype=torch.bool), torch.zeros(0, 1, 1))] * len(part)
                 if any(n_seg):
                     found = masks_of(self, batch, [size], threshold=threshold, image_features=features)
                 for answer, n, masks in zip(answers, n_seg, found):  # without the masks of earlier turns
-                    replies.append(Masks(*(x[len(x) - n :] for x in masks)).reply(answer))
+                    replies.append(reply_of(answer, *(x[len(x) - n :] for x in masks)))
         return replies[0] if one else replies
 
     def _write(self, tokenizer, batch: dict, features, options: dict[str, Any]) -> tuple[list[str], list[int]]:

@@ -5,11 +5,10 @@ S patches and L = S/r image tokens per side of a tile, Cv and C widths of ViT an
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +66,10 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
             config.text_config.hidden_size, ratio=config.ratio, auxiliary_projection=config.auxiliary_projection
         )
         self.trained_head = False
+        rotary = self.model.language_model.rotary_emb
+        # Dynamic RoPE asks the GPU for the longest position, and differs beyond `max_position_embeddings` alone.
+        if rotary.rope_type == "dynamic":
+            rotary.rope_type = "default"
         self.post_init()
         self.round_rope()
 
@@ -74,7 +77,7 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
     def round_rope(self) -> None:
         """Round the LLM's rotary frequencies if the configuration asks for it; angles are computed in fp32 anyway."""
         rotary = self.model.language_model.rotary_emb
-        if self.config.rope_precision == "bf16" and not rotary.inv_freq.is_meta:
+        if self.config.rope_precision == "bf16":
             for frequencies in (rotary.inv_freq, rotary.original_inv_freq):
                 frequencies.copy_(frequencies.bfloat16())
 
@@ -85,15 +88,6 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
                 if isinstance(layer, nn.Linear):
                     initialization.normal_(layer.weight, std=0.02)
                     initialization.zeros_(layer.bias)
-
-    def set_zero3_leaf(self) -> None:
-        """Have DeepSpeed's ZeRO-3, before its engine is made, gather the head's weights as one.
-
-        Ranks run the head's layers unequally often, and would wait for each other for ever otherwise.
-        """
-        from deepspeed.utils import set_z3_leaf_modules  # an optional package
-
-        set_z3_leaf_modules(self, [type(self.segmentation_head)])
 
     @property
     def most_groups(self) -> int:
@@ -152,15 +146,15 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
             tokens = rearrange(take(image_features.v1, batch.tiles), "t h w c -> (t h w) c").to(embeds)
             embeds = embeds.index_copy(0, batch.image.to(embeds.device), tokens)
         states = self.run_llm(embeds, batch)  # P C, normalised
-        logits = self.predict_masks(states, image_features, batch) if with_masks else (states.new_zeros(0),)
-        masks, *auxiliary = [self.by_conversation(x, batch) for x in logits]
+        without = [states.new_zeros(0, 1, 1) for _ in batch.row_image]
+        masks, *auxiliary = self.predict_masks(states, image_features, batch) if with_masks else [without]
         losses = {} if labels is None else {"ce": self.text_loss(states, batch)}
         if mask_targets is not None:
             losses |= mask_losses([masks, *auxiliary] if self.config.auxiliary_loss else [masks], mask_targets)
         terms = [self.config.loss_weights[name] * value.to(states.device) for name, value in losses.items()]
         loss = torch.stack(terms).sum() if terms else None
-        if loss is not None and self.training:  # so that every backward pass reaches every weight of the head
-            loss = loss + 0.0 * torch.cat(logits).sum().to(loss)
+        if loss is not None and self.training and masks:  # every backward pass reaches every weight of the head
+            loss = loss + 0.0 * torch.cat([x.flatten() for x in chain(masks, *auxiliary)]).sum().to(loss)
         return Self1EOutput(loss=loss, losses=losses or None, mask_logits=masks if with_images else None)
 
     def encode_images(
@@ -183,6 +177,7 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
         """The LLM's normalised final states: (P, C) -> (P, C), each group of conversations by itself."""
         llm, config, states = self.model.language_model, self.config.text_config, []
         for part, length, padded, segments in batch.groups:
+            assert length <= config.max_position_embeddings, "dynamic RoPE, which longer texts need, is off"
             inputs = rearrange(embeds[part], "(r n) c -> r n c", n=length)
             ids, padding = (x[part].view(inputs.shape[:2]).to(embeds.device) for x in (batch.ids, batch.padding))
             mask = perception_mask(
@@ -194,8 +189,7 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
                 is_seg=ids == self.config.seg_token_id,
             )
             masks = dict.fromkeys(config.layer_types, mask)
-            with without_dynamic_rope(llm.rotary_emb, length):
-                out = llm(inputs_embeds=inputs, attention_mask=masks, use_cache=False)
+            out = llm(inputs_embeds=inputs, attention_mask=masks, use_cache=False)
             states.append(out.last_hidden_state.flatten(0, 1))
         return torch.cat(states)
 
@@ -206,28 +200,28 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
         logits = self.lm_head(take(states, batch.text)).float()
         return F.cross_entropy(logits, batch.text_labels.to(logits.device))
 
-    def predict_masks(self, states: Tensor, features: ImageFeatures, batch: Packed) -> tuple[Tensor, ...]:
-        """Run the head: (P, C), ... -> mask logits and auxiliary logits, for `by_conversation`.
+    def predict_masks(self, states: Tensor, features: ImageFeatures, batch: Packed) -> list[list[Tensor]]:
+        """Run the head: (P, C), ... -> per conversation mask logits (n_seg, h, w), and auxiliary ones if it has them.
 
         Without any `[SEG]` it runs on one token and gives nothing: every rank calls it once in a training pass.
         """
-        v1, vhq, side = features.v1, features.vhq, self.config.tile_side
-        if not any(batch.n_seg):
-            few = vhq[:1, : self.config.ratio, : self.config.ratio]  # type: ignore[index]
-            given = (v1[:1, :1, :1], few, states[:1, None, None], states[:1], [Masked(0, (1, 1), 1)])
-            return tuple(x[:0] for x in self.segmentation_head(*given))
-        first = [0, *accumulate(map(math.prod, batch.grids))]
-        asked = [Masked(first[i], batch.grids[i], n) for i, n in zip(batch.row_image, batch.n_seg) if n]
-        img = rearrange(take(states, batch.seg_image), "(t h w) c -> t h w c", h=side, w=side)
-        return self.segmentation_head(v1, vhq, img, take(states, batch.seg), asked)
-
-    def by_conversation(self, logits: Tensor, batch: Packed) -> list[Tensor]:
-        """What the head returns, (cells of all masks,), as (n_seg, h, w) per conversation."""
+        v1, vhq, side, ratio = features.v1, features.vhq, self.config.tile_side, self.config.ratio
         grids = [batch.grids[image] for image in batch.row_image]
         tiles = sum(n * math.prod(grid) for n, grid in zip(batch.n_seg, grids))
-        side = math.isqrt(len(logits) // tiles) if tiles else 1  # of a tile, in cells
-        sizes = [(n, rows * side, cols * side) for n, (rows, cols) in zip(batch.n_seg, grids)]
-        return [part.view(size) for part, size in zip(logits.split([*map(math.prod, sizes)]), sizes)]
+        if tiles:
+            first = [0, *accumulate(map(math.prod, batch.grids))]
+            asked = [Masked(first[i], grid, n) for i, grid, n in zip(batch.row_image, grids, batch.n_seg) if n]
+            img = rearrange(take(states, batch.seg_image), "(t h w) c -> t h w c", h=side, w=side)
+            logits = self.segmentation_head(v1, vhq, img, take(states, batch.seg), asked)
+        else:
+            few = v1[:1, :1, :1], vhq[:1, :ratio, :ratio], states[:1, None, None], states[:1]  # type: ignore[index]
+            logits = [x[:0] for x in self.segmentation_head(*few, [Masked(0, (1, 1), 1)])]
+        masks = []
+        for cells in logits:
+            side = math.isqrt(len(cells) // tiles) if tiles else 1  # of a tile, in cells
+            sizes = [(n, rows * side, cols * side) for n, (rows, cols) in zip(batch.n_seg, grids)]
+            masks.append([part.view(size) for part, size in zip(cells.split([*map(math.prod, sizes)]), sizes)])
+        return masks
 
     def causal_pass(self, input_ids: Tensor, attention_mask, features: ImageFeatures | None, row_image, **kwargs):
         """A pass as the library's own model takes it, with vocabulary logits and without masks: for `generate`."""
@@ -243,18 +237,6 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Entries of the first axis, the index moved to where they are."""
     return x.index_select(0, index.to(x.device))
-
-
-@contextmanager
-def without_dynamic_rope(rotary, length: int) -> Iterator[None]:
-    """Keep dynamic RoPE from asking the GPU for the longest position, which the host knows."""
-    kind = rotary.rope_type
-    if kind == "dynamic" and length <= rotary.original_max_seq_len == rotary.max_seq_len_cached:
-        rotary.rope_type = "default"
-    try:
-        yield
-    finally:
-        rotary.rope_type = kind
 
 
 def selective_checkpointing_kwargs() -> dict[str, Any]:

@@ -25,10 +25,6 @@ HIGH_RES_TILES = 4  # tiles that `--high_res` cuts an image into, at most
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
 
-class ConversationTooLong(UserError):
-    """A conversation whose image tokens or `[SEG]` do not fit the length limit."""
-
-
 def cut_tiles(
     image: Image.Image, size: int, *, max_tiles: int = 1, thumbnail: bool = False
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -103,8 +99,8 @@ class Self1EProcessor(ProcessorMixin):
             `tile_grids` (images, 2), `row_image` (conversations,), the image of each, and with targets `mask_targets`,
             one entry per conversation.
 
-        Raises ConversationTooLong where image tokens or a `[SEG]` would be cut, UserError for a conversation without
-        `<image>` or with an image token in its text, ValueError for masks that do not match the `[SEG]`s.
+        Raises UserError where image tokens or a `[SEG]` would be cut and for a conversation without `<image>` or with
+        an image token in its text, ValueError for masks that do not match the `[SEG]`s.
         """
         targets = [None] * len(images) if mask_targets is None else mask_targets
         entries = zip(images, conversations, targets, strict=True)
@@ -151,7 +147,7 @@ class Self1EProcessor(ProcessorMixin):
             for name, token in ((IMG_CONTEXT, self.image_token_id), (SEG, self.seg_token_id)):
                 if token in ids[max_length:]:
                     limit = f"--model_max_length {max_length}"
-                    raise ConversationTooLong(f"{len(ids)} tokens do not fit {limit}: {name} would be cut")
+                    raise UserError(f"{len(ids)} tokens do not fit {limit}: {name} would be cut")
         return ids[:max_length], labels[:max_length]
 
     def collate(self, encoded: Sequence[dict], *, padding_side: str = "right", groups: int = 2) -> BatchFeature:

@@ -16,7 +16,7 @@ IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END = "<image>", "<img>", "<IMG_CONTEXT>"
 START_OF_TURN, END_OF_TURN, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 # Tokens that structure a conversation; in a user's text they would forge images, masks or turns. InternVL's marks of
 # objects, such as <ref> and <box>, are not among them: they are part of what its users may ask.
-RESERVED = (SEG, SEGT, IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END, START_OF_TURN, END_OF_TURN, PADDING)
+RESERVED = (SEG, SEGT, IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END)
 CONTROL = re.compile("|".join(map(re.escape, RESERVED)) + r"|<\|\w+\|>")  # the last: how Qwen names all of its own
 SYSTEM = "You are an helpful assistant."  # sic: the weights were trained with it
 CHAT_TEMPLATE = (

@@ -12,7 +12,7 @@ from torch import nn
 from self1e.files import write_json
 from self1e.model.config import Self1EConfig, original_config
 from self1e.model.modeling import Self1EForSegmentation
-from self1e.model.weights import published_names, quiet
+from self1e.model.weights import published_names
 from self1e.synthetic.tiny_tokenizer import make_tokenizer
 
 ENDS_OF_BRANCHES = ("projection_layer", "fc2", "o_proj", "down_proj")
@@ -98,8 +98,7 @@ def make_tiny_internvl(
     model.bfloat16()
     size = sum(weight.nbytes for weight in model.parameters())
     model._weight_conversions = published_names()
-    with quiet():
-        model.save_pretrained(path, save_original_format=True, max_shard_size=-(-size // shards))
+    model.save_pretrained(path, save_original_format=True, max_shard_size=-(-size // shards))
     tokenizer.save_pretrained(path)
     values = original_config(config) | {"architectures": ["InternVLChatModel"]}
     values["auto_map"] = {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from self1e.evaluation.results import checkpoint_folder, weights_identity
 from self1e.files import read_json
 from self1e.model.config import SWITCHES, Help, Self1EConfig
-from self1e.model.weights import checkpoint_folder, weights_identity
 
 TEXT = """---
 library_name: transformers

@@ -21,14 +21,15 @@ from self1e.data.families import select
 from self1e.data.mixture import Mixture, Stream
 from self1e.data.samples import require_paths
 from self1e.data.splits import evaluation_keys, get_splits, split_readers
-from self1e.errors import UserError
+from self1e.evaluation.results import evaluated, weights_identity
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.files import alone_in, check_utf8, check_writable
 from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
+from self1e.model.inference import check_head
 from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG, SEG
-from self1e.model.weights import evaluated, save_checkpoint, weights_identity
+from self1e.model.weights import save_checkpoint
 from self1e.stop import Stopped, StopRequest
 from self1e.training import checkpoints
 from self1e.training.adapters import adapt, keep_frozen_in, merge_added_tokens, train_added_tokens
@@ -209,7 +210,10 @@ def prepare_model(args: Namespace, model: Self1EForSegmentation, processor: Self
         compile_layers(model)
         distributed.say("the first training steps compile the layers, which takes minutes")
     if args.zero_stage == 3:
-        model.set_zero3_leaf()
+        from deepspeed.utils import set_z3_leaf_modules
+
+        # Ranks run the head's layers unequally often, and would wait for each other for ever otherwise.
+        set_z3_leaf_modules(model, [type(model.segmentation_head)])
     return tuner
 
 
@@ -256,11 +260,7 @@ def evaluate(args: Namespace, stop: StopRequest, *, overwrite: bool) -> None:
         torch.set_num_threads(1)  # figures to the pixel on any number of processes; those are what uses more cores
     distributed.start(timeout=timedelta(seconds=args.timeout))
     model = load_model(args, DTYPES[args.eval_precision]).to(device)  # type: ignore[arg-type]  # transformers annotates `self` of `to`
-    if not model.trained_head:
-        raise UserError(
-            f"{args.version} is a base model without a segmentation head, and {trained} does not exist: train first, "
-            "or name trained weights with --model_weights"
-        )
+    check_head(model)
     score(
         args, model, processor, args.splits, args.run_dir / "eval", visualize=args.eval_visualize,
         skip_missing=args.eval_all_datasets or not args.eval_only,

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.apps.loading import load
 from self1e.errors import UserError
-from self1e.model.weights import weights_identity
+from self1e.evaluation.results import weights_identity
 
 SENTENCE = "Which one of these rolls?"
 

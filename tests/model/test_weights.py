@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
+from self1e.evaluation.results import checkpoint_folder, weights_identity
 from self1e.model.config import LOSS_WEIGHTS
 from self1e.model.head import HEADS
-from self1e.model.weights import HEAD, checkpoint_folder, save_checkpoint, weights_identity
+from self1e.model.weights import HEAD, save_checkpoint
 
 HEAD_NAMES = {"f_llm": "combine_decode_proj_all", "f_vit": "combine_decode_proj_ori", "f_out": "combine_decode_proj"}
 

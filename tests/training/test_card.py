@@ -6,8 +6,8 @@ from huggingface_hub import ModelCard
 
 from self1e import Self1EForSegmentation
 from self1e.cli import main
+from self1e.evaluation.results import weights_identity
 from self1e.files import write_json
-from self1e.model.weights import weights_identity
 from self1e.training.card import write_card
 
 TABLE = "| split | gIoU |\n|-------|-----:|\n| refcoco | 59.4 |\n"

@@ -109,7 +109,7 @@ def evaluate_units(
         for visit, (batch, targets) in prepared(schedule, partial(prepare_photo, split, processor, limits), **workers):
             passes = {"conversations_per_forward": conversations_per_forward, "forwards": visit.forwards}
             predicted = masks_of(model, batch, [targets.shape[1:]], **passes)
-            masks = torch.stack([one.foreground[-1] for one in predicted])  # the answer's [SEG] is the last
+            masks = torch.stack([foreground[-1] for foreground, _ in predicted])  # the answer's [SEG] is the last
             if visit.counts:
                 results.append(measure(split[visit.photo], protocol, masks.cpu().numpy(), np.asarray(targets)))
             bar.update()

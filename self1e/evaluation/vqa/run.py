@@ -18,7 +18,14 @@ from self1e import distributed
 from self1e.data.samples import check_texts, inside, naming
 from self1e.errors import UserError, check_known
 from self1e.evaluation.loop import WAIT
-from self1e.evaluation.results import claim_folder, make_settings, markdown_table
+from self1e.evaluation.results import (
+    checkpoint_folder,
+    claim_folder,
+    evaluated,
+    make_settings,
+    markdown_table,
+    weights_identity,
+)
 from self1e.evaluation.vqa import gqa, mmbench, mme, open_ended, pope
 from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark
 from self1e.evaluation.vqa.generation import answer_questions, replies_of
@@ -27,7 +34,6 @@ from self1e.model.config import DTYPES, SWITCHES, Help, precision_on
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
-from self1e.model.weights import checkpoint_folder, evaluated, weights_identity
 from self1e.stop import StopRequest
 
 VQA_BENCHMARKS: dict[str, VQABenchmark] = (  # one more is a module with `BENCHMARKS`
