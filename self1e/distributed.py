@@ -12,39 +12,29 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from self1e.errors import UserError
 from self1e.stop import REQUEUE, SIGNALS, Stopped
 
 T = TypeVar("T")
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
-MARKS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # and one of these
+# A launcher sets all of the variables, and one of the marks.
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MARKS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 PATIENCE = 5  # seconds in which the launcher ends this rank if another one has met the cause
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def launched() -> bool:
-    """Whether a launcher started this process: it sets all `VARIABLES`, clusters leave some of them in every shell.
-
-    Those of a single process, without a mark, are left over: what they name as master may be gone.
-    """
-    return all(map(os.environ.get, VARIABLES)) and (os.environ["WORLD_SIZE"] != "1" or any(map(os.environ.get, MARKS)))
+    """Whether a launcher started this process; clusters leave some of its variables in every shell."""
+    return all(map(os.environ.get, VARIABLES)) and any(map(os.environ.get, MARKS))
 
 
 def rank() -> int:
     """Number of this process, from 0, on all nodes together."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]) if launched() else 0
-
-
-def local_rank() -> int:
-    """Number of this process, from 0, on its node: the number of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
 def world_size() -> int:
@@ -63,26 +53,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def progress(total: int, **options: Any) -> tqdm:
-    """tqdm's bar on the first process alone; in a log file, where nothing can move a cursor, a line per tenth."""
-    if world_size() > 1:
-        options["desc"] += f", process 1 of {world_size()}"
-    if not sys.stderr.isatty():
-        write = lambda text: text.strip() and print(text.strip(), file=sys.stderr)  # noqa: E731
-        lines = SimpleNamespace(write=write, flush=sys.stderr.flush)
-        form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {remaining} left{postfix}"
-        options |= {"file": lines, "bar_format": form, "delay": 1e-9}  # a delay: no line at 0
-        options |= {"miniters": -(-total // 10), "mininterval": 0, "maxinterval": float("inf"), "leave": False}
-    return tqdm(total=total, disable=not is_main(), **options)
-
-
 def device(name: str = "auto") -> torch.device:
     """`auto`, `cpu`, `cuda` (or `gpu`) or `mps` -> this rank's device; `auto` takes a GPU where there is one.
 
     Raises UserError where the device is not to be had.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = "cuda" if name == "gpu" else next(kind for kind in present if present[kind]) if name == "auto" else name
+    name = {"gpu": "cuda", "auto": next(kind for kind in present if present[kind])}.get(name, name)
     if not present.get(name):
         raise UserError(f"--device {name}: torch finds none here; use --device auto")
     if name != "cuda":
@@ -90,7 +67,7 @@ def device(name: str = "auto") -> torch.device:
     torch.backends.cuda.enable_cudnn_sdp(False)  # its attention plans anew, for about a second, at each new length
     torch.backends.cudnn.allow_tf32 = False  # the patch embedding's convolution: fp32 is to be fp32
     if launched():
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -104,7 +81,7 @@ def start(backend: str | None = None, timeout: timedelta | None = None) -> None:
         return
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend == "nccl":
-        torch.cuda.set_device(local_rank())  # collectives of objects use the current device
+        device("cuda")  # collectives of objects use the current device
     dist.init_process_group(backend, timeout=timeout)
 
 
@@ -155,9 +132,6 @@ def run_program(program: Callable[[], int]) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it out, and warn about it
     try:
-        if launched() and not any(map(os.environ.get, MARKS)):
-            names = ", ".join(VARIABLES)
-            raise UserError(f"no launcher set {names}: unset them, start by torchrun, or set LOCAL_WORLD_SIZE, too")
         code = program()
         if dist.is_initialized():
             dist.destroy_process_group()  # without it, torch can abort at the exit
@@ -165,20 +139,23 @@ def run_program(program: Callable[[], int]) -> int:
     except Stopped:
         say("stopped on request; the same command continues, a training with --auto_resume")
         code = REQUEUE
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         if launched():  # it passes on what the terminal has sent already
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if is_main():
-            sys.stderr.write(f"\n{stop if stop.args else 'interrupted'}\n")
-        code = INTERRUPTED
-    except Exception as error:
-        expected = isinstance(error, UserError)
-        if not expected and not launched():
-            raise
-        if launched() and not (expected and is_main()):
+            print("\ninterrupted", file=sys.stderr)
+        code = 130  # as shells have it
+    except UserError as error:
+        if not is_main():
             time.sleep(PATIENCE)
         cause = str(error).rpartition("errors.UserError: ")[2]  # without the traceback that data workers put before it
-        print(f"\nerror: {cause}" if expected else traceback.format_exc(), file=sys.stderr)
+        print(f"\nerror: {cause}", file=sys.stderr)
+        code = 1
+    except Exception:
+        if not launched():
+            raise
+        time.sleep(PATIENCE)
+        traceback.print_exc()
         code = 1
     finally:
         # Data workers that a traceback still holds: Python would send them a SIGTERM, which they ignore.

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -19,33 +21,23 @@ def launchers() -> list[psutil.Process]:
     return psutil.Process().parents()[:2] if "CROSS_RANK" in os.environ else []  # deepspeed sets it
 
 
-class StopRequest:
-    """`with StopRequest() as stop:` listens to `SIGNALS`; `stop.signal` is the name of the one that came, or None.
+@contextmanager
+def stop_requests(folder: Path | None = None) -> Iterator[Callable[[], bool]]:
+    """Listen to `SIGNALS`; yields what tells whether one has come, or the launcher has ended.
 
     folder: of a run; a block that ends by `Stopped` leaves the mark `<folder>/requeue`, and a new one removes it.
     """
-
-    heard: str | None = None
-
-    def __init__(self, folder: Path | None = None):
-        self.mark = folder and folder / "requeue"
-
-    def __enter__(self) -> "StopRequest":
-        self.launchers = launchers()
-        self.before = {number: signal.signal(number, self._hear) for number in SIGNALS}
-        if self.mark:
-            self.mark.unlink(missing_ok=True)
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_) -> None:
-        if self.mark and error is Stopped:
-            self.mark.write_text("stopped on request\n")
-        for number, handler in self.before.items():
+    heard: list[int] = []
+    started_by, mark = launchers(), folder and folder / "requeue"
+    before = {number: signal.signal(number, lambda *call: heard.append(call[0])) for number in SIGNALS}
+    if mark:
+        mark.unlink(missing_ok=True)
+    try:
+        yield lambda: bool(heard) or launchers() != started_by
+    except Stopped:
+        if mark:
+            mark.write_text("stopped on request\n")
+        raise
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def _hear(self, number: int, frame) -> None:
-        self.heard = signal.Signals(number).name
-
-    @property
-    def signal(self) -> str | None:
-        return self.heard or (None if launchers() == self.launchers else "the end of the launcher")

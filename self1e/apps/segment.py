@@ -41,14 +41,14 @@ from self1e.data.masks import encode_mask
 from self1e.data.samples import inside
 from self1e.data.sets.custom import table_rows, texts_of
 from self1e.errors import UserError
-from self1e.evaluation.loop import WAIT, prepared
+from self1e.evaluation.loop import WAIT, prepared, progress
 from self1e.evaluation.results import claim_folder, weights_identity
 from self1e.files import alone_in, check_fetched, check_writable, read_records, replacing, to_jsonl
 from self1e.model.config import Help, precision_on
 from self1e.model.inference import Reply, logit_of, masks_of, reply_of
 from self1e.model.photos import FORMATS, photo_of
 from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt
-from self1e.stop import StopRequest
+from self1e.stop import stop_requests
 from self1e.visualize import overlay
 
 PHOTOS = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} | {".heic", ".heif"}
@@ -289,13 +289,11 @@ def run(
             workers = args.workers
             if workers is None:
                 workers = distributed.share_cores() if model.device.type == "cuda" else 1
-            bar, begin = distributed.progress(len(own), desc="done", unit="photo"), time.monotonic()
+            bar, begin = progress(len(own), desc="done", unit="photo"), time.monotonic()
             writing: list[Future[list[dict]]] = []
-            with StopRequest() as stop, ThreadPoolExecutor(WRITERS) as pool, bar:
-                photos = prepared(
-                    own, partial(prepare, processor, overlays), workers=workers, broken=skip,
-                    asked_to_stop=lambda: stop.signal is not None,
-                )  # fmt: skip
+            with stop_requests() as asked_to_stop, ThreadPoolExecutor(WRITERS) as pool, bar:
+                options = {"workers": workers, "broken": skip, "asked_to_stop": asked_to_stop}
+                photos = prepared(own, partial(prepare, processor, overlays), **options)
                 try:
                     for group in groups(photos, budget):
                         answers = ask(model, processor, group)

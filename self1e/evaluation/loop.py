@@ -1,12 +1,15 @@
 """The loop of every evaluation, and of `self1e segment`: data workers prepare what this rank then works on."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, default_convert
+from tqdm import tqdm
 
 from self1e import distributed
 from self1e.errors import UserError
@@ -14,6 +17,19 @@ from self1e.stop import Stopped
 
 T = TypeVar("T")
 WAIT = timedelta(days=1)  # that a rank may wait for the share of another one
+
+
+def progress(total: int, **options: Any) -> tqdm:
+    """tqdm's bar on the first process alone; in a log file, where nothing can move a cursor, a line per tenth."""
+    if distributed.world_size() > 1:
+        options["desc"] += f", process 1 of {distributed.world_size()}"
+    if not sys.stderr.isatty():
+        write = lambda text: text.strip() and print(text.strip(), file=sys.stderr)  # noqa: E731
+        lines = SimpleNamespace(write=write, flush=sys.stderr.flush)
+        form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {remaining} left{postfix}"
+        options |= {"file": lines, "bar_format": form, "delay": 1e-9}  # a delay: no line at 0
+        options |= {"miniters": -(-total // 10), "mininterval": 0, "maxinterval": float("inf"), "leave": False}
+    return tqdm(total=total, disable=not distributed.is_main(), **options)
 
 
 def attempt(prepare: Callable[[T], Any], item: T) -> Any:

@@ -1,6 +1,7 @@
 """What is trained, frozen and adapted (paper, section 4.1): LoRA on LLM and ViT, the rest whole or not at all."""
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -57,6 +58,9 @@ def adapt(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or not name.startswith(tuple(frozen)))
     return tuner
+
+
+ADAPTERS = [*signature(adapt).parameters][1:]  # its flags
 
 
 def train_added_tokens(model: PreTrainedModel, first: int) -> None:

@@ -24,11 +24,11 @@ from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, Help, check_
 
 ROOT = Path(__file__).resolve().parents[2]
 YES, NO, UNSET = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")  # words of YAML
-# Flags that `adapt` takes, by their names.
-ADAPTERS = (
-    "use_llm_lora freeze_llm optimize_vision use_vision_lora lora_r lora_alpha lora_dropout lora_target_modules "
-    "lora_from_layer"
-).split()
+# What DeepSpeed's JSON leaves out, or leaves to flags as "auto".
+FLAGS_DECIDE = {
+    *("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"),
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+}
 
 
 # fmt: off
@@ -235,8 +235,10 @@ def contradictions(args: argparse.Namespace, argv: list[str]) -> list[tuple[Any,
 def read_deepspeed(path: Path) -> dict[str, Any]:
     """DeepSpeed's JSON: ZeRO, precision, communication. Raises UserError where it says what flags decide."""
     values = read_json(path, dict)
-    for section in values.keys() & {"optimizer", "scheduler"}:
-        raise UserError(f"{path}: remove the section {section!r}; flags decide, such as --lr and --warmup_steps")
+    for name in values.keys() & FLAGS_DECIDE:
+        said = values[name].get("enabled") if isinstance(values[name], dict) else values[name]
+        if said != "auto":
+            raise UserError(f"{path}: remove {name!r}; flags decide, such as --lr, --batch_size and --precision")
     zero = values["zero_optimization"] = {"stage": 0} | values.get("zero_optimization", {})
     if zero["stage"] != 3 and (offloads(values, "offload_optimizer") or offloads(values, "offload_param")):
         # Only there the CPU optimizer was seen to follow both groups' rates, their betas and their schedule.
@@ -247,20 +249,3 @@ def read_deepspeed(path: Path) -> dict[str, Any]:
 def offloads(values: dict[str, Any], section: str) -> bool:
     """Whether the optimizer ("offload_optimizer") or the parameters ("offload_param") are kept off the GPU."""
     return (values["zero_optimization"].get(section) or {}).get("device", "none") != "none"
-
-
-def fill(values: dict[str, Any], args: argparse.Namespace, *, ranks: int, clip: float) -> dict[str, Any]:
-    """The configuration with its "auto" entries as the flags say. ranks: processes. clip: norm of the gradients."""
-    batch, accumulation = args.batch_size, args.grad_accumulation_steps
-    known: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": batch * accumulation * ranks,
-        "gradient_clipping": clip,
-    }
-    said = {name: values.get(name, "auto") for name in known}
-    said |= {kind: values.get(kind, {}).get("enabled", "auto") for kind in ("bf16", "fp16")}
-    for name, value in (known | {kind: args.precision == kind for kind in ("bf16", "fp16")}).items():
-        if said[name] not in ("auto", value):
-            raise UserError(f'{args.deepspeed}: {name} is {said[name]}, the flags say {value}; write "auto"')
-    return values | known

@@ -68,12 +68,12 @@ def write_card(folder: str | Path, *, base_model: str | None = None, command: st
 
 def evaluation(folder: Path) -> str:
     """The section's text: the results beside the checkpoint that its own weights and switches made."""
-    config, mine, tables = Self1EConfig.from_pretrained(folder), weights_identity(folder)["weights"], ""
+    config, tables = Self1EConfig.from_pretrained(folder), ""
+    own = {name: getattr(config, name) for name in SWITCHES} | {"weights": weights_identity(folder)["weights"]}
     for title, results in {"Segmentation": "eval", "Visual question answering": "eval_vqa"}.items():
-        table, path = (folder.parent / results / name for name in ("summary.md", "settings.json"))
-        settings = read_json(path, dict) if table.is_file() else {}
-        own = all(settings.get(name, getattr(config, name)) == getattr(config, name) for name in SWITCHES)
-        if settings.get("weights") == mine and own:
+        table = folder.parent / results / "summary.md"
+        settings = read_json(table.with_name("settings.json"), dict) if table.is_file() else {"weights": None}
+        if all(settings.get(name, value) == value for name, value in own.items()):
             tables += f"### {title}\n\n{table.read_text(encoding='utf-8')}\n"
     return tables or "These weights have not been evaluated yet.\n"
 

@@ -24,7 +24,8 @@ from self1e import distributed
 from self1e.errors import UserError
 from self1e.files import sync
 from self1e.model.config import LOSS_FLAGS, SWITCHES
-from self1e.training.args import ADAPTERS, ROOT
+from self1e.training.adapters import ADAPTERS
+from self1e.training.args import ROOT
 
 ARGS, STATE, ENGINE, PARTIAL = "args.yaml", "state.pt", "engine", "partial"
 # What a run leaves that cannot be had in a moment, and all folders that it writes.
@@ -123,10 +124,13 @@ def merged(checkpoint: Path | None, run_dir: Path, *, steps: int) -> bool:
     return step_of(checkpoint) >= steps and result.stat().st_mtime >= (checkpoint / ARGS).stat().st_mtime
 
 
-def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Accelerator, model, optimizer) -> None:
+def save(
+    folder: Path, step: int, settings: dict[str, Any], best: int | None, *, accelerator: Accelerator, model, optimizer
+) -> None:
     """Write `checkpoint-<step>` into `folder` under a partial name, put it on the disk, and rename it.
 
-    All ranks call it together, with what `accelerator.prepare` returned.
+    Then the latest `--save_total_limit` checkpoints stay, and that of the step `best`, as the first rank gives it. All
+    ranks call it together, with what `accelerator.prepare` returned.
     """
     partial, name = folder / PARTIAL, f"checkpoint-{step}"
     distributed.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
@@ -152,12 +156,13 @@ def save(folder: Path, step: int, settings: dict[str, Any], *, accelerator: Acce
     def publish() -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
         partial.rename(folder / name)
+        prune(folder, settings["flags"]["save_total_limit"], best)
 
     distributed.on_main(publish)
 
 
-def load(checkpoint: Path, *, accelerator: Accelerator, model, optimizer) -> None:
-    """Restore what `save` wrote, into what `accelerator.prepare` returned. No code of a pickle is run.
+def load(checkpoint: Path, *, accelerator: Accelerator, model, optimizer) -> int:
+    """Restore what `save` wrote, into what `accelerator.prepare` returned; its step. No code of a pickle is run.
 
     A rank that the checkpoint does not know keeps the random states that the seed gave it.
     """
@@ -181,6 +186,7 @@ def load(checkpoint: Path, *, accelerator: Accelerator, model, optimizer) -> Non
         torch.set_rng_state(states["cpu"])
         if states["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
+    return step_of(checkpoint)
 
 
 def prune(folder: Path, limit: int, best: int | None) -> None:

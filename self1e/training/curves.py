@@ -10,6 +10,7 @@ import pandas as pd
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from self1e.data.splits import get_splits
 from self1e.distributed import is_main
 from self1e.files import read_records, to_jsonl, write_text
 from self1e.model.config import LOSS_WEIGHTS
@@ -24,6 +25,7 @@ class Record:
         lines: of the log, on the first rank.
         """
         self.args, self.accelerator, self.per_epoch = args, accelerator, per_epoch
+        self.lines: list[dict] = []
         self.path = args.run_dir / "log.jsonl"
         if not is_main():
             return
@@ -36,11 +38,10 @@ class Record:
         elif args.report_to == "tensorboard":
             accelerator.init_trackers("tensorboard")  # the folder's name
 
-    def log(self, figures: dict[str, float]) -> None:
-        """Write figures of a step, which they hold as `step`; those of a validation begin with `eval_`."""
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Write figures of a step; those of a validation begin with `eval_`."""
         if not is_main():
             return
-        step = int(figures.pop("step"))
         line = {"step": step, "epoch": self.args.start_epoch + step / self.per_epoch} | figures
         self.lines.append(line)
         tqdm.write(log_line(line))
@@ -48,6 +49,13 @@ class Record:
             file.write(to_jsonl([line]))
         tags = {f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}": x for name, x in line.items()}
         self.accelerator.log(tags, step=step)
+
+    def best(self) -> int | None:
+        """The step of the best validation so far on the split of `--keep_best`; None on other ranks."""
+        keep = self.args.keep_best
+        headline = f"eval_{keep}_{get_splits([keep])[keep].headline[0]}" if keep else None
+        rated = [line for line in self.lines if headline in line]
+        return max(rated, key=lambda line: line[headline])["step"] if rated else None
 
     def close(self) -> None:
         """Draw `curves.png`. For the first rank."""

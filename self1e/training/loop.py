@@ -1,4 +1,4 @@
-"""The training loop: read, forward, backward, agree, step, log, save, validate; from top to bottom in `fit`.
+"""The training loop: read, forward, backward, agree, step; from top to bottom in `fit`.
 
 micro-batch    `batch_size` images with their conversations, on one rank
 step           `accumulation` micro-batches on every rank, their gradients summed (or averaged), averaged over ranks,
@@ -25,11 +25,11 @@ from tqdm import tqdm
 from self1e import distributed
 from self1e.data.mixture import Stream, make_loader
 from self1e.errors import UserError
-from self1e.stop import StopRequest
+from self1e.model.config import DTYPES, LOSS_WEIGHTS
 from self1e.training.adapters import optimizer_groups
-from self1e.training.args import fill, offloads, read_deepspeed
+from self1e.training.args import offloads, read_deepspeed
 from self1e.training.curves import log_line
-from self1e.training.speed import advice, peak_flops, peak_memory
+from self1e.training.speed import advice, count_work, peak_flops, peak_memory
 
 BROKEN_SHARE, BROKEN_AFTER = 0.01, 100  # the run stops above this share, counted from this many samples on
 CLIP = 1.0
@@ -46,7 +46,8 @@ def make_accelerator(args: Namespace) -> Accelerator:
 
         # Shared-memory collectives of inference on CPUs: training uses none, yet every rank would compile them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        values = fill(read_deepspeed(args.deepspeed), args, ranks=distributed.world_size(), clip=CLIP)
+        values = read_deepspeed(args.deepspeed) | {"train_micro_batch_size_per_gpu": args.batch_size}
+        values |= {"gradient_accumulation_steps": args.grad_accumulation_steps, "gradient_clipping": CLIP}
         plugin = DeepSpeedPlugin(hf_ds_config=values)
     elif not distributed.launched() and torch.cuda.device_count() > 1:
         raise UserError("several GPUs: start with deepspeed or torchrun, or set CUDA_VISIBLE_DEVICES to one")
@@ -114,7 +115,7 @@ def note(path: Path, ids: list[str]) -> None:
 
 
 def agree(
-    accelerator: Accelerator, step: list[tuple[list[str], dict]], seen: int, broken: list[str], stop: StopRequest
+    accelerator: Accelerator, step: list[tuple[list[str], dict]], seen: int, broken: list[str], asked_to_stop: Callable
 ) -> tuple[bool, int]:
     """The one all-reduce per step, before it is taken: whether any rank was asked to stop, and all broken samples.
 
@@ -122,7 +123,7 @@ def agree(
     causes of those that could not be. Raises UserError on all ranks when a loss is not finite or too many are broken.
     """
     infinite = (~torch.stack([terms["loss"].isfinite() for _, terms in step])).sum(0, keepdim=True)
-    counts = torch.tensor([seen, len(broken), stop.signal is not None], dtype=torch.float64)
+    counts = torch.tensor([seen, len(broken), asked_to_stop()], dtype=torch.float64)
     together = torch.cat([counts.to(accelerator.device, non_blocking=True), infinite])
     all_seen, all_broken, stops, all_infinite = map(int, accelerator.reduce(together, "sum").tolist())
     if all_infinite:
@@ -145,18 +146,12 @@ def broken_list(broken: list[str]) -> str:
     return "\n".join(f"  {times} x {sample}" for sample, times in drawn)
 
 
-def means_of(losses: Counter) -> dict[str, float]:
-    """The mean of each loss over the micro-batches of all ranks, from each rank's sums and number of micro-batches."""
-    total = pd.DataFrame(distributed.gather({name: float(value) for name, value in losses.items()})).sum()
-    return (total / total.pop("micro_batches")).to_dict()
-
-
-def speed_of(use: Counter, peak: float) -> dict[str, float]:
-    """How fast the run is, from the seconds, samples and operations of each rank; peak: of a device, per second."""
-    ranks = pd.DataFrame(distributed.gather({**use, "memory": peak_memory()}))
+def figures_of(sums: dict[str, float], peak: float) -> dict[str, float]:
+    """The means of the losses, and how fast the run is, from each rank's sums. peak: of a device, per second."""
+    ranks = pd.DataFrame(distributed.gather({**sums, "memory": peak_memory()}))
     total = ranks.sum()
     rate = float(total["flops"] / total["seconds"])  # of a device
-    return {
+    return (total.filter(["loss", *LOSS_WEIGHTS]) / total["micro_batches"]).to_dict() | {
         "samples_per_second": float(total["samples"] / ranks["seconds"].mean()),
         "waiting_for_data": float(total["waited"] / total["seconds"]),
         "tflops": rate / 1e12,
@@ -171,29 +166,24 @@ def fit(
     optimizer,
     batches: Iterator[tuple[dict, int, bool]],
     args: Namespace,
+    asked_to_stop: Callable[[], bool],
     *,
     step: int,
     steps: int,
-    work: Counter,
-    stop: StopRequest,
-    log: Callable[[dict[str, float]], None],
-    save: Callable[[int], None],
-    validate: Callable[[int], bool] | None,
-) -> bool:
-    """Train from `step` to `steps`; returns whether it got there, or was asked to stop and saved.
+) -> Iterator[tuple[int, dict[str, float], bool]]:
+    """Train from `step` to `steps`, or until a rank is asked to stop. For all ranks.
 
-    Args:
-        model, optimizer: what `accelerator.prepare` returned. batches: of `micro_batches`. work: of `count_work`.
-        log: takes the figures of a log line, among them `step`; called on all ranks.
-        save, validate: take the step; called on all ranks. `validate` returns whether it was asked to stop.
+    Yields after each step its number, the figures of its log line, if any, and whether it is the last one on request.
+
+    model, optimizer: what `accelerator.prepare` returned. batches: of `micro_batches`.
     """
     deepspeed, device, stopped = args.deepspeed is not None, accelerator.device, False
     peak = peak_flops(device, args.precision)
     seen = all_broken = 0  # samples that this rank read, and that no rank could read
-    activations = 0  # bytes, see `count_work`
     broken: list[str] = []  # ids and causes of those that could not be read
-    losses: Any = Counter()  # sums since the last log line
-    use: Any = Counter()  # seconds, samples and operations since then, and in all
+    activations = 0  # bytes, the most that `selective` would save in a micro-batch
+    # Sums of losses, micro-batches, samples, operations and seconds since the last log line, and in all.
+    sums: Any = count_work(accelerator.unwrap_model(model), DTYPES[args.precision])
     whole: Any = Counter()
     bar = tqdm(total=steps, initial=step, unit="step", disable=not distributed.is_main() or not sys.stderr.isatty())
     model.train()
@@ -205,7 +195,7 @@ def fit(
             while not last:
                 asked = time.perf_counter()
                 batch, members, last = next(batches)
-                use["waited"] += time.perf_counter() - asked
+                sums["waited"] += time.perf_counter() - asked
                 ids = batch.pop("ids")
                 broken += batch.pop("replaced")
                 note(notes, ids)
@@ -215,12 +205,11 @@ def fit(
                     terms = {name: value.detach() for name, value in {"loss": output.loss, **output.losses}.items()}
                     done.append((ids, terms))
                     seen += len(ids)
-                    losses.update({name: value.double() for name, value in terms.items()} | {"micro_batches": 1})
-                    use.update(samples=len(ids), flops=work["flops"])
-                    activations = max(activations, work["saved"])
-                    work.clear()
+                    sums.update({name: value.double() for name, value in terms.items()})
+                    sums.update(micro_batches=1, samples=len(ids))
+                    activations = max(activations, sums.pop("saved"))
                     if last:
-                        stopped, all_broken = agree(accelerator, done, seen, broken, stop)
+                        stopped, all_broken = agree(accelerator, done, seen, broken, asked_to_stop)
                     loss = output.loss / (members if args.grad_accumulation_reduction == "mean" else 1)
                     accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
             norm = accelerator.clip_grad_norm_(model.parameters(), CLIP)
@@ -229,28 +218,21 @@ def fit(
             step += 1
             set_rates(optimizer, args, step=step, steps=steps)
             bar.update()
-            due = step == 1 or step % args.print_freq == 0 or step == steps
-            means = means_of(losses) if due else {}  # waits for the device
-            use["seconds"] += time.perf_counter() - clock
+            figures, due = {}, stopped or step == 1 or step % args.print_freq == 0 or step == steps
+            losses = {name: float(sums.pop(name)) for name in terms} if due else {}  # waits for the device
+            sums["seconds"] += time.perf_counter() - clock
             if due:
-                figures = {"step": step, **means} | ({} if norm is None else {"grad_norm": float(norm)})
+                figures = figures_of({**losses, **sums}, peak) | ({} if norm is None else {"grad_norm": float(norm)})
                 figures |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
-                log(figures | speed_of(use, peak) | {"broken_samples": all_broken})
-                whole.update(use)
-                losses, use = Counter(), Counter()
+                figures |= {"broken_samples": all_broken}
+                whole.update(sums)
+                sums.clear()
             if step == ADVICE_AT and device.type == "cuda":
                 spare = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
                 distributed.say(advice(args.gradient_checkpointing, activations, spare, compiled=args.compile))
-            if stopped or step % args.save_steps == 0 or step == steps:
-                save(step)
-            if validate and not stopped and (step % args.eval_steps == 0 or step == steps):
-                stopped = validate(step)
-                if stopped:
-                    save(step)
+            yield step, figures, stopped
             clock = time.perf_counter()  # checkpoints and validations are no time of training
-    whole.update(use)
     if whole:
-        distributed.say(f"trained for {whole['seconds']:,.0f} s: {log_line(speed_of(whole, peak))}")
+        distributed.say(f"trained for {whole['seconds']:,.0f} s: {log_line(figures_of(whole, peak))}")
     if all_broken:
         distributed.say(f"{all_broken} broken samples replaced:\n{broken_list(broken)}")
-    return not stopped

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from self1e.model.config import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
+from self1e.training.adapters import LLM, VISION
 
 KINDS = {  # of checkpointing: the memory of its activations, in what `selective` saves (counted by `apps.costs`)
     "--no-gradient_checkpointing": 1.5,
@@ -25,13 +26,11 @@ def count_work(model: Self1EForSegmentation, dtype: torch.dtype) -> Counter:
     `flops`: forward and backward, without those of layers that run again. `saved`: bytes that `selective` saves.
     """
     work: Counter = Counter()
-    stacks: dict[nn.Module, Any] = {
-        model.model.language_model: model.config.text_config,
-        model.model.vision_tower: model.config.vision_config,
-    }
-    inside = {module for stack in stacks for module in stack.modules()}
-    parts: dict[nn.Module, int] = {x: 0 for x in set(model.modules()) - inside if isinstance(x, nn.Linear)}
-    for stack, config in stacks.items():  # not at its layers, which may be compiled, or run again
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    parts: dict[nn.Module, int] = {x: 0 for name, x in linears.items() if not name.startswith((LLM, VISION))}
+    stacks: list[tuple[nn.Module, Any]] = [(model.model.language_model, model.config.text_config)]
+    stacks += [(model.model.vision_tower, model.config.vision_config)]
+    for stack, config in stacks:  # not at its layers, which may be compiled, or run again
         head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         parts[stack] = config.num_hidden_layers * config.num_attention_heads * head
 
@@ -63,9 +62,7 @@ def advice(now: str | None, saved: int, spare: int, *, compiled: bool = False) -
     """
     current = f"--gradient_checkpointing {now}" if now else "--no-gradient_checkpointing"
     needed = {kind: (factor - KINDS[current]) * saved for kind, factor in KINDS.items()}
-    if compiled:
-        del needed["--gradient_checkpointing selective"]
-    best = next(kind for kind, more in needed.items() if more < 0.9 * spare)
+    best = next(x for x, more in needed.items() if more < 0.9 * spare and not (compiled and x.endswith("selective")))
     text = f"memory: {spare / 1e9:.0f} GB of the GPU stay free; "
     if needed[best] <= 0:
         return f"{text}{current} is the fastest that fits"

@@ -6,8 +6,8 @@ import logging
 import os
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from self1e import distributed
 from self1e.data.families import select
 from self1e.data.mixture import Mixture, Stream
 from self1e.data.samples import require_paths
-from self1e.data.splits import evaluation_keys, get_splits, split_readers
+from self1e.data.splits import evaluation_keys, split_readers
 from self1e.evaluation.results import evaluated, weights_identity
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.files import alone_in, check_utf8, check_writable
@@ -30,14 +30,14 @@ from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG, SEG
 from self1e.model.weights import save_checkpoint
-from self1e.stop import Stopped, StopRequest
+from self1e.stop import Stopped, stop_requests
 from self1e.training import checkpoints
-from self1e.training.adapters import adapt, keep_frozen_in, merge_added_tokens, train_added_tokens
-from self1e.training.args import ADAPTERS, parse
+from self1e.training.adapters import ADAPTERS, adapt, keep_frozen_in, merge_added_tokens, train_added_tokens
+from self1e.training.args import parse
 from self1e.training.card import write_card
 from self1e.training.curves import Record
 from self1e.training.loop import fit, make_accelerator, make_optimizer, micro_batches
-from self1e.training.speed import compile_layers, count_work
+from self1e.training.speed import compile_layers
 
 
 def main(argv: list[str]) -> int:
@@ -49,13 +49,13 @@ def main(argv: list[str]) -> int:
         check_utf8(args.run_dir)
         check_writable(args.run_dir)
     alone = alone_in(args.run_dir) if trains and main else contextlib.nullcontext()
-    with alone, StopRequest(args.run_dir) as stop:
-        anew = trains and train(args, stop)
+    with alone, stop_requests(args.run_dir) as asked_to_stop:
+        anew = trains and train(args, asked_to_stop)
         if trains:
             gc.collect()  # the trained model goes before the evaluation loads its own
             args.splits, args.model_weights = args.final_splits, None
         if not args.no_eval:
-            evaluate(args, stop, overwrite=args.overwrite_eval or anew)
+            evaluate(args, asked_to_stop, overwrite=args.overwrite_eval or anew)
     return 0
 
 
@@ -71,7 +71,7 @@ def prepare_libraries() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def train(args: Namespace, stop: StopRequest) -> bool:
+def train(args: Namespace, asked_to_stop: Callable[[], bool]) -> bool:
     """Train and write `<run_dir>/ckpt_model`; returns False where a finished run is asked to continue.
 
     Raises `Stopped` when asked to stop before the last step.
@@ -95,7 +95,6 @@ def train(args: Namespace, stop: StopRequest) -> bool:
     set_seed(args.seed)  # the fresh head is the same on every rank
     model = load_model(args, torch.float32 if not args.deepspeed else DTYPES[args.precision])
     tuner = prepare_model(args, model, processor)
-    work = count_work(model, DTYPES[args.precision])
     sizes = [(x.numel() / 1e6, x.requires_grad) for x in model.parameters()]
     distributed.say(
         f"parameters: {sum(n for n, trains in sizes if trains):,.2f} M of {sum(n for n, _ in sizes):,.2f} M train\n"
@@ -113,53 +112,36 @@ def train(args: Namespace, stop: StopRequest) -> bool:
     engine, optimizer = accelerator.prepare(model, make_optimizer(model, args))
     tensors = {"accelerator": accelerator, "model": engine, "optimizer": optimizer}
     set_seed(args.seed)
-    step, folder = 0, args.run_dir / "checkpoints"
+    step, stopped = 0, False
     if checkpoint is None:
         distributed.on_main(lambda: checkpoints.remove_earlier(args.run_dir))
     else:
-        checkpoints.load(checkpoint, **tensors)
-        step = checkpoints.step_of(checkpoint)
-    record = Record(args, accelerator, per_epoch, step, settings["flags"])
-    saved, keep = {step}, args.keep_best
-    headline = f"eval_{keep}_{get_splits([keep])[keep].headline[0]}" if keep else None
-
-    def best() -> int | None:
-        """The step of the best validation so far, whose checkpoint `--keep_best` keeps; for the first rank."""
-        rated = [line for line in record.lines if headline in line]
-        return max(rated, key=lambda line: line[headline])["step"] if rated else None
-
-    def save(step: int) -> None:
-        if step not in saved:
-            saved.add(step)
-            checkpoints.save(folder, step, settings, **tensors)
-            distributed.on_main(lambda: checkpoints.prune(folder, args.save_total_limit, best()))
-
-    def validate(step: int) -> bool:
-        # Under ZeRO-3 no rank can leave alone; the step after the validation meets the request.
-        asked = None if args.zero_stage == 3 else lambda: stop.signal is not None
-        results_dir = args.run_dir / "validation" / f"step_{step}"
-        try:
-            with accelerator.autocast():
-                results = score(args, model, processor, splits, results_dir, asked_to_stop=asked, print_table=False)
-        except Stopped:
-            return True
-        figures = {f"eval_{split}_{key}": value[key] for split, value in results.items() for key in ("giou", "ciou")}
-        record.log({"step": step, **figures})
-        if headline and distributed.on_main(lambda: best() == step):
-            save(step)
-        return False
-
+        step = checkpoints.load(checkpoint, **tensors)
+    record, folder = Record(args, accelerator, per_epoch, step, settings["flags"]), args.run_dir / "checkpoints"
     batches = micro_batches(stream, args, step=step, per_epoch=per_epoch)
-    finished = fit(
-        accelerator, engine, optimizer, batches, args, step=step, steps=steps, work=work, stop=stop,
-        log=record.log, save=save, validate=validate if splits else None,
-    )  # fmt: skip
-    if finished:
+    training = fit(accelerator, engine, optimizer, batches, args, asked_to_stop, step=step, steps=steps)
+    for step, figures, stopped in training:
+        if figures:
+            record.log(step, figures)
+        due = stopped or step % args.save_steps == 0 or step == steps
+        if due:
+            checkpoints.save(folder, step, settings, record.best(), **tensors)
+        if splits and not stopped and (step % args.eval_steps == 0 or step == steps):
+            options = evaluation_flags(args) | {"output_dir": args.run_dir / "validation" / f"step_{step}"}
+            if args.zero_stage != 3:  # where no rank can leave alone
+                options["asked_to_stop"] = asked_to_stop
+            with accelerator.autocast(), contextlib.suppress(Stopped):  # the next step meets the request
+                results = evaluate_splits(model, processor, splits, print_table=False, **options)
+                scores = {f"eval_{split}_{key}": results[split][key] for split in splits for key in ("giou", "ciou")}
+                record.log(step, scores)
+            if not due and distributed.on_main(record.best) == step:
+                checkpoints.save(folder, step, settings, step, **tensors)
+    if not stopped:
         merge_and_save(args, engine, model, tuner, processor)
         distributed.say(f"saved {args.run_dir / 'ckpt_model'}, the curves are in {args.run_dir / 'curves.png'}")
     distributed.on_main(record.close)
     accelerator.free_memory()
-    if not finished:
+    if stopped:
         raise Stopped
     return True
 
@@ -219,12 +201,6 @@ def prepare_model(args: Namespace, model: Self1EForSegmentation, processor: Self
 
 def merge_and_save(args: Namespace, engine, model, tuner: LoraModel | None, processor: Self1EProcessor) -> None:
     """Merge the adapters on every rank and write `ckpt_model` once."""
-    gathered: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if args.zero_stage == 3:
-        import deepspeed
-
-        engine.empty_partition_cache()  # validation leaves prefetched parameters in flight
-        gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
 
     def write() -> None:
         if args.save_published_layout:
@@ -232,7 +208,12 @@ def merge_and_save(args: Namespace, engine, model, tuner: LoraModel | None, proc
         save_checkpoint(merged, processor, args.run_dir / "ckpt_model")  # last: it says that the run is finished
         write_card(args.run_dir / "ckpt_model", base_model=args.version, command=args.command)
 
-    with gathered:
+    with contextlib.ExitStack() as stack:
+        if args.zero_stage == 3:
+            import deepspeed
+
+            engine.empty_partition_cache()  # validation leaves prefetched parameters in flight
+            stack.enter_context(deepspeed.zero.GatheredParameters(list(model.parameters())))
         if not args.deepspeed:
             keep_frozen_in(torch.float32, model)  # so that the sum with the adapters is not rounded
         merged: Any = tuner.merge_and_unload() if tuner else model
@@ -240,14 +221,13 @@ def merge_and_save(args: Namespace, engine, model, tuner: LoraModel | None, proc
         distributed.on_main(write)
 
 
-def score(args: Namespace, model, processor: Self1EProcessor, splits: list[str], output_dir: Path, **options) -> dict:
-    """`evaluate_splits` with the flags that it takes under their own names."""
+def evaluation_flags(args: Namespace) -> dict[str, Any]:
+    """The flags that `evaluate_splits` takes under their own names."""
     names = ("dataset_dir", "allow_outside", "workers", "timeout", "model_max_length", "high_res")
-    flags = {name: getattr(args, name) for name in names}
-    return evaluate_splits(model, processor, splits, output_dir=output_dir, **flags, **options)
+    return {name: getattr(args, name) for name in names}
 
 
-def evaluate(args: Namespace, stop: StopRequest, *, overwrite: bool) -> None:
+def evaluate(args: Namespace, asked_to_stop: Callable[[], bool], *, overwrite: bool) -> None:
     """Evaluate `args.splits` and write `<run_dir>/eval`. Raises `Stopped` when asked to stop.
 
     overwrite: delete results of other weights and settings.
@@ -261,11 +241,10 @@ def evaluate(args: Namespace, stop: StopRequest, *, overwrite: bool) -> None:
     distributed.start(timeout=timedelta(seconds=args.timeout))
     model = load_model(args, DTYPES[args.eval_precision]).to(device)  # type: ignore[arg-type]  # transformers annotates `self` of `to`
     check_head(model)
-    score(
-        args, model, processor, args.splits, args.run_dir / "eval", visualize=args.eval_visualize,
-        skip_missing=args.eval_all_datasets or not args.eval_only,
-        weights=weights_identity(args.version, args.model_weights),
-        overwrite=overwrite, asked_to_stop=lambda: stop.signal is not None,
+    evaluate_splits(
+        model, processor, args.splits, output_dir=args.run_dir / "eval", visualize=args.eval_visualize,
+        skip_missing=args.eval_all_datasets or not args.eval_only, overwrite=overwrite, asked_to_stop=asked_to_stop,
+        weights=weights_identity(args.version, args.model_weights), **evaluation_flags(args),
     )  # fmt: skip
     if args.version == str(trained) and distributed.is_main():
         write_card(trained)  # with the table

@@ -21,8 +21,8 @@ NEEDED = ["--version", "owner/name", "--exp_name", "e"]
 
 @pytest.fixture
 def launched(monkeypatch):
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in names.items():
+    names = {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for name, value in (names | {"MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
 
 

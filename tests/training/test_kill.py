@@ -40,14 +40,14 @@ def test_a_kill_changes_nothing(whole, tiny_version, shapes, tmp_path, point):
 
 REQUESTS = {  # the function at one of whose calls the request comes, the call's number, how, the step that is saved
     "step": ("self1e.training.loop:note", 1, terminate, 1),
-    "validation": ("self1e.evaluation.results:Results.append", 0, terminate, 1),
+    "validation": ("self1e.evaluation.results:Results.append", 0, terminate, 2),
     "saving": ("self1e.training.checkpoints:sync", 0, tell_by_sigusr1, 3),
 }
 
 
 @pytest.mark.parametrize("during", REQUESTS)
 def test_a_request_to_stop_saves(whole, tiny_version, shapes, tmp_path, during):
-    """Within the first step, after the first of two photos, or while step 2 is saved."""
+    """Within the first step, after the first of two photos of its validation, or while step 2 is saved."""
     at, call, request, kept = REQUESTS[during]
     run, flags = tmp_path / "run", ("--max_steps", "3", "--save_steps", "2", "--report_to", "none", "--eval_steps")
     flags += ("1",) if during == "validation" else ("9",)

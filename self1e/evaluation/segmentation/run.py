@@ -18,7 +18,7 @@ from self1e.data.samples import missing, naming, require_paths
 from self1e.data.sets.expressions import EvalImage
 from self1e.data.splits import get_splits, split_readers
 from self1e.errors import UserError
-from self1e.evaluation.loop import prepared
+from self1e.evaluation.loop import prepared, progress
 from self1e.evaluation.results import Results, claim_folder, completeness, file_stem, make_settings
 from self1e.evaluation.segmentation.metrics import MARKS, Unit, count_pixels, score
 from self1e.evaluation.segmentation.report import save_figures, save_pictures, summary_table
@@ -105,7 +105,7 @@ def evaluate_units(
     sentences = {number: len(own) for number, own in enumerate(ids) if not results.found.keys() >= set(own)}
     schedule = make_schedule(sentences, distributed.rank(), distributed.world_size(), conversations_per_forward)
     limits = {"max_tiles": HIGH_RES_TILES if high_res else 1, "max_length": model_max_length}
-    with distributed.progress(len(schedule), desc=title, unit="photo") as bar:
+    with progress(len(schedule), desc=title, unit="photo") as bar:
         for visit, (batch, targets) in prepared(schedule, partial(prepare_photo, split, processor, limits), **workers):
             passes = {"conversations_per_forward": conversations_per_forward, "forwards": visit.forwards}
             predicted = masks_of(model, batch, [targets.shape[1:]], **passes)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from self1e import distributed
-from self1e.evaluation.loop import prepared
+from self1e.evaluation.loop import prepared, progress
 from self1e.evaluation.results import Results
 from self1e.evaluation.vqa.base import Question
 from self1e.model.prompts import END_OF_TURN, IMAGE_TAG
@@ -88,7 +88,7 @@ def answer_questions(
     unanswered = [index for index in range(len(questions)) if index not in results.found]
     batches = make_batches(questions, unanswered, batch_size)[distributed.rank() :: distributed.world_size()]
     prepare = partial(prepare_batch, questions, processor, max_tiles)
-    with distributed.progress(sum(map(len, batches)), desc=title, unit="question") as bar:
+    with progress(sum(map(len, batches)), desc=title, unit="question") as bar:
         for indices, batch in prepared(batches, prepare, **workers):
             replies = generate_replies(model, processor.tokenizer, batch, max_new_tokens)
             results.append({index: {"answer": reply} for index, reply in zip(indices, replies, strict=True)})

@@ -34,7 +34,7 @@ from self1e.model.config import DTYPES, SWITCHES, Help, precision_on
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
-from self1e.stop import StopRequest
+from self1e.stop import stop_requests
 
 VQA_BENCHMARKS: dict[str, VQABenchmark] = (  # one more is a module with `BENCHMARKS`
     open_ended.BENCHMARKS | gqa.BENCHMARKS | pope.BENCHMARKS | mme.BENCHMARKS | mmbench.BENCHMARKS
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"error: {name}: {error} (data/README.md says what goes where)", file=sys.stderr, flush=True)
     if not questions:
         raise UserError(f"nothing was evaluated: no benchmark has its files in {args.data_dir} (--data_dir)")
-    with StopRequest(args.run_dir) as stop:
+    with stop_requests(args.run_dir) as asked_to_stop:
         model, processor = (None, None) if args.score_only else load_model(args, folder)
         for name, asked in questions.items():
             if model is not None:
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 answer_questions(
                     model, processor, asked, results, max_new_tokens=VQA_BENCHMARKS[name].max_new_tokens,
                     max_tiles=args.max_tiles, batch_size=args.batch_size, workers=args.workers,
-                    timeout=args.timeout, asked_to_stop=lambda: stop.signal is not None, title=name,
+                    timeout=args.timeout, asked_to_stop=asked_to_stop, title=name,
                 )  # fmt: skip
             if distributed.is_main():
                 score(name, folder, asked, args.data_dir)
