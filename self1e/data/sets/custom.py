@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from self1e.data.masks import contradiction, decode_segmentation, load_label_map
 from self1e.data.readers import Records, counted, fields, json_lines, open_tables, stream_json
-from self1e.data.samples import OWN_DATA, inside, list_names, naming
+from self1e.data.samples import OWN_DATA, image_key, inside, list_names, naming
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.errors import UserError, check_known
 from self1e.model.prompts import looks_like_sentence, visible
@@ -180,6 +180,11 @@ class Custom(ExpressionSet):
 
     def __len__(self) -> int:
         return len(self._photos)
+
+    def image_keys(self) -> np.ndarray:
+        """COCO's number, or a key of the file's path, since own names mean little."""
+        folder = self.source.parent.resolve()
+        return np.array([image_key(f"{folder}/{name}") for name, *_ in self._photos], np.int64)
 
     def file_name(self, index: int) -> str:
         return self._photos[index][0]
