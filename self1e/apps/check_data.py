@@ -37,8 +37,8 @@ from self1e.errors import UserError
 from self1e.evaluation.loop import prepared
 from self1e.evaluation.results import completeness, markdown_table
 from self1e.files import check_writable, read_json, to_jsonl, write_json, write_text
+from self1e.flags import Help
 from self1e.model import prompts
-from self1e.model.config import Help
 from self1e.visualize import grid, overlay, panel
 
 SHEET = Path("runs/check_data/contact_sheet.png")  # git ignores `runs`

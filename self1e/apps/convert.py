@@ -38,8 +38,9 @@ from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.errors import UserError
 from self1e.evaluation.results import checkpoint_folder
 from self1e.files import check_utf8, check_writable, replacing, write_json
+from self1e.flags import Help
 from self1e.model import prompts
-from self1e.model.config import Help, of_model
+from self1e.model.config import of_model
 from self1e.model.processor import MEAN, STD
 from self1e.model.weights import HEAD, save_checkpoint
 from self1e.training.card import write_card

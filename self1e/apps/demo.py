@@ -26,7 +26,7 @@ from self1e import Self1EProcessor
 from self1e.apps.loading import add_model_flags, load
 from self1e.apps.segment import Output
 from self1e.errors import UserError
-from self1e.model.config import Help
+from self1e.flags import Help
 from self1e.model.inference import Reply
 from self1e.model.photos import photo_of
 from self1e.model.prompts import SEG, check_prompt

@@ -35,8 +35,8 @@ from self1e.apps.loading import load
 from self1e.errors import UserError
 from self1e.evaluation.results import checkpoint_folder
 from self1e.files import replacing, write_json
+from self1e.flags import Help
 from self1e.model.attention import perception_mask
-from self1e.model.config import Help
 from self1e.model.grids import stitch_tiles
 from self1e.model.processor import HIGH_RES_TILES, MEAN, STD
 from self1e.model.prompts import ANSWER, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING, SEG, evaluation_prompt

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.evaluation.vqa.generation import generate_replies
-from self1e.model.config import DTYPES, precision_on
+from self1e.flags import DTYPES, precision_on
 from self1e.model.inference import conversation_turns
 from self1e.model.photos import photo_of
 

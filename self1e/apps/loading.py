@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from self1e import Self1EForSegmentation, Self1EProcessor, distributed
 from self1e.errors import UserError
 from self1e.evaluation.results import checkpoint_folder
-from self1e.model.config import DTYPES, precision_on
+from self1e.flags import DTYPES, precision_on
 from self1e.model.inference import check_head
 from self1e.model.processor import HIGH_RES_TILES
 

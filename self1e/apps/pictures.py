@@ -19,7 +19,7 @@ from self1e import Self1EForSegmentation, Self1EProcessor
 from self1e.apps.loading import add_model_flags, load
 from self1e.apps.segment import prompt_text
 from self1e.errors import UserError
-from self1e.model.config import Help
+from self1e.flags import Help
 from self1e.model.grids import stitch_tiles
 from self1e.model.photos import photo_of
 

@@ -44,7 +44,7 @@ from self1e.errors import UserError
 from self1e.evaluation.loop import WAIT, prepared, progress
 from self1e.evaluation.results import claim_folder, weights_identity
 from self1e.files import alone_in, check_fetched, check_writable, read_records, replacing, to_jsonl
-from self1e.model.config import Help, precision_on
+from self1e.flags import Help, precision_on
 from self1e.model.inference import Reply, logit_of, masks_of, reply_of
 from self1e.model.photos import FORMATS, photo_of
 from self1e.model.prompts import ANSWER, check_prompt, evaluation_prompt

@@ -10,7 +10,6 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from huggingface_hub.dataclasses import strict
 from transformers import InternVLConfig, InternVLVisionConfig, PreTrainedConfig
@@ -21,22 +20,6 @@ from self1e.files import check_fetched, check_utf8
 from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
 from self1e.model.head import HEADS
-
-# Precisions by the names that command lines use.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def precision_on(device: torch.device) -> str:
-    """The precision in which a model predicts on a device where nobody asks for another one."""
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of a description, and shows the defaults of flags that have one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        unset = action.default is None or action.default is False or action.default == []
-        return action.help if unset else super()._get_help_string(action)
 
 
 def switch(default: Any, help: str, choices: Collection[str] | None = None) -> Any:

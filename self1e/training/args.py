@@ -20,7 +20,8 @@ from self1e.data.splits import DEFAULT_SPLITS
 from self1e.errors import UserError
 from self1e.evaluation.results import checkpoint_folder, evaluated
 from self1e.files import read_json
-from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, Help, check_source, precision_on
+from self1e.flags import Help, precision_on
+from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, check_source
 
 ROOT = Path(__file__).resolve().parents[2]
 YES, NO, UNSET = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")  # words of YAML

@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 
 from self1e.evaluation.results import checkpoint_folder, weights_identity
 from self1e.files import read_json
-from self1e.model.config import SWITCHES, Help, Self1EConfig
+from self1e.flags import Help
+from self1e.model.config import SWITCHES, Self1EConfig
 
 TEXT = """---
 library_name: transformers

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from self1e import distributed
 from self1e.data.mixture import Stream, make_loader
 from self1e.errors import UserError
-from self1e.model.config import DTYPES, LOSS_WEIGHTS
+from self1e.flags import DTYPES
+from self1e.model.config import LOSS_WEIGHTS
 from self1e.training.adapters import optimizer_groups
 from self1e.training.args import offloads, read_deepspeed
 from self1e.training.curves import log_line

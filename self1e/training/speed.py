@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from self1e.model.config import DTYPES
+from self1e.flags import DTYPES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.training.adapters import LLM, VISION
 

@@ -24,7 +24,8 @@ from self1e.data.splits import evaluation_keys, split_readers
 from self1e.evaluation.results import evaluated, weights_identity
 from self1e.evaluation.segmentation.run import evaluate_splits
 from self1e.files import alone_in, check_utf8, check_writable
-from self1e.model.config import DTYPES, LOSS_FLAGS, SWITCHES
+from self1e.flags import DTYPES
+from self1e.model.config import LOSS_FLAGS, SWITCHES
 from self1e.model.inference import check_head
 from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor

@@ -30,7 +30,8 @@ from self1e.evaluation.vqa import gqa, mmbench, mme, open_ended, pope
 from self1e.evaluation.vqa.base import Answer, Question, Scores, VQABenchmark
 from self1e.evaluation.vqa.generation import answer_questions, replies_of
 from self1e.files import check_writable, read_json, write_json, write_text
-from self1e.model.config import DTYPES, SWITCHES, Help, precision_on
+from self1e.flags import DTYPES, Help, precision_on
+from self1e.model.config import SWITCHES
 from self1e.model.modeling import Self1EForSegmentation
 from self1e.model.processor import Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG
