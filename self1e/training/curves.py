@@ -31,12 +31,9 @@ class Record:
             return
         self.lines = [line for line in read_records(self.path) if line["step"] <= step]
         write_text(self.path, to_jsonl(self.lines))
-        if args.report_to == "wandb":
-            own = {"name": args.exp_name, "dir": str(args.run_dir)}
-            project = os.environ.get("WANDB_PROJECT", "self1e")
-            accelerator.init_trackers(project, config=flags, init_kwargs={"wandb": own})
-        elif args.report_to == "tensorboard":
-            accelerator.init_trackers("tensorboard")  # the folder's name
+        wandb, own = args.report_to == "wandb", {"name": args.exp_name, "dir": str(args.run_dir)}
+        project = os.environ.get("WANDB_PROJECT", "self1e") if wandb else "tensorboard"  # the folder's name
+        accelerator.init_trackers(project, flags if wandb else None, {"wandb": own})
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Write figures of a step; those of a validation begin with `eval_`."""
