@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from transformers.utils.logging import set_tqdm_hook
 
 from self1e.errors import UserError
 from self1e.stop import REQUEUE, SIGNALS, Stopped
@@ -131,6 +132,7 @@ def run_program(program: Callable[[], int]) -> int:
             os.environ.pop(name, None)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it out, and warn about it
+    set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"delay": 2, "disable": None}))  # on a terminal
     try:
         code = program()
         if dist.is_initialized():

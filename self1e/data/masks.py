@@ -170,13 +170,13 @@ def load_label_map(source: Path | BinaryIO) -> np.ndarray:
     return labels
 
 
-def orient(mask: np.ndarray, image: Image.Image, orientation: int) -> np.ndarray:
-    """Brings an annotation (H, W) into the frame of its photo, which is upright and had an EXIF orientation.
+def orient(mask: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Brings an annotation (H, W) into the frame of its photo, of `photo_of`, which says how it was stored.
 
     Annotation tools differ in whether they saw the turned photo. For quarter turns the shape tells: a mask that lies
     or stands like the turned photo, unlike the stored one, is in place already. All else is in the stored frame.
     """
-    height, width = mask.shape
+    orientation, (height, width) = image.info["orientation"], mask.shape
     if orientation >= 5 and np.sign(width - height) == np.sign(image.width - image.height) != 0:
         return mask
     turn = TURNS.get(orientation)

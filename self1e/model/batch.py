@@ -85,13 +85,9 @@ def pack(
         sources.append(source)
     source = np.concatenate(sources)
     packed, owner, targets = ids.flat[source], source // longest, targets.flat[source]
-
-    def positions(token: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Packed positions of a token, conversation by conversation, and how many each one has."""
-        found = np.flatnonzero(packed == token)
-        return found[np.argsort(owner[found], kind="stable")], np.bincount(owner[found], minlength=count)
-
-    (image, n_image), (seg, n_seg) = positions(tokens.image_token_id), positions(tokens.seg_token_id)
+    order = np.argsort(owner, kind="stable")  # packed positions, conversation by conversation
+    image, seg = (order[packed[order] == token] for token in (tokens.image_token_id, tokens.seg_token_id))
+    n_image, n_seg = (np.bincount(owner[found], minlength=count) for found in (image, seg))
     expected = [tokens.tile_tokens * math.prod(shapes[i]) for i in images]
     if images and n_image.tolist() != expected:
         raise ValueError(
@@ -118,7 +114,5 @@ def similar(lengths: np.ndarray) -> list[np.ndarray]:
     order = np.argsort(lengths, kind="stable")
     ordered = lengths[order]
     cost = [ordered[cut - 1] * cut * (cut > 0) + ordered[-1] * (len(ordered) - cut) for cut in range(len(ordered))]
-    cut = int(np.argmin(cost))
-    if cost[0] <= lengths.sum() / (1 - PADDING_ALLOWED) or not cut:
-        return [np.arange(len(lengths))]
-    return [np.sort(order[:cut]), np.sort(order[cut:])]
+    cut = int(np.argmin(cost)) if cost[0] > lengths.sum() / (1 - PADDING_ALLOWED) else 0
+    return [np.sort(members) for members in np.split(order, [cut]) if len(members)]

@@ -1,6 +1,6 @@
 """Configuration: InternVL's, plus the `[SEG]` id, the switches of the paper's ablations and the weights of the losses.
 
-InternVL with a Qwen2 or Qwen3 LLM is the only backbone; CONTRIBUTING.md lists what another family would touch.
+InternVL with a Qwen2 or Qwen3 LLM is the only backbone.
 """
 
 import argparse
@@ -110,8 +110,8 @@ def held_checkpoints(source: str) -> str:
     except Exception:  # the hub cannot be reached, or knows no such repository
         return ""
     found = sorted(name.removesuffix("/config.json") for name in files if name.endswith("/config.json"))
-    command = "".join(f"hf download {source} --include '{name}/*' --local-dir FOLDER" for name in found[:1])
-    return command and f"several checkpoints, {', '.join(found)}; {command}"
+    command = f"hf download {source} --include '{''.join(found[:1])}/*' --local-dir FOLDER"
+    return f"several checkpoints, {', '.join(found)}; {command}" if found else ""
 
 
 def check_source(source: str, subfolder: str | None = None) -> None:
@@ -133,12 +133,12 @@ SAME_KEYS = (
 VISION_KEYS = dict(zip(SAME_KEYS, SAME_KEYS)) | {
     "qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm", "dropout": "hidden_dropout_prob"
 }  # fmt: skip
-OLD_KEYS = {"rope_theta", "rope_scaling"}  # which the library's configurations still read
 
 
 def of_model(values: dict, config: type[PreTrainedConfig]) -> dict:
     """Those values of a `config.json` that describe the model; others could ask to run code or read other weights."""
-    return {name: value for name, value in values.items() if name in config().to_dict().keys() | OLD_KEYS}
+    known = config().to_dict().keys() | {"rope_theta", "rope_scaling"}  # older names that the library still reads
+    return {name: value for name, value in values.items() if name in known}
 
 
 def native_config(values: dict, source: str) -> dict:

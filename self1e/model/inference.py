@@ -26,28 +26,24 @@ Conversation = str | Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Reply:
+    """What the model wrote, with one mask for every `[SEG]` in it, in order."""
+
+    text: str  # without the closing token
+    masks: np.ndarray = field(repr=False)  # bool (n, H, W)
+    logits: np.ndarray = field(repr=False)  # float32 (n, h, w), before the resize
+    scores: list[float | None]  # mean foreground probability over each mask, 0..1; None for an empty one
+
+
+@dataclass(frozen=True)
 class Segmentation:
-    """The mask of one prompt, which is as given; the rest as in `Reply`. mask: bool (H, W). logits: float32 (h, w)."""
+    """The mask of one prompt, as one of a `Reply`: bool (H, W), logits (h, w)."""
 
     prompt: str
     text: str
     mask: np.ndarray = field(repr=False)
     logits: np.ndarray = field(repr=False)
     score: float | None
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model wrote, with one mask for every `[SEG]` in it, in order.
-
-    text: without the closing token. masks: bool (n, H, W). logits: float32 (n, h, w), before the resize.
-    scores: mean foreground probability over each mask, 0..1; None for an empty one.
-    """
-
-    text: str
-    masks: np.ndarray = field(repr=False)
-    logits: np.ndarray = field(repr=False)
-    scores: list[float | None]
 
 
 def reply_of(text: str, foreground: Tensor, logits: Tensor) -> Reply:
@@ -137,14 +133,13 @@ class InferenceMixin:
 
         Args:
             image: a path, a PIL image of any mode, or a uint8 array (H, W, 3). EXIF orientation is applied; H and W
-                are those of the result. `self1e segment` batches several images.
+                are those of the result.
             is_sentence: prompts are sentences ("Which one rolls?") or phrases ("the ball", lower-cased); None: those
                 that end like sentences are.
             max_tiles: 1, or 4 for high resolution (train with it too).
-            options: `threshold` and `conversations_per_forward` as in `masks_of`.
+            options: `threshold` and `conversations_per_forward` of `masks_of`, whose errors are these too.
 
-        Raises UserError (no trained head, an empty prompt, a control token in it, an image that cannot be read), and
-        what `masks_of` raises.
+        Raises UserError: no trained head, an empty prompt, a control token in it, an image that cannot be read.
         """
         check_head(self)
         texts = [prompts] if isinstance(prompts, str) else [*prompts]
@@ -153,9 +148,9 @@ class InferenceMixin:
         photo = photo_of(image)
         if not texts:
             return []
+        conversations = [[evaluation_prompt(text, is_sentence, lower=True), ANSWER] for text in texts]
+        batch = processor([photo], [conversations], max_tiles=max_tiles)
         with evaluating(self):
-            conversations = [[evaluation_prompt(text, is_sentence, lower=True), ANSWER] for text in texts]
-            batch = processor([photo], [conversations], max_tiles=max_tiles)
             found = masks_of(self, batch, [(photo.height, photo.width)], **options)
         replies = [reply_of(ANSWER, *masks) for masks in found]
         return [Segmentation(x, y.text, y.masks[0], y.logits[0], y.scores[0]) for x, y in zip(texts, replies)]
@@ -225,12 +220,6 @@ class InferenceMixin:
         batch |= {"input_ids": ids, "attention_mask": torch.cat([batch["attention_mask"], written.long()], 1)}
         texts = [tokenizer.decode(answer[own], skip_special_tokens=False) for answer, own in zip(new, written)]
         return texts, ((new == self.config.seg_token_id) & written).sum(1).tolist()
-
-    def prepare_inputs_for_generation(self, *args, image_features=None, is_first_iteration: bool = False, **kwargs):
-        """As the library's; images that are encoded already enter with the prompt and are then in the cache."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        needed = is_first_iteration or not kwargs.get("use_cache", True)
-        return inputs | {"image_features": image_features if needed else None}
 
 
 def check_head(model) -> None:

@@ -226,7 +226,7 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
     def causal_pass(self, input_ids: Tensor, attention_mask, features: ImageFeatures | None, row_image, **kwargs):
         """A pass as the library's own model takes it, with vocabulary logits and without masks: for `generate`."""
         embeds = self.get_input_embeddings()(input_ids)
-        if features is not None:
+        if features is not None and input_ids.shape[1] > 1:  # else a token after the prompt, whose images are cached
             is_image = (input_ids == self.config.image_token_id).to(embeds.device)
             tiles = features.v1.split([*map(math.prod, features.grids)])  # of each image
             tokens = torch.cat([tiles[image].flatten(0, 2) for image in row_image.tolist()]).to(embeds)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import IOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +12,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from self1e.errors import UserError
 from self1e.files import check_fetched
 
-Photo = Image.Image | np.ndarray | str | Path  # an array: uint8, (H, W) or (H, W, 3), RGB
+Photo = Image.Image | np.ndarray | str | Path | BinaryIO  # an array: uint8, (H, W) or (H, W, 3), RGB
 
 with suppress(ImportError):  # an optional package
     import pillow_heif
@@ -46,40 +47,22 @@ def opened(source: Path | str | BinaryIO) -> Iterator[Image.Image]:
         raise UserError(f"cannot read {source}: {cause}") from error
 
 
-def read_picture(source: Path | str | BinaryIO) -> tuple[Image.Image, int]:
-    """A photo in RGB, EXIF orientation applied, and the orientation (1 to 8) that it had. Raises UserError."""
-    with opened(source) as picture:
-        before = orientation(picture) if picture.format == "TIFF" else 1  # loading turns it upright and forgets it
-        return as_rgb(picture), max(before, orientation(picture))
-
-
 def photo_of(given: Photo) -> Image.Image:
-    """A photo in RGB and upright, from what a caller has. Raises UserError for what is none or cannot be read."""
-    if isinstance(given, (str, Path)):
-        return read_picture(given)[0]
+    """A photo in RGB and upright; of its metadata, `info` holds the EXIF `orientation` alone that it had.
+
+    Greys of 12 or 16 bits are scaled to 8. Raises UserError for deeper ones, which Pillow would clip, and for what is
+    no photo or cannot be read.
+    """
+    if isinstance(given, (str, Path, IOBase)):
+        with opened(given) as picture:
+            return photo_of(picture)
     if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.shape[2:] in ((), (3,), (4,)):
         given = Image.fromarray(given)
-    if not isinstance(given, Image.Image):
+    if not isinstance(image := given, Image.Image):
         raise UserError(f"a photo is a path, a PIL image or a uint8 array (H, W, 3), not {type(given)}")
-    return as_rgb(given)
-
-
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (stored upright) where there is none or the metadata cannot be read."""
-    try:
-        tag = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata: the picture may be whole
-        return 1
-    return tag if tag in TURNS else 1
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB, EXIF orientation applied and all metadata dropped.
-
-    Greys of 12 or 16 bits are scaled to 8. Raises UserError for deeper ones, which Pillow would clip.
-    """
+    before = orientation(image) if image.format == "TIFF" else 1  # loading turns it upright and forgets it
     image.load()  # first: what is wrong with the pixels must not pass for metadata that cannot be read
-    turn = TURNS.get(orientation(image))
+    stored = orientation(image)
     if image.mode == "F" or image.mode.startswith("I"):
         grey = np.asarray(image)
         if image.mode == "F" or grey.min() < 0 or grey.max() > 0xFFFF:
@@ -89,8 +72,17 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; Pillow warns of the direct way
     image = image.convert("RGB")
-    image.info = {}  # a second call must not turn it again
-    return image if turn is None else image.transpose(turn)
+    image.info = {"orientation": max(before, stored)}  # a second call must not turn it again
+    return image if stored == 1 else image.transpose(TURNS[stored])
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 (stored upright) where there is none or the metadata cannot be read."""
+    try:
+        tag = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata: the picture may be whole
+        return 1
+    return tag if tag in TURNS else 1
 
 
 def resize_bicubic(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -17,7 +17,7 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_t
 from self1e.errors import UserError, check_known
 from self1e.model.batch import IGNORE_INDEX, pack
 from self1e.model.config import Self1EConfig
-from self1e.model.photos import as_rgb, resize_bicubic
+from self1e.model.photos import photo_of, resize_bicubic
 from self1e.model.prompts import CHAT_TEMPLATE, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, SEG, SEGT, chat_text
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -36,7 +36,7 @@ def cut_tiles(
     Returns float32 (tiles, 3, size, size), row-major, and the grid as (rows, cols); with a thumbnail, which has no
     place in a grid, (tiles, 1).
     """
-    image = as_rgb(image)
+    image = photo_of(image)
     cols, rows = get_optimal_tiled_canvas((image.height, image.width), (size, size), 1, max_tiles)
     canvas = resize_bicubic(image, cols * size, rows * size)
     boxes = [(x * size, y * size, (x + 1) * size, (y + 1) * size) for y in range(rows) for x in range(cols)]
@@ -121,8 +121,8 @@ class Self1EProcessor(ProcessorMixin):
         tiles, grid = cut_tiles(image, self.image_size, **tiling)
         texts = [self.encode_conversation(turns, len(tiles), max_length) for turns in conversations]
         masks = [None] * len(texts) if masks is None else masks
-        targets = [None if x is None else torch.as_tensor(np.ascontiguousarray(x)).to(torch.uint8) for x in masks]
-        targets = [x[None] if x is not None and x.ndim == 2 else x for x in targets]
+        arrays = [None if x is None else np.ascontiguousarray(x, np.uint8) for x in masks]
+        targets = [None if x is None else torch.from_numpy(x.reshape(-1, *x.shape[-2:])) for x in arrays]
         for turns, (ids, _), target in zip(conversations, texts, targets, strict=True):
             n_seg = ids.count(self.seg_token_id)
             if target is not None and len(target) != n_seg:
@@ -133,16 +133,14 @@ class Self1EProcessor(ProcessorMixin):
         self, turns: Sequence[str], n_tiles: int, max_length: int | None = None
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of one conversation; labels cover each assistant text and its `<|im_end|>`."""
-        if not turns or IMAGE_TAG not in turns[0]:
-            raise UserError(f"the first turn of a conversation must hold {IMAGE_TAG}: {list(turns)}")
+        if not turns or IMAGE_TAG not in turns[0] or any(IMG_CONTEXT in turn for turn in turns):
+            rule = f"the first turn must hold {IMAGE_TAG}, and none the reserved token {IMG_CONTEXT}"
+            raise UserError(f"{rule}: {list(turns)}")
         picture = IMG_START + IMG_CONTEXT * (self.tile_tokens * n_tiles) + IMG_END
         text, answers = chat_text([turns[0].replace(IMAGE_TAG, picture, 1), *turns[1:]])
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         labels = [x if any(start in own for own in answers) else IGNORE_INDEX for x, (start, _) in zip(ids, offsets)]
-        if ids.count(self.image_token_id) != self.tile_tokens * n_tiles:
-            culprit = next(turn for turn in turns if IMG_CONTEXT in turn)
-            raise UserError(f"the text itself holds the reserved token {IMG_CONTEXT}: {culprit!r}")
         if max_length is not None:
             for name, token in ((IMG_CONTEXT, self.image_token_id), (SEG, self.seg_token_id)):
                 if token in ids[max_length:]:

@@ -16,8 +16,7 @@ IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END = "<image>", "<img>", "<IMG_CONTEXT>"
 START_OF_TURN, END_OF_TURN, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 # Tokens that structure a conversation; in a user's text they would forge images, masks or turns. InternVL's marks of
 # objects, such as <ref> and <box>, are not among them: they are part of what its users may ask.
-RESERVED = (SEG, SEGT, IMAGE_TAG, IMG_START, IMG_CONTEXT, IMG_END)
-CONTROL = re.compile("|".join(map(re.escape, RESERVED)) + r"|<\|\w+\|>")  # the last: how Qwen names all of its own
+CONTROL = re.compile(r"\[SEGT?\]|<image>|</?img>|<IMG_CONTEXT>|<\|\w+\|>")  # the last: how Qwen names all of its own
 SYSTEM = "You are an helpful assistant."  # sic: the weights were trained with it
 CHAT_TEMPLATE = (
     f"{{{{ '{START_OF_TURN}system\n{SYSTEM}{END_OF_TURN}\n' }}}}"
@@ -42,8 +41,8 @@ EXPLANATORY_QUESTIONS = (
     "<image>\n{} Please output segmentation mask and give some explanation.",
 )
 ANSWERS = ("It is [SEG].", "Sure, [SEG].", "Sure, it is [SEG].", "Sure, the segmentation result is [SEG].", "[SEG].")
-SENTENCE_ENDS = tuple(".?!。؟۔।॥;՞։‽⸮።፧။។")  # in their normal form; the semicolon is the Greek question mark
-CLOSING = {"Pe", "Pf", "Pi", "Cf", "Cc", "Zs", "Zl", "Zp"}  # Unicode's brackets, quotes, invisible characters, blanks
+# Marks in their normal form (the semicolon is the Greek question mark), and after them neither letter nor digit.
+SENTENCE_END = re.compile(r"[.?!。؟۔।॥;՞։‽⸮።፧။។]\W*$")
 VQA_INSTRUCTION = " Answer the question using a single word or phrase."
 VIZWIZ_INSTRUCTION = " When the provided information is insufficient, respond with 'Unanswerable'." + VQA_INSTRUCTION
 
@@ -65,10 +64,7 @@ def answer(rng: np.random.Generator) -> str:
 
 def looks_like_sentence(text: str) -> bool:
     """Whether a text ends as sentences do: asked as it is ("Which one rolls?"), not as a phrase ("the ball")."""
-    text = unicodedata.normalize("NFKC", text)
-    while text and (text[-1] in "\"'" or unicodedata.category(text[-1]) in CLOSING):
-        text = text[:-1]
-    return text.endswith(SENTENCE_ENDS)
+    return bool(SENTENCE_END.search(unicodedata.normalize("NFKC", text)))
 
 
 def evaluation_prompt(text: str, is_sentence: bool | None, lower: bool) -> str:
@@ -80,8 +76,8 @@ def evaluation_prompt(text: str, is_sentence: bool | None, lower: bool) -> str:
 
 
 def reserved_in(text: str) -> list[str]:
-    """The control tokens in a text as it is or lower-cased, such as `[SEG]` and `<|im_end|>`, each once."""
-    return list(dict.fromkeys(CONTROL.findall(text) + CONTROL.findall(text.lower())))
+    """The control tokens in a text as it is or lower-cased, such as `[SEG]` and `<|im_end|>`."""
+    return CONTROL.findall(text) + CONTROL.findall(text.lower())
 
 
 def never_written(tokenizer) -> list[int]:

@@ -20,7 +20,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import cached_file
 from transformers.utils.loading_report import update_key_name  # names of several layers in one
-from transformers.utils.logging import set_tqdm_hook
 
 from self1e import distributed
 from self1e.errors import UserError, check_known
@@ -65,10 +64,9 @@ def published_names() -> list[WeightRenaming | WeightConverter]:
 
 HF_NAMES = get_checkpoint_conversion_mapping("internvl")  # of the first -hf repositories
 register_checkpoint_conversion_mapping("Self1EForSegmentation", [*published_names(), *HF_NAMES], overwrite=True)
-# `check_fit` raises what the library would only report; its bars are for a terminal and for what takes time.
+# `check_fit` raises what the library would only report.
 LIBRARY = logging.getLogger("transformers.modeling_utils")
 LIBRARY.addFilter(lambda record: "Self1EForSegmentation LOAD REPORT" not in record.getMessage())
-set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"delay": 2, "disable": None}))
 
 
 class CheckpointMixin:
@@ -135,10 +133,7 @@ class CheckpointMixin:
 
 
 def announce_weights(source: str, hub: dict[str, Any]) -> None:
-    """Say that weights which take seconds are read. Raises UserError for a missing file, and for an adapter."""
-    if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
-        # The library would load it over the weights.
-        raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
+    """Say that weights which take seconds are read. Raises UserError for a missing file."""
     folder = Path(str(cached_file(source, "config.json", **hub))).parent
     files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()][:1] or [folder / WEIGHT_FILES[0]]
     if files[0].suffix == ".json":
@@ -170,9 +165,9 @@ def resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> N
     old = torch.arange(size) < before
     old[new] = False
     with torch.no_grad():
-        for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            weight, own = module.weight, old.to(module.weight.device)
-            weight[~own] = weight[own].float().mean(0).to(weight.dtype)  # the same again where they are tied
+        for module in model.get_input_embeddings(), model.get_output_embeddings():  # tied, it is the same again
+            weight: Any = module.weight
+            weight[~old] = weight[old].float().mean(0).to(weight.dtype)
 
 
 def save_checkpoint(model: Any, processor, folder: str | Path, *, published: bool = False) -> None:

@@ -10,7 +10,7 @@ from trees import SQUARE, H, W
 
 from self1e.data.masks import decode_segmentation, load_label_map, orient, paint_shapes
 from self1e.errors import UserError
-from self1e.model.photos import read_picture
+from self1e.model.photos import photo_of
 
 OVERLAP = [6, 3, 12, 3, 12, 9, 6, 9]  # shares x 6..8 with SQUARE, which is x 2..8, y 3..9
 
@@ -151,20 +151,20 @@ def test_masks_turn_with_their_photo(tmp_path, orientation):
     stored = np.zeros((H, W, 3), np.uint8)
     stored[1:4, 2:9, :] = 255
     save_turned(tmp_path / "photo.png", orientation, stored)
-    image, tag = read_picture(tmp_path / "photo.png")
-    turned = orient(stored[:, :, 0] // 255, image, tag)
-    assert tag == orientation
+    image = photo_of(tmp_path / "photo.png")
+    turned = orient(stored[:, :, 0] // 255, image)
+    assert image.info == {"orientation": orientation}
     assert (turned * 255 == np.asarray(image)[:, :, 0]).all()
     # A mask that was drawn on the turned photo stays; for half turns and mirrors the two cannot be told apart.
     if orientation >= 5:
-        assert (orient(turned, image, tag) == turned).all()
+        assert (orient(turned, image) == turned).all()
 
 
 def test_square_masks_count_as_stored(tmp_path):
     stored = np.triu(np.ones((H, H), np.uint8))
     save_turned(tmp_path / "photo.png", 6, np.repeat(stored[:, :, None] * 255, 3, 2))
-    image, tag = read_picture(tmp_path / "photo.png")
-    assert (orient(stored, image, tag) == stored.T[:, ::-1]).all()
+    image = photo_of(tmp_path / "photo.png")
+    assert (orient(stored, image) == stored.T[:, ::-1]).all()
 
 
 def test_label_maps_keep_their_values(tmp_path):

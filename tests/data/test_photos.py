@@ -9,7 +9,7 @@ from PIL import Image
 
 from self1e.data.samples import image_key
 from self1e.errors import UserError
-from self1e.model.photos import as_rgb, orientation, photo_of, read_picture
+from self1e.model.photos import orientation, photo_of
 
 
 def grey(path, values, dtype):
@@ -39,7 +39,7 @@ def test_deeper_greys_are_refused_by_name(tmp_path, values, dtype):
     with pytest.raises(UserError, match="deep.tif: .*16 bits"):
         photo_of(path)
     with pytest.raises(UserError), Image.open(path) as image:
-        as_rgb(image)
+        photo_of(image)
 
 
 def test_palettes_with_transparency_become_rgb_without_a_warning(tmp_path):
@@ -56,9 +56,9 @@ def test_metadata_is_read_for_the_orientation_alone(tmp_path):
     exif[0x0112] = 6
     for name in "a.jpg", "a.png", "a.tif":
         Image.new("RGB", (5, 4)).save(tmp_path / name, exif=exif)
-        image, before = read_picture(tmp_path / name)
-        assert image.size == as_rgb(image).size == photo_of(Image.open(tmp_path / name)).size == (4, 5)
-        assert before == 6 and not image.info
+        image = photo_of(tmp_path / name)
+        assert image.size == photo_of(image).size == photo_of(Image.open(tmp_path / name)).size == (4, 5)
+        assert image.info == {"orientation": 6}
     Image.new("RGB", (5, 4)).save(tmp_path / "b.jpg", exif=b"Exif\0\0" + b"no TIFF header at all")
     assert photo_of(tmp_path / "b.jpg").size == (5, 4)
 

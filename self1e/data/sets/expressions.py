@@ -17,7 +17,7 @@ from self1e.data.masks import orient
 from self1e.data.samples import Sample, TrainingSet, check_texts, draw, naming
 from self1e.errors import UserError
 from self1e.model import prompts
-from self1e.model.photos import read_picture
+from self1e.model.photos import photo_of
 
 
 class Expression(NamedTuple):
@@ -64,12 +64,12 @@ class ExpressionSet(TrainingSet):
 
     def load(self, index: int, wanted: Sequence[list[Any]]) -> tuple[Image.Image, np.ndarray]:
         """Photo, and for each list of annotations the union of their masks, uint8 (n, H, W). Raises UserError."""
-        image, orientation = read_picture(self.photo(index))
+        image = photo_of(self.photo(index))
         masks = {}
         for target in dict.fromkeys(target for targets in wanted for target in targets):
             with naming(self.where(target)):
                 mask = self.mask(index, target, image)
-                masks[target] = mask = orient(mask, image, orientation) if self.stored else mask
+                masks[target] = mask = orient(mask, image) if self.stored else mask
                 if self.sized and mask.shape != (image.height, image.width):
                     sizes = f"{mask.shape[1]} x {mask.shape[0]}, the photo {image.width} x {image.height}"
                     raise UserError(f"the mask's size is {sizes} pixels")

@@ -14,7 +14,7 @@ from self1e.data.samples import Sample, TrainingSet, draw, list_names, naming
 from self1e.errors import UserError
 from self1e.files import read_json
 from self1e.model import prompts
-from self1e.model.photos import read_picture
+from self1e.model.photos import photo_of
 
 
 def class_names(name: str) -> list[str]:
@@ -49,8 +49,8 @@ class LabelMapSet(TrainingSet):
         asked = [value for value in present if self.names[value]]
         if not asked:
             return None
-        image, orientation = read_picture(self.folder / self.file_name(index))
-        labels, drawn = orient(labels, image, orientation), draw(asked, self.conversations, rng)
+        image = photo_of(self.folder / self.file_name(index))
+        labels, drawn = orient(labels, image), draw(asked, self.conversations, rng)
         names = [self.names[value] for value in drawn]
         conversations = [[prompts.question(name, rng, is_sentence=False), prompts.answer(rng)] for name in names]
         return Sample(self.id(index), image, conversations, [(labels == v).astype(np.uint8)[None] for v in drawn])
@@ -107,13 +107,13 @@ class PartSet(TrainingSet):
         if not usable:
             return None
         _, *size = self.images[index]
-        image, orientation = read_picture(self.photo(index))
+        image = photo_of(self.photo(index))
         conversations, masks = [], []
         for id, category, segmentation in draw(usable, self.conversations, rng):
             with naming(f"annotation {id}"):
                 if (names := self.names.get(category)) is None:
                     raise UserError(f"unknown category {category}")
-                masks.append(orient(decode_segmentation(segmentation, *size), image, orientation)[None])
+                masks.append(orient(decode_segmentation(segmentation, *size), image)[None])
             phrases = (" ".join(names), f"the {names[1]} of the {names[0]}") if len(names) == 2 else names
             name = phrases[rng.integers(len(phrases))]
             conversations.append([prompts.question(name, rng, is_sentence=False), prompts.answer(rng)])

@@ -11,7 +11,7 @@ from self1e.data.readers import open_tables, read_instructions, read_questions
 from self1e.data.samples import DATASETS, Sample, TrainingSet
 from self1e.errors import UserError
 from self1e.model import prompts
-from self1e.model.photos import read_picture
+from self1e.model.photos import photo_of
 
 QUESTIONS = {  # question set -> its file
     **{name: f"{name}/{name}_train.jsonl" for name in ("vqav2", "okvqa", "textvqa", "vizwiz")},
@@ -40,7 +40,7 @@ class TextSet(TrainingSet):
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         turns = self.turns(index)
-        image, _ = read_picture(self.photo(index))
+        image = photo_of(self.photo(index))
         return Sample(self.id(index), image, [turns], [np.zeros((0, image.height, image.width), np.uint8)])
 
 

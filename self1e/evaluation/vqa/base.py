@@ -18,7 +18,7 @@ from PIL import Image
 from self1e.data.samples import naming
 from self1e.errors import UserError
 from self1e.files import check_fetched
-from self1e.model.photos import read_picture
+from self1e.model.photos import photo_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Question:
     def open_image(self) -> Image.Image:
         """The photo, RGB. Raises UserError naming the question when it cannot be decoded."""
         with naming(f"question {self.id}"):
-            return read_picture(self.image if isinstance(self.image, Path) else io.BytesIO(self.image))[0]
+            return photo_of(self.image if isinstance(self.image, Path) else io.BytesIO(self.image))
 
 
 class Answer(NamedTuple):
