@@ -158,6 +158,20 @@ def test_an_answer_without_seg_takes_no_pass_for_masks(tiny, monkeypatch):
     assert reply.text == "No." and reply.masks.shape == (0, 40, 50) and reply.scores == []
 
 
+@pytest.mark.parametrize(("options", "given"), [({}, [True, False, False]), ({"use_cache": False}, [True] * 3)])
+def test_images_are_given_to_generation_until_they_are_in_the_cache(tiny, monkeypatch, options, given):
+    model, processor = tiny
+    calls, causal_pass = [], model.causal_pass
+
+    def watched(ids, mask, features, *args, **kwargs):
+        calls.append(features is not None)
+        return causal_pass(ids, mask, features, *args, **kwargs)
+
+    monkeypatch.setattr(model, "causal_pass", watched)
+    model.chat(processor, photo(40, 40), "it?", min_new_tokens=3, max_new_tokens=3, **options)
+    assert calls == given
+
+
 def test_chat_batches_of_different_answers(tiny, monkeypatch):
     model, processor = tiny
     image = photo(50, 40)
