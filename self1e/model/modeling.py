@@ -129,8 +129,10 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
         if generating or not with_images and labels is None:
             if pixel_values is not None:
                 image_features = self.encode_images(pixel_values, tile_grids, for_masks=False)
-            cache = {"past_key_values": past_key_values, "logits_to_keep": logits_to_keep}
-            return self.causal_pass(input_ids, attention_mask, image_features, row_image, **cache, **kwargs)
+            if past_key_values is not None:  # newer releases of the library give it as `cache`
+                kwargs["past_key_values"] = past_key_values
+            kwargs["logits_to_keep"] = logits_to_keep
+            return self.causal_pass(input_ids, attention_mask, image_features, row_image, **kwargs)
 
         if packed is None:
             grids, most = tile_grids if image_features is None else image_features.grids, self.most_groups
