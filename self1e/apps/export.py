@@ -38,6 +38,7 @@ from self1e.files import replacing, write_json
 from self1e.flags import Help
 from self1e.model.attention import perception_mask
 from self1e.model.grids import stitch_tiles
+from self1e.model.modeling import without_dynamic_rope
 from self1e.model.processor import HIGH_RES_TILES, MEAN, STD
 from self1e.model.prompts import ANSWER, IMAGE_TAG, IMG_CONTEXT, IMG_END, IMG_START, PADDING, SEG, evaluation_prompt
 
@@ -103,7 +104,7 @@ def write_graph(model, processor, grid: tuple[int, int], folder: Path) -> tuple[
     inputs = inputs_of(batch, processor)
     sizes: Any = {"pixel_values": None, "input_ids": {0: "conversations", 1: "tokens"}}
     sizes |= {"image_positions": {0: "conversations"}, "seg_positions": {0: "masks"}}
-    with warnings.catch_warnings():
+    with without_dynamic_rope(model.model.language_model.rotary_emb, 0), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about the library's code
         program: Any = torch.onnx.export(
             Widened(MaskGraph(model, grid)), kwargs=inputs, dynamic_shapes={"inputs": sizes}, dynamo=True,

@@ -5,7 +5,8 @@ S patches and L = S/r image tokens per side of a tile, Cv and C widths of ViT an
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
@@ -66,10 +67,6 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
             config.text_config.hidden_size, ratio=config.ratio, auxiliary_projection=config.auxiliary_projection
         )
         self.trained_head = False
-        rotary = self.model.language_model.rotary_emb
-        # Dynamic RoPE asks the GPU for the longest position, and differs beyond `max_position_embeddings` alone.
-        if rotary.rope_type == "dynamic":
-            rotary.rope_type = "default"
         self.post_init()
         self.round_rope()
 
@@ -179,7 +176,6 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
         """The LLM's normalised final states: (P, C) -> (P, C), each group of conversations by itself."""
         llm, config, states = self.model.language_model, self.config.text_config, []
         for part, length, padded, segments in batch.groups:
-            assert length <= config.max_position_embeddings, "dynamic RoPE, which longer texts need, is off"
             inputs = rearrange(embeds[part], "(r n) c -> r n c", n=length)
             ids, padding = (x[part].view(inputs.shape[:2]).to(embeds.device) for x in (batch.ids, batch.padding))
             mask = perception_mask(
@@ -191,7 +187,8 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
                 is_seg=ids == self.config.seg_token_id,
             )
             masks = dict.fromkeys(config.layer_types, mask)
-            out = llm(inputs_embeds=inputs, attention_mask=masks, use_cache=False)
+            with without_dynamic_rope(llm.rotary_emb, length):
+                out = llm(inputs_embeds=inputs, attention_mask=masks, use_cache=False)
             states.append(out.last_hidden_state.flatten(0, 1))
         return torch.cat(states)
 
@@ -239,6 +236,18 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Entries of the first axis, the index moved to where they are."""
     return x.index_select(0, index.to(x.device))
+
+
+@contextmanager
+def without_dynamic_rope(rotary, length: int) -> Iterator[None]:
+    """Keep dynamic RoPE from asking the GPU for the longest position, which the host knows."""
+    kind = rotary.rope_type
+    if kind == "dynamic" and length <= rotary.original_max_seq_len == rotary.max_seq_len_cached:
+        rotary.rope_type = "default"
+    try:
+        yield
+    finally:
+        rotary.rope_type = kind
 
 
 def selective_checkpointing_kwargs() -> dict[str, Any]:
