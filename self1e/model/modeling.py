@@ -126,6 +126,8 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
         if generating or not with_images and labels is None:
             if pixel_values is not None:
                 image_features = self.encode_images(pixel_values, tile_grids, for_masks=False)
+            if input_ids.shape[1] == 1:  # a token behind the prompt, whose images are in the cache
+                image_features = None
             if past_key_values is not None:  # newer releases of the library give it as `cache`
                 kwargs["past_key_values"] = past_key_values
             kwargs["logits_to_keep"] = logits_to_keep
@@ -225,7 +227,7 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
     def causal_pass(self, input_ids: Tensor, attention_mask, features: ImageFeatures | None, row_image, **kwargs):
         """A pass as the library's own model takes it, with vocabulary logits and without masks: for `generate`."""
         embeds = self.get_input_embeddings()(input_ids)
-        if features is not None and input_ids.shape[1] > 1:  # else a token after the prompt, whose images are cached
+        if features is not None:
             is_image = (input_ids == self.config.image_token_id).to(embeds.device)
             tiles = features.v1.split([*map(math.prod, features.grids)])  # of each image
             tokens = torch.cat([tiles[image].flatten(0, 2) for image in row_image.tolist()]).to(embeds)
