@@ -1,4 +1,4 @@
-"""self1e/data/paths.py: what a user reads when data is absent, and which files annotations may name."""
+"""Files of data sets: what a user reads when some are absent, and which ones annotations may name."""
 
 import unicodedata
 from types import SimpleNamespace
