@@ -133,7 +133,10 @@ class CheckpointMixin:
 
 
 def announce_weights(source: str, hub: dict[str, Any]) -> None:
-    """Say that weights which take seconds are read. Raises UserError for a missing file."""
+    """Say that weights which take seconds are read. Raises UserError for a missing file, and for an adapter."""
+    if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+        # The library would load it over the weights.
+        raise UserError(f"{source} holds a PEFT adapter: merge it into the weights, or remove adapter_config.json")
     folder = Path(str(cached_file(source, "config.json", **hub))).parent
     files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()][:1] or [folder / WEIGHT_FILES[0]]
     if files[0].suffix == ".json":

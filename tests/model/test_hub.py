@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from self1e import Self1EConfig, Self1EForSegmentation, Self1EProcessor
 from self1e.apps.loading import load
+from self1e.errors import UserError
 from self1e.evaluation.results import weights_identity
 
 SENTENCE = "Which one of these rolls?"
@@ -88,6 +89,9 @@ def test_hub_ids_are_read_like_folders(folder, image, tmp_path, monkeypatch):
     assert model.trained_head and logits(model, processor, image).equal(logits(expected, processor, image))
     found = weights_identity("org/base", "org/weights")
     assert found == {"weights": f"org/weights@{commit}", "base": f"org/base@{commit}"}
+    (tmp_path / f"models--org--weights/snapshots/{commit}/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="org/weights holds a PEFT adapter"):
+        Self1EForSegmentation.from_pretrained("org/base", weights="org/weights")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

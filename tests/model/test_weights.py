@@ -267,7 +267,11 @@ def test_a_fault_of_the_head_keeps_its_traceback(trained, monkeypatch):
         load(trained)
 
 
-def test_pointers_are_refused(copy, tiny_version):
+def test_adapters_and_pointers_are_refused(copy, tiny_version):
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somebody/model"}')
+    with pytest.raises(UserError, match=f"{copy} holds a PEFT adapter"):
+        load(copy)
+    (copy / "adapter_config.json").unlink()
     for name in "model.safetensors", "tokenizer_config.json", "config.json":  # each beside those before
         (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
         for given in {"version": copy}, {"version": tiny_version, "weights": copy}:
