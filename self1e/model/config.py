@@ -19,7 +19,7 @@ from self1e.errors import UserError, check_known
 from self1e.files import check_fetched, check_utf8
 from self1e.model.attention import PATHWAYS
 from self1e.model.grids import REPLICATIONS
-from self1e.model.head import HEADS
+from self1e.model.head import HEADS, AmplifiedHead
 
 
 def switch(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
@@ -65,7 +65,8 @@ class Self1EConfig(InternVLConfig):
         for name, flag in SWITCHES.items():
             if "choices" in flag:
                 check_known(name, [getattr(self, name)], flag["choices"])
-        if self.auxiliary_projection and not (self.auxiliary_loss and self.mask_features == "rfa"):
+        amplified = issubclass(HEADS[self.mask_features], AmplifiedHead)
+        if self.auxiliary_projection and not (self.auxiliary_loss and amplified):
             raise UserError("auxiliary_projection needs auxiliary_loss and mask_features rfa: it uses f_out again")
 
     @property

@@ -77,6 +77,6 @@ def draw_curves(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     panels = {title: lines.dropna(how="all") for title, lines in panels.items() if not lines.empty}
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        style = ["-", "--"] * len(lines.columns)  # dashes show what they cover
+        style = ["-", "--", ":"] * len(lines.columns)  # dashes and dots show what they cover
         lines.plot(ax=axes, title=title, xlabel="optimizer step", logy=title == "loss", style=style, grid=True)
     figure.savefig(path, dpi=120)
