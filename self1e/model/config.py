@@ -65,9 +65,9 @@ class Self1EConfig(InternVLConfig):
         for name, flag in SWITCHES.items():
             if "choices" in flag:
                 check_known(name, [getattr(self, name)], flag["choices"])
-        amplified = issubclass(HEADS[self.mask_features], AmplifiedHead)
-        if self.auxiliary_projection and not (self.auxiliary_loss and amplified):
-            raise UserError("auxiliary_projection needs auxiliary_loss and mask_features rfa: it uses f_out again")
+        if self.auxiliary_projection:
+            if not (self.auxiliary_loss and issubclass(HEADS[self.mask_features], AmplifiedHead)):
+                raise UserError("auxiliary_projection needs auxiliary_loss and mask_features rfa: it uses f_out again")
 
     @property
     def ratio(self) -> int:  # r: patches per side that one image token stands for
