@@ -5,6 +5,7 @@ A command is one entry of a table: the module of `main(argv) -> exit code`, or M
 
 import importlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -68,4 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"self1e: there is no command {name!r}\n\n{usage}" if name else usage, file=sys.stderr)
         return 2
     module, _, function = known[name][0].partition(":")
-    return run_program(lambda: getattr(importlib.import_module(module), function or "main")(rest))
+    try:
+        return run_program(lambda: getattr(importlib.import_module(module), function or "main")(rest))
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # whoever read our output has enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        raise

@@ -29,8 +29,11 @@ PATIENCE = 5  # seconds in which the launcher ends this rank if another one has 
 
 
 def launched() -> bool:
-    """Whether a launcher started this process; clusters leave some of its variables in every shell."""
-    return all(map(os.environ.get, VARIABLES)) and any(map(os.environ.get, MARKS))
+    """Whether a launcher started this process; clusters leave some of its variables in every shell.
+
+    Those of a single process, without a mark, are left over: what they name as master may be gone.
+    """
+    return all(map(os.environ.get, VARIABLES)) and (os.environ["WORLD_SIZE"] != "1" or any(map(os.environ.get, MARKS)))
 
 
 def rank() -> int:
@@ -134,6 +137,9 @@ def run_program(program: Callable[[], int]) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it out, and warn about it
     set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"delay": 2, "disable": None}))  # on a terminal
     try:
+        if launched() and not any(map(os.environ.get, MARKS)):
+            names = ", ".join(VARIABLES)
+            raise UserError(f"no launcher set {names}: unset them, start by torchrun, or set LOCAL_WORLD_SIZE, too")
         code = program()
         if dist.is_initialized():
             dist.destroy_process_group()  # without it, torch can abort at the exit

@@ -90,13 +90,18 @@ def test_one_process_keeps_the_traceback_and_ends_its_workers(program):
     assert f'File "{program}"' in done.stderr
 
 
-ALL = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+ALL = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 @pytest.mark.parametrize("variables", [{"RANK": "1"}, {"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, ALL])
 def test_what_a_cluster_leaves_in_the_environment_is_no_launcher(program, variables):
     done = run([sys.executable, program, "3"], **variables)
     assert (done.returncode, done.stdout) == (3, "ranks: 1\n") and "Error" not in done.stderr
+
+
+def test_all_of_it_without_a_launcher_is_refused_in_one_line(program):
+    done = run([sys.executable, program, "3"], **ALL | {"WORLD_SIZE": "2"})
+    assert done.returncode == 1 and done.stderr.strip().startswith("error: no launcher set RANK")
 
 
 @pytest.mark.parametrize(("cores", "ranks", "workers", "threads"), [(2, 1, 0, 1), (16, 1, 4, 11), (16, 4, 1, 2)])

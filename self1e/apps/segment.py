@@ -103,10 +103,10 @@ def photos_of(path: Path, output: Path) -> list[tuple[Path, str]]:
             rows = [[line.strip(), ""] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         else:
             rows = [texts_of(*row, ["image"], "prompt") for row in table_rows(path, ["image"])]
-        places = [inside(path.parent, name, allow_outside=True) for name, _ in rows]
+        photos = [inside(path.parent, name, allow_outside=True) for name, _ in rows]
     except (OSError, UnicodeDecodeError, UserError) as error:
         raise UserError(f"--image {path} is no list of photos: {error}") from error
-    return [(Path(os.path.normpath(place)), prompt) for place, (_, prompt) in zip(places, rows)]
+    return [(Path(os.path.normpath(photo)), prompt) for photo, (_, prompt) in zip(photos, rows)]
 
 
 def find_jobs(args: argparse.Namespace) -> list[Job]:

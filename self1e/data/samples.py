@@ -65,7 +65,7 @@ def inside(folder: Path, name: str, *, allow_outside: bool = False) -> Path:
     path = folder / name
     if not name.isascii() and not path.exists():
         forms = (unicodedata.normalize(form, name).encode(errors="replace") for form in ("NFC", "NFD"))
-        path = next((place for form in forms if (place := folder / os.fsdecode(form)).exists()), path)
+        path = next((other for form in forms if (other := folder / os.fsdecode(form)).exists()), path)
     if "\\" in name and not path.exists():
         raise UserError(f"{name!r:.200} has backslashes, which separate folders on Windows alone; write slashes")
     return path

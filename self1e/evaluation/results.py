@@ -122,9 +122,9 @@ def completeness(name: str, data: TrainingSet) -> str:
     if name not in TOTALS:
         return "-"
     counts = {"images": len(np.unique(data.image_keys())), "questions": len(data), "conversations": len(data)}
-    if "refs" in TOTALS[name] and isinstance(data, ExpressionSet):  # a sentence's place is its ref and its number
-        places = [each.place for index in range(len(data)) for each in data.expressions(index)]
-        counts |= {"refs": len({place.rsplit("/", 1)[0] for place in places}), "sentences": len(places)}
+    if "refs" in TOTALS[name] and isinstance(data, ExpressionSet):  # a sentence's suffix is its ref and its number
+        suffixes = [each.suffix for index in range(len(data)) for each in data.expressions(index)]
+        counts |= {"refs": len({suffix.rsplit("/", 1)[0] for suffix in suffixes}), "sentences": len(suffixes)}
     for what, total in TOTALS[name].items():
         if counts[what] != total:
             return f"{counts[what]:,} of {total:,} {what}"

@@ -74,7 +74,7 @@ def pack(
     shapes, images = ([] if x is None else torch.as_tensor(x).tolist() for x in (grids, row_image))
     first, end = present.argmax(1), longest - present[:, ::-1].argmax(1)
     made: list[Group] = []
-    sources: list[np.ndarray] = []  # of each packed token, its place in `ids.flat`
+    sources: list[np.ndarray] = []  # of each packed token, its index in `ids.flat`
     for members in similar(end - first) if groups == 2 else [np.arange(count)]:
         length = int((end - first)[members].max())
         starts = members * longest + np.minimum(first[members], longest - length)

@@ -87,7 +87,7 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
                     initialization.zeros_(layer.bias)
 
     @property
-    def most_groups(self) -> int:
+    def max_groups(self) -> int:
         """Of conversations in a pass: one under ZeRO-3, whose ranks must call the same layers together."""
         return 1 if hasattr(self.lm_head.weight, "ds_id") else 2
 
@@ -134,9 +134,9 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
             return self.causal_pass(input_ids, attention_mask, image_features, row_image, **kwargs)
 
         if packed is None:
-            grids, most = tile_grids if image_features is None else image_features.grids, self.most_groups
-            packed = pack(input_ids, attention_mask, labels, grids, row_image, tokens=self.config, groups=most)
-        assert len(packed.groups) <= self.most_groups, "under ZeRO-3 collate with groups=1: ranks would wait for ever"
+            grids, limit = tile_grids if image_features is None else image_features.grids, self.max_groups
+            packed = pack(input_ids, attention_mask, labels, grids, row_image, tokens=self.config, groups=limit)
+        assert len(packed.groups) <= self.max_groups, "under ZeRO-3 collate with groups=1: ranks would wait for ever"
         batch = send_to_device(packed, self.device, non_blocking=True)
         with_masks = with_images and (self.training or any(batch.n_seg))
         # The text comes first, so that the embeddings' large gradient is made last, when the ViT's states are gone.
@@ -261,9 +261,9 @@ def selective_checkpointing_kwargs() -> dict[str, Any]:
     # Autocast casts a weight once per forward pass, though a layer runs for each group of conversations, and casts it
     # anew in each part of the backward pass: such casts are no part of what is compared.
     SAC_IGNORED_OPS.add(torch.ops.aten._to_copy.default)
-    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, KEPT)}
+    return {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, SAVED)}
 
 
 ATTENTION = "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"  # keep no scores
 PRODUCTS = "mm", "addmm", "bmm", *(f"_scaled_dot_product_{kernel}" for kernel in ATTENTION)
-KEPT = [getattr(torch.ops.aten, name).default for name in PRODUCTS]
+SAVED = [getattr(torch.ops.aten, name).default for name in PRODUCTS]

@@ -129,14 +129,20 @@ def train(args: Namespace, asked_to_stop: Callable[[], bool]) -> bool:
             checkpoints.save(folder, step, settings, record.best(), **tensors)
         if splits and not stopped and (step % args.eval_steps == 0 or step == steps):
             options = evaluation_flags(args) | {"output_dir": args.run_dir / "validation" / f"step_{step}"}
-            if args.zero_stage != 3:  # where no rank can leave alone
+            if args.zero_stage != 3:  # where no rank can leave alone: the next step meets the request
                 options["asked_to_stop"] = asked_to_stop
-            with accelerator.autocast(), contextlib.suppress(Stopped):  # the next step meets the request
-                results = evaluate_splits(model, processor, splits, print_table=False, **options)
+            try:
+                with accelerator.autocast():
+                    results = evaluate_splits(model, processor, splits, print_table=False, **options)
                 scores = {f"eval_{split}_{key}": results[split][key] for split in splits for key in ("giou", "ciou")}
                 record.log(step, scores)
-            if not due and distributed.on_main(record.best) == step:
-                checkpoints.save(folder, step, settings, step, **tensors)
+            except Stopped:  # on all ranks
+                stopped = True
+            best = distributed.on_main(record.best)
+            if not due and (stopped or best == step):
+                checkpoints.save(folder, step, settings, best, **tensors)
+            if stopped:
+                break
     if not stopped:
         merge_and_save(args, engine, model, tuner, processor)
         distributed.say(f"saved {args.run_dir / 'ckpt_model'}, the curves are in {args.run_dir / 'curves.png'}")

@@ -1,6 +1,8 @@
 """Every command of the command line, and the shell programs in front of it."""
 
+import os
 import subprocess
+import sys
 
 import pytest
 from helpers import ROOT
@@ -48,6 +50,18 @@ def test_what_a_user_got_wrong_is_one_line(raising, capsys):
 def test_ctrl_c_is_130(raising, capsys):
     raising(KeyboardInterrupt())
     assert main(["segment"]) == 130 and capsys.readouterr().err.strip() == "interrupted"
+
+
+def test_only_who_reads_the_output_may_leave(raising):
+    raising(BrokenPipeError("a data worker's"))
+    with pytest.raises(BrokenPipeError):
+        main(["segment"])
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = "from self1e import cli; cli.run_program = lambda _: print('a figure'); exit(cli.main(['score']))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.returncode == 1 and not done.stderr
 
 
 def test_eval_takes_the_folder_of_a_run(tmp_path, monkeypatch):

@@ -136,4 +136,4 @@ def test_training_counts_equal_the_published_loaders(name):
     expressions = [data.expressions(item) for item in range(len(data))]
     assert len(data) == counts["samples"]
     assert sum(map(len, expressions)) == counts["sentences"]
-    assert len({each.place.split("/")[1] for image in expressions for each in image}) == counts["refs"]
+    assert len({each.suffix.split("/")[1] for image in expressions for each in image}) == counts["refs"]

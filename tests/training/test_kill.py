@@ -40,7 +40,7 @@ def test_a_kill_changes_nothing(whole, tiny_version, shapes, tmp_path, point):
 
 REQUESTS = {  # the function at one of whose calls the request comes, the call's number, how, the step that is saved
     "step": ("self1e.training.loop:note", 1, terminate, 1),
-    "validation": ("self1e.evaluation.results:Results.append", 0, terminate, 2),
+    "validation": ("self1e.evaluation.results:Results.append", 0, terminate, 1),
     "saving": ("self1e.training.checkpoints:sync", 0, tell_by_sigusr1, 3),
 }
 

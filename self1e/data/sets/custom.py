@@ -173,8 +173,8 @@ class Custom(ExpressionSet):
     def _find(self, name: str, below: str) -> Path:
         """A file beside the source or in the folder `below`. Raises UserError where it is in neither."""
         folder = self.source.parent
-        for place in folder, folder / below:
-            if (path := inside(place, name, allow_outside=self.allow_outside)).is_file():
+        for parent in folder, folder / below:
+            if (path := inside(parent, name, allow_outside=self.allow_outside)).is_file():
                 return path
         raise UserError(f"{name} is neither in {folder} nor in {folder / below}")
 

@@ -25,7 +25,7 @@ class Expression(NamedTuple):
 
     text: str  # as read
     targets: list[Any]  # keys of the annotations that it means, at least one; its mask is their union
-    place: str  # what its unit's id adds to the photo's name
+    suffix: str  # what its unit's id adds to the photo's name
     is_sentence: bool = False  # asked as it is, and not as a phrase
     no_target: bool = False  # the annotations say that nothing in the photo is meant
 
@@ -103,7 +103,7 @@ class ExpressionSet(TrainingSet):
                 raise UserError("it has no sentence")
             asked = [prompts.evaluation_prompt(each.text, each.is_sentence, self.lower) for each in expressions]
             check_texts(prompt.removeprefix(prompts.IMAGE_TAG) for prompt in asked)
-        ids = [file_name + each.place for each in expressions]
+        ids = [file_name + each.suffix for each in expressions]
         return EvalImage(
             image_id=file_name,
             expressions=expressions,

@@ -33,11 +33,11 @@ def open_rows(source: str, split: str) -> Any:
         raise UserError('Parquet files need datasets: pip install "self1e[parquet]"') from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    place = Path(source)
+    local = Path(source)
     try:
-        files = {"data_files": {split: source}} if place.is_file() else {}
+        files = {"data_files": {split: source}} if local.is_file() else {}
         builder = datasets.load_dataset_builder("parquet" if files else source, **files)
-        size = builder.info.download_size or sum(file.stat().st_size for file in [place, *place.rglob("*.parquet")])
+        size = builder.info.download_size or sum(file.stat().st_size for file in [local, *local.rglob("*.parquet")])
         if not Path(builder.cache_dir).exists():
             log.info(f"copying {source} ({size / 1e9:.2g} GB) to {builder.cache_dir}")
         builder.download_and_prepare()  # one process of a machine, the others wait for it
