@@ -58,9 +58,9 @@ class MaskGraph(nn.Module):
         photo = model.encode_images(pixel_values, [self.grid])
         embeds = model.get_input_embeddings()(input_ids)
         embeds = embeds.index_put(image, photo.v1.flatten(0, 2).expand(count, -1, -1))
-        kinds = {"is_image": input_ids == config.image_token_id, "is_seg": input_ids == config.seg_token_id}
-        kinds |= {"config": config.text_config, "embeds": embeds, "padding_mask": None}  # padding comes last, unseen
-        masks = dict.fromkeys(config.text_config.layer_types, perception_mask(config.attention_pathway, **kinds))
+        options = {"embeds": embeds, "padding_mask": None}  # padding comes last, unseen
+        mask = perception_mask(config.attention_pathway, config, input_ids, **options)
+        masks = dict.fromkeys(config.text_config.layer_types, mask)
         states = model.model.language_model(inputs_embeds=embeds, attention_mask=masks, use_cache=False)[0]  # R N C
         img = rearrange(states[image], "r (t h w) c -> (r t) h w c", h=config.tile_side, w=config.tile_side)
         *sides, query = head.project(photo.v1, photo.vhq, img, states[row, seg - 1])

@@ -10,60 +10,52 @@ weights. Image tokens must not see the words of an answer: training would show t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 # Conversation, head, query and key, as 0-d index tensors -> bool, True where the query sees the key.
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# Image tokens and `[SEG]` tokens, (R, N) bool each -> the rule for these conversations.
-Pathway = Callable[[Tensor, Tensor], Rule]
+# Token ids, (R, N), and the `Self1EConfig`, which knows those with a meaning -> the rule for these conversations.
+Pathway = Callable[[Tensor, Any], Rule]
 
 
-def image_to_image(is_image: Tensor, is_seg: Tensor) -> Rule:
+def image_to_image(ids: Tensor, config: Any) -> Rule:
     """Image tokens see every image token of their conversation."""
-    return lambda b, head, q, k: (k <= q) | (is_image[b, q] & is_image[b, k])
+    image = ids == config.image_token_id
+    return lambda b, head, q, k: (k <= q) | (image[b, q] & image[b, k])
 
 
-def image_to_image_and_seg(is_image: Tensor, is_seg: Tensor) -> Rule:
+def image_to_image_and_seg(ids: Tensor, config: Any) -> Rule:
     """Image tokens see every image token and every `[SEG]` of their conversation."""
-    seen = is_image | is_seg
-    return lambda b, head, q, k: (k <= q) | (is_image[b, q] & seen[b, k])
+    image = ids == config.image_token_id
+    seen = image | (ids == config.seg_token_id)
+    return lambda b, head, q, k: (k <= q) | (image[b, q] & seen[b, k])
 
 
 # None is the library's causal mask, which it need not build where nothing is padded.
 PATHWAYS: dict[str, Pathway | None] = {"causal": None, "image": image_to_image, "image+seg": image_to_image_and_seg}
 
 
-def perception_mask(
-    pathway: str,
-    *,
-    config: PreTrainedConfig,
-    embeds: Tensor,
-    padding_mask: Tensor | None,
-    is_image: Tensor,
-    is_seg: Tensor,
-):
+def perception_mask(pathway: str, config: Any, ids: Tensor, *, embeds: Tensor, padding_mask: Tensor | None):
     """The LLM's attention mask in its backend's format, for `attention_mask={"full_attention": mask}`.
 
     Args:
         pathway: a key of `PATHWAYS`.
-        config: the LLM's configuration; its attention implementation decides the mask's format.
-        embeds: (R, N, C), for size, dtype and device.
+        config: a `Self1EConfig`; the attention implementation of its `text_config` decides the mask's format.
+        ids: (R, N), for what the tokens mean. embeds: (R, N, C), for size, dtype and device.
         padding_mask: (R, N), 1 at tokens; None without padding, so that the host need not wait.
-        is_image, is_seg: (R, N) bool, image tokens and `[SEG]` tokens.
     """
-    make_rule = PATHWAYS[pathway]
+    make_rule, llm = PATHWAYS[pathway], config.text_config
     if make_rule is None:
-        skip = padding_mask is None
-        return create_causal_mask(config, embeds, padding_mask, None, allow_is_causal_skip=skip)
-    if "flash" in (name := config._attn_implementation):
+        return create_causal_mask(llm, embeds, padding_mask, None, allow_is_causal_skip=padding_mask is None)
+    if "flash" in (name := llm._attn_implementation):
         raise ValueError(f"--attn_implementation {name} knows causal masks only: use sdpa or eager for {pathway!r}")
-    rule, with_seg = make_rule(is_image, is_seg), is_seg.any(1)
+    rule, with_seg = make_rule(ids, config), (ids == config.seg_token_id).any(1)
 
     def seen(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return with_seg[b] & rule(b, head, q, k) | ~with_seg[b] & (k <= q)  # onnxruntime has no `where` of booleans
 
     # The library's bidirectional mask forbids nothing but padding: the rule alone decides about the rest.
-    return create_bidirectional_mask(config, embeds, padding_mask, and_mask_function=seen)
+    return create_bidirectional_mask(llm, embeds, padding_mask, and_mask_function=seen)

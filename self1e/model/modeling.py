@@ -176,19 +176,13 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
 
     def run_llm(self, embeds: Tensor, batch: Packed) -> Tensor:
         """The LLM's normalised final states: (P, C) -> (P, C), each group of conversations by itself."""
-        llm, config, states = self.model.language_model, self.config.text_config, []
+        llm, config, states = self.model.language_model, self.config, []
         for part, length, padded, segments in batch.groups:
             inputs = rearrange(embeds[part], "(r n) c -> r n c", n=length)
             ids, padding = (x[part].view(inputs.shape[:2]).to(embeds.device) for x in (batch.ids, batch.padding))
-            mask = perception_mask(
-                self.config.attention_pathway if segments else "causal",
-                config=config,
-                embeds=inputs,
-                padding_mask=padding if padded else None,
-                is_image=ids == self.config.image_token_id,
-                is_seg=ids == self.config.seg_token_id,
-            )
-            masks = dict.fromkeys(config.layer_types, mask)
+            pathway = config.attention_pathway if segments else "causal"
+            mask = perception_mask(pathway, config, ids, embeds=inputs, padding_mask=padding if padded else None)
+            masks = dict.fromkeys(config.text_config.layer_types, mask)
             with without_dynamic_rope(llm.rotary_emb, length):
                 out = llm(inputs_embeds=inputs, attention_mask=masks, use_cache=False)
             states.append(out.last_hidden_state.flatten(0, 1))

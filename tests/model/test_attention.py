@@ -1,6 +1,7 @@
 """Perception pathways: the library's mask against the rule of the paper, written as loops."""
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,6 @@ LAYOUTS = {
     "no seg": ["tiit..", "ttiitt"],
     "seg before image": ["stiit", "tsiis"],
 }
-
-
-def tokens(conversations: list[str], letters: str) -> torch.Tensor:
-    return torch.tensor([[letter in letters for letter in conversation] for conversation in conversations])
 
 
 def allowed_by_rule(conversations: list[str], pathway: str) -> torch.Tensor:
@@ -47,15 +44,12 @@ def allowed_by_mask(mask, conversations: list[str]) -> torch.Tensor:
 
 
 def build(conversations: list[str], pathway: str, implementation: str):
-    config = Qwen2Config(hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
-    config._attn_implementation = implementation
+    llm = Qwen2Config(hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
+    llm._attn_implementation = implementation
+    ids = torch.tensor([list(map(ord, conversation)) for conversation in conversations])
+    config = SimpleNamespace(text_config=llm, image_token_id=ord("i"), seg_token_id=ord("s"))
     return perception_mask(
-        pathway,
-        config=config,
-        embeds=torch.zeros(len(conversations), len(conversations[0]), 8),
-        padding_mask=tokens(conversations, "ist").long(),
-        is_image=tokens(conversations, "i"),
-        is_seg=tokens(conversations, "s"),
+        pathway, config, ids, embeds=torch.zeros(*ids.shape, 8), padding_mask=(ids != ord(".")).long()
     )
 
 
@@ -65,7 +59,9 @@ def build(conversations: list[str], pathway: str, implementation: str):
 def test_mask_is_the_rule(layout, pathway, implementation):
     conversations = LAYOUTS[layout]
     found = allowed_by_mask(build(conversations, pathway, implementation), conversations)
-    queries = tokens(conversations, "ist")  # what padding sees is nobody's business
+    queries = torch.tensor(
+        [[letter != "." for letter in conversation] for conversation in conversations]
+    )  # what padding sees is nobody's business
     assert torch.equal(found[queries], allowed_by_rule(conversations, pathway)[queries])
 
 

@@ -24,13 +24,16 @@ class GatedHead(SegmentationHead):
         return vhq
 
 
-def image_to_seg(is_image, is_seg):
-    return lambda b, head, q, k: (k <= q) | (is_image[b, q] & is_seg[b, k])
+def image_to_question(ids, config):
+    """Image tokens see the question, too: each turn begins with the token that the conversation begins with."""
+    image, turn = ids == config.image_token_id, (ids == ids[:, :1]).cumsum(1)
+    return lambda b, head, q, k: (k <= q) | (image[b, q] & (turn[b, k] == turn[b, q]))
 
 
-def image_alone(is_image, is_seg):
+def image_alone(ids, config):
     """A pathway that forbids: an image token sees itself and nothing else."""
-    return lambda b, head, q, k: (k == q) | ((k < q) & ~is_image[b, q])
+    image = ids == config.image_token_id
+    return lambda b, head, q, k: (k == q) | ((k < q) & ~image[b, q])
 
 
 def replicate_negative(x, ratio=2):
@@ -41,7 +44,7 @@ def replicate_negative(x, ratio=2):
 def extension(monkeypatch):
     for registry, key, entry in (
         (HEADS, "gated", GatedHead),
-        (PATHWAYS, "seg", image_to_seg),
+        (PATHWAYS, "question", image_to_question),
         (PATHWAYS, "alone", image_alone),
         (REPLICATIONS, "negative", replicate_negative),
     ):
@@ -50,7 +53,7 @@ def extension(monkeypatch):
 
 VARIANTS = [
     {"mask_features": "gated"},
-    {"attention_pathway": "seg"},
+    {"attention_pathway": "question"},
     {"attention_pathway": "alone"},
     {"replication": "negative"},
 ]
@@ -92,10 +95,10 @@ def test_a_new_loss_needs_its_function_and_its_weight(monkeypatch, load_tiny, ti
 
 @torch.no_grad()
 def test_a_pathway_can_forbid(extension, load_tiny):
-    is_image = torch.tensor([[0, 1, 1, 0, 0]] * 2).bool()
-    is_seg = torch.tensor([[0, 0, 0, 1, 0], [0] * 5]).bool()
-    given = {"embeds": torch.zeros(2, 5, 8), "padding_mask": None, "is_image": is_image, "is_seg": is_seg}
-    mask = perception_mask("alone", config=load_tiny().config.text_config, **given)
+    config = load_tiny().config
+    image, seg = config.image_token_id, config.seg_token_id
+    ids = torch.tensor([[0, image, image, seg, 0], [0, image, image, 0, 0]])
+    mask = perception_mask("alone", config, ids, embeds=torch.zeros(2, 5, 8), padding_mask=None)
     expected = torch.ones(2, 5, 5).tril().bool()
     expected[0, 1:3] = torch.eye(5)[1:3].bool()  # the conversation without `[SEG]` stays causal
     assert torch.equal(mask[:, 0], expected)

@@ -123,15 +123,9 @@ def test_attention_is_the_same(case):
     """Every unpadded query and key."""
     golden, batch = read(case)
     config = base_of(case.pack).config
-    mask = perception_mask(
-        config.attention_pathway,
-        config=config.text_config,
-        embeds=torch.zeros(*batch["input_ids"].shape, 1),
-        padding_mask=batch["attention_mask"],
-        is_image=batch["input_ids"] == config.image_token_id,
-        is_seg=batch["input_ids"] == config.seg_token_id,
-    )
-    length = batch["input_ids"].shape[1]
+    ids, padding = batch["input_ids"], batch["attention_mask"]
+    embeds, length = torch.zeros(*ids.shape, 1), ids.shape[1]
+    mask = perception_mask(config.attention_pathway, config, ids, embeds=embeds, padding_mask=padding)
     allowed = torch.ones(1, 1, length, length).tril().bool() if mask is None else mask
     allowed = allowed.expand(len(batch["input_ids"]), -1, -1, -1)
     expected = unpack(golden["attention_allowed_bits"], golden["attention_shape"]).astype(bool)
