@@ -73,40 +73,40 @@ def pack(
     targets = np.full_like(ids, IGNORE_INDEX) if labels is None else labels.cpu().numpy()
     shapes, images = ([] if x is None else torch.as_tensor(x).tolist() for x in (grids, row_image))
     first, end = present.argmax(1), longest - present[:, ::-1].argmax(1)
+    lengths = end - first
     made: list[Group] = []
-    sources: list[np.ndarray] = []  # of each packed token, its index in `ids.flat`
-    for members in similar(end - first) if groups == 2 else [np.arange(count)]:
-        length = int((end - first)[members].max())
-        starts = members * longest + np.minimum(first[members], longest - length)
-        source = (starts[:, None] + np.arange(length)).ravel()
-        start = made[-1].part.stop if made else 0
-        segments = bool((ids.flat[source] == tokens.seg_token_id).any())
-        made.append(Group(slice(start, start + len(source)), length, not present.flat[source].all(), segments))
-        sources.append(source)
-    source = np.concatenate(sources)
-    packed, owner, targets = ids.flat[source], source // longest, targets.flat[source]
-    order = np.argsort(owner, kind="stable")  # packed positions, conversation by conversation
-    image, seg = (order[packed[order] == token] for token in (tokens.image_token_id, tokens.seg_token_id))
-    n_image, n_seg = (np.bincount(owner[found], minlength=count) for found in (image, seg))
-    expected = [tokens.tile_tokens * math.prod(shapes[i]) for i in images]
-    if images and n_image.tolist() != expected:
-        raise ValueError(
-            f"conversations hold {n_image.tolist()} image tokens, their images fill {expected}: was the text cut?"
-        )
+    blocks: list[np.ndarray] = []  # of each group the ids, padding and labels of its packed tokens
+    spans = [slice(0)] * count  # packed positions of each conversation
+    for members in similar(lengths) if groups == 2 else [np.arange(count)]:
+        begin, length = made[-1].part.stop if made else 0, int(lengths[members].max())
+        columns = np.minimum(first[members], longest - length)[:, None] + np.arange(length)
+        block = np.stack([x[members[:, None], columns] for x in (ids, present, targets)])  # 3 r n
+        block[2, :, 0] = IGNORE_INDEX  # no token predicts the first one
+        for number, start in zip(members, range(begin, begin + block[0].size, length)):
+            spans[number] = slice(start, start + length)
+        part, segments = slice(begin, begin + block[0].size), bool((block[0] == tokens.seg_token_id).any())
+        made.append(Group(part, length, not block[1].all(), segments))
+        blocks.append(block.reshape(3, -1))
+    packed, padding, packed_labels = np.concatenate(blocks, axis=1)
+    kinds = tokens.image_token_id, tokens.seg_token_id
+    image, seg = ([span.start + np.flatnonzero(packed[span] == kind) for span in spans] for kind in kinds)
+    n_image, expected = [len(x) for x in image], [tokens.tile_tokens * math.prod(shapes[i]) for i in images]
+    if images and n_image != expected:
+        raise ValueError(f"conversations hold {n_image} image tokens, their images fill {expected}: was the text cut?")
     tile = [0, *accumulate(map(math.prod, shapes))]  # the first of each image
-    text = np.flatnonzero((targets[1:] != IGNORE_INDEX) & (owner[1:] == owner[:-1]))
+    text = np.flatnonzero(packed_labels[1:] != IGNORE_INDEX)
     tensors = {
         "ids": packed,
-        "padding": present.flat[source],
-        "image": image if images else image[:0],
+        "padding": padding,
+        "image": np.concatenate(image) if images else packed[:0],
         "tiles": np.array([number for i in images for number in range(tile[i], tile[i + 1])]),
-        "seg_image": image[np.repeat(n_seg > 0, n_image)],
-        "seg": seg - 1,
+        "seg_image": np.concatenate([x if len(asked) else x[:0] for x, asked in zip(image, seg)]),
+        "seg": np.concatenate(seg) - 1,
         "text": text,
-        "text_labels": targets[text + 1],
+        "text_labels": packed_labels[text + 1],
     }
     arrays = {name: torch.from_numpy(x.astype(np.int64)) for name, x in tensors.items()}
-    return Packed(**arrays, groups=made, grids=shapes, row_image=images, n_seg=n_seg.tolist())
+    return Packed(**arrays, groups=made, grids=shapes, row_image=images, n_seg=[len(x) for x in seg])
 
 
 def similar(lengths: np.ndarray) -> list[np.ndarray]:

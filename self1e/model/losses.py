@@ -1,5 +1,6 @@
 """Mask losses (paper, section 4.1; formulas of LISA's protocol): BCE and Dice on masks of short side at most 128."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -50,19 +51,19 @@ def mask_losses(predictions: Sequence[Sequence[Tensor]], targets: Sequence[Tenso
         Scalars by name; 0 where no conversation has a mask.
     """
     device = predictions[0][0].device
-    by_size: dict[tuple, list[tuple[tuple[Tensor, ...], Tensor]]] = {}
-    for *logits, target in zip(*predictions, targets, strict=True):
+    by_size: dict[tuple, list[list[Tensor]]] = defaultdict(list)
+    for target, *logits in zip(targets, *predictions, strict=True):
         if target is not None and len(target) != len(logits[0]):
             raise ValueError(f"a conversation has {len(logits[0])} [SEG] and {len(target)} masks")
         if target is not None and len(target):
-            sizes = tuple(target.shape[1:]), *(tuple(x.shape[1:]) for x in logits)
-            by_size.setdefault(sizes, []).append((tuple(logits), target.to(device, non_blocking=True)))
+            masks = [target.to(device, non_blocking=True), *logits]
+            by_size[tuple(x.shape[1:] for x in masks)].append(masks)
     total = {name: torch.zeros((), device=device) for name in MASK_LOSSES}
-    for pairs in by_size.values():
-        target = shrink_target(torch.cat([target for _, target in pairs]))
-        kinds = [torch.cat(logits).float()[None] for logits in zip(*(logits for logits, _ in pairs))]
-        resized = torch.cat([F.interpolate(x, size=target.shape[-2:], mode="bilinear")[0] for x in kinds])
-        target = target.repeat(len(kinds), 1, 1)
+    for conversations in by_size.values():
+        target, *kinds = map(torch.cat, zip(*conversations))
+        target = shrink_target(target)
+        resized = [F.interpolate(x.float()[None], size=target.shape[-2:], mode="bilinear")[0] for x in kinds]
+        predicted, target = torch.cat(resized), target.repeat(len(kinds), 1, 1)
         for name, loss in MASK_LOSSES.items():
-            total[name] = total[name] + loss(resized, target).sum()
+            total[name] = total[name] + loss(predicted, target).sum()
     return {name: value / len(targets) for name, value in total.items()}
