@@ -24,7 +24,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--model_weights", metavar="W", type=checkpoint_folder,
         help="trained weights over --version; without them the head inside --version is used")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--dtype", choices=tuple(DTYPES), help="without it bf16 on a CUDA GPU, else fp32")
+    add("--precision", choices=tuple(DTYPES), help="unset: bf16 on a CUDA GPU, else fp32")
     add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="4 or 8 bits per weight (bitsandbytes)")
     add("--high_res", dest="max_tiles", action="store_const", const=HIGH_RES_TILES, default=1,
         help=f"up to {HIGH_RES_TILES} tiles per photo (trained with it, too)")
@@ -34,7 +34,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def load(args: argparse.Namespace) -> tuple[Self1EForSegmentation, Self1EProcessor]:
     """Model and processor that the flags of `add_model_flags` name, ready to predict; UserError without a head."""
     device = distributed.device(args.device)
-    dtype = DTYPES[args.dtype or precision_on(device)]
+    dtype = DTYPES[args.precision or precision_on(device)]
     options: dict[str, Any] = {"dtype": dtype}
     if args.quantize:
         if find_spec("bitsandbytes") is None:

@@ -262,8 +262,8 @@ def run(
     """
     distributed.start("gloo", timeout=WAIT)
     jobs = distributed.on_main(partial(find_jobs, args))
-    args.dtype = args.dtype or precision_on(distributed.device(args.device))
-    settings = {name: getattr(args, name) for name in ("dtype", "quantize", "max_tiles", "threshold")} | settings
+    args.precision = args.precision or precision_on(distributed.device(args.device))
+    settings = {name: getattr(args, name) for name in ("precision", "quantize", "max_tiles", "threshold")} | settings
     settings |= weights_identity(args.version, args.model_weights)
     masks, overlays = (len(jobs) <= FEW if given is None else given for given in (args.masks, args.overlays))
     kinds = {"overwrite": args.overwrite, "masks": masks, "overlays": overlays}

@@ -30,7 +30,7 @@ SAME_SET_ATTEMPTS = 10  # of them, from the same set
 SHARE, REDRAW, SHUFFLE, REPLACE, SUBSET = range(5)
 
 
-class Records:
+class Pool:
     """Those records of a set that take part: all, or those whose photo is not among `excluded` (see `image_key`)."""
 
     def __init__(self, data: TrainingSet, excluded: np.ndarray | None):
@@ -77,21 +77,21 @@ class Mixture:
         excluded: np.ndarray | None = None,  # `image_key`s of photos whose samples do not take part
     ):
         self.batch_size, self.seed, self.mode = batch_size, seed, mode
-        self.groups: list[tuple[list[Records], int, int]] = []  # sets, passes, samples of one more
+        self.groups: list[tuple[list[Pool], int, int]] = []  # sets, passes, samples of one more
         self.epoch_size = 0  # slots
         self.sizes: dict[str, int] = {}  # samples of the sets of each name that take part, before rates
         for sets, family_rate in families:
-            kinds: dict[tuple[bool, ...], list[Records]] = defaultdict(list)
+            kinds: dict[tuple[bool, ...], list[Pool]] = defaultdict(list)
             for data in sets:
-                records = Records(data, excluded)
-                kinds[data.rated, data.segmentation, data.redrawn].append(records)
-                self.sizes[data.name] = self.sizes.get(data.name, 0) + records.per_pass
+                pool = Pool(data, excluded)
+                kinds[data.rated, data.segmentation, data.redrawn].append(pool)
+                self.sizes[data.name] = self.sizes.get(data.name, 0) + pool.per_pass
             for kind in sorted(kinds, reverse=True):
-                total, rate = sum(records.per_pass for records in kinds[kind]), family_rate if kind[0] else 1
+                total, rate = sum(pool.per_pass for pool in kinds[kind]), family_rate if kind[0] else 1
                 share = int((rate % 1) * total + 0.5)
                 self.groups.append((kinds[kind], int(rate), share))
                 self.epoch_size += int(rate) * total + share
-        self.sets = [records for members, *_ in self.groups for records in members]
+        self.sets = [pool for pools, *_ in self.groups for pool in pools]
         if not self.epoch_size:
             raise UserError("the mixture is empty: check --sample_rates, --exclude_val and the datasets")
 
@@ -102,24 +102,23 @@ class Mixture:
         """Slots of an epoch in the order of the groups, int64 (n, 4)."""
         slots, first = [], 0
         fraction, redraw = self._rng(epoch, SHARE), self._rng(epoch, REDRAW)
-        for members, whole, share in self.groups:
-            sizes = [records.per_pass for records in members]
-            total = sum(sizes)
+        for pools, passes, share in self.groups:
+            sizes = [pool.per_pass for pool in pools]
+            starts, total = np.cumsum([0, *sizes]), sum(sizes)  # of each set and of all in a pass
             part = np.sort(fraction.choice(max(total, 1), share, replace=False))
-            flat = np.concatenate([np.tile(np.arange(total), whole), part]).astype(np.int64)
-            draws = repetitions = np.repeat(np.arange(whole + 1), [total] * whole + [len(part)])
-            if members[0].data.redrawn and self.mode == "published" and total:
-                flat, draws = redraw.integers(total, size=len(flat)), np.arange(len(flat))
-            starts = np.cumsum([0, *sizes])
-            sets = np.searchsorted(starts, flat, side="right") - 1
-            items = flat - starts[sets]
-            for k, records in enumerate(members):
-                for repetition in range(whole + 1) if sizes[k] < len(records) else ():  # a pass over a capped set
+            samples = np.concatenate([np.tile(np.arange(total), passes), part]).astype(np.int64)
+            draws = repetitions = np.repeat(np.arange(passes + 1), [total] * passes + [len(part)])
+            if pools[0].data.redrawn and self.mode == "published" and total:
+                samples, draws = redraw.integers(total, size=len(samples)), np.arange(len(samples))
+            sets = np.searchsorted(starts, samples, side="right") - 1
+            items = samples - starts[sets]
+            for k, pool in enumerate(pools):
+                for repetition in range(passes + 1) if sizes[k] < len(pool) else ():  # a pass over a capped set
                     rng = self._rng(epoch, SUBSET, first + k, repetition, 0)
-                    taken = np.sort(rng.choice(len(records), sizes[k], replace=False))
+                    taken = np.sort(rng.choice(len(pool), sizes[k], replace=False))
                     chosen = (sets == k) & (repetitions == repetition)
                     items[chosen] = taken[items[chosen]]
-            slots.append(np.stack([np.full(len(flat), epoch), first + sets, items, draws], axis=1))
+            slots.append(np.stack([np.full(len(samples), epoch), first + sets, items, draws], axis=1))
             first += len(sizes)
         return np.concatenate(slots)
 
@@ -134,7 +133,7 @@ class Mixture:
             raise UserError(f"{n} training samples are fewer than the {world_size} processes")
         count = -(-n // (self.batch_size * world_size)) * world_size
         slots = self._slots(epoch)
-        segmentation = np.array([records.data.segmentation for records in self.sets])[slots[:, 1]]
+        segmentation = np.array([pool.data.segmentation for pool in self.sets])[slots[:, 1]]
         order = self._rng(epoch, SHUFFLE).permutation(n)
         order = np.concatenate([order, order[: max(0, count - n)]])  # more only with batch size 1
         sizes = len(order) // count + (np.arange(count) < len(order) % count)

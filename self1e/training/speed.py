@@ -34,23 +34,23 @@ def count_work(model: Self1EForSegmentation, dtype: torch.dtype) -> Counter:
         head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         parts[stack] = config.num_hidden_layers * config.num_attention_heads * head
 
-    def count(attended: int, module: nn.Module, _, output) -> None:
-        """attended: width of the queries of all layers together."""
+    def count(width: int, module: nn.Module, _, output) -> None:
+        """width: of the queries of all layers together, 0 without attention."""
         if not torch.is_grad_enabled():
             return
         states: Tensor = output if isinstance(output, Tensor) else output.last_hidden_state
         rows, tokens = states.shape[:-1].numel(), states.shape[-2]
-        linears = [x for x in module.modules() if isinstance(x, nn.Linear)]
-        trained = sum(x.in_features * x.out_features for x in linears if x.weight.requires_grad)
-        products = sum(x.in_features * x.out_features for x in linears)
-        attention = 2 * tokens * attended  # scores, and their product with the values
+        layers = [x for x in module.modules() if isinstance(x, nn.Linear)]
+        trained = sum(x.in_features * x.out_features for x in layers if x.weight.requires_grad)
+        products = sum(x.in_features * x.out_features for x in layers)
+        attention = 2 * tokens * width  # scores, and their product with the values
         again = states.requires_grad * (products + 2 * attention) + trained  # backward
         work["flops"] += 2 * rows * (products + attention + again)
-        if attended:
-            work["saved"] += rows * (sum(x.out_features for x in linears) + attended) * dtype.itemsize
+        if width:
+            work["saved"] += rows * (sum(x.out_features for x in layers) + width) * dtype.itemsize
 
-    for module, attended in parts.items():
-        module.register_forward_hook(partial(count, attended))
+    for module, width in parts.items():
+        module.register_forward_hook(partial(count, width))
     return work
 
 

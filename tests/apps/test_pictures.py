@@ -24,7 +24,7 @@ def test_the_parts_are_the_models_own(version, prompt, tiles):
 
 def test_one_command_writes_the_picture(version, tmp_path, monkeypatch):
     noise(60, 40).save(tmp_path / "photo.png")
-    flags = ["--version", str(version), "--prompt", "it", "--output", str(tmp_path / "out"), "--dtype", "bf16"]
+    flags = ["--version", str(version), "--prompt", "it", "--output", str(tmp_path / "out"), "--precision", "bf16"]
     assert main([*flags, "--image", str(tmp_path / "photo.png")]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["similarity.png"]
     assert Image.open(tmp_path / "out/similarity.png").width > 400

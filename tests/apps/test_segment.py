@@ -117,7 +117,7 @@ def test_options_reach_the_model(version, photos, tmp_path):
 
     plain, strict = mask("plain"), mask("strict", "--threshold", 0.6)
     assert (strict <= plain).all() and strict.sum() < plain.sum()
-    for options in (["--high_res"], ["--prompt_kind", "phrase"], ["--dtype", "bf16"]):
+    for options in (["--high_res"], ["--prompt_kind", "phrase"], ["--precision", "bf16"]):
         assert (mask(options[-1].strip("-"), *options) != plain).any()
 
 
@@ -135,7 +135,7 @@ def test_a_second_run_adds_and_repeats_nothing(version, photos, tmp_path, monkey
     assert run(version, output, "--image", cat, "--prompt", "a") == 0
     first, files = records(output), {path: path.stat().st_mtime_ns for path in output.glob("*.png")}
     assert run(version, output, "--image", cat, other, "--prompt", "a", "b") == 0
-    assert run(version, output, "--image", cat, other, "--prompt", "b", "a", "--dtype", "fp32") == 0
+    assert run(version, output, "--image", cat, other, "--prompt", "b", "a", "--precision", "fp32") == 0
     assert asked == [1, 3] and records(output)[:1] == first and len(records(output)) == 4
     assert all(path.stat().st_mtime_ns == time for path, time in files.items())
     assert len(json.loads((output / "coco.json").read_text())["annotations"]) == len(list(output.glob("*.png"))) == 4

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -31,10 +31,23 @@ SUFFIXES = (".json", ".csv", ".jsonl")
 LISTED = 50  # faults in one error message
 
 
+class Target(NamedTuple):
+    """A mask of a source, and what it says about it."""
+
+    photo: str
+    size: list[int] | None  # [height, width] of the segmentation; None where the mask is a file
+    sentences: list[str]
+    mask: Any  # COCO segmentation, or {file, value}
+    problem: str | None  # how it contradicts what is written beside it
+    location: str
+
+
 def read_source(path: Path) -> Records:
-    """Tables `targets`: [sentences, a segmentation or {file, value}, location] of each mask; `photos`: [name, [height,
-    width] or null, numbers of its targets] in file order; `files`: [name, folder that it may be in, location where it
-    is met first]; `faults`: "<location>: <what>" of each record that is left out; `problems`: what contradicts itself.
+    """Tables of a source.
+
+    targets: [sentences, mask, location] of each `Target`. photos: [name, size, numbers of its targets] in file order.
+    files: [name, folder that it may be in, location where it is met first].
+    faults: "<location>: <what>" of each record that is left out. problems: what contradicts itself.
     """
     faults: list[str] = []
 
@@ -59,22 +72,22 @@ def read_source(path: Path) -> Records:
     photos: dict[str, list] = {}
     files: dict[tuple[str, str], str] = {}
     problems: dict[str, list] = defaultdict(list)
-    for number, (name, size, sentences, mask, problem, location) in enumerate(targets):
-        yield "targets", [sentences, mask, location]
-        photos.setdefault(name, [name, size, []])[2].append(number)
-        files.setdefault((name, "images"), location)
-        if "file" in mask:
-            files.setdefault((mask["file"], "masks"), location)
-        if problem:
-            problems[problem].append(location)
+    for number, target in enumerate(targets):
+        yield "targets", [target.sentences, target.mask, target.location]
+        photos.setdefault(target.photo, [target.photo, target.size, []])[2].append(number)
+        files.setdefault((target.photo, "images"), target.location)
+        if target.size is None:
+            files.setdefault((target.mask["file"], "masks"), target.location)
+        if target.problem:
+            problems[target.problem].append(target.location)
     yield from (("photos", photo) for photo in photos.values())
     yield from (("files", [*file, location]) for file, location in files.items())
     yield from (("faults", fault) for fault in faults)
     yield from counted(path, problems)
 
 
-def _annotation(images: dict[int | str, list], categories: dict[int | str, str], record: Any, location: str) -> tuple:
-    """Photo, [height, width], sentences, segmentation, how it contradicts its record, location."""
+def _annotation(images: dict[int | str, list], categories: dict[int | str, str], record: Any, location: str) -> Target:
+    """An annotation of a COCO-style file. Raises UserError."""
     image_id, segmentation = fields(record, location, image_id=(int, str), segmentation=(list, dict))
     if image_id not in images:
         raise UserError(f"{location}: image_id {image_id!r} is not among the images")
@@ -88,16 +101,17 @@ def _annotation(images: dict[int | str, list], categories: dict[int | str, str],
         cause = "a sentence is empty or no text, or there is none and its category has no name"
         raise UserError(f"{location}: {cause}: {reprlib.repr(sentences)}")
     name, *size = images[image_id]
-    return name, size, [text.strip() for text in sentences], segmentation, contradiction(record, *size), location
+    problem = contradiction(record, *size)
+    return Target(name, size, [text.strip() for text in sentences], segmentation, problem, location)
 
 
-def _row(row: Any, location: str) -> tuple:
-    """The same of a line of `table_rows`."""
+def _row(row: Any, location: str) -> Target:
+    """A line of `table_rows`. Raises UserError."""
     name, mask, prompt, value = texts_of(location, row, COLUMNS, "value")
     number = value.removesuffix(".0")  # tables turn whole numbers into these where cells are empty
     if number and not number.isdecimal():
         raise UserError(f"{location}: value {value!r:.80} is no whole number of a pixel")
-    return name, None, [prompt], {"file": mask, "value": int(number) if number else None}, None, location
+    return Target(name, None, [prompt], {"file": mask, "value": int(number) if number else None}, None, location)
 
 
 def table_rows(path: Path, needed: Iterable[str] = COLUMNS) -> Iterator[tuple[str, dict]]:
