@@ -82,7 +82,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(work: Callable[[], object], repeats: int = 5) -> Figures:
+def measure(work: Callable[[], object], repeats: int) -> Figures:
     """Median seconds after a warm-up; `host`: until all of it is enqueued; peak memory, weights included."""
     work()
     synchronize()
@@ -152,13 +152,13 @@ class Recipe:
         self.folder = tempfile.TemporaryDirectory()
         sizes = {"image_size": 56, "vocab_size": 400} if tiny else {"vocab_size": 8000, "image_size": 448}
         base = make_tiny_internvl(self.folder.name, **sizes)
-        self.tiny, self.processor = tiny, Self1EProcessor.from_pretrained(base)
+        self.tiny, self.processor, self.repeats = tiny, Self1EProcessor.from_pretrained(base), 1 if tiny else 5
         self.config = Self1EForSegmentation.from_pretrained(base).config if tiny else configuration("2B")
         for token in "image_token_id", "seg_token_id":
             setattr(self.config, token, getattr(self.processor, token))
         side = 512 if tiny else 8192
         a = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
-        self.peak = 2 * side**3 / measure(lambda: a @ a)["seconds"]
+        self.peak = 2 * side**3 / measure(lambda: a @ a, repeats=5)["seconds"]
 
     def model(self, *, training: bool) -> torch.nn.Module:
         with torch.device(DEVICE):
@@ -196,7 +196,7 @@ def train(recipe: Recipe) -> Figures:
     for kind, options in CHECKPOINTING.items():
         if options:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        figures = measure(step)
+        figures = measure(step, recipe.repeats)
         figures |= {
             "samples_per_second": 5 / figures["seconds"],
             "utilisation": flops / figures["seconds"] / recipe.peak,
@@ -205,7 +205,7 @@ def train(recipe: Recipe) -> Figures:
         model.gradient_checkpointing_disable()
     if CUDA:
         compile_layers(model)
-        figures = measure(step)
+        figures = measure(step, recipe.repeats)
         found["compiled"] = show("training, compiled layers", figures | {"samples_per_second": 5 / figures["seconds"]})
     return found | {"tflop": flops / 1e12, "waits": dict(waits_of(step))}
 
@@ -217,17 +217,16 @@ def shapes(recipe: Recipe) -> Figures:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         train_step(model, recipe.micro_batch(100))
         seconds = []
-        for longer in [*range(2, 12, 2)] * 2:
+        for longer in [*range(2, 2 + 2 * recipe.repeats, 2)] * 2:
             batch = recipe.micro_batch(longer + 50 * cudnn)
             synchronize()
             start = time.perf_counter()
             train_step(model, batch)
             synchronize()
             seconds.append(time.perf_counter() - start)
+        first, again = seconds[: recipe.repeats], seconds[recipe.repeats :]
         name = "cuDNN allowed" if cudnn else "without cuDNN"
-        found[name] = show(
-            f"new lengths, {name}", {"first": statistics.mean(seconds[:5]), "again": statistics.mean(seconds[5:])}
-        )
+        found[name] = show(f"new lengths, {name}", {"first": statistics.mean(first), "again": statistics.mean(again)})
     return found
 
 
@@ -248,7 +247,7 @@ def evaluation(recipe: Recipe) -> Figures:
     for sentences in 1, 7, 30:
         batch = dict(recipe.processor([photo()], [[[QUESTION.format(i), "[SEG]."] for i in range(sentences)]]))
         work = partial(masks_of, model, batch, [PHOTO])
-        figures, flops = measure(work), flops_of(work)
+        figures, flops = measure(work, recipe.repeats), flops_of(work)
         figures |= {"utilisation": flops / figures["seconds"] / recipe.peak, "waits": sum(waits_of(work).values())}
         found[f"{sentences} sentences"] = show(f"evaluation, {sentences} sentences", figures)
     return found

@@ -95,7 +95,9 @@ def draw(items: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any
 class TrainingSet(ABC):
     """Numbered samples; a sub-class and its entry in `families.FAMILIES` are all that a new set takes.
 
-    A set is made from its name and the flags of training, of which it takes those that it knows, and then `opened`.
+    A sub-class writes five members: `files` (or `paths`), `open`, `__len__`, `file_name` and `read`. The rest is the
+    same for all sets, unless one differs. A set is made from its name and the flags of training, of which it takes
+    those that it knows, and then `opened`.
     """
 
     cap: int | None = None  # samples that one pass over the set takes at most; each pass draws its own

@@ -184,6 +184,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
 
 
 def test_a_repository_of_several_checkpoints_lists_them(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it asks, again and again
     files = ["README.md", "small/config.json", "small/model.safetensors", "large/config.json"]
     monkeypatch.setattr("self1e.model.config.HfApi.list_repo_files", lambda self, name: files)
     for read_anything in Self1EConfig.from_pretrained, weights_identity:
