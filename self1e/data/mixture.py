@@ -107,7 +107,8 @@ class Mixture:
             starts, total = np.cumsum([0, *sizes]), sum(sizes)  # of each set and of all in a pass
             part = np.sort(fraction.choice(max(total, 1), share, replace=False))
             samples = np.concatenate([np.tile(np.arange(total), passes), part]).astype(np.int64)
-            draws = repetitions = np.repeat(np.arange(passes + 1), [total] * passes + [len(part)])
+            repetitions = np.repeat(np.arange(passes + 1), [total] * passes + [len(part)])
+            draws = repetitions
             if pools[0].data.redrawn and self.mode == "published" and total:
                 samples, draws = redraw.integers(total, size=len(samples)), np.arange(len(samples))
             sets = np.searchsorted(starts, samples, side="right") - 1
@@ -140,12 +141,7 @@ class Mixture:
         lasts, replace = np.cumsum(sizes) - 1, self._rng(epoch, REPLACE)
         constrained = self.batch_size > 1 and segmentation.any()
         if constrained and self.mode == "exact":
-            # As many micro-batches as there are segmentation samples get one, at their end.
-            spread, own = np.empty_like(order), order[segmentation[order]][:count]
-            ends = replace.permutation(lasts)[: len(own)]
-            spread[ends] = own
-            spread[~np.isin(np.arange(len(order)), ends)] = order[~np.isin(order, own)]
-            order = spread
+            order = one_for_each(order, segmentation[order], lasts, replace)
         planned = slots[order]
         if constrained and self.mode == "published":
             chosen = slots[segmentation]
@@ -183,6 +179,19 @@ class Mixture:
         raise UserError("\n".join([f"{len(replaced)} samples tried for one slot are all broken:", *replaced]))
 
     __getitem__ = build
+
+
+def one_for_each(order: np.ndarray, wanted: np.ndarray, lasts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Another order, in which as many micro-batches as there are wanted slots end with one.
+
+    order: slots. wanted: bool, for each. lasts: indices at which micro-batches end.
+    """
+    chosen = order[wanted][: len(lasts)]
+    ends = rng.permutation(lasts)[: len(chosen)]
+    result = np.empty_like(order)
+    result[ends] = chosen
+    result[~np.isin(np.arange(len(order)), ends)] = order[~np.isin(order, chosen)]
+    return result
 
 
 @dataclass

@@ -33,8 +33,8 @@ class Group(NamedTuple):
 class Packed(NamedTuple):
     """A batch as `Self1EForSegmentation.forward` reads it; made by `pack`."""
 
-    ids: Tensor  # (P,) token ids
-    padding: Tensor  # (P,), 1 at tokens, 0 at padding
+    ids: Tensor  # (P,) token ids, 0 at padding
+    padding: Tensor  # (P,), 1 at tokens, 0 at padding, which follows the tokens of its conversation
     image: Tensor  # packed positions of the image tokens, conversation by conversation
     tiles: Tensor  # the tile that fills each L * L of them
     seg_image: Tensor  # those of `image` whose conversation holds a `[SEG]`
@@ -79,8 +79,9 @@ def pack(
     spans = [slice(0)] * count  # packed positions of each conversation
     for members in similar(lengths) if groups == 2 else [np.arange(count)]:
         begin, length = made[-1].part.stop if made else 0, int(lengths[members].max())
-        columns = np.minimum(first[members], longest - length)[:, None] + np.arange(length)
-        block = np.stack([x[members[:, None], columns] for x in (ids, present, targets)])  # 3 r n
+        columns = first[members, None] + np.arange(length)  # padding of either side comes last
+        block = np.stack([x[members[:, None], np.minimum(columns, longest - 1)] for x in (ids, present, targets)])
+        block[:, columns >= end[members, None]] = [[0], [0], [IGNORE_INDEX]]  # 3 r n
         block[2, :, 0] = IGNORE_INDEX  # no token predicts the first one
         for number, start in zip(members, range(begin, begin + block[0].size, length)):
             spans[number] = slice(start, start + length)

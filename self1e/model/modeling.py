@@ -200,22 +200,22 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
 
         Without any `[SEG]` it runs on one token and gives nothing: every rank calls it once in a training pass.
         """
-        v1, vhq, side, ratio = features.v1, features.vhq, self.config.tile_side, self.config.ratio
+        v1, vhq, per_side, ratio = features.v1, features.vhq, self.config.tile_side, self.config.ratio
         grids = [batch.grids[image] for image in batch.row_image]
         tiles = sum(n * math.prod(grid) for n, grid in zip(batch.n_seg, grids))
         if tiles:
             first = [0, *accumulate(map(math.prod, batch.grids))]
             asked = [Masked(first[i], grid, n) for i, grid, n in zip(batch.row_image, grids, batch.n_seg) if n]
-            img = rearrange(take(states, batch.seg_image), "(t h w) c -> t h w c", h=side, w=side)
+            img = rearrange(take(states, batch.seg_image), "(t h w) c -> t h w c", h=per_side, w=per_side)
             logits = self.segmentation_head(v1, vhq, img, take(states, batch.seg), asked)
         else:
             few = v1[:1, :1, :1], vhq[:1, :ratio, :ratio], states[:1, None, None], states[:1]  # type: ignore[index]
             logits = [x[:0] for x in self.segmentation_head(*few, [Masked(0, (1, 1), 1)])]
         masks = []
-        for cells in logits:
-            side = math.isqrt(len(cells) // tiles) if tiles else 1  # of a tile, in cells
+        for flat in logits:
+            side = math.isqrt(len(flat) // tiles) if tiles else 1  # of a tile, in cells
             sizes = [(n, rows * side, cols * side) for n, (rows, cols) in zip(batch.n_seg, grids)]
-            masks.append([part.view(size) for part, size in zip(cells.split([*map(math.prod, sizes)]), sizes)])
+            masks.append([part.view(size) for part, size in zip(flat.split([*map(math.prod, sizes)]), sizes)])
         return masks
 
     def causal_pass(self, input_ids: Tensor, attention_mask, features: ImageFeatures | None, row_image, **kwargs):

@@ -183,9 +183,9 @@ def fit(
     seen = all_broken = 0  # samples that this rank read, and that no rank could read
     broken: list[str] = []  # ids and causes of those that could not be read
     activations = 0  # bytes, the most that `selective` would save in a micro-batch
-    # Sums of losses, micro-batches, samples, operations and seconds since the last log line, and in all.
-    sums: Any = count_work(accelerator.unwrap_model(model), DTYPES[args.precision])
-    whole: Any = Counter()
+    work = count_work(accelerator.unwrap_model(model), DTYPES[args.precision])
+    sums: Any = Counter()  # of losses, micro-batches, samples, operations and seconds since the last log line
+    whole: Any = Counter()  # in all
     bar = tqdm(total=steps, initial=step, unit="step", disable=not distributed.is_main() or not sys.stderr.isatty())
     model.train()
     set_rates(optimizer, args, step=step, steps=steps)
@@ -207,12 +207,12 @@ def fit(
                     done.append((ids, terms))
                     seen += len(ids)
                     sums.update({name: value.double() for name, value in terms.items()})
-                    sums.update(micro_batches=1, samples=len(ids))
-                    activations = max(activations, sums.pop("saved"))
+                    activations = max(activations, work.pop("saved"))
                     if last:
                         stopped, all_broken = agree(accelerator, done, seen, broken, asked_to_stop)
                     loss = output.loss / (members if args.grad_accumulation_reduction == "mean" else 1)
                     accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+                    sums.update(micro_batches=1, samples=len(ids), flops=work.pop("flops"))
             norm = accelerator.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()

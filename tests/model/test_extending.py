@@ -24,7 +24,7 @@ class GatedHead(SegmentationHead):
         return vhq
 
 
-def image_to_question(ids, config):
+def image_to_turn(ids, config):
     """Image tokens see the question, too: each turn begins with the token that the conversation begins with."""
     image, turn = ids == config.image_token_id, (ids == ids[:, :1]).cumsum(1)
     return lambda b, head, q, k: (k <= q) | (image[b, q] & (turn[b, k] == turn[b, q]))
@@ -44,7 +44,7 @@ def replicate_negative(x, ratio=2):
 def extension(monkeypatch):
     for registry, key, entry in (
         (HEADS, "gated", GatedHead),
-        (PATHWAYS, "question", image_to_question),
+        (PATHWAYS, "image+turn", image_to_turn),
         (PATHWAYS, "alone", image_alone),
         (REPLICATIONS, "negative", replicate_negative),
     ):
@@ -53,7 +53,7 @@ def extension(monkeypatch):
 
 VARIANTS = [
     {"mask_features": "gated"},
-    {"attention_pathway": "question"},
+    {"attention_pathway": "image+turn"},
     {"attention_pathway": "alone"},
     {"replication": "negative"},
 ]
@@ -102,6 +102,15 @@ def test_a_pathway_can_forbid(extension, load_tiny):
     expected = torch.ones(2, 5, 5).tril().bool()
     expected[0, 1:3] = torch.eye(5)[1:3].bool()  # the conversation without `[SEG]` stays causal
     assert torch.equal(mask[:, 0], expected)
+
+
+@torch.no_grad()
+def test_a_pathway_need_not_know_the_side_of_padding(extension, load_tiny, tiny_processor):
+    """`chat` pads on the left; what a pathway is given begins with the first token all the same."""
+    model, texts = load_tiny(attention_pathway="image+turn"), ("it", "it it", "the large dog in the grass " * 9)
+    given = [noise(56, 56)], [[[f"<image>\n{text}", "Sure, it is [SEG]."] for text in texts]]
+    left, right = (model(**tiny_processor(*given, padding_side=side)).mask_logits for side in ("left", "right"))
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def test_rotary_frequencies_can_be_rounded_as_published(load_tiny):

@@ -103,7 +103,7 @@ def test_quantized_model_segments(tmp_path, image, bits):
     """
     wide = {"width": 64, "heads": 2, "vision_width": 64}
     folder = make_trained(tmp_path / "wide", **wide)
-    flags = {"version": str(folder), "model_weights": None, "device": "cpu", "dtype": None}
+    flags = {"version": str(folder), "model_weights": None, "device": "cpu", "precision": None}
     full, processor = load(Namespace(**flags, quantize=None))
     model, _ = load(Namespace(**flags, quantize=bits))
     kinds = {type(module).__name__ for module in model.model.language_model.modules()}

@@ -23,7 +23,7 @@ def class_names(name: str) -> list[str]:
 
 
 class LabelMapSet(TrainingSet):
-    """Label maps (.png), each with a photo (.jpg) of the same name; `files` are the folders of both."""
+    """Label maps (.png), each with a photo (.jpg) of the same name; `files` are the folders of both, in this order."""
 
     def read_names(self) -> list[str]:
         """Names of the labels from 0 on, "" for those that nobody asks for."""
