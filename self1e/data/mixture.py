@@ -99,7 +99,7 @@ class Mixture:
         return np.random.default_rng([self.seed, *numbers])
 
     def _slots(self, epoch: int) -> np.ndarray:
-        """Slots of an epoch in the order of the groups, int64 (n, 4)."""
+        """Slots of an epoch in the order of the groups, int64 (n, 4); the arrays of a group have an entry for each."""
         slots, first = [], 0
         fraction, redraw = self._rng(epoch, SHARE), self._rng(epoch, REDRAW)
         for pools, passes, share in self.groups:
