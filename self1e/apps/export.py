@@ -12,8 +12,8 @@ prompts and ids; `examples/run_onnx.py` reads all four. A graph answers R conver
     seg_positions    (m, 2) int64                 of each `[SEG]`: its conversation, and its place there
     -> mask_logits   (m, h, w) float32            stretch them to the photo bilinearly; foreground is above 0
 
-A graph takes half a minute, and three times the weights in memory. `--dtype bf16` halves the files; sums stay in fp32,
-since onnxruntime has no bf16 convolution for CPUs.
+A graph takes half a minute, and three times the weights in memory. `--precision bf16` halves the files; sums stay in
+fp32, since onnxruntime has no bf16 convolution for CPUs.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("target", metavar="DST", type=Path, help="folder that does not exist yet")
     add("--to", choices=("onnx",), required=True)
     add("--model_weights", metavar="W", type=checkpoint_folder, help="trained weights over MODEL")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights in the files; sums stay in fp32")
     add("--high_res", action="store_true", help=f"a graph per grid of up to {HIGH_RES_TILES} tiles")
     parser.set_defaults(device="cpu", quantize=None)
     args = parser.parse_args(argv)

@@ -55,7 +55,7 @@ def test_the_example_runs_without_pytorch(version, tmp_path):
     """With weights in bf16, against the model with the same weights."""
     photo, prompts = tmp_path / "photo.png", ["the red {} car", "Which one rolls?"]
     Image.fromarray(np.random.default_rng(2).integers(0, 256, (120, 150, 3), np.uint8)).save(photo)
-    assert main([version, str(tmp_path / "out"), "--to", "onnx", "--dtype", "bf16"]) == 0
+    assert main([version, str(tmp_path / "out"), "--to", "onnx", "--precision", "bf16"]) == 0
     missing = "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'self1e'));"
     arguments = [str(ROOT / "examples/run_onnx.py"), str(tmp_path / "out"), str(photo), *prompts]
     command = f"{missing} sys.argv = {arguments}; runpy.run_path(sys.argv[0])"
