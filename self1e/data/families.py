@@ -35,7 +35,7 @@ DEFAULTS = {  # what the flag of a family selects where it is not given; own dat
     "sem_seg": "ade20k||cocostuff||pascal_part||paco_lvis",
     "refer_seg": "refclef||refcoco||refcoco+||refcocog",
     "reason_seg": "ReasonSeg|train",
-    "vqa": SEPARATOR.join(FAMILIES["vqa"]),
+    "vqa": "llava_instruct_150k||vqav2||okvqa||textvqa||vizwiz||gqa",
 }
 DEFAULT_FAMILIES = "sem_seg||refer_seg||reason_seg||vqa"
 Selection = list[tuple[list[TrainingSet], float]]  # each family's sets, not opened yet, and its rate

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
+from self1e.data.samples import naming
 from self1e.errors import UserError
-from self1e.model.photos import TURNS, opened
+from self1e.model.photos import UPRIGHT, read_picture
 
 IGNORED = 255  # value of a pixel that no class or score counts
 
@@ -37,16 +38,16 @@ def _decompress(counts: bytes) -> list[int]:
 
 
 def _decode(rle: dict, height: int, width: int) -> np.ndarray:
-    """RLE -> uint8 {0, 1} (height, width). Raises ValueError unless the runs fill the image exactly."""
+    """RLE -> uint8 {0, 1} (height, width). Raises UserError unless the runs fill the image exactly."""
     size, runs = rle.get("size"), rle.get("counts")
     if size not in ([height, width], (height, width)):
-        raise ValueError(f"its size is {size!r:.80}, the image's is {[height, width]}")
+        raise UserError(f"its size is {size!r:.80}, the image's is {[height, width]}")
     if isinstance(runs, (str, bytes)):
         runs = _decompress(runs.encode() if isinstance(runs, str) else runs)
     if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
-        raise ValueError("the runs are no whole numbers from 0 on")
+        raise UserError("the runs are no whole numbers from 0 on")
     if sum(runs) != height * width:
-        raise ValueError("the runs do not add up to the image")
+        raise UserError("the runs do not add up to the image")
     values = np.arange(len(runs)) % 2  # zeros first, column by column
     return np.repeat(values.astype(np.uint8), runs).reshape(width, height).T
 
@@ -55,17 +56,20 @@ def _parts(segmentation: list | dict, height: int, width: int) -> tuple[list[np.
     """Polygons, (n, 2), and masks of the RLEs of a COCO segmentation, of which a flat list of numbers is one polygon.
 
     Among several parts those with fewer than three points or half a point too many cover nothing, as in the published
-    code. Raises ValueError where no part is an area, and for polygons of anything but finite numbers.
+    code. Raises UserError where no part is an area, and for polygons of anything but finite numbers.
     """
+    if not isinstance(segmentation, (list, dict)):
+        raise UserError(f"it is {type(segmentation)}")
     flat = isinstance(segmentation, dict) or (segmentation and isinstance(segmentation[0], (int, float)))
     given = [segmentation] if flat else segmentation
     masks = [_decode(part, height, width) for part in given if isinstance(part, dict)]
     lists = [part for part in given if not isinstance(part, dict)]
-    polygons = [np.asarray(part) for part in lists if len(part) >= 6 and len(part) % 2 == 0]
+    sound = all(isinstance(part, list) and all(isinstance(x, (int, float)) for x in part) for part in lists)
+    polygons = [np.array(part, float) for part in lists if len(part) >= 6 and len(part) % 2 == 0] if sound else []
     # pycocotools walks without end along an edge that is not finite.
-    sound = all(each.dtype.kind in "iuf" and each.ndim == 1 and (np.abs(each) < 1e6).all() for each in polygons)
+    sound = sound and all((np.abs(each) < 1e6).all() for each in polygons)
     if not sound or (given and not polygons and not masks):
-        raise ValueError("a polygon is x, y, x, y, ... of at least three finite points, in one list of numbers")
+        raise UserError("a polygon is x, y, x, y, ... of at least three finite points, in one list of numbers")
     return [each.reshape(-1, 2) for each in polygons], masks
 
 
@@ -76,12 +80,10 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int) -> n
     (list), a list of RLEs, and an empty list (an empty mask). Raises UserError for anything else.
     """
     union = np.zeros((height, width), np.uint8)
-    try:
+    with naming("malformed segmentation"):
         polygons, masks = _parts(segmentation, height, width)
-        for polygon in polygons:
-            masks += [coco.decode(coco.frPyObjects([polygon.ravel().astype(float).tolist()], height, width)[0])]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"malformed segmentation ({error})") from error
+    for polygon in polygons:
+        masks += [coco.decode(coco.frPyObjects([polygon.ravel().tolist()], height, width)[0])]
     for mask in masks:
         union |= mask
     return union
@@ -94,11 +96,12 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
     left to `decode_segmentation`.
     """
     try:
-        box, area = np.asarray(annotation.get("bbox") or [], float), float(annotation.get("area") or 0)
-        boxed = box.shape == (4,) and min(box[2:]) > 0
         polygons, masks = _parts(annotation["segmentation"], height, width)
-    except (ValueError, TypeError):
+    except UserError:
         return None
+    box, area = annotation.get("bbox"), annotation.get("area")
+    box = np.array(box if isinstance(box, list) and all(isinstance(x, (int, float)) for x in box) else [], float)
+    area, boxed = area if isinstance(area, (int, float)) else 0, box.shape == (4,) and min(box[2:]) > 0
     corners = [polygon.astype(np.float32) for polygon in polygons]
     covered = sum(map(cv2.contourArea, corners)) + sum(float(mask.sum()) for mask in masks)
     for x, y, w, h in map(cv2.boundingRect, masks):
@@ -161,9 +164,9 @@ def _paint(mask: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
 
 def load_label_map(source: Path | BinaryIO) -> np.ndarray:
     """One-channel label image -> integers (H, W), as stored. Raises UserError."""
-    with opened(source) as picture:
-        labels, format = np.asarray(picture), picture.format
-    if format == "JPEG":
+    picture, _ = read_picture(source)
+    labels = np.asarray(picture)
+    if picture.format == "JPEG":
         raise UserError(f"{source} is a JPEG, which blurs the labels at every edge; store it as a PNG")
     if labels.ndim != 2:
         raise UserError(f"{source} has {labels.shape[2]} channels; a mask or label map has one")
@@ -179,5 +182,5 @@ def orient(mask: np.ndarray, image: Image.Image) -> np.ndarray:
     orientation, (height, width) = image.info["orientation"], mask.shape
     if orientation >= 5 and np.sign(width - height) == np.sign(image.width - image.height) != 0:
         return mask
-    turn = TURNS.get(orientation)
+    turn = UPRIGHT.get(orientation)
     return mask if turn is None else np.array(Image.fromarray(mask).transpose(turn))

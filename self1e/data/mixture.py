@@ -79,13 +79,13 @@ class Mixture:
         self.batch_size, self.seed, self.mode = batch_size, seed, mode
         self.groups: list[tuple[list[Pool], int, int]] = []  # sets, passes, samples of one more
         self.epoch_size = 0  # slots
-        self.sizes: dict[str, int] = {}  # samples of the sets of each name that take part, before rates
+        self.sizes: dict[str, int] = {}  # samples of the sets of each name that take part, before rates and caps
         for sets, family_rate in families:
             kinds: dict[tuple[bool, ...], list[Pool]] = defaultdict(list)
             for data in sets:
                 pool = Pool(data, excluded)
                 kinds[data.rated, data.segmentation, data.redrawn].append(pool)
-                self.sizes[data.name] = self.sizes.get(data.name, 0) + pool.per_pass
+                self.sizes[data.name] = self.sizes.get(data.name, 0) + len(pool)
             for kind in sorted(kinds, reverse=True):
                 total, rate = sum(pool.per_pass for pool in kinds[kind]), family_rate if kind[0] else 1
                 share = int((rate % 1) * total + 0.5)

@@ -9,6 +9,7 @@ records of a table begin and end in it, and the keys of each.
 """
 
 import codecs
+import errno
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ from self1e.errors import UserError
 from self1e.files import check_fetched, replacing
 
 log = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # of a disk that takes no more, or nothing
 VERSION = 11  # of what the readers write
 Records = Iterable[tuple[str, Any, *tuple[int, ...]]]  # of a reader: table, what JSON can hold, integer keys
 
@@ -71,6 +73,7 @@ def open_tables(source: Path, read: Callable[[Path], Records]) -> dict[str, Any]
     cache = Path(os.environ.get("SELF1E_CACHE") or Path.home() / ".cache" / "self1e")
     folder = cache / name
     if not folder.is_dir():
+        check_fetched(source)
         if stat.st_size > 50e6:
             log.info("reading %s (%.1f GB), once for all runs", source, stat.st_size / 1e9)
         try:
@@ -80,9 +83,10 @@ def open_tables(source: Path, read: Callable[[Path], Records]) -> dict[str, Any]
                     with replacing(folder, folder=True) as partial:
                         _write(read(source), partial)
         except UserError as error:
-            check_fetched(source)
             raise UserError(f"{source}: {error}") from error
         except OSError as error:
+            if error.errno not in FULL:
+                raise
             advice = "set SELF1E_CACHE to a folder with room for about the size of the annotation files"
             raise UserError(f"cannot write the tables of {source} to {cache} ({error}); {advice}") from error
     return defaultdict(list, {path.stem: Table(folder, path.stem) for path in folder.glob("*.npy")})

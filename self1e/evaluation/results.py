@@ -94,7 +94,7 @@ def claim_folder(
     """Make `folder` hold `results` of `settings` only: others are a UserError, or deleted if `overwrite`."""
     path = folder / "settings.json"
     before, now = read_json(path, dict) if path.is_file() else {}, json.loads(json.dumps(settings))
-    if before != now and any(folder.glob(results)):
+    if before != now and any(path.stat().st_size for path in folder.glob(results)):
         if not overwrite:
             differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)

@@ -39,7 +39,7 @@ PATHWAYS: dict[str, Pathway | None] = {"causal": None, "image": image_to_image, 
 
 
 def perception_mask(pathway: str, config: Any, ids: Tensor, *, embeds: Tensor, padding_mask: Tensor | None):
-    """The LLM's attention mask in its backend's format, for `attention_mask={"full_attention": mask}`.
+    """The LLM's attention mask in its backend's format, for every type of its layers.
 
     Args:
         pathway: a key of `PATHWAYS`.

@@ -103,8 +103,10 @@ def logit_of(threshold: float) -> float:
 
 def check_finite(model, logits: Sequence[Tensor]) -> None:
     if not all(torch.stack([x.isfinite().all() for x in logits]).tolist()):
-        cause = "it overflows, use bfloat16 or float32" if model.dtype == torch.float16 else "check the weights"
-        raise FloatingPointError(f"the mask logits are not finite in {model.dtype}: {cause}")
+        kind = model.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+        cause = "it overflows, use bfloat16 or float32" if dtype == torch.float16 else "check the weights"
+        raise FloatingPointError(f"the mask logits are not finite in {dtype}: {cause}")
 
 
 def resized(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,7 +1,6 @@
 """Photos as users have them, turned into RGB pictures that stand upright."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import IOBase
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +20,7 @@ with suppress(ImportError):  # an optional package
 Image.init()
 # What photos and masks come in. Pillow opens more, and would start Ghostscript for a file that turns out to be EPS.
 FORMATS = [name for name in "JPEG MPO PNG WEBP AVIF HEIF BMP GIF TIFF PPM JPEG2000".split() if name in Image.OPEN]
-TURNS = {  # what each EXIF orientation asks for; 1 and all else: nothing
+UPRIGHT = {  # what each EXIF orientation asks for; 1 and all else: nothing
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -32,12 +31,11 @@ TURNS = {  # what each EXIF orientation asks for; 1 and all else: nothing
 }
 
 
-@contextmanager
-def opened(source: Path | str | BinaryIO) -> Iterator[Image.Image]:
-    """A picture file, whatever its name says. Errors, those of the block too, become UserError that names the file."""
+def read_picture(source: Path | str | BinaryIO) -> tuple[Image.Image, int]:
+    """A picture file, whatever its name says, and the EXIF orientation that it states. Raises UserError."""
     try:
         with Image.open(source, formats=FORMATS) as picture:
-            yield picture
+            return picture, load(picture)
     except Exception as error:  # Pillow's decoders raise almost anything for a damaged file
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
@@ -47,6 +45,13 @@ def opened(source: Path | str | BinaryIO) -> Iterator[Image.Image]:
         raise UserError(f"cannot read {source}: {cause}") from error
 
 
+def load(image: Image.Image) -> int:
+    """Decode the pixels; returns the EXIF orientation that the file states."""
+    before = orientation(image) if image.format == "TIFF" else 1  # loading turns it upright and forgets it
+    image.load()  # first: what is wrong with the pixels must not pass for metadata that cannot be read
+    return max(before, orientation(image))
+
+
 def photo_of(given: Photo) -> Image.Image:
     """A photo in RGB and upright; of its metadata, `info` holds the EXIF `orientation` alone that it had.
 
@@ -54,14 +59,20 @@ def photo_of(given: Photo) -> Image.Image:
     no photo or cannot be read.
     """
     if isinstance(given, (str, Path, IOBase)):
-        with opened(given) as picture:
-            return photo_of(picture)
+        picture, stated = read_picture(given)
+        try:
+            return upright(picture, stated)
+        except UserError as error:
+            raise UserError(f"cannot read {given}: {error}") from error
     if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.shape[2:] in ((), (3,), (4,)):
         given = Image.fromarray(given)
-    if not isinstance(image := given, Image.Image):
+    if not isinstance(given, Image.Image):
         raise UserError(f"a photo is a path, a PIL image or a uint8 array (H, W, 3), not {type(given)}")
-    before = orientation(image) if image.format == "TIFF" else 1  # loading turns it upright and forgets it
-    image.load()  # first: what is wrong with the pixels must not pass for metadata that cannot be read
+    return upright(given, load(given))
+
+
+def upright(image: Image.Image, stated: int) -> Image.Image:
+    """What `photo_of` makes of a picture whose file states an EXIF orientation."""
     stored = orientation(image)
     if image.mode == "F" or image.mode.startswith("I"):
         grey = np.asarray(image)
@@ -72,8 +83,8 @@ def photo_of(given: Photo) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; Pillow warns of the direct way
     image = image.convert("RGB")
-    image.info = {"orientation": max(before, stored)}  # a second call must not turn it again
-    return image if stored == 1 else image.transpose(TURNS[stored])
+    image.info = {"orientation": stated}  # a second call must not turn it again
+    return image if stored == 1 else image.transpose(UPRIGHT[stored])
 
 
 def orientation(image: Image.Image) -> int:
@@ -82,7 +93,7 @@ def orientation(image: Image.Image) -> int:
         tag = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata: the picture may be whole
         return 1
-    return tag if tag in TURNS else 1
+    return tag if tag in UPRIGHT else 1
 
 
 def resize_bicubic(image: Image.Image, width: int, height: int) -> Image.Image:

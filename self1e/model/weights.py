@@ -173,13 +173,19 @@ def resize_vocabulary(model: PreTrainedModel, size: int, *, new: list[int]) -> N
             weight[~old] = weight[old].float().mean(0).to(weight.dtype)
 
 
+def check_published(config: Any) -> None:
+    """Raise UserError where the layout `published` cannot hold the model's head."""
+    if config.mask_features != "rfa":
+        raise UserError("the layout published holds the full method only, mask_features rfa")
+
+
 def save_checkpoint(model: Any, processor, folder: str | Path, *, published: bool = False) -> None:
     """Write model and processor as layout `self1e`, or `published`; the folder appears complete or not at all.
 
     What stood there before stays where saving fails. Raises UserError where `published` cannot hold the model's head.
     """
-    if published and model.config.mask_features != "rfa":
-        raise UserError("the layout published holds the full method only, mask_features rfa")
+    if published:
+        check_published(model.config)
     with replacing(Path(folder), folder=True) as partial:
         if published:  # whatever names the model was read under
             model._weight_conversions = published_names()

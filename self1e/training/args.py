@@ -25,6 +25,10 @@ from self1e.model.config import LOSS_FLAGS, LOSS_WEIGHTS, SWITCHES, check_source
 
 ROOT = Path(__file__).resolve().parents[2]
 YES, NO, UNSET = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~", "")  # words of YAML
+COUNTS = (  # flags that are 1 or more where they are given
+    *("model_max_length", "lora_r", "lora_alpha", "num_classes_per_sample", "epochs", "steps_per_epoch", "max_steps"),
+    *("batch_size", "grad_accumulation_steps", "print_freq", "save_steps", "save_total_limit", "eval_steps"),
+)
 # What DeepSpeed's JSON leaves out, or leaves to flags as "auto".
 FLAGS_DECIDE = {
     *("optimizer", "scheduler", "bf16", "fp16", "gradient_clipping"),
@@ -205,7 +209,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def contradictions(args: argparse.Namespace, argv: list[str]) -> list[tuple[Any, str]]:
     """What flags cannot say together: whether they do, and the message."""
     families, lora = args.dataset.split("||"), [word for word in argv if word.startswith("--lora_")]
+    counts = {name: value for name in COUNTS if (value := getattr(args, name)) is not None}
     return [
+        *((value < 1, f"--{name} {value}: expected 1 or more") for name, value in counts.items()),
         (args.version is None, "--version is needed: a checkpoint's folder or hub id"),
         (args.overwrite and (args.resume or args.auto_resume),
          "--overwrite starts anew, --resume and --auto_resume continue: give one of them"),
@@ -240,6 +246,7 @@ def read_deepspeed(path: Path) -> dict[str, Any]:
         said = values[name].get("enabled") if isinstance(values[name], dict) else values[name]
         if said != "auto":
             raise UserError(f"{path}: remove {name!r}; flags decide, such as --lr, --batch_size and --precision")
+    values = {name: value for name, value in values.items() if name not in ("optimizer", "scheduler")}
     zero = values["zero_optimization"] = {"stage": 0} | values.get("zero_optimization", {})
     if zero["stage"] != 3 and (offloads(values, "offload_optimizer") or offloads(values, "offload_param")):
         # Only there the CPU optimizer was seen to follow both groups' rates, their betas and their schedule.

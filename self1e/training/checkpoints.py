@@ -23,13 +23,13 @@ from torch.serialization import add_safe_globals
 from self1e import distributed
 from self1e.errors import UserError
 from self1e.files import sync
-from self1e.model.config import LOSS_FLAGS, SWITCHES
+from self1e.model.config import LOSS_FLAGS, SWITCHES, Self1EConfig
 from self1e.training.adapters import ADAPTERS
 from self1e.training.args import ROOT
 
 ARGS, STATE, ENGINE, PARTIAL = "args.yaml", "state.pt", "engine", "partial"
 # What a run leaves that cannot be had in a moment, and all folders that it writes.
-RESULTS = "checkpoints/checkpoint-* ckpt_model* eval/*.json eval_vqa/*.json".split()
+RESULTS = "checkpoints/checkpoint-* ckpt_model* validation/* eval/*.json eval_vqa/*.json".split()
 WRITTEN = "checkpoints ckpt_model ckpt_model_published tensorboard validation eval eval_vqa".split()
 # With other values of these flags the checkpoint is another run's.
 DECIDING = ["dataset", "sample_rates", "seed", "start_epoch", "batch_size", "trainable_embeddings", "precision"]
@@ -53,9 +53,12 @@ def settings_of(args: Namespace, *, sets: Mapping[str, int], ranks: int) -> dict
 
     `run` is what a continued run must have in common with the one that wrote the checkpoint: no paths.
     """
+    config: Any = Self1EConfig.from_pretrained(args.version)
+    sizes = [[part.num_hidden_layers, part.hidden_size] for part in (config.text_config, config.vision_config)]
     plain = {name: x if isinstance(x, int | float | str | None) else str(x) for name, x in vars(args).items()}
     return {
         "run": {
+            "layers and width of LLM and ViT": sizes,
             "sets": [f"{name}: {size}" for name, size in sets.items()],
             "accumulation x ranks": args.grad_accumulation_steps * ranks,
             **{name: plain[name] for name in DECIDING},
@@ -78,15 +81,17 @@ def find(args: Namespace) -> Path | None:
     """The checkpoint to continue from, or None to start anew. UserError where that would harm an earlier run."""
     if args.resume and args.resume not in checkpoints_in(args.resume.parent):
         raise UserError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
-    found = checkpoints_in(args.run_dir / "checkpoints") if args.auto_resume else []
-    if args.resume or found:
-        return args.resume or found[-1]
-    left = [path for results in RESULTS for path in args.run_dir.glob(results)]
-    if left and not args.overwrite:
+    latest = checkpoints_in(args.run_dir / "checkpoints")[-1:]
+    if latest and (args.resume.samefile(latest[0]) if args.resume else args.auto_resume):
+        return latest[0]
+    results = [path for names in RESULTS for path in args.run_dir.glob(names)]
+    if results and not args.overwrite:
         raise UserError(
-            f"{args.run_dir} holds an earlier run ({left[0].name}): continue it with --auto_resume, replace it with "
-            "--overwrite, or give another --exp_name"
+            f"{args.run_dir} holds an earlier run ({results[0].name}): continue its last checkpoint with "
+            "--auto_resume, replace it with --overwrite, or give another --exp_name"
         )
+    if args.resume:
+        return args.resume
     for source in (args.version, args.model_weights):
         if source is not None and Path(source).resolve().is_relative_to(args.run_dir.resolve()):
             raise UserError(f"{source} is part of {args.run_dir}, which --overwrite replaces: give another --exp_name")
@@ -196,7 +201,7 @@ def prune(folder: Path, limit: int, best: int | None) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_earlier(run_dir: Path) -> None:
-    """Remove what an earlier run of this name wrote."""
-    for name in WRITTEN:
+def remove_earlier(run_dir: Path, *, results: bool) -> None:
+    """Remove the curves of an earlier run of this name, and what else it wrote if `results`."""
+    for name in WRITTEN if results else ["tensorboard"]:
         shutil.rmtree(run_dir / name, ignore_errors=True)

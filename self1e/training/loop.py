@@ -37,8 +37,11 @@ CLIP = 1.0
 ADVICE_AT = 10  # the step at which memory has been in use as it will be
 
 
-def make_accelerator(args: Namespace) -> Accelerator:
-    """The accelerator of a run: its precision, DeepSpeed if the flags ask for it, and where its curves go."""
+def make_accelerator(args: Namespace, width: int) -> Accelerator:
+    """The accelerator of a run: its precision, DeepSpeed if the flags ask for it, and where its curves go.
+
+    width: of the LLM, by which DeepSpeed's buckets are measured where its JSON leaves them to "auto".
+    """
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process had other settings
     gpu = distributed.device().type == "cuda"
     plugin = None
@@ -48,6 +51,10 @@ def make_accelerator(args: Namespace) -> Accelerator:
         # Shared-memory collectives of inference on CPUs: training uses none, yet every rank would compile them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         values = read_deepspeed(args.deepspeed) | {"train_micro_batch_size_per_gpu": args.batch_size}
+        buckets = {"reduce_bucket_size": width**2, "stage3_prefetch_bucket_size": width**2 * 9 // 10}
+        buckets |= {"stage3_param_persistence_threshold": 10 * width}
+        zero = values["zero_optimization"]
+        zero |= {name: size for name, size in buckets.items() if zero.get(name) == "auto"}
         values |= {"gradient_accumulation_steps": args.grad_accumulation_steps, "gradient_clipping": CLIP}
         plugin = DeepSpeedPlugin(hf_ds_config=values)
     elif not distributed.launched() and torch.cuda.device_count() > 1:

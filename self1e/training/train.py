@@ -30,7 +30,7 @@ from self1e.model.inference import check_head
 from self1e.model.modeling import Self1EForSegmentation, selective_checkpointing_kwargs
 from self1e.model.processor import HIGH_RES_TILES, Self1EProcessor
 from self1e.model.prompts import IMAGE_TAG, SEG
-from self1e.model.weights import save_checkpoint
+from self1e.model.weights import check_published, save_checkpoint
 from self1e.stop import Stopped, stop_requests
 from self1e.training import checkpoints
 from self1e.training.adapters import ADAPTERS, adapt, keep_frozen_in, merge_added_tokens, train_added_tokens
@@ -95,11 +95,13 @@ def train(args: Namespace, asked_to_stop: Callable[[], bool]) -> bool:
 
     set_seed(args.seed)  # the fresh head is the same on every rank
     model = load_model(args, torch.float32 if not args.deepspeed else DTYPES[args.precision])
+    if args.save_published_layout:
+        check_published(model.config)
     tuner = prepare_model(args, model, processor)
     sizes = [(x.numel() / 1e6, x.requires_grad) for x in model.parameters()]
     distributed.say(
         f"parameters: {sum(n for n, trains in sizes if trains):,.2f} M of {sum(n for n, _ in sizes):,.2f} M train\n"
-        f"samples on disk: {', '.join(f'{name} {size:,}' for name, size in mixture.sizes.items())}\n"
+        f"samples that take part: {', '.join(f'{name} {size:,}' for name, size in mixture.sizes.items())}\n"
         f"an epoch: {mixture.epoch_size:,} samples, {per_epoch:,} steps of "
         f"{args.batch_size} x {args.grad_accumulation_steps} x {ranks} photos (batch x micro-batches x ranks)\n"
         f"{'starting anew' if checkpoint is None else f'continuing from {checkpoint}'}"
@@ -109,13 +111,13 @@ def train(args: Namespace, asked_to_stop: Callable[[], bool]) -> bool:
             f"warning: the run has {steps} steps, fewer than --warmup_steps {args.warmup_steps}, so that the learning "
             "rate never reaches its peak; for little data see configs/small.yaml"
         )
-    accelerator = make_accelerator(args)
+    accelerator = make_accelerator(args, model.lm_head.in_features)
     engine, optimizer = accelerator.prepare(model, make_optimizer(model, args))
     tensors = {"accelerator": accelerator, "model": engine, "optimizer": optimizer}
     set_seed(args.seed)
     step, stopped = 0, False
     if checkpoint is None:
-        distributed.on_main(lambda: checkpoints.remove_earlier(args.run_dir))
+        distributed.on_main(lambda: checkpoints.remove_earlier(args.run_dir, results=args.overwrite))
     else:
         step = checkpoints.load(checkpoint, **tensors)
     record, folder = Record(args, accelerator, per_epoch, step, settings["flags"]), args.run_dir / "checkpoints"

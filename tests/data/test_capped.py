@@ -39,5 +39,5 @@ def test_excluded_photos_never_come_back_through_a_pass(tmp_path, monkeypatch):
     selection = select(dataset_dir=tmp_path, data_dir=tmp_path, **flags)
     mixture = Mixture(selection, batch_size=4, seed=0, excluded=evaluation_keys(tmp_path))
     seen = {mixture[place].id for batch in epoch_batches(mixture) for place in batch}
-    assert mixture.sizes == {"cocostuff": 3}
+    assert mixture.sizes == {"cocostuff": 5} and mixture.epoch_size == 40 * 3
     assert seen == {f"cocostuff/{number:012d}.jpg" for number in (1, 3, 4, 5, 6)}

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from self1e.data.samples import image_key
 from self1e.errors import UserError
@@ -100,7 +100,7 @@ def test_whatever_a_decoder_raises_makes_the_photo_unreadable(tmp_path, monkeypa
     def torn(*_):
         raise AttributeError("a fault of the decoder")
 
-    monkeypatch.setattr(Image.Image, "convert", torn)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", torn)
     with pytest.raises(UserError, match="a.png: a fault of the decoder"):
         photo_of(tmp_path / "a.png")
 

@@ -63,6 +63,7 @@ CONTRADICTIONS = """
 --use_vision_lora | --use_llm_lora --freeze_llm | --lora_r 8 | --lora_from_layer 1 | --start_epoch 1
 --overwrite --auto_resume | --compile --gradient_checkpointing selective | --deepspeed configs/zero2.json
 --keep_best refcoco|unc|val | --custom_data x.json | --dataset custom --custom_data a.csv | --precision fp8
+--save_steps 0 | --max_steps 0 | --lora_alpha 0 --use_llm_lora
 --attn_implementation flex_attention | --learning_rate 1 | --out_dim 256 | --lora 1
 """
 

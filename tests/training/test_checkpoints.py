@@ -111,6 +111,10 @@ def test_an_earlier_run_is_replaced_only_when_asked_and_when_all_else_is_right(r
 
     assert "--auto_resume" in (message := refused()) and "--overwrite" in message
     assert "--lora_from_layer" in refused("--overwrite", "--lora_from_layer", "9")
+    other = shutil.copytree(run, run.parent / "other") / "checkpoints/checkpoint-2"
+    shutil.copytree(other, later := run / "checkpoints/checkpoint-9")
+    assert all("an earlier run" in refused("--resume", str(one)) for one in (other, run / "checkpoints/checkpoint-2"))
+    shutil.rmtree(later)
     assert "is part of" in refused("--overwrite", "--version", str(run / "ckpt_model"))
     assert "is part of" in refused("--overwrite", "--model_weights", str(run / "ckpt_model"))
     train(tiny_version, shapes, run.parent, "run", "--max_steps", "1", "--no_eval", "--overwrite")
@@ -152,7 +156,10 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
 def test_a_run_keeps_its_best_checkpoint(tiny_version, shapes, tmp_path):
     flags = ("--max_steps", "3", "--save_steps", "3", "--eval_steps", "2", "--report_to", "none")
     flags += ("--val_dataset", "refcoco|unc|val", "--keep_best", "refcoco|unc|val")
+    (own := tmp_path / "run/checkpoints/mine.txt").parent.mkdir(parents=True)
+    own.touch()
     train(tiny_version, shapes, tmp_path, "run", *flags)
+    assert own.is_file()  # no flag said --overwrite
     names = [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")]
     log, figure = list(read_records(tmp_path / "run" / "log.jsonl")), "eval_refcoco|unc|val_ciou"
     best = max((line for line in log if figure in line), key=lambda line: line[figure])["step"]

@@ -237,6 +237,7 @@ WRONG = {
     "short limit for tiles": (["--model_max_length", "40", "--high_res"], "do not fit --model_max_length 40"),
     "late layer": (["--lora_from_layer", "9"], "--lora_from_layer 9"),
     "no checkpoint": (["--resume", "."], "no checkpoint there"),
+    "published layout": (["--save_published_layout", "--mask_features", "rfr"], "the full method only"),
 }
 
 

@@ -135,7 +135,7 @@ def evaluate_splits(
 
     Args:
         splits: names of `SPLITS`, or with one of `PREFIXES`.
-        allow_outside: photos may lie outside the folders of their split (see `data.paths.inside`).
+        allow_outside: photos may lie outside the folders of their split (see `data.samples.inside`).
         visualize: draw the worst sentences, see `save_pictures`.
         skip_missing: leave out splits whose data is absent, with a message, instead of raising.
         weights: `weights_identity` of the model, by which what `output_dir` holds of the same settings is continued.
