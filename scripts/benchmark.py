@@ -177,7 +177,7 @@ class Recipe:
             texts = [[QUESTION.format(i) + " yes" * (longer + i), answer] for i in range(3)]
             masks = [torch.ones(count, *PHOTO, dtype=torch.uint8)] * 3
             encoded.append(self.processor.encode(photo(number), texts, masks))
-        batch = self.processor.collate(encoded)
+        batch = self.processor.collate(encoded, groups=2)
         moved = {name: value.to(DEVICE) for name, value in batch.items() if hasattr(value, "to")}
         return {**batch, **moved, "mask_targets": [mask.to(DEVICE) for mask in batch["mask_targets"]]}
 

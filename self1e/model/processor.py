@@ -4,6 +4,7 @@ Text follows the published chat format to the token; the system sentence's gramm
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,9 +105,7 @@ class Self1EProcessor(ProcessorMixin):
         """
         targets = [None] * len(images) if mask_targets is None else mask_targets
         entries = zip(images, conversations, targets, strict=True)
-        batch = self.collate([self.encode(*entry, **limits) for entry in entries], padding_side=padding_side)
-        del batch["packed"]  # ids may be changed by hand now; the model reads the batch itself
-        return batch
+        return self.collate([self.encode(*entry, **limits) for entry in entries], padding_side=padding_side)
 
     def encode(
         self,
@@ -148,10 +147,13 @@ class Self1EProcessor(ProcessorMixin):
                     raise UserError(f"{len(ids)} tokens do not fit {limit}: {name} would be cut")
         return ids[:max_length], labels[:max_length]
 
-    def collate(self, encoded: Sequence[dict], *, padding_side: str = "right", groups: int = 2) -> BatchFeature:
-        """The batch of several `encode` results: see `__call__`, and `packed`, what the model would read back from it.
+    def collate(
+        self, encoded: Sequence[dict], *, padding_side: str = "right", groups: int | None = None
+    ) -> BatchFeature:
+        """The batch of several `encode` results, see `__call__`.
 
-        groups: of similar length, in which conversations go through the LLM: 1 under ZeRO-3, else up to 2.
+        groups: of similar length, in which conversations go through the LLM: 1 under ZeRO-3, else up to 2. Where it is
+        given, the batch holds `packed`, too: what the model would read back from it.
         """
 
         def pad(values: Iterable[list[int]], filler: int) -> Tensor:
@@ -166,9 +168,10 @@ class Self1EProcessor(ProcessorMixin):
         }
         grids = torch.tensor([entry["tile_grid"] for entry in encoded])
         row_image = torch.tensor([number for number, entry in enumerate(encoded) for _ in entry["texts"]])
-        packed = pack(**text, grids=grids, row_image=row_image, tokens=self, groups=groups)
         pixels = torch.cat([entry["pixel_values"] for entry in encoded])
-        batch = text | {"pixel_values": pixels, "tile_grids": grids, "row_image": row_image, "packed": packed}
+        batch: dict[str, Any] = text | {"pixel_values": pixels, "tile_grids": grids, "row_image": row_image}
+        if groups is not None:
+            batch["packed"] = pack(**text, grids=grids, row_image=row_image, tokens=self, groups=groups)
         targets = [target for entry in encoded for target in entry["mask_targets"]]
         if any(target is not None for target in targets):
             batch["mask_targets"] = targets

@@ -43,10 +43,12 @@ def test_round_trips_keep_every_bit(sources, tmp_path, source, target):
     convert(str(sources[source]), tmp_path / "there", target)
     convert(str(tmp_path / "there"), tmp_path / "back", source)
     for folder in ("there", "back"):
-        kept = converter.load(str(tmp_path / folder), None, "auto")[0].state_dict()
+        found = converter.load(str(tmp_path / folder), None, "auto")[0].state_dict()
         expected = converter.load(str(sources[source]), None, "auto")[0].state_dict()
-        head = {name for name in kept if name.startswith("segmentation_head.") and source in ("internvl", "hf")}
-        assert_same({k: v for k, v in kept.items() if k not in head}, {k: expected[k] for k in kept if k not in head})
+        head = {name for name in found if name.startswith("segmentation_head.") and source in ("internvl", "hf")}
+        assert_same(
+            {k: v for k, v in found.items() if k not in head}, {k: expected[k] for k in found if k not in head}
+        )
     assert not list(tmp_path.glob(".*"))
 
 

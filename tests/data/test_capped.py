@@ -18,14 +18,14 @@ def capped(world=1, epoch=0, seed=0, rate=2.5):
 
 @pytest.mark.parametrize("world", [2, 5])
 def test_the_subset_does_not_depend_on_ranks_and_changes_with_pass_epoch_and_seed(world):
-    places, mixture = capped()
-    assert set(places) == set(capped(world)[0])
-    passes = [{item for _, number, item, draw in places if (number, draw) == (0, k)} for k in range(3)]
+    slots, mixture = capped()
+    assert set(slots) == set(capped(world)[0])
+    passes = [{item for _, number, item, draw in slots if (number, draw) == (0, k)} for k in range(3)]
     assert [len(items) for items in passes[:2]] == [10, 10] and passes[0] != passes[1] and len(passes[2]) <= 10
-    names = ids(mixture, places)
+    names = ids(mixture, slots)
     assert [names.count(f"b/{k}") >= 2 for k in range(7)] == [True] * 7
-    assert ids(mixture, places) != ids(mixture, capped(epoch=1)[0]) != ids(mixture, capped(seed=1)[0])
-    assert capped()[0] == places  # as after a resume
+    assert ids(mixture, slots) != ids(mixture, capped(epoch=1)[0]) != ids(mixture, capped(seed=1)[0])
+    assert capped()[0] == slots  # as after a resume
 
 
 def test_excluded_photos_never_come_back_through_a_pass(tmp_path, monkeypatch):
@@ -38,6 +38,6 @@ def test_excluded_photos_never_come_back_through_a_pass(tmp_path, monkeypatch):
     flags = {"dataset": "sem_seg", "sem_seg_data": "cocostuff", "sample_rates": "40"}
     selection = select(dataset_dir=tmp_path, data_dir=tmp_path, **flags)
     mixture = Mixture(selection, batch_size=4, seed=0, excluded=evaluation_keys(tmp_path))
-    seen = {mixture[place].id for batch in epoch_batches(mixture) for place in batch}
+    seen = {mixture[slot].id for batch in epoch_batches(mixture) for slot in batch}
     assert mixture.sizes == {"cocostuff": 5} and mixture.epoch_size == 40 * 3
     assert seen == {f"cocostuff/{number:012d}.jpg" for number in (1, 3, 4, 5, 6)}

@@ -227,10 +227,10 @@ def test_a_family_of_several_sources_mixed_by_rate(tmp_path):
     assert mixture.sizes == {"vqav2": 4, "custom|train.csv": 3 + 2}
     assert mixture.epoch_size == 4 + 11
     batches = mixture.micro_batches(0, rank=0, world_size=1)
-    assert all(any(mixture.sets[place[1]].data.segmentation for place in batch) for batch in batches)
+    assert all(any(mixture.sets[slot[1]].data.segmentation for slot in batch) for batch in batches)
     alone = build(dataset="custom", **arguments)
-    places = [place for batch in alone.micro_batches(0, rank=0, world_size=1) for place in batch]
-    assert {alone[place].id.rsplit("/", 1)[1] for place in places} <= {f"{k}.jpg" for k in range(3)}
+    slots = [slot for batch in alone.micro_batches(0, rank=0, world_size=1) for slot in batch]
+    assert {alone[slot].id.rsplit("/", 1)[1] for slot in slots} <= {f"{k}.jpg" for k in range(3)}
 
 
 def test_selection_errors_name_flags_and_files(tmp_path):

@@ -70,9 +70,9 @@ def test_run_lengths_of_every_kind_agree(height, width, share, seed):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(-5, H * W + 5), max_size=6), st.integers(0, 12), st.integers(32, 126))
-def test_runs_that_do_not_fill_the_image_are_refused_before_they_are_decoded(runs, place, byte):
+def test_runs_that_do_not_fill_the_image_are_refused_before_they_are_decoded(runs, index, byte):
     """The library would read and write outside its memory."""
-    for counts in runs, compress(runs), compress(runs)[:place] + chr(byte) + compress(runs)[place + 1 :]:
+    for counts in runs, compress(runs), compress(runs)[:index] + chr(byte) + compress(runs)[index + 1 :]:
         try:
             mask = decode_segmentation({"size": [H, W], "counts": counts}, H, W)
         except UserError:

@@ -25,8 +25,8 @@ def toy(mode="exact", batch_size=4, seg=30, text=50, rates=(1, 1), broken=(), se
     return Mixture(groups, batch_size=batch_size, seed=seed, mode=mode)
 
 
-def is_seg(mixture, place):
-    return mixture.sets[place[1]].data.segmentation
+def is_seg(mixture, slot):
+    return mixture.sets[slot[1]].data.segmentation
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -42,12 +42,12 @@ def test_plans_are_even_over_ranks(world, batch_size, mode):
 
 
 def test_exact_holds_every_place_once_and_spreads_segmentation():
-    mixture = toy("exact", 4, seg=10, text=70, rates=(1, 1))  # 15 of 85 places, 22 micro-batches
+    mixture = toy("exact", 4, seg=10, text=70, rates=(1, 1))  # 15 of 85 slots, 22 micro-batches
     batches = epoch_batches(mixture)
-    places = np.concatenate(batches)
-    assert len(np.unique(places, axis=0)) == 85 and len(set(ids(mixture, places))) == 85
+    slots = np.concatenate(batches)
+    assert len(np.unique(slots, axis=0)) == 85 and len(set(ids(mixture, slots))) == 85
     assert sum(any(is_seg(mixture, t) for t in batch) for batch in batches) == 15
-    mixture = toy("exact", 4, seg=30, text=50)  # 35 places: every micro-batch has one
+    mixture = toy("exact", 4, seg=30, text=50)  # 35 slots: every micro-batch has one
     assert all(any(is_seg(mixture, t) for t in batch) for batch in epoch_batches(mixture))
 
 
@@ -56,17 +56,17 @@ def test_published_gives_the_last_place_to_segmentation():
     batches = epoch_batches(mixture)
     assert all(is_seg(mixture, batch[-1]) for batch in batches)
     others = np.concatenate([batch[:-1] for batch in batches])
-    assert len(np.unique(others, axis=0)) == len(others)  # a shuffle: nothing twice but the last places
+    assert len(np.unique(others, axis=0)) == len(others)  # a shuffle: nothing twice but the last slots
     lasts = Counter(ids(mixture, [batch[-1] for batch in batches]))
     assert len(lasts) > 25 and max(lasts.values()) < len(batches) / 4
-    places = np.concatenate(batches)
-    assert len(np.unique(places, axis=0)) == len(places)  # an item met twice is drawn anew
+    slots = np.concatenate(batches)
+    assert len(np.unique(slots, axis=0)) == len(slots)  # an item met twice is drawn anew
 
 
 def test_no_constraint_at_batch_size_one_or_without_segmentation():
     mixture = toy("published", 1)
-    places = np.concatenate(epoch_batches(mixture))
-    assert len(set(ids(mixture, places))) == 85
+    slots = np.concatenate(epoch_batches(mixture))
+    assert len(set(ids(mixture, slots))) == 85
     mixture = Mixture([([Numbers("text", 9, segmentation=False)], 1)], batch_size=4, seed=0)
     assert sorted(ids(mixture, np.concatenate(epoch_batches(mixture)))) == [f"text/{k}" for k in range(9)]
 
@@ -91,30 +91,30 @@ def test_rates_multiply_and_take_shares():
 
 
 def test_samples_are_a_function_of_seed_and_token():
-    places = np.concatenate(epoch_batches(toy()))
+    slots = np.concatenate(epoch_batches(toy()))
     again = np.concatenate(epoch_batches(toy()))
-    assert (places == again).all()
+    assert (slots == again).all()
 
     def first(mixture):
-        return [mixture[t].conversations for t in places[:10]]
+        return [mixture[t].conversations for t in slots[:10]]
 
     assert first(toy()) == first(toy()) != first(toy(seed=1))
-    assert toy()[places[3]].conversations == toy()[tuple(places[3])].conversations
+    assert toy()[slots[3]].conversations == toy()[tuple(slots[3])].conversations
     next_epoch = np.concatenate(epoch_batches(toy(), epoch=1))
-    assert ids(toy(), places) != ids(toy(), next_epoch)
+    assert ids(toy(), slots) != ids(toy(), next_epoch)
     assert toy()[0, 0, 3, 0].conversations != toy()[0, 0, 3, 1].conversations
     assert toy()[0, 0, 3, 0].conversations != toy()[1, 0, 3, 0].conversations
 
 
 def test_broken_samples_are_replaced_logged_and_listed(caplog):
     mixture = toy(broken=range(1, 30))  # seg: only item 0 is whole
-    place = (0, 0, 7, 0)
+    slot = (0, 0, 7, 0)
     with caplog.at_level(logging.WARNING):
-        sample = mixture[place]
+        sample = mixture[slot]
     assert sample.id == "seg/0" or sample.id.startswith("seg2/")
     assert sample.replaced[0] == "seg/7: torn" and len(sample.replaced) <= 20
     logged = [record.getMessage() for record in caplog.records]
-    assert toy(broken=range(1, 30))[place].replaced == sample.replaced
+    assert toy(broken=range(1, 30))[slot].replaced == sample.replaced
     assert len(logged) == len(sample.replaced) and all(broken in text for broken, text in zip(sample.replaced, logged))
 
 
@@ -216,7 +216,7 @@ def test_every_set_is_mixed_and_workers_and_resuming_change_nothing(tmp_path):
     mixture = build(tree(tmp_path))
     assert mixture.sizes == ALL and mixture.epoch_size == sum(ALL.values())
     batches = mixture.micro_batches(3, rank=0, world_size=1)
-    here = [describe(mixture[place] for place in batch) for batch in batches]
+    here = [describe(mixture[slot] for slot in batch) for batch in batches]
     load = partial(DataLoader, mixture, collate_fn=describe)
     for workers in 0, 2:
         assert list(load(batch_sampler=batches, num_workers=workers)) == here
@@ -260,8 +260,8 @@ def test_excluded_photos_are_matched_across_sets(tmp_path):
     dropped = {name: plain[name] - strict.sizes[name] for name in plain if plain[name] != strict.sizes[name]}
     coco = ("cocostuff", "paco_lvis", "refcoco", "refcoco+", "refcocog", "llava_instruct_150k", "refclef", "ReasonSeg")
     assert dropped == dict.fromkeys(coco, 1)
-    places = np.concatenate(strict.micro_batches(0, rank=0, world_size=1))
-    assert not [id for id in (strict[t].id for t in places) if f"{7:012d}" in id or id.endswith(("/7.jpg", "val.jpg"))]
+    slots = np.concatenate(strict.micro_batches(0, rank=0, world_size=1))
+    assert not [id for id in (strict[t].id for t in slots) if f"{7:012d}" in id or id.endswith(("/7.jpg", "val.jpg"))]
 
 
 @pytest.mark.parametrize("mode", ["published", "exact"])

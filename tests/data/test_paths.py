@@ -70,9 +70,9 @@ def test_a_set_and_a_split_refuse_a_photo_outside_unless_allowed(tmp_path):
     for allowed in False, True:
         selection = select(dataset_dir=tmp_path / "tree", data_dir=tmp_path, allow_outside=allowed, **flags)
         mixture = Mixture(selection, batch_size=1, seed=0)
-        place = mixture.micro_batches(0, rank=0, world_size=1)[0][0]
+        slot = mixture.micro_batches(0, rank=0, world_size=1)[0][0]
         if allowed:
-            assert mixture[place].masks[0].sum() == 36
+            assert mixture[slot].masks[0].sum() == 36
         else:
             with pytest.raises(UserError, match="leads out of"):
-                mixture[place]
+                mixture[slot]

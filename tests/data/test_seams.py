@@ -83,7 +83,7 @@ def test_a_new_set_and_a_new_family_are_mixed(extension, root):
     selection = select(dataset_dir=root, data_dir=root, **flags)
     mixture = Mixture(selection, batch_size=2, seed=0)
     assert mixture.sizes == {"toys": 3, "frames": 3} and mixture.epoch_size == 9
-    samples = [mixture[place] for batch in mixture.micro_batches(0, rank=0, world_size=1) for place in batch]
+    samples = [mixture[slot] for batch in mixture.micro_batches(0, rank=0, world_size=1) for slot in batch]
     assert {sample.id.split("/")[0] for sample in samples} == {"toys", "frames"}
     assert all(sample.masks[0].sum() == 120 for sample in samples)
 

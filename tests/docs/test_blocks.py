@@ -80,7 +80,7 @@ def trees(models) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path, models, trees, monkeypatch) -> Path:
+def folder(tmp_path, models, trees, monkeypatch) -> Path:
     """The folder that the blocks run in."""
     links = {name: ROOT / name for name in PROGRAMS} | {name: trees / name for name in ("dataset", "data")}
     links |= {"OpenGVLab/InternVL3-2B": models / "base", "UltraDoughnut/SELF1E": models / "published"}
@@ -146,16 +146,16 @@ def run_here(line: str) -> int:
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("bash"))
-def test_bash(page, text, place, models):
+def test_bash(page, text, folder, models):
     text = shortened(text)
     for name in set(re.findall(r"runs/(\w+)", text)) - set(re.findall(r"--exp_name[= ](\w+)", text)):
-        shutil.copytree(models / "run", place / "runs" / name)
+        shutil.copytree(models / "run", folder / "runs" / name)
     if page.name != "README.md" or "train_hf_ivl_seq.py" not in text:
         for line in text.splitlines():
             assert run_here(line) == 0, line
         return
     environment = os.environ | {
-        "PATH": f"{place / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
@@ -168,9 +168,9 @@ def test_bash(page, text, place, models):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_python(page, place, models):
+def test_python(page, folder, models):
     code = [text for kind, text in BLOCK.findall(page.read_text()) if kind == "python"]
-    shutil.copytree(models / "run", place / "runs/NAME")
+    shutil.copytree(models / "run", folder / "runs/NAME")
     names: dict = {}
     for text in code:
         exec(compile(text, str(page), "exec"), names)  # noqa: S102

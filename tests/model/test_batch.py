@@ -69,12 +69,10 @@ def mixed(processor, **options) -> dict:
 
 
 def test_two_groups_one_group_and_the_public_keys_give_the_same(load_tiny, tiny_processor):
-    model, batch = load_tiny(), mixed(tiny_processor)
-    assert [len(mixed(tiny_processor, groups=n)["packed"].groups) for n in (1, 2)] == [1, 2]
-    expected = model(**batch)
-    one, public = model(**mixed(tiny_processor, groups=1)), dict(batch)
-    del public["packed"]
-    for found in (one, model(**public)):
+    model, (one, two, public) = load_tiny(), (mixed(tiny_processor, groups=n) for n in (1, 2, None))
+    assert [len(batch["packed"].groups) for batch in (one, two)] == [1, 2] and "packed" not in public
+    expected = model(**two)
+    for found in (model(**one), model(**public)):
         torch.testing.assert_close(found.loss, expected.loss)
         for ours, theirs in zip(found.mask_logits, expected.mask_logits):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

@@ -39,7 +39,7 @@ def micro_batch(processor, *, masks: bool = True, max_tiles: int = 1) -> dict:
         targets = [torch.ones(answer.count("[SEG]"), 30, 40 + number, dtype=torch.uint8)] * 3
         image = noise(60 + 60 * (number % 2), 60, number)
         encoded.append(processor.encode(image, conversations, targets, max_tiles=max_tiles))
-    return dict(processor.collate(encoded))
+    return dict(processor.collate(encoded, groups=2))
 
 
 def fake(batch: dict, mode: FakeTensorMode, device: str) -> dict:

@@ -57,9 +57,9 @@ class Dictation(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         forced = torch.full_like(scores, -1e9)
-        place = input_ids.shape[1] - self.start
+        step = input_ids.shape[1] - self.start
         for i, tokens in enumerate(self.answers):
-            forced[i, tokens[place] if place < len(tokens) else self.end] = 0.0
+            forced[i, tokens[step] if step < len(tokens) else self.end] = 0.0
         return forced
 
 
@@ -246,7 +246,7 @@ def test_other_refusals(tiny, monkeypatch):
     finally:
         model.trained_head = True
     bias = model.segmentation_head.f_out[-1].bias
-    kept = bias.detach().clone()
+    before = bias.detach().clone()
     try:
         bias.data.fill_(float("nan"))
         with pytest.raises(FloatingPointError, match="float32: check the weights"):
@@ -255,4 +255,4 @@ def test_other_refusals(tiny, monkeypatch):
         with pytest.raises(FloatingPointError, match="float16: it overflows"):
             model.segment(processor, image, "it")
     finally:
-        bias.data.copy_(kept)
+        bias.data.copy_(before)

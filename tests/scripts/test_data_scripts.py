@@ -83,8 +83,8 @@ def test_pascal_part_writes_one_record_per_listed_part(tmp_path):
     def photo(thing: str, *parts: dict) -> bytes:
         def structs(items: list[dict]) -> np.ndarray:
             array = np.empty((1, len(items)), [(key, object) for key in items[0]] if items else object)
-            for place, item in enumerate(items):
-                array[0, place] = tuple(item.values())
+            for index, item in enumerate(items):
+                array[0, index] = tuple(item.values())
             return array
 
         content = io.BytesIO()

@@ -89,9 +89,14 @@ def test_held_out_photos_are_in_no_training_set(tree):
             assert split_of.setdefault(ref["image_id"], kind) == kind
     assert sorted(split_of.values()) == ["held out"] * 9 + ["train"] * 8 and len(photos) == 17
     training = {draw_scene(i, seed=0, size=96).jpeg for i, kind in split_of.items() if kind == "train"}
-    for place in ("dataset/coco/**/*.jpg", "dataset/ade20k/**/*.jpg", "dataset/**/train/*.jpg", "data/*/train2014/*"):
-        found = {path.read_bytes() for path in tree.glob(place)}
-        assert found and found <= training, place
+    for pattern in (
+        "dataset/coco/**/*.jpg",
+        "dataset/ade20k/**/*.jpg",
+        "dataset/**/train/*.jpg",
+        "data/*/train2014/*",
+    ):
+        found = {path.read_bytes() for path in tree.glob(pattern)}
+        assert found and found <= training, pattern
 
 
 def test_references_are_unambiguous(tree):

@@ -55,8 +55,8 @@ def test_every_flag_has_a_help(capsys):
     assert all(action.help for action in make_parser()._actions)
     with pytest.raises(SystemExit, match="0"):
         parse(["--help"])
-    shown = capsys.readouterr().out
-    assert "(default: 0.0001)" in shown and "default: None" not in shown
+    printed = capsys.readouterr().out
+    assert "(default: 0.0001)" in printed and "default: None" not in printed
 
 
 CONTRADICTIONS = """

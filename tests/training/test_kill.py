@@ -48,11 +48,11 @@ REQUESTS = {  # the function at one of whose calls the request comes, the call's
 @pytest.mark.parametrize("during", REQUESTS)
 def test_a_request_to_stop_saves(whole, tiny_version, shapes, tmp_path, during):
     """Within the first step, after the first of two photos of its validation, or while step 2 is saved."""
-    at, call, request, kept = REQUESTS[during]
+    at, call, request, saved = REQUESTS[during]
     run, flags = tmp_path / "run", ("--max_steps", "3", "--save_steps", "2", "--report_to", "none", "--eval_steps")
     flags += ("1",) if during == "validation" else ("9",)
     assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *flags, at=at, call=call, do=request) == 75
-    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"checkpoint-{kept}"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"checkpoint-{saved}"]
     assert (run / "requeue").is_file() and not (run / "ckpt_model").exists()
     assert train_in_a_child(tiny_version, shapes, tmp_path, "run", *FLAGS, "--auto_resume") == 0
     assert not (run / "requeue").exists()

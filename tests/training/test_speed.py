@@ -31,10 +31,10 @@ def test_operations_and_memory_are_those_that_are_counted_one_by_one():
 
     with patch.object(costs, "adapt", watched), patch.dict(costs.SIZES, {"1B": (896, 8, 14, 2, 4864)}):
         found = {kind: costs.training_cost("1B", kind) for kind in costs.CHECKPOINTING}
-    kept, flops = work[0]["saved"] / 2, work[0]["flops"] / 2  # the pass runs twice
+    saved, flops = work[0]["saved"] / 2, work[0]["flops"] / 2  # the pass runs twice
     assert [found[kind].flops for kind in ("none", "selective")] == pytest.approx([flops, flops], rel=0.03)
     more = [found[kind].activations - found["full"].activations for kind in ("none", "selective")]
-    assert more == pytest.approx([1.5 * kept, kept], rel=0.1)
+    assert more == pytest.approx([1.5 * saved, saved], rel=0.1)
 
 
 def test_validation_does_not_count(tiny_version, batch):
@@ -48,13 +48,13 @@ def test_validation_does_not_count(tiny_version, batch):
 
 
 def test_advice_names_what_fits():
-    kept, spare = 18 * 10**9, 10**9
-    assert "--no-gradient_checkpointing would take about 27 GB" in advice("full", kept, 40 * spare)
-    assert "selective would take about 18 GB of them and save about 30%" in advice("full", kept, 25 * spare)
-    assert "--gradient_checkpointing full is the fastest" in advice("full", kept, 10 * spare)
-    assert "--gradient_checkpointing full is the fastest" in advice("full", kept, 25 * spare, compiled=True)
-    assert "--no-gradient_checkpointing would take about 9 GB" in advice("selective", kept, 25 * spare)
-    assert "--no-gradient_checkpointing is the fastest" in advice(None, kept, spare)
+    saved, spare = 18 * 10**9, 10**9
+    assert "--no-gradient_checkpointing would take about 27 GB" in advice("full", saved, 40 * spare)
+    assert "selective would take about 18 GB of them and save about 30%" in advice("full", saved, 25 * spare)
+    assert "--gradient_checkpointing full is the fastest" in advice("full", saved, 10 * spare)
+    assert "--gradient_checkpointing full is the fastest" in advice("full", saved, 25 * spare, compiled=True)
+    assert "--no-gradient_checkpointing would take about 9 GB" in advice("selective", saved, 25 * spare)
+    assert "--no-gradient_checkpointing is the fastest" in advice(None, saved, spare)
 
 
 def test_the_peak_is_measured():

@@ -64,12 +64,12 @@ def test_an_interrupted_run_continues(tiny, tmp_path):
     assert run(tmp_path, tiny) == 0
     path = results(tmp_path) / "vqa-vqav2-val.jsonl"
     whole = lines(path)
-    kept = [whole[0] | {"answer": "kept"}, whole[3] | {"answer": "kept, too"}]
-    path.write_text(json.dumps(kept[0]) + "\n")
+    earlier = [whole[0] | {"answer": "kept"}, whole[3] | {"answer": "kept, too"}]
+    path.write_text(json.dumps(earlier[0]) + "\n")
     torn = '{"index": 4, "question_id": 74, "ans'
-    path.with_name("vqa-vqav2-val.rank1.jsonl").write_text(json.dumps(kept[1]) + "\n" + torn)
+    path.with_name("vqa-vqav2-val.rank1.jsonl").write_text(json.dumps(earlier[1]) + "\n" + torn)
     assert run(tmp_path, tiny, "--batch_size", "2") == 0
-    assert lines(path) == [kept[0], whole[1], whole[2], kept[1], whole[4]]
+    assert lines(path) == [earlier[0], whole[1], whole[2], earlier[1], whole[4]]
     assert [p.name for p in path.parent.glob("*.jsonl")] == [path.name]
 
 
