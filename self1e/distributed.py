@@ -1,4 +1,4 @@
-"""The processes of a run: those that torchrun, deepspeed or srun started, or this one alone. No other file asks.
+"""The processes of a run: those that torchrun, deepspeed or srun started, or this one alone.
 
 One rule for failures: whoever meets an error raises it, and its process ends with exit code 1; the launcher then ends
 the others, whatever collective they wait in. `run_program` sees to it that whoever has the cause speaks first.
