@@ -52,9 +52,12 @@ def test_results_of_other_data_are_refused(tmp_path, line):
 
 def test_a_folder_holds_results_of_one_setting(tmp_path):
     settings = make_settings({"weights": "w1", "base": None}, precision="float32")
+    before = make_settings({"weights": "w0", "base": None}, precision="float32")
+    claim_folder(tmp_path / "eval", before, overwrite=False)
+    (tmp_path / "eval/a.jsonl").touch()  # of a run that ended before its first result, which is none
     claim_folder(tmp_path / "eval", settings, overwrite=False)
     for stem in ("a", "b"):
-        (tmp_path / f"eval/{stem}.jsonl").write_text("")
+        (tmp_path / f"eval/{stem}.jsonl").write_text("{}\n")
         (tmp_path / f"eval/{stem}.json").write_text("{}")
     claim_folder(tmp_path / "eval", settings, overwrite=False)
     claim_folder(tmp_path / "eval", settings, overwrite=True)  # whose splits are taken anew one by one
