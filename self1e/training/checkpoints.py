@@ -82,7 +82,7 @@ def find(args: Namespace) -> Path | None:
     if args.resume and args.resume not in checkpoints_in(args.resume.parent):
         raise UserError(f"--resume {args.resume}: no checkpoint there; expected a checkpoint-N folder of a run")
     latest = checkpoints_in(args.run_dir / "checkpoints")[-1:]
-    if latest and (args.resume.samefile(latest[0]) if args.resume else args.auto_resume):
+    if latest and (args.auto_resume or args.resume and args.resume.samefile(latest[0])):
         return latest[0]
     results = [path for names in RESULTS for path in args.run_dir.glob(names)]
     if results and not args.overwrite:

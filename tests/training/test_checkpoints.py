@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from runs import history, train
 
 from self1e.errors import UserError
 from self1e.files import alone_in, read_records
-from self1e.training.checkpoints import check_resumable, checkpoints_in, prune
+from self1e.training.checkpoints import check_resumable, checkpoints_in, find, prune
 
 FLAGS = ("--max_steps", "2", "--save_steps", "2", "--no_eval", "--report_to", "none")
 
@@ -114,6 +115,8 @@ def test_an_earlier_run_is_replaced_only_when_asked_and_when_all_else_is_right(r
     other = shutil.copytree(run, run.parent / "other") / "checkpoints/checkpoint-2"
     shutil.copytree(other, later := run / "checkpoints/checkpoint-9")
     assert all("an earlier run" in refused("--resume", str(one)) for one in (other, run / "checkpoints/checkpoint-2"))
+    both = SimpleNamespace(run_dir=run, resume=other, auto_resume=True)  # as a job that was put back into the queue
+    assert find(both) == later
     shutil.rmtree(later)
     assert "is part of" in refused("--overwrite", "--version", str(run / "ckpt_model"))
     assert "is part of" in refused("--overwrite", "--model_weights", str(run / "ckpt_model"))
