@@ -1,4 +1,4 @@
-"""Mask arrays from every annotation format met: COCO segmentations, ReasonSeg polygons, label maps; EXIF frames.
+"""Mask arrays from what several sets have: COCO segmentations, label maps; EXIF frames.
 
 Masks are uint8 (H, W), {0, 1}, 255 = ignored where a format knows such pixels.
 """
@@ -127,39 +127,6 @@ def encode_mask(mask: np.ndarray) -> dict:
     """bool or {0, 1} (H, W) -> COCO's compressed RLE as JSON holds it, a few hundred bytes."""
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
-
-
-def paint_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
-    """ReasonSeg's labelme polygons -> uint8 (height, width): 1 target, 255 ignored.
-
-    Painted from large to small (by painted pixels; the earlier of two equals comes last), points cut to integers, the
-    outline of thickness 1 included. A label holding "ignore" gives 255, equal to "flag" is skipped, whatever the case.
-    Raises UserError for shapes that are no polygons.
-    """
-    polygons = []
-    for number, shape in enumerate(shapes):
-        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str) or "points" not in shape:
-            raise UserError(f"shapes[{number}] has no label or no points")
-        label = shape["label"].lower()
-        if label == "flag":
-            continue
-        if (kind := shape.get("shape_type", "polygon")) not in ("polygon", None):
-            raise UserError(f"shapes[{number}] is a {kind}; draw it as a polygon")
-        points = np.asarray(shape["points"])
-        if points.dtype.kind not in "iuf" or points.shape[1:] != (2,) or not (np.abs(points) < 1e6).all():
-            raise UserError(f"shapes[{number}] needs finite points (x, y)")
-        points = points.astype(np.int32)
-        area = int(_paint(np.zeros((height, width), np.uint8), points, 1).sum())
-        polygons.append((area, points, IGNORED if "ignore" in label else 1))
-    mask = np.zeros((height, width), np.uint8)
-    for _, points, value in sorted(reversed(polygons), key=lambda polygon: -polygon[0]):
-        _paint(mask, points, value)
-    return mask
-
-
-def _paint(mask: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
-    cv2.polylines(mask, [points], isClosed=True, color=value, thickness=1)
-    return cv2.fillPoly(mask, [points], color=value)
 
 
 def load_label_map(source: Path | BinaryIO) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Annotation files, parsed once and memory-mapped by every rank and worker: `open_tables(path, read_coco)`.
 
-A reader, `read_*`, turns one kind of file into records of named tables. It checks what it takes over: names are
-strings, ids are integers. A file that holds anything else is refused by one UserError that names the location in it.
+A reader, `read_*`, turns one kind of file into records of named tables; those of one set stand beside it in `sets/`.
+It checks what it takes over: names are strings, ids are integers. A file that holds anything else is refused by one
+UserError that names the location in it.
 
 Tables lie in a folder of the cache (env SELF1E_CACHE, else ~/.cache/self1e), whose name holds a hash of the source's
 path, size and modification time and of VERSION: `texts` holds one JSON text after another, and `<table>.npy` where the
@@ -196,41 +197,3 @@ def load_plain_pickle(path: Path) -> Any:
             return PlainUnpickler(file, encoding="utf-8").load()
     except Exception as error:  # a corrupt pickle may raise almost anything, says the module's documentation
         raise UserError(f"no pickle of plain values ({error}); download it again") from error
-
-
-def read_refs(path: Path) -> Records:
-    """Referring expressions, `refs(*).p` or `grefs(*).json`, sorted by split and image.
-
-    Tables `refs` [ref_id, [ann ids], [[sent_id, sentence], ...]] with the id of the image and the number of the split
-    as keys, and `splits`, names.
-    """
-    given = [ref for _, ref in stream_json(path)] if path.suffix == ".json" else load_plain_pickle(path)
-    refs: list[tuple[str, int, list]] = []
-    for number, ref in enumerate(given):
-        location = f"record {number} counted from 0"
-        split, image_id, ref_id = fields(ref, location, split=str, image_id=int, ref_id=int)
-        ids, found = fields(ref, location, ann_id=(int, list, tuple), sentences=(list, tuple))
-        sentences = [fields(each, location, sent_id=int, sent=str) for each in found]
-        refs.append((split, image_id, [ref_id, [ids] if isinstance(ids, int) else list(ids), sentences]))
-    if not refs:
-        raise UserError(f"it holds no list of references; is this the right file? See {DATASETS}")
-    splits = sorted({split for split, *_ in refs})
-    for split, image_id, record in sorted(refs, key=lambda ref: ref[:2]):
-        yield "refs", record, image_id, splits.index(split)
-    yield from (("splits", split) for split in splits)
-
-
-def read_instructions(path: Path) -> Records:
-    """LLaVA conversations: table `items` [image, [[from, value], ...]]."""
-    for location, value in stream_json(path):
-        image, turns = fields(value, location, image=str, conversations=list)
-        yield "items", [image, [fields(turn, location, **{"from": str, "value": str}) for turn in turns]]
-
-
-def read_questions(path: Path) -> Records:
-    """Question lines (.jsonl): table `items` [image, question, answer or null]."""
-    for location, value in json_lines(path):
-        image, question = fields(value, location, image=str, question=str)
-        if isinstance(answer := value.get("answer"), (list, dict)):
-            raise UserError(f"{location}: answer is {reprlib.repr(answer)}")
-        yield "items", [image, question, None if answer is None else str(answer)]

@@ -8,7 +8,8 @@ from PIL import Image
 from pycocotools import mask as coco
 from trees import SQUARE, H, W
 
-from self1e.data.masks import decode_segmentation, load_label_map, orient, paint_shapes
+from self1e.data.masks import decode_segmentation, load_label_map, orient
+from self1e.data.sets.reasoning import paint_shapes
 from self1e.errors import UserError
 from self1e.model.photos import photo_of
 

@@ -18,11 +18,10 @@ from self1e.data.readers import (
     load_plain_pickle,
     open_tables,
     read_coco,
-    read_instructions,
-    read_questions,
-    read_refs,
     stream_json,
 )
+from self1e.data.sets.referring import read_refs
+from self1e.data.sets.vqa import read_instructions, read_questions
 from self1e.errors import UserError
 
 QUESTION = {"image": "a", "question": "b"}

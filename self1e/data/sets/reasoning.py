@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
-from self1e.data.masks import paint_shapes
+from self1e.data.masks import IGNORED
 from self1e.data.readers import fields
 from self1e.data.samples import check_texts, list_names
 from self1e.data.sets.expressions import Expression, ExpressionSet
@@ -21,6 +22,39 @@ from self1e.files import read_json
 from self1e.model import prompts
 
 SPLITS = ("train", "val", "test")
+
+
+def paint_shapes(shapes: list[dict], height: int, width: int) -> np.ndarray:
+    """ReasonSeg's labelme polygons -> uint8 (height, width): 1 target, 255 ignored.
+
+    Painted from large to small (by painted pixels; the earlier of two equals comes last), points cut to integers, the
+    outline of thickness 1 included. A label holding "ignore" gives 255, equal to "flag" is skipped, whatever the case.
+    Raises UserError for shapes that are no polygons.
+    """
+    polygons = []
+    for number, shape in enumerate(shapes):
+        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str) or "points" not in shape:
+            raise UserError(f"shapes[{number}] has no label or no points")
+        label = shape["label"].lower()
+        if label == "flag":
+            continue
+        if (kind := shape.get("shape_type", "polygon")) not in ("polygon", None):
+            raise UserError(f"shapes[{number}] is a {kind}; draw it as a polygon")
+        points = np.asarray(shape["points"])
+        if points.dtype.kind not in "iuf" or points.shape[1:] != (2,) or not (np.abs(points) < 1e6).all():
+            raise UserError(f"shapes[{number}] needs finite points (x, y)")
+        points = points.astype(np.int32)
+        area = int(_paint(np.zeros((height, width), np.uint8), points, 1).sum())
+        polygons.append((area, points, IGNORED if "ignore" in label else 1))
+    mask = np.zeros((height, width), np.uint8)
+    for _, points, value in sorted(reversed(polygons), key=lambda polygon: -polygon[0]):
+        _paint(mask, points, value)
+    return mask
+
+
+def _paint(mask: np.ndarray, points: np.ndarray, value: int) -> np.ndarray:
+    cv2.polylines(mask, [points], isClosed=True, color=value, thickness=1)
+    return cv2.fillPoly(mask, [points], color=value)
 
 
 class ReasonSeg(ExpressionSet):

@@ -11,9 +11,32 @@ import numpy as np
 from PIL import Image
 
 from self1e.data.masks import decode_segmentation
-from self1e.data.readers import open_tables, read_coco, read_refs
+from self1e.data.readers import Records, fields, load_plain_pickle, open_tables, read_coco, stream_json
+from self1e.data.samples import DATASETS
 from self1e.data.sets.expressions import Expression, ExpressionSet
 from self1e.errors import UserError
+
+
+def read_refs(path: Path) -> Records:
+    """Referring expressions, `refs(*).p` or `grefs(*).json`, sorted by split and image.
+
+    Tables `refs` [ref_id, [ann ids], [[sent_id, sentence], ...]] with the id of the image and the number of the split
+    as keys, and `splits`, names.
+    """
+    given = [ref for _, ref in stream_json(path)] if path.suffix == ".json" else load_plain_pickle(path)
+    refs: list[tuple[str, int, list]] = []
+    for number, ref in enumerate(given):
+        location = f"record {number} counted from 0"
+        split, image_id, ref_id = fields(ref, location, split=str, image_id=int, ref_id=int)
+        ids, found = fields(ref, location, ann_id=(int, list, tuple), sentences=(list, tuple))
+        sentences = [fields(each, location, sent_id=int, sent=str) for each in found]
+        refs.append((split, image_id, [ref_id, [ids] if isinstance(ids, int) else list(ids), sentences]))
+    if not refs:
+        raise UserError(f"it holds no list of references; is this the right file? See {DATASETS}")
+    splits = sorted({split for split, *_ in refs})
+    for split, image_id, record in sorted(refs, key=lambda ref: ref[:2]):
+        yield "refs", record, image_id, splits.index(split)
+    yield from (("splits", split) for split in splits)
 
 
 class Referring(ExpressionSet):

@@ -1,5 +1,6 @@
 """Instruction and question sets, text alone: llava_instruct_150k, vqav2, okvqa, textvqa, vizwiz, gqa."""
 
+import reprlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from self1e.data.readers import open_tables, read_instructions, read_questions
+from self1e.data.readers import Records, fields, json_lines, open_tables, stream_json
 from self1e.data.samples import DATASETS, Sample, TrainingSet
 from self1e.errors import UserError
 from self1e.model import prompts
@@ -17,6 +18,22 @@ QUESTIONS = {  # question set -> its file
     **{name: f"{name}/{name}_train.jsonl" for name in ("vqav2", "okvqa", "textvqa", "vizwiz")},
     "gqa": "gqa/train_balanced.jsonl",
 }
+
+
+def read_instructions(path: Path) -> Records:
+    """LLaVA conversations: table `items` [image, [[from, value], ...]]."""
+    for location, value in stream_json(path):
+        image, turns = fields(value, location, image=str, conversations=list)
+        yield "items", [image, [fields(turn, location, **{"from": str, "value": str}) for turn in turns]]
+
+
+def read_questions(path: Path) -> Records:
+    """Question lines (.jsonl): table `items` [image, question, answer or null]."""
+    for location, value in json_lines(path):
+        image, question = fields(value, location, image=str, question=str)
+        if isinstance(answer := value.get("answer"), (list, dict)):
+            raise UserError(f"{location}: answer is {reprlib.repr(answer)}")
+        yield "items", [image, question, None if answer is None else str(answer)]
 
 
 class TextSet(TrainingSet):
