@@ -28,7 +28,7 @@ from self1e.model.config import Self1EConfig
 from self1e.model.grids import REPLICATIONS, compress
 from self1e.model.head import HEADS, Masked, SegmentationHead
 from self1e.model.inference import InferenceMixin
-from self1e.model.losses import mask_losses
+from self1e.model.losses import MASK_LOSSES, mask_losses
 from self1e.model.weights import CheckpointMixin
 
 
@@ -58,6 +58,8 @@ class Self1EForSegmentation(CheckpointMixin, InferenceMixin, InternVLForConditio
 
     def __init__(self, config: Self1EConfig):
         super().__init__(config)
+        if unweighted := MASK_LOSSES.keys() - config.loss_weights:
+            raise KeyError(f"losses without an entry in LOSS_WEIGHTS: {', '.join(unweighted)}")
         if config.drop_path_rate:
             layers = self.model.vision_tower.encoder.layer
             for number, layer in enumerate(layers):  # stochastic depth of both branches, where dropout stands

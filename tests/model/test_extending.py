@@ -86,7 +86,7 @@ def test_a_new_loss_needs_its_function_and_its_weight(monkeypatch, load_tiny, ti
     mask = torch.ones(1, 9, 9, dtype=torch.uint8)
     batch = tiny_processor([noise(56, 56)], [[["<image>\nthe cat", "[SEG]."]]], [[mask]])
     with pytest.raises(KeyError, match="mask_size"):
-        load_tiny()(**batch)
+        load_tiny()
     monkeypatch.setitem(LOSS_WEIGHTS, "mask_size", 3.0)
     out = load_tiny()(**batch)
     plain = sum(load_tiny().config.loss_weights[name] * x for name, x in out.losses.items() if name != "mask_size")
