@@ -105,6 +105,14 @@ def test_whatever_a_decoder_raises_makes_the_photo_unreadable(tmp_path, monkeypa
         photo_of(tmp_path / "a.png")
 
 
+def test_a_fault_of_our_own_is_no_fault_of_the_photo(tmp_path, monkeypatch):
+    Image.new("RGB", (5, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr("self1e.model.photos.UPRIGHT", None)
+    monkeypatch.setattr("self1e.model.photos.orientation", lambda image: 6)
+    with pytest.raises(TypeError, match="subscriptable"):
+        photo_of(tmp_path / "a.png")
+
+
 def test_one_photo_has_one_key_under_all_its_names():
     names = "000000000042.jpg", "COCO_train2014_000000000042.jpg", "data/vqav2/val2014/COCO_val2014_000000000042.jpg"
     assert {image_key(name) for name in names} == {42}

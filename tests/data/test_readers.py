@@ -52,6 +52,17 @@ def test_streaming_equals_the_standard_parser(tmp_path_factory, items, bom, esca
     assert [value for _, value in stream_json(path)] == items
 
 
+def test_a_fault_of_a_reader_is_no_fault_of_the_disk(tmp_path):
+    def read_another(path):
+        yield "items", (path / "absent").read_text()
+
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(NotADirectoryError):
+        open_tables(tmp_path / "x.json", read_another)
+    with pytest.raises(UserError, match="is missing"):
+        open_tables(tmp_path, read_another)
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2", '{"a": [1}', "[1 2]", '["é', "version https://git-lfs.github.com/spec"])
 def test_broken_json_names_the_file(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))

@@ -251,6 +251,8 @@ def test_other_refusals(tiny, monkeypatch):
         bias.data.fill_(float("nan"))
         with pytest.raises(FloatingPointError, match="float32: check the weights"):
             model.segment(processor, image, "it")
+        with pytest.raises(FloatingPointError, match="float16: it overflows"), torch.autocast("cpu", torch.float16):
+            model.segment(processor, image, "it")
         monkeypatch.setattr(type(model), "dtype", torch.float16)
         with pytest.raises(FloatingPointError, match="float16: it overflows"):
             model.segment(processor, image, "it")

@@ -44,6 +44,15 @@ def test_another_run_is_refused_by_name(run, tiny_version, shapes, capsys):
     assert "--resume_anyway" in message and "Traceback" not in message
 
 
+def test_a_model_of_another_size_is_refused_by_name(run):
+    folder = run / "checkpoints" / "checkpoint-2"
+    then = yaml.safe_load((folder / "args.yaml").read_text())
+    (deep, wide), vision = then["run"]["layers and width of LLM and ViT"]
+    now = then | {"run": then["run"] | {"layers and width of LLM and ViT": [[deep + 1, wide], vision]}}
+    with pytest.raises(UserError, match="layers and width of LLM and ViT"):
+        check_resumable(folder, now, anyway=False)
+
+
 def test_another_run_goes_on_when_told_to(run, tiny_version, shapes, capsys):
     flags = ("--max_steps", "3", "--seed", "7", "--no_eval", "--report_to", "none", "--auto_resume", "--resume_anyway")
     train(tiny_version, shapes, run.parent, "run", *flags)
