@@ -4,7 +4,7 @@ Masks are uint8 (H, W), {0, 1}, 255 = ignored where a format knows such pixels.
 """
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -52,6 +52,10 @@ def _decode(rle: dict, height: int, width: int) -> np.ndarray:
     return np.repeat(values.astype(np.uint8), runs).reshape(width, height).T
 
 
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(x, (int, float)) for x in values)
+
+
 def _parts(segmentation: list | dict, height: int, width: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Polygons, (n, 2), and masks of the RLEs of a COCO segmentation, of which a flat list of numbers is one polygon.
 
@@ -64,7 +68,7 @@ def _parts(segmentation: list | dict, height: int, width: int) -> tuple[list[np.
     given = [segmentation] if flat else segmentation
     masks = [_decode(part, height, width) for part in given if isinstance(part, dict)]
     lists = [part for part in given if not isinstance(part, dict)]
-    sound = all(isinstance(part, list) and all(isinstance(x, (int, float)) for x in part) for part in lists)
+    sound = all(map(_are_numbers, lists))
     polygons = [np.array(part, float) for part in lists if len(part) >= 6 and len(part) % 2 == 0] if sound else []
     # pycocotools walks without end along an edge that is not finite.
     sound = sound and all((np.abs(each) < 1e6).all() for each in polygons)
@@ -99,9 +103,9 @@ def contradiction(annotation: dict, height: int, width: int) -> str | None:
         polygons, masks = _parts(annotation["segmentation"], height, width)
     except UserError:
         return None
-    box, area = annotation.get("bbox"), annotation.get("area")
-    box = np.array(box if isinstance(box, list) and all(isinstance(x, (int, float)) for x in box) else [], float)
-    area, boxed = area if isinstance(area, (int, float)) else 0, box.shape == (4,) and min(box[2:]) > 0
+    box, area = annotation.get("bbox", []), annotation.get("area", 0)
+    boxed = _are_numbers(box) and len(box) == 4 and min(box[2:]) > 0
+    area = area if _are_numbers([area]) else 0
     corners = [polygon.astype(np.float32) for polygon in polygons]
     covered = sum(map(cv2.contourArea, corners)) + sum(float(mask.sum()) for mask in masks)
     for x, y, w, h in map(cv2.boundingRect, masks):

@@ -29,7 +29,7 @@ from self1e.training.args import ROOT
 
 ARGS, STATE, ENGINE, PARTIAL = "args.yaml", "state.pt", "engine", "partial"
 # What a run leaves that cannot be had in a moment, and all folders that it writes.
-RESULTS = "checkpoints/checkpoint-* ckpt_model* validation/* eval/*.json eval_vqa/*.json".split()
+RESULTS = "checkpoints/checkpoint-* ckpt_model* eval/*.json eval_vqa/*.json".split()
 WRITTEN = "checkpoints ckpt_model ckpt_model_published tensorboard validation eval eval_vqa".split()
 # With other values of these flags the checkpoint is another run's.
 DECIDING = ["dataset", "sample_rates", "seed", "start_epoch", "batch_size", "trainable_embeddings", "precision"]

@@ -134,6 +134,13 @@ def test_an_earlier_run_is_replaced_only_when_asked_and_when_all_else_is_right(r
     assert [line["step"] for line in history(run)] == [1]
 
 
+def test_a_run_that_only_validated_is_started_anew(tmp_path):
+    """As one that a cluster ended before its first checkpoint, and put back into the queue."""
+    (tmp_path / "validation/step_1").mkdir(parents=True)
+    flags = dict.fromkeys(("resume", "overwrite", "version", "model_weights"))
+    assert find(SimpleNamespace(run_dir=tmp_path, auto_resume=True, **flags)) is None
+
+
 def test_a_finished_run_is_not_merged_again(run, tiny_version, shapes):
     """Its weights would be others by their id, and what was evaluated would be lost."""
     before = (run / "ckpt_model/config.json").read_text()
